@@ -1,0 +1,54 @@
+"""What a decoder is made of: sizes and switches, nothing derived."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length a model was trained on.
+
+    `none` ignores the other fields. `llama3`: Llama 3.1 (Meta, 2024), wavelengths longer than
+    original_length / low_frequency are divided by `factor`, those shorter than
+    original_length / high_frequency are kept, between them linearly mixed. `yarn`: Peng et al. 2023
+    (arXiv:2309.00071), the same idea in rotations over original_length (`beta_fast`, `beta_slow`),
+    with attention scaled by 0.1 ln(factor) + 1.
+    """
+
+    kind: str
+    factor: float
+    original_length: int
+    low_frequency: float
+    high_frequency: float
+    beta_fast: float
+    beta_slow: float
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer. Sizes in elements, lengths in tokens."""
+
+    vocab_size: int
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int  # fewer than num_heads: grouped-query attention
+    head_dim: int
+    mlp_width: int
+    activation: str  # of the gated MLP: "silu" (SwiGLU) or "gelu" (GeGLU)
+    max_length: int  # the longest sequence it is meant for
+    rope_theta: float
+    rope_scaling: RopeScaling
+    norm_epsilon: float
+    qk_norm: bool  # RMSNorm on each head's query and key
+    qkv_bias: bool
+    output_bias: bool  # of the attention's output projection
+    mlp_bias: bool
+    attention_softcap: float | None
+    logit_softcap: float | None
+    sliding_window: int | None  # a token sees itself and the window - 1 before it
+    tie_embeddings: bool
+    scan_layers: bool  # one compiled block for all layers; False unrolls them
+    remat: str  # "none", "full", "dots" (keep matrix products) or "attention" (keep attention's output)
+    attention: str  # "xla", "cudnn" (NVIDIA) or "splash" (TPU)
+    compute_dtype: str
+    param_dtype: str
