@@ -1,0 +1,137 @@
+"""Causal attention: over a whole sequence, or over a cache while decoding.
+
+Shapes: B sequences, T query positions, S key positions or cache slots, D width, H query heads,
+K key-value heads, G = H / K queries a key-value head, h head width.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.layers import Linear, RMSNorm, rotate
+
+MASKED = -1e30  # finite, so that a row that sees nothing is a plain average and not NaN
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, one slot a position. [B, K, S, h] reads fastest in a decode step."""
+
+    keys_BKSh: jax.Array
+    values_BKSh: jax.Array
+
+
+def visible(query_positions, key_positions, window: int | None) -> jax.Array:
+    """Causal, and within the sliding window where there is one."""
+    seen = key_positions <= query_positions
+    return seen if window is None else seen & (query_positions - key_positions < window)
+
+
+def weigh(q_BKGTh, k_BKSh, v_BKSh, mask, config: ModelConfig) -> jax.Array:
+    """softmax(q k / sqrt(h)) v, softmax in float32; mask broadcasts to [B, K, G, T, S]."""
+    B, K, G, T, h = q_BKGTh.shape
+    q_BKRh = q_BKGTh.reshape(B, K, G * T, h)  # queries of a group share their keys: one matrix product
+    scores = jnp.einsum("bkrh,bksh->bkrs", q_BKRh, k_BKSh, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, K, G, T, -1) * h**-0.5
+    if config.attention_softcap is not None:
+        scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(v_BKSh.dtype)
+    return jnp.einsum("bkrs,bksh->bkrh", weights.reshape(B, K, G * T, -1), v_BKSh).reshape(q_BKGTh.shape)
+
+
+def attend_xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) -> jax.Array:
+    """Attention in blocks of queries, each over only the keys that it can see.
+
+    Half the work of a full square, and with the scores recomputed backwards [B, H, T, T] never exists.
+    """
+    B, T, H, h = q_BTHh.shape
+    K = k_BTKh.shape[2]
+    q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
+    k, v = k_BTKh.transpose(0, 2, 1, 3), v_BTKh.transpose(0, 2, 1, 3)
+    block = max(64, -(-T // 8))  # at most 8 blocks: more would only lengthen the program
+
+    @jax.checkpoint
+    def attend_block(q, k, v, mask):
+        return weigh(q, k, v, mask, config)
+
+    outputs = []
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        first = 0 if config.sliding_window is None else max(0, start - config.sliding_window + 1)
+        queries, keys = jnp.arange(start, stop), jnp.arange(first, stop)
+        mask = visible(queries[:, None], keys[None, :], config.sliding_window)[None, None, None]
+        if segment_ids_BT is not None:
+            same = segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, first:stop]
+            mask = mask & same[:, None, None]
+        outputs.append(attend_block(q[..., start:stop, :], k[:, :, first:stop], v[:, :, first:stop], mask))
+    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+
+
+def attend_cudnn(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) -> jax.Array:
+    """cuDNN's flash attention on NVIDIA GPUs, in bfloat16 or float16."""
+    mask = None
+    if segment_ids_BT is not None:
+        mask = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
+    window = None if config.sliding_window is None else (config.sliding_window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q_BTHh, k_BTKh, v_BTKh, mask=mask, is_causal=True, local_window_size=window, implementation="cudnn"
+    )
+
+
+def attend_cache(q_BTHh, cache: LayerCache, positions_BT, config: ModelConfig) -> jax.Array:
+    """Queries at given positions over the slots of a cache."""
+    B, T, H, h = q_BTHh.shape
+    _, K, S, _ = cache.keys_BKSh.shape
+    q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
+    mask = visible(positions_BT[:, :, None], jnp.arange(S), config.sliding_window)[:, None, None]
+    out = weigh(q, cache.keys_BKSh.astype(q.dtype), cache.values_BKSh.astype(q.dtype), mask, config)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+
+
+def write_cache(cache: LayerCache, k_BTKh, v_BTKh, positions_BT) -> LayerCache:
+    """Put T new keys and values of each row into its slots positions[b, 0], positions[b, 0] + 1, ..."""
+
+    def write(slots_KSh, new_KTh, start):
+        return jax.lax.dynamic_update_slice(slots_KSh, new_KTh.astype(slots_KSh.dtype), (0, start, 0))
+
+    starts_B = positions_BT[:, 0]
+    return LayerCache(
+        jax.vmap(write)(cache.keys_BKSh, k_BTKh.transpose(0, 2, 1, 3), starts_B),
+        jax.vmap(write)(cache.values_BKSh, v_BTKh.transpose(0, 2, 1, 3), starts_B),
+    )
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, angles, segment_ids_BT, cache: LayerCache | None):
+        c = self.config
+        B, T, _ = x_BTD.shape
+
+        def heads(name, number):
+            projected = Linear(number * c.head_dim, c.qkv_bias, c.param_dtype, name=name)(x_BTD)
+            return projected.reshape(B, T, number, c.head_dim)
+
+        q_BTHh = heads("query", c.num_heads)
+        k_BTKh = heads("key", c.num_kv_heads)
+        v_BTKh = heads("value", c.num_kv_heads)
+        if c.qk_norm:
+            q_BTHh = RMSNorm(c.norm_epsilon, c.param_dtype, name="query_norm")(q_BTHh)
+            k_BTKh = RMSNorm(c.norm_epsilon, c.param_dtype, name="key_norm")(k_BTKh)
+        q_BTHh, k_BTKh = rotate(q_BTHh, angles), rotate(k_BTKh, angles)
+
+        if cache is not None:
+            cache = write_cache(cache, k_BTKh, v_BTKh, positions_BT)
+            out_BTHh = attend_cache(q_BTHh, cache, positions_BT, c)
+        else:
+            attend = {"xla": attend_xla, "cudnn": attend_cudnn}[c.attention]
+            out_BTHh = attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, c)
+        out_BTHh = checkpoint_name(out_BTHh, "attention_output")
+        output = Linear(c.width, c.output_bias, c.param_dtype, scale=0.5 / c.num_layers, name="output")
+        return output(out_BTHh.reshape(B, T, -1)), cache

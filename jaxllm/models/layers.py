@@ -1,0 +1,105 @@
+"""The parts of a decoder block that are not attention.
+
+Shapes: B sequences, T positions, D width, F hidden width of the MLP, N = B * T.
+Parameters are stored in param_dtype and used in the dtype of the activations; norms are float32.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.models.config import ModelConfig, RopeScaling
+
+
+class Linear(nn.Module):
+    """x @ kernel (+ bias) on the last axis; kernel is [in, out]."""
+
+    features: int
+    use_bias: bool
+    param_dtype: str
+    scale: float = 1.0  # of the initial variance, over 1 / in
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal")
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.dtype(self.param_dtype))
+        # One matrix product over all tokens: XLA:CPU runs it 1.3x faster than the same thing in 3-D.
+        y_NF = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(self.param_dtype))
+            y_NF += bias.astype(x.dtype)
+        return y_NF.reshape(*x.shape[:-1], self.features)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    epsilon: float
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.param_dtype))
+        x32 = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return (x32 * inverse_rms * scale).astype(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)): SwiGLU or GeGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        c = self.config
+        activation = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}[c.activation]
+        gate_BTF = Linear(c.mlp_width, c.mlp_bias, c.param_dtype, name="gate")(x_BTD)
+        up_BTF = Linear(c.mlp_width, c.mlp_bias, c.param_dtype, name="up")(x_BTD)
+        # Each block adds two outputs to the residual stream: this keeps its initial size over depth.
+        down = Linear(c.width, c.mlp_bias, c.param_dtype, scale=0.5 / c.num_layers, name="down")
+        return down(activation(gate_BTF) * up_BTF)
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
+    """Radians a position for each pair of a head's elements, float32 [head_dim / 2], and the factor on
+    cos and sin (1 but for YaRN).
+
+    RoPE: Su et al. 2021 (arXiv:2104.09864); the scalings are described in `RopeScaling`.
+    """
+    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling.kind == "none":
+        return frequencies.astype(np.float32), 1.0
+    turns = scaling.original_length * frequencies / (2 * np.pi)  # rotations over the original length
+    if scaling.kind == "llama3":
+        low, high = scaling.low_frequency, scaling.high_frequency
+        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        attention_factor = 1.0
+    else:
+        # YaRN's ramp is linear in the pair's index, between the pairs that turn beta times.
+        def pair_index(rotations: float) -> float:
+            return head_dim * np.log(scaling.original_length / (rotations * 2 * np.pi)) / (2 * np.log(theta))
+
+        first = max(np.floor(pair_index(scaling.beta_fast)), 0)
+        last = min(np.ceil(pair_index(scaling.beta_slow)), head_dim - 1)
+        ramp = (np.arange(head_dim // 2) - first) / max(last - first, 1e-3)
+        kept = 1.0 - np.clip(ramp, 0.0, 1.0)
+        attention_factor = 0.1 * np.log(scaling.factor) + 1.0
+    scaled = frequencies * (kept + (1.0 - kept) / scaling.factor)
+    return scaled.astype(np.float32), float(attention_factor)
+
+
+def rotary_angles(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, T, 1, head_dim / 2], for `rotate`."""
+    frequencies, factor = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
+    return factor * jnp.cos(angles), factor * jnp.sin(angles)
+
+
+def rotate(x_BTHh: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle: the half-split form of HF checkpoints."""
+    cos, sin = angles
+    first, second = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTHh.dtype)
