@@ -1,0 +1,109 @@
+"""Optimisers and learning-rate schedules, by name, all from optax."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+from jaxllm.errors import ConfigError
+
+# Embeddings and the head are looked up or compared row by row: they are no maps between features,
+# so Muon leaves them, and all vectors, to AdamW.
+MUON_MATRICES = r"^blocks/.*kernel$"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Which optimiser, how fast, for how long."""
+
+    name: str  # "adamw", or "muon": blocks' matrices by Muon, the rest by AdamW
+    learning_rate: float  # at the peak; for both halves of Muon, whose updates are scaled to AdamW's size
+    schedule: str  # after warm-up: "cosine", "linear", "wsd" (constant, then linear) or "constant"
+    warmup_steps: int
+    decay_fraction: float  # wsd: the share of all steps that the final decay takes
+    final_learning_rate: float  # at the last step, as a fraction of the peak
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    decay_pattern: str  # regular expression: paths of the parameters that decay
+    clip_norm: float | None  # gradients are scaled down to this global norm
+    muon_momentum: float
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate as a function of the number of updates made so far.
+
+    Linear warm-up from 0 over `warmup_steps`, then: `cosine` (Loshchilov and Hutter 2017) or `linear`
+    down to the final rate, `wsd` constant and then linear (Hu et al. 2024, arXiv:2404.06395), or
+    `constant`. Raises ConfigError where the parts do not fit into `steps`.
+    """
+    if not 0 <= config.warmup_steps < steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={config.warmup_steps} must be under training.steps={steps}"
+        )
+    peak, final, left = config.learning_rate, config.final_learning_rate, steps - config.warmup_steps
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, left, alpha=final)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, peak * final, left)
+    elif config.schedule == "wsd":
+        decay = round(config.decay_fraction * steps)
+        if not 0 < decay <= left:
+            raise ConfigError(
+                f"optimizer.decay_fraction={config.decay_fraction} of {steps} steps does not fit after "
+                f"optimizer.warmup_steps={config.warmup_steps}"
+            )
+        after = optax.linear_schedule(peak, peak * final, decay, transition_begin=left - decay)
+    elif config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        raise ConfigError(
+            f"optimizer.schedule={config.schedule!r}: choose one of cosine, linear, wsd, constant"
+        )
+    # The first update is made at 1 / warmup_steps of the peak, not at 0, where it would be lost.
+    warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def matching(pattern: str, params: Any) -> Any:
+    """A tree like params, True where the parameter's path (`blocks/mlp/up/kernel`) matches."""
+
+    def matches(path: tuple[Any, ...], _: Any) -> bool:
+        return re.search(pattern, jax.tree_util.keystr(path, simple=True, separator="/")) is not None
+
+    return jax.tree_util.tree_map_with_path(matches, params)
+
+
+def scale_by_muon(momentum: float) -> optax.GradientTransformation:
+    """Orthogonalised momentum for stacked matrices [layer, in, out] (Jordan et al. 2024), scaled to an RMS
+    of 0.2 so that AdamW's learning rate and decay serve it too (Liu et al. 2025, arXiv:2502.16982)."""
+    dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    orthogonalise = optax.contrib.scale_by_muon(
+        beta=momentum, weight_dimension_numbers=lambda updates: jax.tree.map(lambda _: dimensions, updates)
+    )
+    # An orthogonal [m, n] matrix has an RMS of 1 / sqrt(max(m, n)).
+    rescale = optax.stateless_with_tree_map(lambda update, _: update * 0.2 * max(update.shape[-2:]) ** 0.5)
+    return optax.chain(orthogonalise, rescale)
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clip, find a direction, decay, scale by the learning rate; ConfigError for an unknown name.
+
+    AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: see `scale_by_muon`.
+    """
+    direction = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    if config.name == "muon":
+        direction = optax.partition(
+            {True: scale_by_muon(config.muon_momentum), False: direction},
+            lambda params: matching(MUON_MATRICES, params),
+        )
+    elif config.name != "adamw":
+        raise ConfigError(f"optimizer.name={config.name!r}: choose one of adamw, muon")
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    decay = optax.add_decayed_weights(
+        config.weight_decay, mask=lambda params: matching(config.decay_pattern, params)
+    )
+    return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(schedule))

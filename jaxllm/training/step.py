@@ -1,0 +1,90 @@
+"""One optimiser step, the same for every stage."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxllm.losses import Weighted
+from jaxllm.training.state import TrainState
+
+LossFn = Callable[[Any, Any, jax.Array], tuple[Weighted, dict[str, Weighted]]]
+
+
+def split_rows(batch: Any, num_microbatches: int) -> Any:
+    """[B, ...] to [num_microbatches, B / num_microbatches, ...], every device keeping its own rows.
+
+    Micro-batch i takes rows i, i + n, i + 2n, ...: cutting the batch in n pieces instead would move
+    most rows to another device.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def gradient_sums(
+    loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, num_microbatches: int
+) -> tuple[Any, Weighted, dict[str, Weighted]]:
+    """Gradient of the loss's sum, the loss and the metrics, added up over micro-batches. No division yet."""
+
+    def one(microbatch: Any, key: jax.Array) -> tuple[Any, Weighted, dict[str, Weighted]]:
+        def loss_sum(params: Any) -> tuple[jax.Array, tuple[Weighted, dict[str, Weighted]]]:
+            loss, metrics = loss_fn(params, microbatch, key)
+            return loss.sum, (loss, metrics)
+
+        grads, (loss, metrics) = jax.grad(loss_sum, has_aux=True)(params)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), loss, metrics
+
+    if num_microbatches == 1:
+        return one(batch, key)
+    rows = split_rows(batch, num_microbatches)
+    keys = jax.random.split(key, num_microbatches)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(one, *jax.tree.map(lambda x: x[0], (rows, keys))),
+    )
+    sums, _ = jax.lax.scan(
+        lambda total, x: (jax.tree.map(jnp.add, total, one(*x)), None), zeros, (rows, keys)
+    )
+    return sums
+
+
+def train_step(
+    state: TrainState,
+    batch: Any,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    num_microbatches: int,
+) -> tuple[TrainState, dict[str, Weighted]]:
+    """The next state, and metrics as `Weighted` sums.
+
+    Sums and weights are added over micro-batches and divided once, so the gradient does not depend on
+    how rows were grouped. A step whose loss or gradient is not finite changes nothing but `step`,
+    `skipped_steps` and `bad_streak`. Jit with the state donated and the state's shardings as out_shardings.
+
+    Args:
+      batch: a tree of arrays [B, ...]; num_microbatches divides B.
+      loss_fn: (params, microbatch, key) -> (Weighted, metrics); the key is new for every micro-batch.
+    """
+    key = jax.random.fold_in(state.key, state.step)
+    grads, loss, metrics = gradient_sums(loss_fn, state.params, batch, key, num_microbatches)
+    grads = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1e-9), grads)
+    grad_norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    finite = jnp.isfinite(loss.sum) & jnp.isfinite(grad_norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    state = TrainState(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        key=state.key,
+        skipped_steps=state.skipped_steps + ~finite,
+        bad_streak=jnp.where(finite, 0, state.bad_streak + 1),
+    )
+    counters = {"grad_norm": grad_norm, "skipped_steps": state.skipped_steps, "bad_streak": state.bad_streak}
+    return state, metrics | {name: Weighted(jnp.float32(x), jnp.float32(1)) for name, x in counters.items()}
