@@ -1,0 +1,279 @@
+"""From a config file and a command line to a frozen dataclass, or to one line that says what is wrong.
+
+`get_config()` in a config file returns a ConfigDict; `--config.a.b=v` overrides a field of it; `parse` then
+builds the dataclass that the rest of the code sees. Nothing here imports jax: `--help` stays quick, and a
+misspelt key is found before any device is touched.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import math
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from jaxllm.errors import ConfigError, RunError, Stopped
+
+if TYPE_CHECKING:
+    from absl.flags import FlagValues
+    from ml_collections import ConfigDict
+
+Config = TypeVar("Config")
+
+
+def parse(config_class: type[Config], values: Mapping[str, Any], path: str = "config") -> Config:
+    """`values`, a ConfigDict or what JSON gave, as an instance of the dataclass `config_class`.
+
+    Every field must be there, no other beside them, each of its declared type: int, float, bool, str,
+    `tuple[X, ...]`, a dataclass, or one of these `| None`. A float takes an int and a tuple takes a list.
+    """
+    kinds = typing.get_type_hints(config_class)
+    for name in [*values, *kinds]:
+        _check_key(name, values, kinds, path)
+    return config_class(**{name: _parse_value(kinds[name], values[name], f"{path}.{name}") for name in kinds})
+
+
+def _check_key(name: str, values: Mapping[str, Any], kinds: Mapping[str, Any], path: str) -> None:
+    if name not in kinds:
+        raise ConfigError(f"{path}.{name}: unknown key{did_you_mean(name, kinds)}")
+    if name not in values:
+        raise ConfigError(f"{path}.{name}: missing key")
+
+
+def _parse_value(kind: Any, value: Any, path: str) -> Any:
+    inner = _without_none(kind)
+    if value is None and inner is not kind:
+        return None
+    if dataclasses.is_dataclass(inner) and hasattr(value, "keys"):
+        return parse(inner, value, path)
+    if typing.get_origin(inner) is tuple and isinstance(value, tuple | list):
+        item = typing.get_args(inner)[0]
+        return tuple(_parse_value(item, each, f"{path}[{i}]") for i, each in enumerate(value))
+    if inner is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if inner in (int, bool, str) and type(value) is inner:  # type(), because a bool is an int to isinstance
+        return value
+    raise ConfigError(f"{path}: must be {_describe(kind)}, got {value!r}")
+
+
+def _without_none(kind: Any) -> Any:
+    """`X` for the annotation `X | None`; any other annotation as it is."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (kind,) = (each for each in typing.get_args(kind) if each is not types.NoneType)
+    return kind
+
+
+def _describe(kind: Any) -> str:
+    inner = _without_none(kind)
+    if dataclasses.is_dataclass(inner):
+        name = "a section of fields"
+    elif typing.get_origin(inner) is tuple:
+        name = f"a tuple of {typing.get_args(inner)[0].__name__}"
+    else:
+        name = {int: "an int", float: "a finite float", bool: "true or false", str: "a string"}[inner]
+    return name if inner is kind else f"{name} or none"
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as JSON gives it back: nested dicts, with lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+class Difference(NamedTuple):
+    path: str  # dotted
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.path} {json.dumps(self.before)} -> {json.dumps(self.after)}"
+
+
+def differences(before: Any, after: Any, path: str = "") -> list[Difference]:
+    """Where two results of `as_dict` differ; a field that one of them lacks counts as None there."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return [] if before == after else [Difference(path, before, after)]
+    found = []
+    for name in before | after:
+        dotted = f"{path}.{name}" if path else name
+        found += differences(before.get(name), after.get(name), dotted)
+    return found
+
+
+# What the messages offer
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """`, did you mean 'steps'?`, or nothing where no name is near."""
+    nearest = difflib.get_close_matches(name, list(names), n=1)
+    return f", did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def nearest_multiples(value: int, of: int) -> tuple[int, ...]:
+    """The multiples of `of` next to `value`, below and above: 24 and 32 for 30 and 8."""
+    below = value // of * of
+    return (below,) if below == value else tuple(n for n in (below, below + of) if n > 0)
+
+
+def nearest_divisors(value: int, of: int) -> tuple[int, ...]:
+    """The divisors of `of` next to `value`, below and above: 4 and 8 for 5 and 32."""
+    divisors = [n for n in range(1, of + 1) if of % n == 0]
+    if value in divisors:
+        return (value,)
+    return tuple([n for n in divisors if n < value][-1:] + [n for n in divisors if n > value][:1])
+
+
+# The command line
+
+
+def run_script(
+    main: Callable[[Any, "FlagValues"], int | None],
+    config_class: Callable[[], type],
+    define_flags: Callable[["FlagValues"], None],
+    argv: list[str] | None = None,
+) -> int:
+    """Read the command line, call `main(config, flags)` and return the exit code of the process.
+
+    `config_class` returns the dataclass; it is called late, so that `--help` imports little. A RunError
+    becomes its one line on stderr and its exit code; any other exception is a bug and keeps its traceback.
+    """
+    from absl import flags
+
+    argv = sys.argv if argv is None else argv
+    script_flags = flags.FlagValues()
+    flags.DEFINE_string("config", None, "config file, as FILE.py or FILE.py:ARG", flag_values=script_flags)
+    flags.DEFINE_bool("print_config", False, "print the resolved config and exit", flag_values=script_flags)
+    define_flags(script_flags)
+    if {"-h", "--help"} & set(argv):
+        print(_help(script_flags))
+        return 0
+    try:
+        config = _read_command_line(argv, script_flags, config_class)
+        if script_flags.print_config:
+            print(json.dumps(as_dict(config), indent=2))
+            return 0
+        return main(config, script_flags) or 0
+    except RunError as error:
+        print(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _help(script_flags: "FlagValues") -> str:
+    lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
+    for name in sorted(set(script_flags) - {"flagfile", "undefok"}):  # those two are absl's own
+        flag = script_flags[name]
+        default = "" if flag.default is None else f" (default: {flag.default_as_str})"
+        lines.append(f"  --{name}: {flag.help}{default}")
+    return "\n".join([*lines, "  --config.SECTION.FIELD=VALUE: override a field of the config"])
+
+
+def _read_command_line(argv: list[str], script_flags: "FlagValues", config_class: Callable[[], type]) -> Any:
+    from absl import flags
+
+    try:
+        _, *arguments = script_flags(argv, known_only=True)
+    except flags.Error as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0]
+        if not argument.startswith("-"):
+            dashes = f", did you mean --{argument}?" if argument.startswith("config") else ""
+            raise ConfigError(f"stray argument {argument!r}{dashes}")
+        if not name.startswith("config."):
+            raise ConfigError(f"--{name}: unknown flag{did_you_mean(name, script_flags)}")
+    if script_flags.config is None:
+        raise ConfigError("--config=FILE.py is missing")
+    config = load_config(script_flags.config)
+    for argument in arguments:
+        field, equals, text = argument.lstrip("-").removeprefix("config.").partition("=")
+        if not equals:
+            raise ConfigError(f"config.{field}: write --config.{field}=VALUE")
+        override(config, config_class(), field, text)
+    return parse(config_class(), config)
+
+
+def override(section: "ConfigDict", config_class: type, field: str, text: str, path: str = "config") -> None:
+    """Set the dotted `field` to what `text` stands for in the type that the dataclass declares.
+
+    `none` is None where that is allowed, and `a,b` a tuple of two strings as `('a','b')` is. What the config
+    derives from the field by reference follows. (The flags that ml_collections can define go by the present
+    value: they cannot set a field to None, nor give 0.5 to one that holds 1.)
+    """
+    name, _, rest = field.partition(".")
+    kinds = typing.get_type_hints(config_class)
+    _check_key(name, section, kinds, path)
+    kind, path = kinds[name], f"{path}.{name}"
+    if not rest:
+        with section.ignore_type():
+            section[name] = _parse_value(kind, _read_text(kind, text), path)
+    elif dataclasses.is_dataclass(kind):
+        override(section[name], kind, rest, text, path)
+    else:
+        raise ConfigError(f"{path}.{rest}: unknown key, {path} is {_describe(kind)}")
+
+
+def _read_text(kind: Any, text: str) -> Any:
+    inner = _without_none(kind)
+    if inner is not kind and text.lower() == "none":
+        return None
+    if inner is str or dataclasses.is_dataclass(inner):
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        value = text
+    if typing.get_origin(inner) is tuple and not isinstance(value, tuple | list):
+        return tuple(value.split(",")) if isinstance(value, str) else (value,)
+    return value
+
+
+def load_config(file_and_argument: str) -> "ConfigDict":
+    """What `get_config()` returns in the Python file FILE.py, or `get_config(ARG)` for FILE.py:ARG."""
+    from ml_collections import ConfigDict
+
+    file, colon, argument = file_and_argument.partition(":")
+    path = Path(file).expanduser().resolve()
+    if path.suffix != ".py" or not path.is_file():
+        beside = [each.name for each in path.parent.glob("*.py")]
+        raise ConfigError(f"config file {file}: no such Python file{did_you_mean(path.name, beside)}")
+    root = str(Path(__file__).parents[1])
+    if root not in sys.path:
+        sys.path.append(root)  # so that a config file anywhere can `from configs.models import ...`
+    try:
+        spec = importlib.util.spec_from_file_location("config_file", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = _call(module.get_config, [argument] if colon else [])
+    except Exception as error:
+        raise ConfigError(_one_line(error, file, path)) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{file}: get_config() returned a {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def _call(get_config: Callable[..., Any], arguments: list[str]) -> Any:
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError as error:
+        mend = "drop the text after the colon" if arguments else "give it as --config=FILE.py:ARG"
+        raise ConfigError(f"get_config: {error}, {mend}") from None
+    return get_config(*arguments)
+
+
+def _one_line(error: Exception, file: str, path: Path) -> str:
+    """`file:line: what`, the line being the deepest one inside the config file."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: {error.msg}"
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+    ]
+    place = f"{file}:{lines[-1]}" if lines else file
+    kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+    return f"{place}: {kind}{' '.join(str(error).split())}"

@@ -1,0 +1,377 @@
+"""A wrong config or command line ends in one line that names the field, and in exit code 78."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import FrozenInstanceError, dataclass
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_dict
+
+from jaxllm.config import (
+    Difference,
+    as_dict,
+    differences,
+    load_config,
+    nearest_divisors,
+    nearest_multiples,
+    override,
+    parse,
+    run_script,
+)
+from jaxllm.errors import ConfigError, NumericsError, Stopped
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Training:
+    steps: int
+    warmup_steps: int
+    learning_rate: float
+    shuffle: bool
+    name: str
+    seed: int | None
+    note: str | None
+
+
+@dataclass(frozen=True)
+class Data:
+    train: tuple[str, ...]
+    weights: tuple[float, ...]
+    sizes: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Config:
+    training: Training
+    data: Data
+    evaluation: Data | None
+
+
+VALUES = {
+    "training": {
+        "steps": 10,
+        "warmup_steps": 2,
+        "learning_rate": 0.1,
+        "shuffle": True,
+        "name": "a",
+        "seed": None,
+        "note": None,
+    },
+    "data": {"train": ["a.txt"], "weights": [1, 0.5], "sizes": None},
+    "evaluation": None,
+}
+
+
+def changed(path, value):
+    """VALUES with the field at the dotted path set, or taken out where value is ...."""
+    values = json.loads(json.dumps(VALUES))
+    *parents, field = path.split(".")
+    section = values
+    for parent in parents:
+        section = section[parent]
+    section[field] = value
+    if value is ...:
+        del section[field]
+    return values
+
+
+# ---- parse
+
+
+def test_parse_builds_nested_frozen_dataclasses():
+    config = parse(Config, config_dict.ConfigDict(VALUES))
+    assert config == Config(
+        Training(10, 2, 0.1, True, "a", None, None), Data(("a.txt",), (1.0, 0.5), None), None
+    )
+    with pytest.raises(FrozenInstanceError):
+        config.training.steps = 3
+
+
+def test_an_int_becomes_the_declared_float():
+    learning_rate = parse(Config, changed("training.learning_rate", 1)).training.learning_rate
+    assert type(learning_rate) is float
+
+
+def test_json_round_trip():
+    config = parse(Config, changed("evaluation", VALUES["data"]))
+    assert parse(Config, json.loads(json.dumps(as_dict(config)))) == config
+    assert as_dict(config)["data"]["train"] == ["a.txt"]  # equal to what json.loads gives
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("training.step", 3, "config.training.step: unknown key, did you mean 'steps'?"),
+        ("zebra", 3, "config.zebra: unknown key"),
+        ("training.steps", ..., "config.training.steps: missing key"),
+        ("training.steps", 1e3, "config.training.steps: must be an int, got 1000.0"),
+        ("training.steps", True, "config.training.steps: must be an int, got True"),
+        ("training.steps", None, "config.training.steps: must be an int, got None"),
+        ("training.learning_rate", "0.1", "config.training.learning_rate: must be a finite float, got '0.1'"),
+        (
+            "training.learning_rate",
+            float("nan"),
+            "config.training.learning_rate: must be a finite float, got nan",
+        ),
+        ("training.learning_rate", False, "config.training.learning_rate: must be a finite float, got False"),
+        ("training.shuffle", 1, "config.training.shuffle: must be true or false, got 1"),
+        ("training.seed", "x", "config.training.seed: must be an int or none, got 'x'"),
+        ("data.train", "a.txt", "config.data.train: must be a tuple of str, got 'a.txt'"),
+        ("data.weights", [1.0, "b"], "config.data.weights[1]: must be a finite float, got 'b'"),
+        ("data", 3, "config.data: must be a section of fields, got 3"),
+        ("evaluation", {}, "config.evaluation.train: missing key"),
+    ],
+)
+def test_a_wrong_config_is_one_line_with_the_full_path(path, value, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(Config, changed(path, value))
+    assert str(caught.value) == message
+
+
+def test_differences_name_the_path_and_both_values():
+    before, after = VALUES, changed("training.steps", 20) | {"extra": 1}
+    found = differences(before, after)
+    assert found == [Difference("training.steps", 10, 20), Difference("extra", None, 1)]
+    assert str(found[0]) == "training.steps 10 -> 20"
+    assert differences(before, VALUES) == []
+
+
+# ---- overrides
+
+
+@pytest.fixture
+def config():
+    values = config_dict.ConfigDict(changed("training.learning_rate", 1))  # an int in the file
+    values.data = config_dict.ConfigDict({"train": ("a.txt",), "weights": (1,), "sizes": None})
+    values.training.seed = config_dict.placeholder(int)
+    values.training.warmup_steps = values.training.get_ref("steps") // 5
+    return values.lock()
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("training.steps", "1_000", 1000),
+        ("training.learning_rate", "3e-4", 3e-4),
+        ("training.learning_rate", "1", 1.0),
+        ("training.shuffle", "false", False),
+        ("training.shuffle", "True", True),
+        ("training.name", "none", "none"),
+        ("training.name", "12", "12"),
+        ("training.seed", "5", 5),
+        ("training.note", "hello=there", "hello=there"),
+        ("data.train", "b.txt", ("b.txt",)),
+        ("data.train", "/some dir/b*.txt", ("/some dir/b*.txt",)),
+        ("data.train", "b.txt,../c.txt", ("b.txt", "../c.txt")),
+        ("data.train", "('b.txt','c.txt')", ("b.txt", "c.txt")),
+        ("data.train", "['b,c.txt']", ("b,c.txt",)),
+        ("data.train", "()", ()),
+        ("data.weights", "0.5", (0.5,)),
+        ("data.weights", "1,0.5", (1.0, 0.5)),
+        ("data.sizes", "4,5", (4, 5)),
+    ],
+)
+def test_override_reads_the_text_as_the_declared_type(config, field, text, value):
+    override(config, Config, field, text)
+    section, name = field.split(".")
+    assert getattr(getattr(parse(Config, config), section), name) == value
+
+
+@pytest.mark.parametrize(("field", "text"), [("seed", "7"), ("note", "a")])
+def test_an_optional_field_can_be_set_and_set_back_to_none(config, field, text):
+    override(config, Config, f"training.{field}", text)
+    assert config.training[field] is not None
+    override(config, Config, f"training.{field}", "none")
+    assert config.training[field] is None
+
+
+def test_a_derived_value_follows_an_override(config):
+    override(config, Config, "training.steps", "50")
+    assert parse(Config, config).training.warmup_steps == 10
+
+
+# ---- the command line
+
+CONFIG_FILE = """
+from ml_collections import config_dict
+
+def get_config(size="small"):
+    if size not in ("small", "big"):
+        raise ValueError(f"unknown size {size}")
+    return config_dict.ConfigDict({
+        "training": {"steps": 10, "warmup_steps": 2, "learning_rate": 0.1, "shuffle": True,
+                     "name": size, "seed": None, "note": None},
+        "data": {"train": ("a.txt",), "weights": (1.0,), "sizes": None},
+        "evaluation": None,
+    })
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.py").write_text(CONFIG_FILE)
+    return "tiny.py"
+
+
+def define_flags(values):
+    flags.DEFINE_string("workdir", "runs/x", "where outputs go", flag_values=values)
+    flags.DEFINE_integer("workers", 1, "how many", flag_values=values)
+
+
+def run(*arguments, main=lambda config, flags: print(config, flags.workdir)):
+    return run_script(main, lambda: Config, define_flags, ["train.py", *arguments])
+
+
+def test_main_gets_the_config_and_the_flags(config_file):
+    seen = []
+    code = run(
+        "--config=tiny.py:big",
+        "--config.training.steps=3",
+        "--workdir=w",
+        "--config.training.steps=4",
+        main=lambda config, flags: seen.append((config.training, flags.workdir)),
+    )
+    assert code == 0
+    assert seen == [(Training(4, 2, 0.1, True, "big", None, None), "w")]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.training.step=3", "config.training.step: unknown key, did you mean 'steps'?"),
+        ("--config.trainin.steps=3", "config.trainin: unknown key, did you mean 'training'?"),
+        ("--config.data.train.x=3", "config.data.train.x: unknown key, config.data.train is a tuple of str"),
+        ("--config.training.steps=1e3", "config.training.steps: must be an int, got 1000.0"),
+        ("--config.training.steps=many", "config.training.steps: must be an int, got 'many'"),
+        ("--config.training.steps=none", "config.training.steps: must be an int, got 'none'"),
+        ("--config.data.weights=a", "config.data.weights[0]: must be a finite float, got 'a'"),
+        ("--config.training=3", "config.training: must be a section of fields, got '3'"),
+        ("--config.training.name", "config.training.name: write --config.training.name=VALUE"),
+        ("config.lr=3", "stray argument 'config.lr=3', did you mean --config.lr=3?"),
+        ("steps", "stray argument 'steps'"),
+        ("--wrkdir=x", "--wrkdir: unknown flag, did you mean 'workdir'?"),
+        ("--workers=x", "flag --workers=x: invalid literal for int() with base 10: 'x'"),
+        ("--config=tny.py", "config file tny.py: no such Python file, did you mean 'tiny.py'?"),
+        ("--config=tiny.py:huge", "tiny.py:6: ValueError: unknown size huge"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_78(config_file, capsys, argument, message):
+    assert run("--config=tiny.py", argument) == 78
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {message}\n"
+    assert captured.out == ""
+
+
+def test_a_config_must_be_given(capsys):
+    assert run("--workdir=x") == 78
+    assert capsys.readouterr().err == "error: --config=FILE.py is missing\n"
+
+
+NOT_A_SYNTAX = "def get_config(:\n"
+NO_ATTRIBUTE = "import os\n\nos.nothing\n"
+NO_FUNCTION = "x = 1\n"
+NO_RETURN = "def get_config():\n    pass\n"
+NO_DEFAULT = "def get_config(size):\n    pass\n"
+REFUSED = "from jaxllm.errors import ConfigError\n\ndef get_config():\n    raise ConfigError('no')\n"
+MISSPELT = CONFIG_FILE.replace('"steps"', '"stepz"')
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (NOT_A_SYNTAX, "bad.py:1: invalid syntax"),
+        (NO_ATTRIBUTE, "bad.py:3: AttributeError: module 'os' has no attribute 'nothing'"),
+        (NO_FUNCTION, "bad.py: AttributeError: module 'config_file' has no attribute 'get_config'"),
+        (NO_RETURN, "bad.py: get_config() returned a NoneType, not a ConfigDict"),
+        (NO_DEFAULT, "missing a required argument: 'size', give it as --config=FILE.py:ARG"),
+        (REFUSED, "bad.py:4: no"),
+        (MISSPELT, "config.training.stepz: unknown key, did you mean 'steps'?"),
+    ],
+)
+def test_a_broken_config_file_is_named_with_its_line(config_file, capsys, text, message):
+    Path("bad.py").write_text(text)
+    assert run("--config=bad.py") == 78
+    error = capsys.readouterr().err
+    assert error.endswith(f"{message}\n")
+    assert error.count("\n") == 1
+
+
+def test_an_argument_that_get_config_does_not_take(config_file, capsys):
+    Path("plain.py").write_text(NO_RETURN)
+    assert run("--config=plain.py:big") == 78
+    assert "too many positional arguments, drop the text after the colon" in capsys.readouterr().err
+
+
+def test_a_config_file_anywhere_can_import_from_the_repository(config_file, monkeypatch):
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != ROOT])
+    load_config(config_file)
+    assert str(ROOT) in sys.path
+
+
+def test_print_config_prints_the_resolved_config_and_does_not_run(config_file, capsys):
+    assert run("--config=tiny.py", "--config.training.steps=77", "--print_config", main=None) == 0
+    assert parse(Config, json.loads(capsys.readouterr().out)).training.steps == 77
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (NumericsError("loss is nan"), 70, "error: loss is nan\n"),
+        (Stopped("saved step 3"), 75, "stopped: saved step 3\n"),
+    ],
+)
+def test_a_run_error_is_its_line_and_its_exit_code(config_file, capsys, error, code, line):
+    def main(config, flags):
+        raise error
+
+    assert run("--config=tiny.py", main=main) == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_bug_keeps_its_traceback(config_file):
+    with pytest.raises(ZeroDivisionError):
+        run("--config=tiny.py", main=lambda config, flags: 1 // 0)
+
+
+HELP_SCRIPT = """'Trains a thing.'
+import sys
+from absl import flags
+from jaxllm.config import run_script
+
+def define_flags(values):
+    flags.DEFINE_string("workdir", None, "where outputs go", flag_values=values)
+
+run_script(None, lambda: 1 / 0, define_flags)
+assert "jax" not in sys.modules
+"""
+
+
+def test_help_is_quick_and_loads_neither_jax_nor_the_config_class(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(HELP_SCRIPT)
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 2
+    assert "Trains a thing." in done.stdout
+    assert "--workdir: where outputs go" in done.stdout
+
+
+# ---- what the messages offer
+
+
+def test_nearest_multiples_for_a_size_that_must_be_divisible():
+    assert nearest_multiples(30, of=8) == (24, 32)
+    assert nearest_multiples(32, of=8) == (32,)
+    assert nearest_multiples(3, of=8) == (8,)
+
+
+def test_nearest_divisors_for_a_size_that_must_divide():
+    assert nearest_divisors(5, of=32) == (4, 8)
+    assert nearest_divisors(4, of=32) == (4,)
+    assert nearest_divisors(64, of=32) == (32,)
