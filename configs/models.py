@@ -1,0 +1,74 @@
+"""Model shapes, from a test's to Llama 3.1 8B: the size dial of every config.
+
+`model("10m")` returns a ConfigDict with every field of `jaxllm.models.ModelConfig`; a config takes it
+and may change any of them, as may the command line: `--config.model.num_layers=6`.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+# layers, width, query heads, key-value heads, head width, MLP width, vocabulary, longest sequence.
+# Our own sizes are named after their parameters outside the embedding (124m: with it, like GPT-2's).
+SHAPES = {
+    "tiny": (2, 64, 4, 2, 16, 176, 512, 256),
+    "1m": (4, 128, 4, 4, 32, 384, 1024, 512),
+    "10m": (8, 320, 5, 5, 64, 864, 4096, 1024),
+    "60m": (12, 640, 10, 10, 64, 1728, 16384, 2048),
+    "124m": (12, 768, 12, 12, 64, 2048, 50304, 2048),
+    "qwen3_0.6b": (28, 1024, 16, 8, 128, 3072, 151936, 40960),
+    "llama3.2_1b": (16, 2048, 32, 8, 64, 8192, 128256, 131072),
+    "llama3.1_8b": (32, 4096, 32, 8, 128, 14336, 128256, 131072),
+}
+
+
+def model(size: str) -> ConfigDict:
+    """A shape by name; ValueError that lists the names for any other."""
+    if size not in SHAPES:
+        raise ValueError(f"no model size {size!r}: choose one of {', '.join(SHAPES)}")
+    layers, width, heads, kv_heads, head_dim, mlp_width, vocab_size, max_length = SHAPES[size]
+    config = ConfigDict()
+    config.vocab_size = vocab_size
+    config.num_layers = layers
+    config.width = width
+    config.num_heads = heads
+    config.num_kv_heads = kv_heads  # fewer than num_heads: grouped-query attention
+    config.head_dim = head_dim
+    config.mlp_width = mlp_width
+    config.activation = "silu"  # "silu" (SwiGLU) or "gelu" (GeGLU)
+    config.max_length = max_length  # tokens
+    config.rope_theta = 10_000.0
+    config.rope_scaling = ConfigDict()
+    config.rope_scaling.kind = "none"  # "none", "llama3" or "yarn"; the rest is used by those two
+    config.rope_scaling.factor = 1.0
+    config.rope_scaling.original_length = max_length
+    config.rope_scaling.low_frequency = 1.0
+    config.rope_scaling.high_frequency = 4.0
+    config.rope_scaling.beta_fast = 32.0
+    config.rope_scaling.beta_slow = 1.0
+    config.norm_epsilon = 1e-5
+    config.qk_norm = True  # steadier at high learning rates (Dehghani et al. 2023)
+    config.qkv_bias = False
+    config.output_bias = False
+    config.mlp_bias = False
+    config.attention_softcap = config_dict.placeholder(float)  # None: not used
+    config.logit_softcap = config_dict.placeholder(float)
+    config.sliding_window = config_dict.placeholder(int)  # tokens, itself included
+    config.tie_embeddings = True
+    config.scan_layers = layers > 12  # compiles one block for all; unrolled steps are a little faster
+    config.remat = "none"  # "none", "attention", "dots" or "full": less memory, more arithmetic
+    config.attention = "xla"  # "xla" everywhere, "cudnn" on NVIDIA, "splash" on TPU
+    config.compute_dtype = "float32"  # "bfloat16" on accelerators
+    config.param_dtype = "float32"
+    if layers > 12:
+        config.compute_dtype = "bfloat16"
+        config.remat = "attention"
+    if size.startswith("llama"):
+        config.qk_norm = False
+        config.rope_theta = 500_000.0
+        config.rope_scaling.kind = "llama3"
+        config.rope_scaling.factor = 32.0 if size == "llama3.2_1b" else 8.0
+        config.rope_scaling.original_length = 8192
+        config.tie_embeddings = size == "llama3.2_1b"
+    if size.startswith("qwen3"):
+        config.rope_theta = 1_000_000.0
+        config.norm_epsilon = 1e-6
+    return config

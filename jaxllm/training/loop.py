@@ -1,0 +1,179 @@
+"""The host's side of training: feed steps, read metrics one step late, save, stop in good order."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from jaxllm.errors import NumericsError, Stopped
+from jaxllm.training.metrics import MetricWriter, Throughput, to_scalars
+from jaxllm.training.state import TrainState
+from jaxllm.training.watch import StopRequested, Watch
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long, and what happens how often. Intervals are in optimiser steps; 0 is never."""
+
+    steps: int
+    num_microbatches: int  # pieces a batch is computed in, one after another, to save memory
+    log_every: int
+    evaluate_every: int  # and once at the end
+    sample_every: int  # and once at the end
+    checkpoint_every: int  # and once at the end
+    max_bad_steps: int  # so many steps in a row without a finite loss and gradient stop the run
+    hang_timeout: float  # seconds without a step after which the run dumps its stacks and exits
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Something to run every so many steps and after the last: (step, state) -> metrics for that step."""
+
+    every: int
+    run: Callable[[int, TrainState], dict[str, float]]
+
+
+@dataclass
+class Loop:
+    """What a run is made of besides its state."""
+
+    config: LoopConfig
+    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]  # compiled
+    schedule: Callable[[int], Any]  # updates made -> learning rate
+    hooks: tuple[Hook, ...]
+    save: Callable[[int, TrainState, dict[str, float] | None], None]  # step, state, row still to be finished
+    wait: Callable[[], None]  # until all that was saved is on disk
+    writer: MetricWriter
+    throughput: Throughput
+    watch: Watch
+    resume_command: str
+    profile: tuple[int, int] | None  # first and last step to trace
+    profile_folder: str
+    warm: set[Hook] = field(default_factory=set)  # hooks that have run, and so are compiled
+
+    def run(
+        self, state: TrainState, batches: Iterator[Any], unfinished_row: dict[str, float] | None = None
+    ) -> TrainState:
+        """Train from state.step to config.steps.
+
+        `batches` begins at the batch of the state's step. `unfinished_row` is what a stopped run had
+        measured of that step before its evaluation was cut short.
+
+        Raises Stopped after a signal, once the state is saved; NumericsError after max_bad_steps.
+        """
+        start = int(state.step)
+        self.progress = Progress(start, self.config.steps)
+        if unfinished_row is not None:
+            self._finish_step(start, state, unfinished_row)
+        late = None
+        self.throughput.restart()
+        for step in range(start + 1, self.config.steps + 1):
+            self._profile(step)
+            asked = time.perf_counter()
+            batch = next(batches)
+            self.throughput.waited += time.perf_counter() - asked
+            state, metrics = self.train_step(state, batch)
+            if late is not None:  # the device is busy with this step: reading the one before costs nothing
+                row = self._read(*late)
+                if due(step - 1, self.config.log_every):
+                    self._write(step - 1, row)
+            late = (step, metrics)
+            self.throughput.steps += 1
+            self.watch.beat()
+            if self._is_boundary(step):
+                self._finish_step(step, state, self._read(*late))
+                late = None
+                self.throughput.restart()
+        self.progress.close()
+        return state
+
+    def _is_boundary(self, step: int) -> bool:
+        intervals = (self.config.checkpoint_every, *(hook.every for hook in self.hooks))
+        return (
+            self.watch.requested or step == self.config.steps or any(due(step, every) for every in intervals)
+        )
+
+    def _read(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
+        """One step's metrics as numbers. Waits for that step."""
+        row = to_scalars(metrics, "train")
+        streak = int(row.pop("train/bad_streak"))
+        if streak >= self.config.max_bad_steps:
+            raise NumericsError(
+                f"the loss or gradient was not finite in {streak} steps in a row up to step {step} "
+                f"(training.max_bad_steps); the parameters are those before them. Lower "
+                f"optimizer.learning_rate or set optimizer.clip_norm"
+            )
+        return row
+
+    def _write(self, step: int, row: dict[str, float]) -> None:
+        row["train/learning_rate"] = float(self.schedule(step - int(row["train/skipped_steps"]) - 1))
+        row["train/tokens"] = float(step * self.throughput.tokens_per_step)
+        row |= self.throughput.read()
+        self.writer.write(step, row)
+        self.progress.show(step, row)
+
+    def _finish_step(self, step: int, state: TrainState, row: dict[str, float]) -> None:
+        """All that is due after a step: hooks, its row, a checkpoint, and the end if a signal asked for it."""
+        last = step == self.config.steps
+        due_hooks = [hook for hook in self.hooks if hook.every and (last or due(step, hook.every))]
+        unfinished = None
+        try:
+            for hook in due_hooks:
+                self.watch.check()
+                with nullcontext() if hook in self.warm else self.watch.paused():
+                    row = row | hook.run(step, state)
+                self.warm.add(hook)
+        except StopRequested:
+            unfinished = row
+        if unfinished is None and (due_hooks or last or due(step, self.config.log_every)):
+            self._write(step, row)
+        if last or self.watch.requested or due(step, self.config.checkpoint_every):
+            self.save(step, state, unfinished)
+        if self.watch.requested and not (last and unfinished is None):
+            self.wait()
+            raise Stopped(f"stopped by a signal and saved at step {step}; resume with: {self.resume_command}")
+
+    def _profile(self, step: int) -> None:
+        if self.profile is not None and step == self.profile[0]:
+            jax.profiler.start_trace(self.profile_folder)
+        if self.profile is not None and step == self.profile[1] + 1:
+            jax.profiler.stop_trace()
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
+
+
+class Progress:
+    """A bar on a terminal, a line for every logged step elsewhere."""
+
+    def __init__(self, start: int, steps: int, log_every: int):
+        self.steps = steps
+        self.bar = (
+            tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        )
+
+    def show(self, step: int, row: dict[str, float]) -> None:
+        names = {"train/loss": "loss", "eval/loss": "eval loss", "eval/bits_per_byte": "eval bits/byte"}
+        values = {short: f"{row[name]:.4g}" for name, short in names.items() if name in row}
+        if "perf/tokens_per_second" in row:
+            values["tokens/s"] = f"{row['perf/tokens_per_second']:,.0f}"
+        if self.bar is not None:
+            self.bar.set_postfix(values)
+            self.bar.update(step - self.bar.n)
+            return
+        if "perf/step_time" in row:
+            left = (self.steps - step) * row["perf/step_time"]
+            values["left"] = f"{int(left // 60)}:{int(left % 60):02d}"
+        text = "  ".join(f"{name} {value}" for name, value in values.items())
+        print(f"step {step}/{self.steps}  {text}", flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
