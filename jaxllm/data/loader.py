@@ -1,0 +1,98 @@
+"""Batches from windows: which rows step N trains on is a pure function of the seed and N.
+
+Grain shuffles, mixes, shards by process and reads ahead. It is imported when a batch is asked for, since
+machines that only use the losses or the models need not have it.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from jaxllm.batches import TokenBatch
+from jaxllm.data.windows import Windows
+from jaxllm.errors import ConfigError, DataError
+
+_READ_THREADS, _READ_AHEAD = 2, 4  # batches; making one takes a hundredth of a training step
+
+
+def training_batches(
+    sources: Sequence[Windows],
+    *,
+    weights: Sequence[float] = (),
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Any:
+    """An endless grain dataset whose element N is this process's rows, [B / processes, T], of step N.
+
+    Without `weights` all windows are seen once an epoch, in an order of its own; with them each source
+    fills its share of every stretch of rows and runs through its own epochs. The rows of a step do
+    not depend on the number of processes.
+    """
+    grain = _import_grain()
+    windows = sum(map(len, sources))
+    if windows < batch_size:
+        raise DataError(
+            f"the text fills {windows} windows of sequence_length={sources[0].sequence_length}, fewer than "
+            f"batch_size={batch_size}: lower either of the two, or give more text"
+        )
+    datasets = [grain.MapDataset.source(source) for source in sources]
+    if weights:
+        shuffled = [dataset.seed(seed + i).shuffle().repeat() for i, dataset in enumerate(datasets)]
+        rows = grain.MapDataset.mix(shuffled, weights)
+    else:
+        rows = grain.MapDataset.concatenate(datasets).seed(seed).shuffle().repeat()
+    return _sharded(rows, batch_size, process_index, process_count)
+
+
+def evaluation_batches(
+    sources: Sequence[Windows], *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Any:
+    """A grain dataset of every window once, in order; the last batch is filled up with masked rows."""
+    grain = _import_grain()
+    windows = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
+    count, blank = len(windows), sources[0].blank()
+    padded = -(-count // batch_size) * batch_size
+    rows = grain.MapDataset.range(padded).map(lambda i: windows[i] if i < count else blank)
+    return _sharded(rows, batch_size, process_index, process_count)
+
+
+def device_batches(dataset: Any, sharding: Any, *, start_step: int = 0) -> Iterator[TokenBatch]:
+    """The batches from `start_step` on as global arrays laid out by `sharding`.
+
+    Threads read a few batches ahead, and one batch is on the device before it is asked for.
+    """
+    import jax
+
+    grain = _import_grain()
+
+    def placed(batch: TokenBatch) -> TokenBatch:
+        return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)
+
+    options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_AHEAD)
+    batches = map(placed, dataset[start_step:].to_iter_dataset(options))
+    ahead = next(batches, None)
+    for batch in batches:
+        yield ahead
+        ahead = batch
+    if ahead is not None:
+        yield ahead
+
+
+def _sharded(rows: Any, batch_size: int, process_index: int, process_count: int) -> Any:
+    if batch_size % process_count:
+        below = batch_size // process_count * process_count
+        raise ConfigError(
+            f"batch_size={batch_size} does not divide over {process_count} processes; the nearest that do "
+            f"are {below or process_count} and {below + process_count}"
+        )
+    return rows[process_index::process_count].batch(batch_size // process_count)
+
+
+def _import_grain() -> Any:
+    try:
+        import grain
+    except ImportError as error:
+        raise ConfigError("reading training data needs grain: pip install grain") from error
+    return grain

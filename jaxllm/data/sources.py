@@ -1,0 +1,296 @@
+"""Documents as a stream of rows, from files, saved or hosted datasets, or the synthetic world.
+
+Every row says where it stands (`file:line`), and a row without usable text says why, so that nothing is
+dropped unseen. Nothing here holds more than one document, or 16 MiB of one text file, in memory.
+"""
+
+import difflib
+import glob
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
+
+import xxhash
+
+from jaxllm.errors import DataError
+
+_TEXT_BLOCK = 16 * 2**20  # bytes
+_DATASET_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
+
+
+class Row(NamedTuple):
+    """One document, or the reason why there is none."""
+
+    where: str  # "file:line"
+    done: int  # how far into `Source.size` this row lies
+    text: str | None
+    problem: str = ""  # the kind of fault, where text is None
+    detail: str = ""
+
+    def rejected(self, problem: str, detail: str = "") -> "Row":
+        return self._replace(text=None, problem=problem, detail=detail)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stream of rows that can be read again and again."""
+
+    name: str  # as the user wrote it
+    content_hash: str  # of all that can change a row
+    size: int  # bytes of the files, or rows of a dataset: what a progress bar counts
+    rows: Callable[[], Iterator[Row]]
+
+
+def open_source(name: str, *, split: str, text_key: str, synthetic_documents: int, seed: int) -> Source:
+    """The source that the user calls `name`.
+
+    A file or a glob of .txt, .jsonl (both also .gz) and .parquet; a folder saved by datasets; `hf:NAME`,
+    `hf:NAME:SUBSET` or `hf:NAME:SUBSET:SPLIT` for the hub; or `synthetic`. `split` ("train" or
+    "validation") is read where a dataset has several and the name chooses none.
+    """
+    if name == "synthetic":
+        return _synthetic_source(split, synthetic_documents, seed)
+    if name.startswith("hf:"):
+        return _dataset_source(name, _load_from_hub(name, split), text_key)
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return _dataset_source(name, _load_from_folder(path, split), text_key)
+    return _files_source(name, _matching_files(path, name), text_key)
+
+
+def _files_source(name: str, paths: list[str], text_key: str) -> Source:
+    content = xxhash.xxh3_128(text_key.encode())
+    for path in paths:
+        _reader(path)  # an unknown kind is refused before anything is read
+        content.update(f"{_suffix(path)} {os.path.getsize(path)}\n".encode())
+        with _opened(path, decompress=False) as (file, _):
+            while block := file.read(2**20):
+                content.update(block)
+
+    def rows() -> Iterator[Row]:
+        before = 0
+        for path in paths:
+            row = None
+            for row in _reader(path)(path, text_key):
+                yield row._replace(done=before + row.done)
+            before += os.path.getsize(path)
+            if row is None:
+                yield Row(f"{path}:1", before, "").rejected("empty file")
+
+    return Source(name, content.hexdigest(), sum(map(os.path.getsize, paths)), rows)
+
+
+def _matching_files(path: str, name: str) -> list[str]:
+    if os.path.isfile(path):
+        return [path]
+    if glob.has_magic(path):
+        if paths := sorted(filter(os.path.isfile, glob.glob(path, recursive=True))):
+            return paths
+        raise DataError(f"no file matches {name!r}")
+    folder = os.path.dirname(path) or "."
+    known = os.listdir(folder) if os.path.isdir(folder) else []
+    raise DataError(f"{name!r} does not exist{_nearest(os.path.basename(path), known)}")
+
+
+def _suffix(path: str) -> str:
+    """`.txt` of `a.b.txt.gz`."""
+    return os.path.splitext(path.removesuffix(".gz"))[1]
+
+
+def _reader(path: str) -> Callable[[str, str], Iterator[Row]]:
+    readers = {".txt": _text_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
+    reader = readers.get(_suffix(path))
+    if reader is None or path.endswith(".parquet.gz"):
+        raise DataError(f"{path}: only .txt, .txt.gz, .jsonl, .jsonl.gz and .parquet files can be read")
+    return reader
+
+
+@contextmanager
+def _opened(path: str, decompress: bool = True) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The file to read from, and the file on disk, whose position says how far it has come."""
+    try:
+        with open(path, "rb") as raw:
+            yield (gzip.GzipFile(fileobj=raw) if decompress and path.endswith(".gz") else raw), raw
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: the gzip file is truncated or damaged ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _text_rows(path: str, text_key: str) -> Iterator[Row]:
+    """The whole file as one document; one that is larger than 16 MiB is cut at a line's end."""
+    with _opened(path) as (file, raw):
+        line = 1
+        while block := file.read(_TEXT_BLOCK):
+            block += file.readline()
+            yield _checked_text(_decoded(path, line, raw.tell(), block))
+            line += block.count(b"\n")
+
+
+def _json_rows(path: str, text_key: str) -> Iterator[Row]:
+    """One JSON object a line."""
+    with _opened(path) as (file, raw):
+        for line, content in enumerate(file, 1):
+            if content.strip():
+                yield _parsed_json(_decoded(path, line, raw.tell(), content), text_key)
+
+
+def _parsed_json(row: Row, text_key: str) -> Row:
+    if row.text is None:
+        return row
+    try:
+        return _checked_object(row, json.loads(row.text), text_key)
+    except (ValueError, RecursionError) as error:
+        return row.rejected("invalid JSON", str(error))
+
+
+def _parquet_rows(path: str, text_key: str) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    size = os.path.getsize(path)
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_column(path, file.schema_arrow.names, text_key)
+            for batch in file.iter_batches(batch_size=256, columns=[text_key]):
+                for value in batch.column(0):
+                    row += 1
+                    done = size * row // file.metadata.num_rows
+                    yield _checked_cell(Row(f"{path}:{row}", done, ""), value, text_key)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: the parquet file is damaged ({str(error).splitlines()[0]})") from error
+
+
+def _dataset_source(name: str, dataset: Any, text_key: str) -> Source:
+    """A Hugging Face dataset, read as Arrow batches so that no row is decoded twice."""
+    _check_column(name, dataset.column_names, text_key)
+    content = xxhash.xxh3_128(f"{text_key} {len(dataset)}\n".encode())
+    for file in dataset.cache_files:
+        with _opened(file["filename"], decompress=False) as (opened, _):
+            while block := opened.read(2**20):
+                content.update(block)
+    if not dataset.cache_files:  # held in memory only
+        content.update(dataset._fingerprint.encode())
+    table = dataset.select_columns([text_key]).with_format("arrow")
+
+    def rows() -> Iterator[Row]:
+        row = 0
+        for batch in table.iter(batch_size=256):
+            for value in batch.column(0):
+                row += 1
+                yield _checked_cell(Row(f"{name}:{row}", row, ""), value, text_key)
+
+    return Source(name, content.hexdigest(), len(dataset), rows)
+
+
+def _load_from_folder(path: str, split: str) -> Any:
+    if not any(os.path.exists(os.path.join(path, mark)) for mark in _DATASET_MARKS):
+        raise DataError(
+            f"{path} is a folder but no dataset saved by save_to_disk; for a folder of files "
+            f"write a glob such as '{path.rstrip('/')}/*.txt'"
+        )
+    import datasets
+
+    try:
+        return _one_split(path, datasets.load_from_disk(path), split)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: the saved dataset cannot be read ({_first_line(error)})") from error
+
+
+def _load_from_hub(name: str, split: str) -> Any:
+    import datasets
+
+    repository, subset, chosen = [*name.removeprefix("hf:").split(":"), "", ""][:3]
+    try:
+        loaded = datasets.load_dataset(repository, subset or None)
+    except Exception as error:  # the hub's client raises a dozen kinds, from time-outs to missing subsets
+        raise DataError(f"{name}: cannot be loaded from the hub ({_first_line(error)})") from error
+    return _one_split(name, loaded, chosen or split)
+
+
+def _one_split(name: str, loaded: Any, split: str) -> Any:
+    if not isinstance(loaded, dict):
+        return loaded
+    if split not in loaded:
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(loaded)}")
+    return loaded[split]
+
+
+def _synthetic_source(split: str, count: int, seed: int) -> Source:
+    from jaxllm.data import synthetic
+
+    def texts() -> Iterator[str]:
+        return synthetic.documents(split, count=count, seed=seed)
+
+    content = xxhash.xxh3_128(f"{split} {count} {seed}\n".encode())
+    for text in texts():
+        content.update(text.encode())
+    return Source(
+        "synthetic",
+        content.hexdigest(),
+        count,
+        lambda: (Row(f"synthetic:{i}", i, text) for i, text in enumerate(texts(), 1)),
+    )
+
+
+def _decoded(path: str, line: int, done: int, content: bytes) -> Row:
+    """The row of bytes that start at `line`; a byte-order mark is no text."""
+    try:
+        return Row(f"{path}:{line}", done, content.decode("utf-8-sig" if line == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        bad_line = line + content.count(b"\n", 0, error.start)
+        return Row(f"{path}:{bad_line}", done, "").rejected(
+            "invalid UTF-8", f"byte 0x{content[error.start]:02x}"
+        )
+
+
+def _checked_object(row: Row, value: Any, text_key: str) -> Row:
+    """`row` with the text of a JSON value that should be an object with `text_key`."""
+    if not isinstance(value, dict):
+        return row.rejected("wrong type", f"the row is {_json_type(value)}, not an object")
+    if text_key not in value:
+        return row.rejected("missing key", f"no {text_key!r}{_nearest(text_key, list(value))}")
+    text = value[text_key]
+    if not isinstance(text, str):
+        return row.rejected("wrong type", f"{text_key!r} is {_json_type(text)}, not a string")
+    return _checked_text(row._replace(text=text))
+
+
+def _checked_cell(row: Row, value: Any, text_key: str) -> Row:
+    """`row` with the text of an Arrow scalar."""
+    try:
+        return _checked_object(row, {text_key: value.as_py()}, text_key)
+    except UnicodeDecodeError as error:
+        return row.rejected("invalid UTF-8", f"byte 0x{error.object[error.start]:02x}")
+
+
+def _checked_text(row: Row) -> Row:
+    if row.text is not None and not row.text.strip():
+        return row.rejected("empty text")
+    return row
+
+
+def _check_column(where: str, names: list[str], text_key: str) -> None:
+    if text_key not in names:
+        raise DataError(f"{where}: no column {text_key!r}{_nearest(text_key, names)}; set text_key")
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _nearest(wanted: str, known: list[str]) -> str:
+    if matches := difflib.get_close_matches(wanted, known, n=1, cutoff=0.5):
+        return f"; did you mean {matches[0]!r}?"
+    return f"; there is {', '.join(map(repr, known[:8]))}" if known else ""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

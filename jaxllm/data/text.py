@@ -1,0 +1,175 @@
+"""Pretraining text: from what a config names to windows to train and to validate on, with a report."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from jaxllm.batches import TokenBatch
+from jaxllm.data.sources import Source, open_source
+from jaxllm.data.token_cache import BadRowPolicy, TokenCache, cached_tokens
+from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.windows import Windows, pack_documents
+from jaxllm.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which text to read and how to cut it.
+
+    A source is a file or glob (.txt, .jsonl, both also .gz, and .parquet), a folder saved by datasets'
+    save_to_disk, `hf:NAME[:SUBSET[:SPLIT]]` on the Hugging Face hub, or `synthetic`.
+    """
+
+    train: tuple[str, ...]  # sources to learn from
+    weights: tuple[float, ...]  # share of the batches, one a train source; empty: by their number of tokens
+    validation: tuple[str, ...]  # sources to validate on; empty: hold out a part of each train source
+    validation_fraction: float  # how much to hold out then; 0 validates on nothing
+    text_key: str  # the field or column of .jsonl, .parquet and datasets that holds the text
+    synthetic_documents: int  # how many documents `synthetic` makes to learn from
+    sequence_length: int  # tokens a window
+    batch_size: int  # windows an optimiser step, over all devices
+    on_bad_row: str  # "stop" at the first row without usable text, or "skip" it and write it down
+    max_bad_fraction: float  # when skipping, a greater share of bad rows than this stops the run
+    cache_dir: str  # where tokenised text is kept between runs
+
+    def __post_init__(self):
+        if not self.train:
+            raise ConfigError("train names no source")
+        if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
+            raise ConfigError(
+                f"weights={self.weights} must be one positive number for each of the {len(self.train)} "
+                f"train sources, or ()"
+            )
+        if self.on_bad_row not in ("stop", "skip"):
+            raise ConfigError(f"on_bad_row={self.on_bad_row!r} must be 'stop' or 'skip'")
+        for name in ("validation_fraction", "max_bad_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        for name in ("synthetic_documents", "sequence_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Text ready to be batched."""
+
+    train: tuple[Windows, ...]  # one a train source
+    weights: tuple[float, ...]  # their shares of the batches, or ()
+    validation: tuple[Windows, ...]  # may be ()
+    fingerprint: str  # changes whenever a window or a weight does
+    report: str  # what was read and what became of it, for people
+
+
+def text_documents(config: TextConfig, *, seed: int) -> Iterator[str]:
+    """The documents to learn from, one from each source in turn; rows without usable text are left out."""
+    streams = [_open(config, name, "train", seed).rows() for name in config.train]
+    for row in itertools.chain.from_iterable(itertools.zip_longest(*streams)):
+        if row is not None and row.text is not None:
+            yield row.text
+
+
+def load_text(
+    config: TextConfig, tokenizer: Tokenizer, *, seed: int, run_folder: Path | None = None
+) -> TextData:
+    """Tokenise what no cache holds yet, hold out what to validate on, and pack both into windows.
+
+    Rows that were skipped are written to `bad_rows.jsonl` in `run_folder`.
+    """
+    policy = BadRowPolicy(config.on_bad_row, config.max_bad_fraction)
+    roles = [(name, "train") for name in config.train] + [(name, "validation") for name in config.validation]
+    caches = [
+        cached_tokens(_open(config, name, role, seed), tokenizer, config.cache_dir, policy)
+        for name, role in roles
+    ]
+    if run_folder is not None:
+        _collect_bad_rows(caches, run_folder / "bad_rows.jsonl")
+    fraction = 0.0 if config.validation else config.validation_fraction
+    size = {"sequence_length": config.sequence_length, "pad_id": tokenizer.pad_id}
+    count = len(config.train)
+    train, held_out = zip(
+        *(pack_documents(cache, held_out_fraction=fraction, **size) for cache in caches[:count]), strict=True
+    )
+    given = (pack_documents(cache, held_out_fraction=0.0, **size)[0] for cache in caches[count:])
+    validation = tuple(windows for windows in (*held_out, *given) if len(windows))
+    if fraction and not validation:
+        raise DataError(
+            f"validation_fraction={fraction} of the text is too little to validate on: raise it, name a "
+            f"validation source, or set it to 0"
+        )
+    fingerprint = repr(([cache.key for cache in caches], config.weights, fraction, size))
+    return TextData(
+        train,
+        config.weights,
+        validation,
+        xxhash.xxh3_128_hexdigest(fingerprint.encode()),
+        _report([name for name, _ in roles], caches, train, validation, tokenizer),
+    )
+
+
+def _open(config: TextConfig, name: str, role: str, seed: int) -> Source:
+    count = config.synthetic_documents
+    if role == "validation":
+        count = max(1, round(count * config.validation_fraction))
+    return open_source(name, split=role, text_key=config.text_key, synthetic_documents=count, seed=seed)
+
+
+def _collect_bad_rows(caches: list[TokenCache], path: Path) -> None:
+    if any(cache.counts.dropped for cache in caches):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(cache.bad_rows.read_text() for cache in caches))
+
+
+def _report(
+    names: list[str],
+    caches: list[TokenCache],
+    train: tuple[Windows, ...],
+    validation: tuple[Windows, ...],
+    tokenizer: Tokenizer,
+) -> str:
+    lines = []
+    for name, cache in zip(names, caches, strict=True):
+        counts = cache.counts
+        lines.append(
+            f"{name}: {counts}; {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
+            f"({counts.text_bytes / counts.tokens:.2f} bytes a token)"
+        )
+    for role, windows in (("train", train), ("validation", validation)):
+        if windows:
+            number = sum(map(len, windows))
+            padded = sum(len(part) * part.padded_fraction for part in windows) / max(1, number)
+            tokens = sum(part.num_tokens for part in windows)
+            lines.append(f"{role}: {tokens:,} tokens in {number:,} windows, {padded:.2%} padding")
+    example = _example(train)
+    if example is not None:
+        lines.append(f"example (what is in ⟦ ⟧ is read but not learnt): {show_targets(example, tokenizer)}")
+    return "\n".join(lines)
+
+
+def _example(sources: tuple[Windows, ...]) -> TokenBatch | None:
+    """Some forty tokens of training text, around a masked one if one is near."""
+    rows = [windows[i] for windows in sources for i in range(min(len(windows), 20))]
+    if not rows:
+        return None
+    row = next((row for row in rows if not row.mask[row.segment_ids > 0].all()), rows[0])
+    centre = int(np.argmin(row.mask))
+    start = max(0, centre - 20)
+    return TokenBatch(*(values[start : start + 40] for values in row))
+
+
+def show_targets(row: TokenBatch, tokenizer: Tokenizer) -> str:
+    """The targets of one row as text on one line, those outside the loss in ⟦ ⟧, special tokens by name."""
+    real = row.segment_ids > 0
+    names = {i: piece for piece, i in tokenizer.special_ids.items()}
+    shown = ""
+    for (learnt, name), group in itertools.groupby(
+        zip(row.targets[real].tolist(), row.mask[real].tolist(), strict=True),
+        key=lambda target: (target[1], names.get(target[0])),
+    ):
+        text = name or tokenizer.decode((i for i, _ in group), from_start=False)
+        shown += text if learnt else f"⟦{text}⟧"
+    return shown.replace("\n", "\\n")

@@ -1,0 +1,195 @@
+"""Text tokenised once: a source's documents as memory-mapped ids, each one BOS, its text, EOS.
+
+A cache lies in a folder named by the content of the source and the tokenizer. It is written beside its
+place and renamed into it, so a run that is killed or runs beside another leaves no half of one.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import time
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from tqdm import tqdm
+
+from jaxllm.data.sources import Row, Source
+from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.errors import DataError
+
+_FORMAT = 1  # a cache written by another version of this file is not read
+_BATCH_CHARACTERS, _BATCH_ROWS = 4_000_000, 10_000  # what is tokenised at a time
+_ENOUGH_ROWS = 1000  # to judge a source by, while it is still being read
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # files count bytes, datasets rows
+
+
+@dataclass(frozen=True)
+class BadRowPolicy:
+    """What becomes of rows without usable text."""
+
+    on_bad_row: str  # "stop" at the first, or "skip" them and write them down
+    max_bad_fraction: float  # more than this share of bad rows stops the run all the same
+
+
+@dataclass
+class SourceCounts:
+    """What was found in a source."""
+
+    rows: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # by the kind of fault
+    first_bad_row: str = ""
+    documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+        dropped = f", {sum(self.dropped.values())} dropped ({reasons})" if reasons else ""
+        return f"{self.rows:,} rows read, {self.documents:,} kept{dropped}"
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """The tokens of D documents, one after the other."""
+
+    tokens: np.ndarray  # uint16 or uint32 [N], memory-mapped
+    offsets: np.ndarray  # int64 [D + 1], where each document begins, and N
+    text_hashes: np.ndarray  # uint64 [D], of each document's text
+    counts: SourceCounts
+    key: str  # names the content and the tokenizer
+    bad_rows: Path  # one JSON object a bad row
+
+
+def cached_tokens(source: Source, tokenizer: Tokenizer, cache_dir: str, policy: BadRowPolicy) -> TokenCache:
+    """The tokens of `source`: from the cache if it holds them, tokenised now if not."""
+    key = xxhash.xxh3_128_hexdigest(f"{_FORMAT} {source.content_hash} {tokenizer.hash}".encode())
+    folder = Path(cache_dir).expanduser() / key
+    cache = _read(folder)
+    if cache is None:
+        try:
+            _write(folder, source, tokenizer, policy)
+        except OSError as error:
+            raise DataError(
+                f"cache_dir={cache_dir}: cannot write tokens ({error.strerror or error})"
+            ) from error
+        cache = _read(folder)
+    if cache is None:
+        raise DataError(f"{folder} does not hold what was just written to it; is the disk sound?")
+    _judge(source, cache.counts, policy)  # it may have been made under a more lenient policy
+    if not cache.counts.documents:
+        raise DataError(f"{source.name} holds no usable text: {cache.counts}")
+    return cache
+
+
+def _read(folder: Path) -> TokenCache | None:
+    """The cache in `folder`; None if there is none, or a file has not the size it was written with."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        counts = SourceCounts(**meta["counts"])
+        return TokenCache(
+            _mapped(folder / "tokens", meta["dtype"], counts.tokens),
+            _mapped(folder / "offsets", "int64", counts.documents + 1),
+            _mapped(folder / "text_hashes", "uint64", counts.documents),
+            counts,
+            key=folder.name,
+            bad_rows=folder / "bad_rows.jsonl",
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _mapped(path: Path, dtype: str, size: int) -> np.ndarray:
+    if path.stat().st_size != size * np.dtype(dtype).itemsize:
+        raise ValueError(f"{path} has another size than it was written with")
+    return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
+
+
+def _write(folder: Path, source: Source, tokenizer: Tokenizer, policy: BadRowPolicy) -> None:
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    unfinished.mkdir(parents=True)
+    try:
+        dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
+        counts = _tokenise(unfinished, source, tokenizer, policy, dtype)
+        meta = {"source": source.name, "dtype": dtype.name, "counts": asdict(counts)}
+        (unfinished / "meta.json").write_text(json.dumps(meta))
+        if _read(folder) is None:  # else another run was faster
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _tokenise(
+    folder: Path, source: Source, tokenizer: Tokenizer, policy: BadRowPolicy, dtype: np.dtype
+) -> SourceCounts:
+    """Write tokens, offsets, hashes and bad rows into `folder`, a batch of documents at a time."""
+    counts, dropped = SourceCounts(), Counter[str]()
+    offsets, text_hashes = array("q", [0]), array("Q")
+    started = time.monotonic()
+    with (
+        (folder / "tokens").open("wb") as token_file,
+        (folder / "bad_rows.jsonl").open("w") as bad_row_file,
+        tqdm(total=source.size, desc=f"tokenise {source.name}", bar_format=_BAR, disable=None) as bar,
+    ):
+        for rows in _batches(source.rows()):
+            for row in rows:
+                if row.text is None:
+                    dropped[row.problem] += 1
+                    counts.first_bad_row = counts.first_bad_row or _sentence(row)
+                    record = {"where": row.where, "reason": row.problem, "detail": row.detail}
+                    bad_row_file.write(json.dumps(record) + "\n")
+            counts.rows += len(rows)
+            counts.dropped = dict(dropped)
+            if policy.on_bad_row == "stop" or counts.rows >= _ENOUGH_ROWS:
+                _judge(source, counts, policy)
+            texts = [row.text for row in rows if row.text is not None]
+            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+                content = text.encode("utf-8", "replace")
+                token_file.write(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype).tobytes())
+                offsets.append(offsets[-1] + len(ids) + 2)
+                text_hashes.append(xxhash.xxh3_64_intdigest(content))
+                counts.text_bytes += len(content)
+            bar.update(rows[-1].done - bar.n)
+    counts.documents, counts.tokens = len(text_hashes), offsets[-1]
+    (folder / "offsets").write_bytes(offsets.tobytes())
+    (folder / "text_hashes").write_bytes(text_hashes.tobytes())
+    if bar.disable:
+        seconds = time.monotonic() - started
+        print(f"tokenised {source.name}: {counts.tokens:,} tokens in {seconds:.0f} s", flush=True)
+    return counts
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Lists of rows with a few million characters of text together."""
+    batch: list[Row] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row.text or "")
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_ROWS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _judge(source: Source, counts: SourceCounts, policy: BadRowPolicy) -> None:
+    """Stop at the bad rows that the policy does not allow."""
+    bad = sum(counts.dropped.values())
+    if bad and policy.on_bad_row == "stop":
+        raise DataError(f"{counts.first_bad_row}; mend the row, or set on_bad_row to 'skip'")
+    if bad > policy.max_bad_fraction * counts.rows:
+        raise DataError(
+            f"{source.name}: {bad} of {counts.rows} rows are bad, more than max_bad_fraction="
+            f"{policy.max_bad_fraction}; the first: {counts.first_bad_row}"
+        )
+
+
+def _sentence(row: Row) -> str:
+    return f"{row.where}: {row.problem}" + (f" ({row.detail})" if row.detail else "")

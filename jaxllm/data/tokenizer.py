@@ -1,0 +1,284 @@
+"""Text to token ids and back, losing nothing: a sentencepiece model, trained on the run's own text or loaded.
+
+`decode(encode(text)) == text` for every Unicode string, except that half a surrogate pair, which is no
+character, becomes U+FFFD. What the vocabulary lacks is spelt in its UTF-8 bytes, and what looks
+like a special token in a text ("<|user|>", "</s>") is encoded as the characters it is made of.
+"""
+
+import hashlib
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from jaxllm.errors import ConfigError, DataError
+
+TOKENIZER_FILE = "tokenizer.model"
+
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
+CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
+SPARE_TOKENS = tuple(f"<|spare_{i}|>" for i in range(8))  # room for ideas that come after pretraining
+# Four named ids, the chat's, the newline and one token for each byte.
+_RESERVED = 4 + len(CHAT_TOKENS) + len(SPARE_TOKENS) + 1 + 256
+_SMALLEST_VOCABULARY = 300
+
+# sentencepiece writes a space as U+2581 and cannot tell a real U+2581 from it, so that one character
+# always goes by its bytes. U+2585 is the trainer's own mark for "unknown": it drops lines that hold one.
+_SPACE_MARK = "\u2581"
+_TRAINER_MARKS = {0x2581: "\n", 0x2585: "\n"}
+
+# A ModelProto's bytes appended to another's override its fields (protobuf's merging rule): here
+# normalizer_spec { add_dummy_prefix: false, remove_extra_whitespaces: false }.
+_KEEP_SPACES = b"\x1a\x04\x18\x00\x20\x00"
+_PROBE = " a  \uff21 \u2460\n\t e\u0301 "  # any normalisation other than the identity changes this
+
+_CHUNK = 20_000  # characters; encoding one piece of text slows down with its length
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Where the tokenizer comes from."""
+
+    path: str | None  # a sentencepiece .model, or a folder that holds tokenizer.model; None trains one
+    vocab_size: int  # tokens of the one that is trained; a text too small for it gets fewer
+    train_bytes: int  # how much of the run's text to train it on
+
+
+class Tokenizer:
+    """A sentencepiece model as a pair of exact functions, `encode` and `decode`."""
+
+    def __init__(self, model: bytes):
+        """`model`: the bytes of a sentencepiece model with a token for every byte."""
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            original = SentencePieceProcessor(model_proto=model)
+            # The space that Llama 2's kind puts before a text is added by us, once a text, not once a chunk.
+            self._prefix = " " if original.normalize("a") == _SPACE_MARK + "a" else ""
+            self._processor = processor = SentencePieceProcessor(model_proto=model + _KEEP_SPACES)
+        except RuntimeError as error:
+            raise DataError("not a sentencepiece model") from error
+        if processor.normalize(_PROBE) != _PROBE.replace(" ", _SPACE_MARK):
+            raise DataError(
+                "this sentencepiece model rewrites the text it reads (a normalizer), so text is lost"
+            )
+        self.vocab_size: int = processor.vocab_size()
+        self.hash: str = hashlib.sha256(model).hexdigest()
+        self._model = model
+        self.pieces: list[str] = [processor.id_to_piece(i) for i in range(self.vocab_size)]
+        self.special_ids: dict[str, int] = {
+            piece: i
+            for i, piece in enumerate(self.pieces)
+            if processor.is_control(i) or processor.is_unknown(i)
+        }
+        self.token_bytes: list[bytes] = [self._bytes_of(i) for i in range(self.vocab_size)]
+        self.token_byte_lengths = np.array([len(token) for token in self.token_bytes], np.int32)
+        byte_ids = {self.token_bytes[i]: i for i in range(self.vocab_size) if processor.is_byte(i)}
+        if len(byte_ids) < 256 or _SPACE_MARK not in self.pieces:
+            raise DataError(
+                "this sentencepiece model lacks tokens for single bytes or for the space: text is lost"
+            )
+        self._space_mark_ids = [byte_ids[bytes([byte])] for byte in _SPACE_MARK.encode()]
+        self.bos_id: int = processor.bos_id()
+        self.eos_id: int = processor.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise DataError("this sentencepiece model has no BOS or no EOS token")
+        # Masks never ask for the pad id, so any valid one will do where a model has none (-1).
+        self.pad_id: int = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+
+    def _bytes_of(self, i: int) -> bytes:
+        if self.pieces[i] in self.special_ids:
+            return b""
+        if self._processor.is_byte(i):
+            return bytes([int(self.pieces[i][3:-1], 16)])  # <0x0A>
+        return self.pieces[i].replace(_SPACE_MARK, " ").encode()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without BOS or EOS: whoever packs adds exactly one."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        parts = [list(self._parts(text)) for text in texts]
+        chunks = [chunk for text_parts in parts for chunk in text_parts]
+        # Starting threads for a single piece would take longer than encoding it.
+        encoded = iter(
+            self._processor.encode(chunks) if len(chunks) > 1 else map(self._processor.encode, chunks)
+        )
+        return [
+            [
+                i
+                for chunk, ids in zip(text_parts, encoded, strict=False)
+                for i in (self._space_mark_ids if chunk == _SPACE_MARK else ids)
+            ]
+            for text_parts in parts
+        ]
+
+    def decode(self, ids: Iterable[int], *, from_start: bool = True) -> str:
+        """The text of `ids`; special tokens are silent, and bytes that are no UTF-8 (yet) become U+FFFD.
+
+        `from_start=False` says that the ids go on from others, so that the first space is kept even by
+        a model that puts one before each text. Ids outside the vocabulary decode to U+FFFD too.
+        """
+        in_range, unknown = range(self.vocab_size), "\ufffd".encode()
+        text = b"".join(self.token_bytes[i] if i in in_range else unknown for i in map(int, ids))
+        decoded = text.decode("utf-8", errors="replace")
+        return decoded.removeprefix(self._prefix) if from_start else decoded
+
+    def save(self, path: str | Path) -> None:
+        """Write the model; its sha256 is `hash`."""
+        Path(path).write_bytes(self._model)
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """`text` in pieces that can be encoded apart; U+2581 stands alone."""
+        text = _without_lone_surrogates(text)
+        for part in re.split(f"({_SPACE_MARK})", self._prefix + text if text else ""):
+            start = 0
+            while len(part) - start > _CHUNK:
+                end = self._safe_cut(part, start + _CHUNK)
+                yield part[start:end]
+                start = end
+            if part[start:]:
+                yield part[start:]
+
+    def _safe_cut(self, text: str, position: int) -> int:
+        """The first place from `position` on that no token spans, so that a cut there changes none."""
+        while position < len(text) and text[position - 1 : position + 1] in self._joined_pairs:
+            position += 1
+        return position
+
+    @cached_property
+    def _joined_pairs(self) -> set[str]:
+        """Every pair of neighbouring characters inside some token."""
+        pieces = (piece.replace(_SPACE_MARK, " ") for piece in self.pieces)
+        return {a + b for piece in pieces for a, b in pairwise(piece)}
+
+
+def build_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
+    """The tokenizer that `config` asks for, trained on `documents` if it names no file."""
+    if config.path is not None:
+        return load_tokenizer(config.path)
+    return train_tokenizer(documents, vocab_size=config.vocab_size, max_bytes=config.train_bytes)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a sentencepiece model from a file, or from a folder with `tokenizer.model` in it."""
+    path = Path(path).expanduser()
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(f"tokenizer: {file} does not exist; give a sentencepiece .model or a folder with one")
+    try:
+        return Tokenizer(file.read_bytes())
+    except DataError as error:
+        raise DataError(f"tokenizer {file}: {error}") from error
+
+
+def train_tokenizer(documents: Iterable[str], *, vocab_size: int, max_bytes: int) -> Tokenizer:
+    """Train byte-pair encoding with byte fallback on the first `max_bytes` of `documents`.
+
+    The same text gives the same tokenizer. A text with too few repeated words for `vocab_size` gives a
+    smaller one, and says so.
+    """
+    if vocab_size < _SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"tokenizer.vocab_size={vocab_size} is too small: {_RESERVED} tokens are reserved (every byte, "
+            f"the newline, special tokens), use at least {_SMALLEST_VOCABULARY}"
+        )
+    lines = _training_lines(documents, vocab_size, max_bytes)
+    if not lines:
+        raise DataError("there is no text to train a tokenizer on")
+    tokenizer = Tokenizer(_train(lines, vocab_size))
+    if tokenizer.vocab_size < vocab_size:
+        print(
+            f"tokenizer: the text is too small for vocab_size={vocab_size}, made {tokenizer.vocab_size}",
+            flush=True,
+        )
+    return tokenizer
+
+
+def _train(lines: list[str], vocab_size: int) -> bytes:
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        required_chars=_SPACE_MARK,  # not every text has a space
+        allow_whitespace_only_pieces=True,  # indentation
+        split_digits=True,  # sums are learnt digit by digit
+        user_defined_symbols=["\n"],
+        control_symbols=[*CHAT_TOKENS, *SPARE_TOKENS],
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_piece=PAD,
+        bos_piece=BOS,
+        eos_piece=EOS,
+        unk_piece=UNKNOWN,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def _training_lines(documents: Iterable[str], vocab_size: int, max_bytes: int) -> list[str]:
+    """The text as short lines: the trainer silently drops those above 4192 bytes, and the newline is a token
+    of its own in any case.
+
+    Characters get at most half of the free vocabulary, or a Chinese or Japanese text would need thousands
+    before its first word; lines are split at the rarer ones, which bytes will spell.
+    """
+    lines: list[str] = []
+    counts: Counter[str] = Counter()
+    room = max_bytes
+    for document in documents:
+        for line in _without_lone_surrogates(document).translate(_TRAINER_MARKS).split("\n"):
+            for start in range(0, len(line), 1000):
+                lines.append(line[start : start + 1000])
+                counts.update(lines[-1])
+                room -= len(lines[-1].encode())
+            if room <= 0:
+                break
+        if room <= 0:
+            break
+    by_frequency = sorted(counts, key=lambda character: (-counts[character], character))
+    rare = dict.fromkeys(map(ord, by_frequency[(vocab_size - _RESERVED) // 2 :]), "\n")
+    return [part for line in lines for part in line.translate(rare).split("\n") if part] if rare else lines
+
+
+def _without_lone_surrogates(text: str) -> str:
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # a proper pair becomes its character, a lone half U+FFFD
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """A model must have a row for every token: JAX clamps an index that is too large and says nothing."""
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model's vocab_size is {vocab_size}: "
+            f"set it to {tokenizer.vocab_size} or more"
+        )
+
+
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """Every id must name a row of the model's embedding, for the same reason."""
+    bad = ids[(ids < 0) | (ids >= vocab_size)]
+    if bad.size:
+        raise DataError(f"token id {bad[0]} is outside the model's vocabulary of {vocab_size} tokens")

@@ -1,0 +1,93 @@
+"""Documents packed end to end and cut into windows, any of which can be made from its number alone.
+
+The documents form one long stream. Window i reads the `sequence_length` tokens from i * sequence_length
+on and predicts the successor of each, so that every token is a target exactly once. Only the first token
+of a document is masked: nothing that stands before it belongs to it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxllm.batches import TokenBatch
+from jaxllm.data.token_cache import TokenCache
+
+_FEW_DOCUMENTS = 100  # a share of so few may be empty, or one giant book
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A sequence of `TokenBatch` rows [T] over a stream of spans, each a document or a part of one."""
+
+    tokens: np.ndarray  # memory-mapped ids
+    starts: np.ndarray  # int64 [S], where each span begins in `tokens`
+    offsets: np.ndarray  # int64 [S + 1], where each span begins in the stream, and the stream's length
+    sequence_length: int  # T
+    pad_id: int
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def padded_fraction(self) -> float:
+        return 1 - max(0, self.num_tokens - 1) / max(1, len(self) * self.sequence_length)
+
+    def __len__(self) -> int:
+        return max(0, -(-(self.num_tokens - 1) // self.sequence_length))
+
+    def __getitem__(self, i: int) -> TokenBatch:
+        if not 0 <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
+        first = i * self.sequence_length
+        index = np.arange(first, min(first + self.sequence_length + 1, self.num_tokens))
+        low, high = np.searchsorted(self.offsets, index[[0, -1]], side="right")
+        segment_ids = 1 + np.searchsorted(self.offsets[low:high], index, side="right")
+        span = low - 2 + segment_ids
+        span_starts = self.offsets[span]
+        row = np.zeros((4, self.sequence_length + 1), np.int32)
+        row[0] = self.pad_id
+        row[:, : index.size] = (
+            self.tokens[self.starts[span] + index - span_starts],
+            segment_ids,
+            index - np.maximum(span_starts, first),
+            index > span_starts,
+        )
+        tokens, segment_ids, positions, learnt = row
+        return TokenBatch(tokens[:-1], tokens[1:], learnt[1:] > 0, segment_ids[:-1], positions[:-1])
+
+    def blank(self) -> TokenBatch:
+        """A row of padding alone, to fill a batch with."""
+        empty = np.zeros(self.sequence_length, np.int32)
+        return TokenBatch(empty + self.pad_id, empty + self.pad_id, empty.astype(bool), empty, empty)
+
+
+def pack(
+    tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, *, sequence_length: int, pad_id: int
+) -> Windows:
+    """The windows over the spans `tokens[start : start + length]`, in their order."""
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    return Windows(tokens, starts, offsets, sequence_length, pad_id)
+
+
+def pack_documents(
+    cache: TokenCache, *, held_out_fraction: float, sequence_length: int, pad_id: int
+) -> tuple[Windows, Windows]:
+    """Windows to train on and windows held out.
+
+    Held out are the documents whose text hashes low, so that the same text is always on the same side,
+    wherever and however often it stands. Of fewer than a hundred documents it is the tail of each.
+    """
+    starts, lengths = np.asarray(cache.offsets[:-1]), np.diff(cache.offsets)
+    held_out = cache.text_hashes / 2**64 < held_out_fraction
+    if held_out_fraction and (len(lengths) < _FEW_DOCUMENTS or not held_out.any()):
+        tails = (lengths * held_out_fraction).astype(np.int64)
+        tails[tails < 2] = 0  # a target and what comes before it
+        cuts = lengths - tails
+        spans = (starts, cuts), ((starts + cuts)[tails > 0], tails[tails > 0])
+    else:
+        spans = (starts[~held_out], lengths[~held_out]), (starts[held_out], lengths[held_out])
+    train, validation = (
+        pack(cache.tokens, *span, sequence_length=sequence_length, pad_id=pad_id) for span in spans
+    )
+    return train, validation
