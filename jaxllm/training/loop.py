@@ -118,7 +118,7 @@ class Loop:
         self.progress.show(step, row)
 
     def _finish_step(self, step: int, state: TrainState, row: dict[str, float]) -> None:
-        """All that is due after a step: hooks, its row, a checkpoint, and the end if a signal asked for it."""
+        """All that is due after a step: hooks, its row, a checkpoint, the end if a signal asked for it."""
         last = step == self.config.steps
         due_hooks = [hook for hook in self.hooks if hook.every and (last or due(step, hook.every))]
         unfinished = None

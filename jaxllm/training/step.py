@@ -70,7 +70,7 @@ def train_step(
     key = jax.random.fold_in(state.key, state.step)
     grads, loss, metrics = gradient_sums(loss_fn, state.params, batch, key, num_microbatches)
     grads = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1e-9), grads)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 

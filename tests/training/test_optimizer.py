@@ -1,0 +1,141 @@
+"""Schedules by hand-worked values; optimisers by which parameter gets which update."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxllm.errors import ConfigError
+from jaxllm.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+
+CONFIG = OptimizerConfig(
+    name="adamw",
+    learning_rate=1.0,
+    schedule="constant",
+    warmup_steps=4,
+    decay_fraction=0.5,
+    final_learning_rate=0.1,
+    beta1=0.9,
+    beta2=0.95,
+    epsilon=1e-8,
+    weight_decay=0.0,
+    decay_pattern="kernel$|table$",
+    clip_norm=None,
+    muon_momentum=0.95,
+)
+
+
+def rates(steps=24, **changes):
+    schedule = make_schedule(replace(CONFIG, **changes), steps)
+    return np.array([float(schedule(i)) for i in range(steps + 1)])
+
+
+def test_warm_up_rises_to_the_peak_and_never_wastes_a_step_at_zero():
+    np.testing.assert_allclose(rates()[:6], [0.2, 0.4, 0.6, 0.8, 1.0, 1.0], rtol=1e-6)
+
+
+def test_cosine_is_half_way_in_the_middle_and_ends_at_the_final_rate():
+    cosine = rates(schedule="cosine")
+    np.testing.assert_allclose(cosine[[4, 14, 24]], [1.0, 0.55, 0.1], rtol=1e-6)
+
+
+def test_linear_falls_by_equal_steps():
+    np.testing.assert_allclose(np.diff(rates(schedule="linear")[4:]), -0.9 / 20, rtol=1e-4)
+
+
+def test_wsd_stays_at_the_peak_and_then_falls_over_the_last_part():
+    wsd = rates(schedule="wsd")
+    np.testing.assert_allclose(wsd[4:13], 1.0)  # the decay takes the last 12 of 24 steps
+    np.testing.assert_allclose(np.diff(wsd[12:]), -0.9 / 12, rtol=1e-4)
+    np.testing.assert_allclose(wsd[24], 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"warmup_steps": 24}, "optimizer.warmup_steps"),
+        ({"schedule": "wsd", "decay_fraction": 0.9}, "optimizer.decay_fraction"),
+        ({"schedule": "cosin"}, "optimizer.schedule"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_names_its_field(changes, field):
+    with pytest.raises(ConfigError, match=field):
+        make_schedule(replace(CONFIG, **changes), 24)
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(ConfigError, match=r"optimizer.name='sgd'.*adamw, muon"):
+        make_optimizer(replace(CONFIG, name="sgd"), lambda _: 1.0)
+
+
+def params():
+    draw = np.random.default_rng(0)
+
+    def array(*shape):
+        return jnp.array(draw.normal(size=shape), jnp.float32)
+
+    return {
+        "embed": {"table": array(11, 4)},
+        "blocks": {
+            "mlp": {"up": {"kernel": array(2, 4, 6), "bias": array(2, 6)}},
+            "mlp_norm": {"scale": array(2, 4)},
+        },
+        "head": {"kernel": array(4, 11)},
+    }
+
+
+def updates(config, grads, learning_rate=1.0):
+    optimizer = make_optimizer(config, lambda _: learning_rate)
+    return optimizer.update(grads, optimizer.init(params()), params())[0]
+
+
+def test_adamw_is_optax_s():
+    grads = jax.tree.map(lambda p: jnp.cos(7 * p), params())
+    config = replace(CONFIG, weight_decay=0.1)
+    reference = optax.adamw(
+        1.0,
+        b1=0.9,
+        b2=0.95,
+        weight_decay=0.1,
+        mask={
+            "embed": {"table": True},
+            "blocks": {"mlp": {"up": {"kernel": True, "bias": False}}, "mlp_norm": {"scale": False}},
+            "head": {"kernel": True},
+        },
+    )
+    expected = reference.update(grads, reference.init(params()), params())[0]
+    jax.tree.map(np.testing.assert_allclose, updates(config, grads), expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_only_matrices_decay(name):
+    config = replace(CONFIG, name=name, weight_decay=0.5)
+    moved = updates(config, jax.tree.map(jnp.zeros_like, params()))
+    np.testing.assert_allclose(moved["embed"]["table"], -0.5 * params()["embed"]["table"], rtol=1e-6)
+    kernel = moved["blocks"]["mlp"]["up"]["kernel"]
+    np.testing.assert_allclose(kernel, -0.5 * params()["blocks"]["mlp"]["up"]["kernel"], rtol=1e-6)
+    assert not moved["blocks"]["mlp"]["up"]["bias"].any()
+    assert not moved["blocks"]["mlp_norm"]["scale"].any()
+
+
+def test_muon_orthogonalises_each_layer_s_matrix_and_leaves_the_rest_to_adamw():
+    grads = jax.tree.map(lambda p: jnp.cos(7 * p), params())
+    muon, adamw = (updates(replace(CONFIG, name=name), grads) for name in ("muon", "adamw"))
+    for layer, update in enumerate(muon["blocks"]["mlp"]["up"]["kernel"]):
+        # Newton-Schulz brings singular values near 1; scaled here so that an exact 1 reads as 1.
+        singular = np.linalg.svd(-np.asarray(update) / (0.2 * 6**0.5), compute_uv=False)
+        assert (singular > 0.6).all(), (layer, singular)
+        assert (singular < 1.3).all(), (layer, singular)
+    for path in (("embed", "table"), ("head", "kernel")):
+        np.testing.assert_allclose(muon[path[0]][path[1]], adamw[path[0]][path[1]], rtol=1e-6)
+
+
+def test_clipping_keeps_the_direction_and_bounds_the_length():
+    grads = jax.tree.map(lambda p: 100 * p, params())
+    plain = optax.clip_by_global_norm(0.5).update(grads, optax.EmptyState())[0]
+    clipped = updates(replace(CONFIG, clip_norm=0.5, epsilon=1.0), grads)
+    unclipped = updates(replace(CONFIG, epsilon=1.0), plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), clipped, unclipped)
