@@ -72,6 +72,9 @@ REMAT_POLICIES = {
 
 def check_model_config(config: ModelConfig) -> None:
     """ConfigError, naming the field, where sizes and switches do not fit together."""
+    for field, value in vars(config).items():
+        if isinstance(value, int | float) and value is not False and value <= 0:
+            raise ConfigError(f"model.{field}={value} must be above 0")
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(
             f"model.num_kv_heads={config.num_kv_heads} does not divide model.num_heads={config.num_heads}"
@@ -94,17 +97,6 @@ def check_model_config(config: ModelConfig) -> None:
         )
     if config.attention == "cudnn" and config.attention_softcap is not None:
         raise ConfigError("model.attention=cudnn has no softcap: use model.attention=xla")
-    for field in (
-        "num_layers",
-        "width",
-        "num_heads",
-        "num_kv_heads",
-        "mlp_width",
-        "vocab_size",
-        "max_length",
-    ):
-        if getattr(config, field) < 1:
-            raise ConfigError(f"model.{field}={getattr(config, field)} must be at least 1")
 
 
 def build_model(config: ModelConfig) -> Model:
