@@ -1,0 +1,200 @@
+"""What a completion is: the model's own next tokens, whatever shares the batch, cut at the first stop id."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.errors import DataError
+from jaxllm.losses.language_model import token_log_probs
+from jaxllm.models import build_model
+from jaxllm.rollout.generate import begin, bucket, decode, generate, stream
+from jaxllm.rollout.sampling import SamplingConfig
+
+GREEDY = SamplingConfig(temperature=0.0, top_k=None, top_p=None, min_p=None, max_new_tokens=20)
+SAMPLED = replace(GREEDY, temperature=0.9, top_k=50, top_p=0.95)
+LENGTHS = (30, 1, 7, 18, 30)  # 6 rows, whose cache of 48 slots grows to 64 on the way
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, tiny.vocab_size, length).tolist() for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def keys(prompts):
+    return jax.random.split(jax.random.key(0), len(prompts))
+
+
+@pytest.fixture(scope="module")
+def greedy(model, params, prompts, keys):
+    return generate(model, params, prompts, sampling=GREEDY, stop_ids=(), keys=keys)
+
+
+@pytest.fixture(scope="module")
+def sampled(model, params, prompts, keys):
+    return generate(model, params, prompts, sampling=SAMPLED, stop_ids=(), keys=keys)
+
+
+def full_pass(model, params, prompts, completions):
+    """Prompt and completion read at once: logits [N, T, V], the tokens they predict, and which were said."""
+    rows = [prompt + said for prompt, said in zip(prompts, completions, strict=True)]
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)] = row
+        mask[b, len(prompts[b]) : len(row)] = True
+    logits = jax.jit(model.logits)(params, tokens)
+    return logits[:, :-1], tokens[:, 1:], mask[:, 1:]
+
+
+# What is said
+
+
+def test_greedy_says_the_argmax_of_the_full_pass(model, params, prompts, greedy):
+    assert [len(said) for said in greedy.tokens] == [20] * len(prompts)
+    assert len(set(greedy.tokens[0])) > 5, "a constant completion shows nothing"
+    logits, targets, mask = full_pass(model, params, prompts, greedy.tokens)
+    np.testing.assert_array_equal(np.argmax(logits, axis=-1)[mask], targets[mask])
+
+
+@pytest.mark.parametrize("row", [0, 1, 3])
+def test_a_row_says_the_same_alone(model, params, prompts, keys, greedy, sampled, row):
+    one = {"prompts": prompts[row : row + 1], "stop_ids": (), "keys": keys[row : row + 1]}
+    alone = generate(model, params, sampling=GREEDY, **one)
+    assert alone.tokens[0] == greedy.tokens[row]
+    alone = generate(model, params, sampling=SAMPLED, **one)
+    assert alone.tokens[0] == sampled.tokens[row]
+    np.testing.assert_allclose(alone.log_probs[0], sampled.log_probs[row], rtol=1e-3, atol=1e-4)
+
+
+def test_a_sample_is_its_prompt_and_its_key(model, params, prompts, keys, sampled):
+    same_prompt = [prompts[0]] * len(prompts)
+    said = generate(model, params, same_prompt, sampling=SAMPLED, stop_ids=(), keys=keys[::-1]).tokens
+    assert said[-1] == sampled.tokens[0]
+    assert len({tuple(completion) for completion in said}) == len(said)
+    assert len(set(said[0])) > 5, "each position draws anew"
+
+
+@pytest.mark.parametrize("changes", [{}, {"logit_softcap": 3.0, "sliding_window": 16}])
+def test_log_probs_are_those_that_training_computes(tiny, noisy_params, prompts, keys, changes):
+    model = build_model(replace(tiny, **changes))
+    params = noisy_params(model)
+    completions = generate(model, params, prompts, sampling=SAMPLED, stop_ids=(), keys=keys)
+    logits, targets, mask = full_pass(model, params, prompts, completions.tokens)
+    expected = token_log_probs(logits, targets, temperature=SAMPLED.temperature)
+    np.testing.assert_allclose(np.concatenate(completions.log_probs), expected[mask], rtol=1e-3, atol=1e-4)
+
+
+# Where it ends
+
+
+def test_the_first_stop_id_is_kept_and_nothing_after_it(model, params, prompts, keys, greedy):
+    stop_ids = (greedy.tokens[0][5], greedy.tokens[2][11], greedy.tokens[3][0])
+    stopped = generate(model, params, prompts, sampling=GREEDY, stop_ids=stop_ids, keys=keys)
+    for row, said in enumerate(greedy.tokens):
+        end = min((said.index(token) + 1 for token in stop_ids if token in said), default=len(said))
+        assert stopped.tokens[row] == said[:end]
+        assert stopped.stop_reasons[row] == ("stop" if any(t in said for t in stop_ids) else "length")
+        assert len(stopped.log_probs[row]) == end
+    assert {"stop", "length"} == set(stopped.stop_reasons)
+
+
+def test_decoding_ends_with_the_last_row(model, params, prompts, keys, greedy):
+    assert greedy.steps == 20
+    stop_ids = tuple({said[3] for said in greedy.tokens})
+    stopped = generate(model, params, prompts, sampling=GREEDY, stop_ids=stop_ids, keys=keys)
+    assert stopped.steps == max(map(len, stopped.tokens)) <= 4
+
+
+def test_a_row_ends_where_the_model_does(model, params, tiny, keys):
+    prompts = [[1] * (tiny.max_length - 1), [1] * (tiny.max_length - 3)]
+    completions = generate(model, params, prompts, sampling=GREEDY, stop_ids=(), keys=keys[:2])
+    assert [len(said) for said in completions.tokens] == [1, 3]
+    assert completions.stop_reasons == ["length", "length"]
+
+
+def test_a_stop_id_as_the_last_token_allowed_is_a_stop(model, params, prompts, keys, greedy):
+    short = replace(GREEDY, max_new_tokens=1)
+    completions = generate(
+        model, params, prompts[:1], sampling=short, stop_ids=greedy.tokens[0][:1], keys=keys[:1]
+    )
+    assert completions.tokens == [greedy.tokens[0][:1]]
+    assert completions.stop_reasons == ["stop"]
+
+
+def test_a_stream_is_the_completion_in_pieces(model, params, prompts, keys, sampled):
+    pieces = list(stream(model, params, prompts[0], sampling=SAMPLED, stop_ids=(), key=keys[0], max_steps=7))
+    assert [token for piece in pieces for token in piece] == sampled.tokens[0]
+    assert all(1 <= len(piece) <= 7 for piece in pieces)
+
+
+# What it costs
+
+
+def test_shapes_share_programs(model, params):
+    traced = []
+
+    def counted(params, tokens, **kwargs):
+        traced.append(tokens.shape)
+        return model.apply(params, tokens, **kwargs)
+
+    counting = model._replace(apply=counted)
+
+    def run(lengths, max_new_tokens):
+        generate(
+            counting,
+            params,
+            [[1] * length for length in lengths],
+            sampling=replace(GREEDY, max_new_tokens=max_new_tokens),
+            stop_ids=(),
+            keys=jax.random.split(jax.random.key(0), len(lengths)),
+        )
+
+    run([33, 5, 48], 80)  # prefill at 48; decoding at 64, 96 and 128 slots
+    assert len(traced) == 4
+    for lengths, max_new_tokens in [
+        ([40, 40, 40], 80),
+        ([48, 1, 2], 3),
+        ([35, 36, 37], 20),
+        ([1, 48, 3], 71),
+    ]:
+        run(lengths, max_new_tokens)
+    assert len(traced) == 4
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (33, 48), (48, 48), (49, 64)]
+)
+def test_sizes_are_rounded_up_by_at_most_half(size, expected):
+    assert bucket(size) == expected
+
+
+def test_the_cache_is_donated(model, params, prompts, keys):
+    state = begin(model, params, prompts, keys, max_new_tokens=2)
+    decode(model, params, state, jnp.array([], jnp.int32), 2, sampling=GREEDY)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"prompts": []}, r"keys of shape \(1,\) for 0 prompts"),
+        ({"prompts": [[1], [2]]}, r"keys of shape \(1,\) for 2 prompts"),
+        ({"prompts": [[]]}, r"prompts\[0\] has 0 tokens; give 1 to 255"),
+        ({"prompts": [[1] * 256]}, r"prompts\[0\] has 256 tokens; give 1 to 255"),
+        ({"prompts": [[1, 512]]}, r"prompts\[0\] has token ids from 1 to 512; the model knows 0 to 511"),
+        ({"prompts": [[-1, 5]]}, r"prompts\[0\] has token ids from -1 to 5; the model knows 0 to 511"),
+        ({"stop_ids": (3, 600)}, r"stop_ids has token ids from 3 to 600; the model knows 0 to 511"),
+    ],
+)
+def test_prompts_that_the_model_cannot_read_are_refused(model, params, keys, bad, message):
+    good = {"prompts": [[1, 2]], "stop_ids": (), "keys": keys[:1]}
+    with pytest.raises(DataError, match=message):
+        generate(model, params, sampling=GREEDY, **{**good, **bad})

@@ -1,0 +1,156 @@
+"""What may be drawn, how often, and what log-prob a draw is given."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.errors import ConfigError
+from jaxllm.rollout.sampling import SamplingConfig, min_p, sample, top_k, top_p
+
+PLAIN = SamplingConfig(temperature=1.0, top_k=None, top_p=None, min_p=None, max_new_tokens=8)
+draw = jax.jit(sample, static_argnames="config")
+
+
+def random_logits(rows=6, vocabulary=41):
+    """Of both signs, sharp in one row and nearly flat in another."""
+    scale = np.geomspace(0.1, 20, rows)[:, None]
+    return jnp.array(np.random.default_rng(0).normal(size=(rows, vocabulary)) * scale, jnp.float32)
+
+
+def softmax(logits):
+    weights = np.exp(np.float64(logits) - np.max(logits, axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def kept(filtered, logits):
+    """Which tokens are left; what is left must be unchanged."""
+    left = np.isfinite(filtered)
+    np.testing.assert_array_equal(np.asarray(filtered)[left], np.asarray(logits)[left])
+    return left
+
+
+# Filters
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 40, 41, 1000])
+def test_top_k_keeps_the_k_largest(k):
+    logits = random_logits()
+    ranks = np.argsort(np.argsort(-np.asarray(logits), axis=-1), axis=-1)
+    np.testing.assert_array_equal(kept(top_k(logits, k), logits), ranks < k)
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.99])
+def test_top_p_keeps_tokens_by_likelihood_until_their_sum_reaches_p(p):
+    logits = random_logits()
+    expected = np.zeros(logits.shape, bool)
+    for row, probabilities in enumerate(softmax(logits)):
+        total = 0.0
+        for token in np.argsort(-probabilities):
+            if total < p:
+                expected[row, token] = True
+            total += probabilities[token]
+    np.testing.assert_array_equal(kept(top_p(logits, p), logits), expected)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.3, 1.0])
+def test_min_p_keeps_tokens_by_their_share_of_the_likeliest(p):
+    logits = random_logits()
+    probabilities = softmax(logits)
+    expected = probabilities >= p * probabilities.max(axis=-1, keepdims=True)
+    np.testing.assert_array_equal(kept(min_p(logits, p), logits), expected)
+
+
+def test_top_p_of_one_keeps_even_tokens_lost_in_rounding():
+    logits = jnp.array([[30.0, 0.0, -50.0]])
+    assert kept(top_p(logits, 1.0), logits).all()
+
+
+def test_ties_with_the_last_token_kept_are_kept():
+    logits = jnp.log(jnp.array([[0.2, 0.4, 0.2, 0.2]]))
+    assert kept(top_k(logits, 2), logits).all()
+    assert kept(top_p(logits, 0.5), logits).all()
+
+
+def test_a_filter_brings_back_no_token_that_an_earlier_one_dropped():
+    logits = jnp.array([[-jnp.inf, 1.0, -jnp.inf, 2.0]])
+    for filtered in (top_k(logits, 4), top_p(logits, 1.0), min_p(logits, 0.0)):
+        assert np.isfinite(filtered).tolist() == [[False, True, False, True]]
+
+
+# Draws
+
+
+def draws(logits, config, number=40_000):
+    """Counts of each token of one row of logits."""
+    keys = jax.random.split(jax.random.key(0), number)
+    tokens, _ = draw(jnp.tile(logits, (number, 1)), keys, config)
+    return np.bincount(tokens, minlength=len(logits))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (PLAIN, [0.4, 0.3, 0.2, 0.1]),
+        (replace(PLAIN, temperature=0.5), [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
+        (replace(PLAIN, top_k=3), [4 / 9, 3 / 9, 2 / 9, 0]),
+        (replace(PLAIN, top_p=0.6), [4 / 7, 3 / 7, 0, 0]),
+        (replace(PLAIN, min_p=0.3), [4 / 9, 3 / 9, 2 / 9, 0]),
+        # Top-p counts shares of what top-k left: 4/9 + 3/9 reaches 0.75, where 0.4 + 0.3 would not.
+        (replace(PLAIN, top_k=3, top_p=0.75), [4 / 7, 3 / 7, 0, 0]),
+        # The temperature comes first: 0.4 + 0.3 would reach 0.65, but at temperature 2 that is 0.33 + 0.28.
+        (replace(PLAIN, temperature=2.0, top_p=0.65), [0.388, 0.336, 0.275, 0]),
+    ],
+)
+def test_tokens_are_drawn_as_often_as_they_are_likely(config, expected):
+    counts = draws(jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1])), config)
+    expected = np.array(expected)
+    assert counts[expected == 0].sum() == 0
+    expected = expected[expected > 0] * counts.sum() / expected.sum()
+    chi_squared = np.sum((counts[: len(expected)] - expected) ** 2 / expected)
+    assert chi_squared < 17  # at most 3 degrees of freedom: exceeded once in 1400 seeds
+
+
+def test_a_row_draws_by_its_own_key_whatever_the_batch():
+    logits, keys = random_logits(), jax.random.split(jax.random.key(1), 6)
+    tokens, log_probs = draw(logits, keys, PLAIN)
+    for row in (0, 3):
+        alone_tokens, alone_log_probs = draw(logits[row : row + 1], keys[row : row + 1], PLAIN)
+        assert alone_tokens[0] == tokens[row]
+        np.testing.assert_allclose(alone_log_probs[0], log_probs[row], rtol=1e-6)
+
+
+def test_temperature_zero_takes_the_likeliest_whatever_the_key():
+    logits = random_logits()
+    tokens, log_probs = draw(logits, jax.random.split(jax.random.key(2), 6), replace(PLAIN, temperature=0.0))
+    np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
+    np.testing.assert_allclose(log_probs, np.log(softmax(logits).max(axis=-1)), rtol=1e-5, atol=1e-6)
+
+
+def test_the_log_prob_knows_the_temperature_but_not_the_filters():
+    config = replace(PLAIN, temperature=1.5, top_k=5, top_p=0.8, min_p=0.1)
+    logits = random_logits()
+    tokens, log_probs = draw(logits.astype(jnp.bfloat16), jax.random.split(jax.random.key(3), 6), config)
+    expected = np.log(softmax(np.float32(logits.astype(jnp.bfloat16)) / 1.5))[np.arange(6), tokens]
+    assert log_probs.dtype == jnp.float32
+    np.testing.assert_allclose(log_probs, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("max_new_tokens", 0),
+    ],
+)
+def test_a_value_that_means_nothing_is_named(field, value):
+    with pytest.raises(ConfigError, match=rf"sampling\.{field}={value} must be"):
+        replace(PLAIN, **{field: value})
