@@ -83,9 +83,9 @@ def device_batches(dataset: Any, sharding: Any, *, start_step: int = 0) -> Itera
 def _sharded(rows: Any, batch_size: int, process_index: int, process_count: int) -> Any:
     if batch_size % process_count:
         below = batch_size // process_count * process_count
+        nearest = " or ".join(str(size) for size in (below, below + process_count) if size)
         raise ConfigError(
-            f"batch_size={batch_size} does not divide over {process_count} processes; the nearest that do "
-            f"are {below or process_count} and {below + process_count}"
+            f"batch_size={batch_size} does not divide over {process_count} processes; use {nearest}"
         )
     return rows[process_index::process_count].batch(batch_size // process_count)
 

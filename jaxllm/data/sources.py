@@ -144,8 +144,10 @@ def _parsed_json(row: Row, text_key: str) -> Row:
     if row.text is None:
         return row
     try:
-        return _checked_object(row, json.loads(row.text), text_key)
-    except (ValueError, RecursionError) as error:
+        return _checked_object(row, json.loads(row.text.rstrip("\n")), text_key)
+    except json.JSONDecodeError as error:
+        return row.rejected("invalid JSON", f"{error.msg}: column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
         return row.rejected("invalid JSON", str(error))
 
 

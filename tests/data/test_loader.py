@@ -1,0 +1,152 @@
+"""A batch is a pure function of (seed, step), and the same one however many processes share it."""
+
+import builtins
+from collections import Counter
+from itertools import chain, islice
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.batches import TokenBatch
+from jaxllm.data.loader import device_batches, evaluation_batches, training_batches
+from jaxllm.data.windows import Windows, pack
+from jaxllm.errors import ConfigError, DataError
+
+T = 4
+
+
+def windows_of(count: int, first: int = 0) -> Windows:
+    """`count` full windows; the first token of each is its number, from `first` on."""
+    tokens = np.repeat(np.arange(first, first + count + 1), T)[: count * T + 1]
+    return pack(tokens, np.array([0]), np.array([len(tokens)]), sequence_length=T, pad_id=0)
+
+
+def rows_of(batch: TokenBatch) -> list[int]:
+    return batch.tokens[:, 0].tolist()
+
+
+def test_an_index_and_an_iteration_from_it_give_the_same_batches():
+    batches = training_batches([windows_of(10)], batch_size=4, seed=3)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for start in (0, 5):
+        iterated = list(islice(device_batches(batches, sharding, start_step=start), 6))
+        for step, batch in enumerate(iterated, start):
+            jax.tree.map(np.testing.assert_array_equal, batch, batches[step])
+
+
+def test_the_seed_decides_and_nothing_else():
+    def first_rows(seed):
+        batches = training_batches([windows_of(100)], batch_size=10, seed=seed)
+        return [rows_of(batches[step]) for step in range(5)]
+
+    assert first_rows(0) == first_rows(0) != first_rows(1)
+
+
+def test_an_epoch_shows_each_window_once_and_the_next_in_another_order():
+    batches = training_batches([windows_of(8), windows_of(4, first=8)], batch_size=4, seed=0)
+    epochs = [
+        [i for step in range(start, start + 3) for i in rows_of(batches[step])] for start in (0, 3, 3000)
+    ]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != list(range(12))
+
+
+@pytest.mark.parametrize("weights", [(), (1.0, 2.0)])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_shares_the_same_global_batch(weights, processes):
+    def batches(index, count):
+        return training_batches(
+            [windows_of(20), windows_of(20, first=100)],
+            weights=weights,
+            batch_size=8,
+            seed=1,
+            process_index=index,
+            process_count=count,
+        )
+
+    for step in (0, 1, 17):
+        shares = [rows_of(batches(index, processes)[step]) for index in range(processes)]
+        assert {len(share) for share in shares} == {8 // processes}
+        assert sorted(chain(*shares)) == sorted(rows_of(batches(0, 1)[step]))
+
+
+def test_weights_are_shares_of_the_rows_whatever_the_sizes():
+    batches = training_batches(
+        [windows_of(10), windows_of(200, first=1000)], weights=(3.0, 1.0), batch_size=8, seed=0
+    )
+    rows = [i for step in range(10) for i in rows_of(batches[step])]
+    small = Counter(i for i in rows if i < 1000)
+    assert small == dict.fromkeys(range(10), 6)  # 60 of 80 rows, each window in its turn
+    assert len({i for i in rows if i >= 1000}) == 20
+
+
+def test_evaluation_shows_every_window_once_and_fills_up_with_masked_rows():
+    batches = evaluation_batches([windows_of(4), windows_of(3, first=4)], batch_size=3)
+    assert len(batches) == 3
+    assert [rows_of(batch) for batch in batches] == [[0, 1, 2], [3, 4, 5], [6, 0, 0]]
+    assert [batch.mask.any(axis=1).tolist() for batch in batches][-1] == [True, False, False]
+    assert all(batch.mask.all() for batch in list(batches)[:2])
+
+
+def test_evaluation_is_shared_by_processes_in_equal_numbers_of_batches():
+    shares = [
+        evaluation_batches([windows_of(5)], batch_size=4, process_index=index, process_count=2)
+        for index in range(2)
+    ]
+    assert [len(share) for share in shares] == [2, 2]
+    real = [
+        int(row) for share in shares for batch in share for row in batch.tokens[batch.mask.any(axis=1), 0]
+    ]
+    assert sorted(real) == [0, 1, 2, 3, 4]
+
+
+def test_device_batches_are_global_arrays_and_end_with_the_data():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    batches = evaluation_batches([windows_of(20)], batch_size=8)
+    placed = list(device_batches(batches, sharding))
+    assert len(placed) == 3
+    assert all(values.sharding == sharding and values.shape == (8, T) for b in placed for values in b)
+    assert list(device_batches(batches, sharding, start_step=3)) == []
+
+
+def test_one_batch_is_placed_before_it_is_asked_for(monkeypatch):
+    placed = []
+    make = jax.make_array_from_process_local_data
+    monkeypatch.setattr(
+        jax, "make_array_from_process_local_data", lambda s, x: (placed.append(1), make(s, x))[1]
+    )
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    batches = device_batches(training_batches([windows_of(8)], batch_size=4, seed=0), sharding)
+    fields = len(TokenBatch._fields)
+    next(batches)
+    assert len(placed) == 2 * fields
+    next(batches)
+    assert len(placed) == 3 * fields
+
+
+def test_fewer_windows_than_a_batch_is_an_error_with_both_numbers():
+    with pytest.raises(DataError, match=r"fills 5 windows of sequence_length=4, fewer than batch_size=8"):
+        training_batches([windows_of(3), windows_of(2)], batch_size=8, seed=0)
+    training_batches([windows_of(8)], batch_size=8, seed=0)
+
+
+@pytest.mark.parametrize(("batch_size", "nearest"), [(7, "6 or 9"), (2, "3")])
+def test_a_batch_that_does_not_divide_over_processes_names_those_that_do(batch_size, nearest):
+    with pytest.raises(ConfigError, match=rf"batch_size={batch_size} .* over 3 processes; use {nearest}$"):
+        training_batches([windows_of(9)], batch_size=batch_size, seed=0, process_count=3)
+
+
+def test_without_grain_the_error_says_what_to_install(monkeypatch):
+    real_import = builtins.__import__
+
+    def no_grain(name, *args, **kwargs):
+        if name.split(".")[0] == "grain":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_grain)
+    with pytest.raises(ConfigError, match="pip install grain"):
+        training_batches([windows_of(9)], batch_size=2, seed=0)

@@ -1,0 +1,260 @@
+"""Every kind of source gives its documents; every unusable row says where it is and why."""
+
+import gzip
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from jaxllm.data import sources
+from jaxllm.data.sources import Row, Source, open_source
+from jaxllm.errors import DataError
+
+
+def opened(name, **options) -> Source:
+    defaults = {"split": "train", "text_key": "text", "synthetic_documents": 3, "seed": 0}
+    return open_source(str(name), **(defaults | options))
+
+
+def texts(name, **options) -> list[str | None]:
+    return [row.text for row in opened(name, **options).rows()]
+
+
+def faults(name, **options) -> list[str]:
+    return [
+        f"{row.where}: {row.problem} {row.detail}".strip()
+        for row in opened(name, **options).rows()
+        if row.text is None
+    ]
+
+
+def write(path, content: bytes):
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def json_lines(*values) -> bytes:
+    return "".join(json.dumps(value) + "\n" for value in values).encode()
+
+
+def save_parquet(path, columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+@pytest.fixture
+def quiet_datasets():
+    import datasets
+
+    datasets.disable_progress_bars()
+    yield datasets
+    datasets.enable_progress_bars()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path, name):
+    assert texts(write(tmp_path / name, "First\r\n\n  línea \x00\n".encode())) == [
+        "First\r\n\n  línea \x00\n"
+    ]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    assert texts(write(tmp_path / "a.txt", b"\xef\xbb\xbfhi")) == ["hi"]
+    assert texts(write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "hi"}')) == ["hi"]
+
+
+def test_a_large_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_TEXT_BLOCK", 10)
+    path = write(tmp_path / "a.txt", b"one\ntwo\nthree four\nfive\n")
+    assert [(row.where, row.text) for row in opened(path).rows()] == [
+        (f"{path}:1", "one\ntwo\nthree four\n"),
+        (f"{path}:4", "five\n"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_json_lines_give_the_text_of_each_object(tmp_path, name):
+    path = write(tmp_path / name, json_lines({"id": 1, "text": "one\u2028line"}, {"text": "two"}) + b"\n  \n")
+    assert texts(path) == ["one\u2028line", "two"]
+
+
+def test_parquet_gives_its_column(tmp_path):
+    path = save_parquet(tmp_path / "a.parquet", {"body": ["one", "two"], "other": [1, 2]})
+    assert texts(path, text_key="body") == ["one", "two"]
+
+
+def test_a_glob_reads_its_files_in_order_of_name(tmp_path):
+    for name in ("b.txt", "a.jsonl", "c.txt"):
+        write(tmp_path / name, json_lines({"text": name}) if "jsonl" in name else name.encode())
+    assert texts(tmp_path / "*") == ["a.jsonl", "b.txt", "c.txt"]
+    assert texts(tmp_path / "[bc].txt") == ["b.txt", "c.txt"]
+
+
+def test_a_folder_saved_by_datasets(tmp_path, quiet_datasets):
+    data = quiet_datasets.Dataset.from_dict({"text": ["one", None, "two"]})
+    data.save_to_disk(tmp_path / "plain")
+    quiet_datasets.DatasetDict(train=data, validation=data.select([2])).save_to_disk(tmp_path / "splits")
+    assert texts(tmp_path / "plain") == ["one", None, "two"]
+    assert faults(tmp_path / "plain") == [f"{tmp_path}/plain:2: wrong type 'text' is null, not a string"]
+    assert texts(tmp_path / "splits", split="validation") == ["two"]
+    with pytest.raises(DataError, match=r"no split 'test'; it has train, validation"):
+        opened(tmp_path / "splits", split="test")
+    with pytest.raises(DataError, match=r"no column 'txt'; did you mean 'text'\?; set text_key"):
+        opened(tmp_path / "plain", text_key="txt")
+
+
+def test_a_dataset_of_the_hub_by_name_subset_and_split(monkeypatch, quiet_datasets):
+    asked = []
+
+    def load_dataset(name, subset):
+        asked.append((name, subset))
+        data = quiet_datasets.Dataset.from_dict({"text": ["one", "two"]})
+        return quiet_datasets.DatasetDict(train=data, held=data.select([1]))
+
+    monkeypatch.setattr(quiet_datasets, "load_dataset", load_dataset)
+    assert texts("hf:org/name") == ["one", "two"]
+    assert texts("hf:org/name:sub:held") == ["two"]
+    assert asked == [("org/name", None), ("org/name", "sub")]
+    with pytest.raises(DataError, match=r"hf:org/name has no split 'validation'; it has train, held"):
+        opened("hf:org/name", split="validation")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, quiet_datasets):
+    def load_dataset(name, subset):
+        raise ConnectionError("no route\nand a page of detail")
+
+    monkeypatch.setattr(quiet_datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError) as error:
+        opened("hf:org/name")
+    assert str(error.value) == "hf:org/name: cannot be loaded from the hub (ConnectionError: no route)"
+
+
+def test_synthetic_documents(monkeypatch):
+    def documents(split, *, count, seed):
+        return (f"{split} {seed} {i}" for i in range(count))
+
+    fake = SimpleNamespace(documents=documents)
+    monkeypatch.setitem(sys.modules, "jaxllm.data.synthetic", fake)
+    monkeypatch.setattr("jaxllm.data.synthetic", fake, raising=False)
+    assert texts("synthetic", seed=7) == ["train 7 0", "train 7 1", "train 7 2"]
+    assert texts("synthetic", split="validation", synthetic_documents=1) == ["validation 0 0"]
+    assert opened("synthetic").content_hash != opened("synthetic", seed=1).content_hash
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b'{"text": "caf\xe9"}', "invalid UTF-8 byte 0xe9"),
+        (b'{"text": "cut o', "invalid JSON Unterminated string starting at: column 10"),
+        (b'{"txt": "a"}', "missing key no 'text'; did you mean 'txt'?"),
+        (b'{"title": "a", "body": "b"}', "missing key no 'text'; there is 'title', 'body'"),
+        (b'{"text": 3}', "wrong type 'text' is a number, not a string"),
+        (b'{"text": null}', "wrong type 'text' is null, not a string"),
+        (b'{"text": ["a"]}', "wrong type 'text' is a list, not a string"),
+        (b'["text"]', "wrong type the row is a list, not an object"),
+        (b'{"text": " \\n"}', "empty text"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_fault_and_the_others_are_read(tmp_path, line, fault):
+    path = write(
+        tmp_path / "a.jsonl", json_lines({"text": "one"}) + line + b"\n" + json_lines({"text": "two"})
+    )
+    assert faults(path) == [f"{path}:2: {fault}"]
+    assert texts(path) == ["one", None, "two"]
+
+
+def test_json_beyond_the_parsers_limits_is_a_bad_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"text": ' + b"[" * 200_000 + b"\n" + b"9" * 5000)
+    assert [row.problem for row in opened(path).rows()] == ["invalid JSON"] * 2
+
+
+def test_a_text_file_that_is_not_utf8_is_named_with_the_line(tmp_path):
+    path = write(tmp_path / "a.txt", "one\ntwo\nthé\n".encode("latin-1"))
+    assert faults(path) == [f"{path}:3: invalid UTF-8 byte 0xe9"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz"])
+def test_an_empty_file_is_a_bad_row(tmp_path, name):
+    path = write(tmp_path / name, b"")
+    assert faults(path) == [f"{path}:1: empty file"]
+
+
+def test_parquet_rows_can_be_bad_too(tmp_path):
+    import pyarrow
+
+    invalid = pyarrow.array([b"caf\xe9", b"fine"]).cast(pyarrow.binary()).view(pyarrow.string())
+    path = save_parquet(tmp_path / "a.parquet", {"text": invalid})
+    assert faults(path) == [f"{path}:1: invalid UTF-8 byte 0xe9"]
+    path = save_parquet(tmp_path / "b.parquet", {"text": ["", None, "fine"]})
+    assert faults(path) == [f"{path}:1: empty text", f"{path}:2: wrong type 'text' is null, not a string"]
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99])
+def test_a_truncated_gzip_file_is_one_line(tmp_path, keep):
+    whole = gzip.compress(json_lines(*({"text": f"document {i * 7919}"} for i in range(1000))))
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(DataError, match=rf"{path}: the gzip file is truncated or damaged") as error:
+        texts(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_gzip_or_no_parquet_is_one_line(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(b"plain text")
+    with pytest.raises(DataError, match=r"a.txt.gz: the gzip file is truncated or damaged"):
+        texts(tmp_path / "a.txt.gz")
+    (tmp_path / "a.parquet").write_bytes(b"plain text" * 10)
+    with pytest.raises(DataError, match=r"a.parquet: the parquet file is damaged"):
+        texts(tmp_path / "a.parquet")
+
+
+def test_a_name_that_leads_nowhere_says_what_is_near(tmp_path):
+    write(tmp_path / "shakespeare.txt", b"text")
+    with pytest.raises(DataError, match=r"does not exist; did you mean 'shakespeare.txt'\?"):
+        opened(tmp_path / "shakespear.txt")
+    with pytest.raises(DataError, match=r"no file matches '.*/\*.jsonl'"):
+        opened(tmp_path / "*.jsonl")
+    with pytest.raises(DataError, match=r"no dataset saved by save_to_disk; .* such as '.*/\*.txt'"):
+        opened(tmp_path)
+    write(tmp_path / "table.csv", b"text")
+    with pytest.raises(DataError, match=r"table.csv: only .txt, .txt.gz, .jsonl, .jsonl.gz and .parquet"):
+        opened(tmp_path / "*")
+
+
+def test_a_damaged_saved_dataset_is_one_line(tmp_path):
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"the saved dataset cannot be read") as error:
+        opened(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_content_hash_follows_the_content_not_the_name(tmp_path):
+    first = opened(write(tmp_path / "a.jsonl", json_lines({"text": "one"})))
+    moved = opened(write(tmp_path / "b.jsonl", json_lines({"text": "one"})))
+    changed = opened(write(tmp_path / "c.jsonl", json_lines({"text": "onE"})))
+    other_kind = opened(write(tmp_path / "a.txt", json_lines({"text": "one"})))
+    other_key = opened(tmp_path / "a.jsonl", text_key="body")
+    assert first.content_hash == moved.content_hash
+    assert len({s.content_hash for s in (first, changed, other_kind, other_key)}) == 4
+
+
+def test_progress_reaches_the_size_of_the_source(tmp_path, quiet_datasets):
+    write(tmp_path / "a.jsonl", json_lines({"text": "one"}, {"text": "two"}))
+    write(tmp_path / "b.txt.gz", b"text")
+    save_parquet(tmp_path / "c.parquet", {"text": ["one"] * 5})
+    quiet_datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved")
+    for name in ("*.*", "saved"):
+        source = opened(tmp_path / name)
+        done = [row.done for row in source.rows()]
+        assert done == sorted(done)
+        assert done[-1] == source.size
+
+
+def test_rows_can_be_read_again(tmp_path):
+    source = opened(write(tmp_path / "a.jsonl", json_lines({"text": "one"})))
+    assert list(source.rows()) == list(source.rows())
+    assert isinstance(next(iter(source.rows())), Row)

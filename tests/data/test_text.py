@@ -1,0 +1,159 @@
+"""From the names in a config to windows: what is read, held out, refused and reported."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jaxllm.batches import TokenBatch
+from jaxllm.data.text import TextConfig, load_text, show_targets, text_documents
+from jaxllm.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def config(tmp_path, documents) -> TextConfig:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return TextConfig(
+        train=(str(path),),
+        weights=(),
+        validation=(),
+        validation_fraction=0.1,
+        text_key="text",
+        synthetic_documents=10,
+        sequence_length=32,
+        batch_size=4,
+        on_bad_row="stop",
+        max_bad_fraction=0.1,
+        cache_dir=str(tmp_path / "cache"),
+    )
+
+
+def changed(config, **fields) -> TextConfig:
+    return dataclasses.replace(config, **fields)
+
+
+def stream(windows, tokenizer) -> str:
+    """All that is learnt from `windows`, as text."""
+    return "".join(
+        tokenizer.decode(window.targets[window.mask], from_start=False) for part in windows for window in part
+    )
+
+
+def test_every_document_is_trained_on_or_held_out(config, tokenizer, documents):
+    data = load_text(config, tokenizer, seed=0)
+    train, held_out = stream(data.train, tokenizer), stream(data.validation, tokenizer)
+    assert all((text in train) != (text in held_out) for text in documents)
+    assert len(train) + len(held_out) == sum(map(len, documents))
+    assert 0.05 < len(held_out) / len(train) < 0.2
+
+
+def test_a_validation_source_leaves_all_of_train_to_learn_from(config, tokenizer, documents, tmp_path):
+    (tmp_path / "held.txt").write_text("Eve left.")
+    data = load_text(changed(config, validation=(str(tmp_path / "held.txt"),)), tokenizer, seed=0)
+    assert stream(data.train, tokenizer) == "".join(documents)
+    assert stream(data.validation, tokenizer) == "Eve left."
+
+
+def test_a_fraction_of_zero_validates_on_nothing(config, tokenizer, documents):
+    data = load_text(changed(config, validation_fraction=0.0), tokenizer, seed=0)
+    assert data.validation == ()
+    assert stream(data.train, tokenizer) == "".join(documents)
+
+
+def test_a_text_too_short_to_hold_anything_out_is_an_error(config, tokenizer, tmp_path):
+    (tmp_path / "short.txt").write_text("Ada")
+    with pytest.raises(DataError, match=r"validation_fraction=0.1 .* too little to validate on: raise it"):
+        load_text(changed(config, train=(str(tmp_path / "short.txt"),)), tokenizer, seed=0)
+
+
+def test_each_source_has_its_own_windows(config, tokenizer, tmp_path):
+    (tmp_path / "other.txt").write_text("Finn left the tower.\n" * 50)
+    both = changed(config, train=(*config.train, str(tmp_path / "other.txt")), weights=(1.0, 2.0))
+    data = load_text(changed(both, validation_fraction=0.0), tokenizer, seed=0)
+    assert len(data.train) == 2
+    assert data.weights == (1.0, 2.0)
+    assert set(stream(data.train[1:], tokenizer).splitlines()) == {"Finn left the tower."}
+
+
+def test_skipped_rows_are_written_into_the_run_folder(config, tokenizer, tmp_path):
+    with open(config.train[0], "a") as file:
+        file.write('{"txt": "misspelt"}\n')
+    run_folder = tmp_path / "run"
+    with pytest.raises(DataError, match=r"train.jsonl:201: missing key"):
+        load_text(config, tokenizer, seed=0, run_folder=run_folder)
+    skipping = changed(config, on_bad_row="skip")
+    for _ in range(2):  # a resumed run finds the tokens in the cache and writes the same
+        load_text(skipping, tokenizer, seed=0, run_folder=run_folder)
+        rows = [json.loads(line) for line in (run_folder / "bad_rows.jsonl").read_text().splitlines()]
+        assert [row["where"] for row in rows] == [f"{config.train[0]}:201"]
+
+
+def test_text_for_the_tokenizer_comes_from_each_source_in_turn(config, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a1"}\n{"no": 1}\n{"text": "a3"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "b1"}\n')
+    both = changed(config, train=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")))
+    assert list(text_documents(both, seed=0)) == ["a1", "b1", "a3"]
+
+
+def test_the_fingerprint_follows_whatever_changes_a_window(config, tokenizer, tmp_path, documents):
+    (tmp_path / "held.txt").write_text("Eve left.")
+    (tmp_path / "moved.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
+    (tmp_path / "edited.jsonl").write_text(json.dumps({"text": " ".join(documents)}) + "\n")
+
+    def fingerprint(**fields):
+        return load_text(changed(config, **fields), tokenizer, seed=0).fingerprint
+
+    assert fingerprint() == fingerprint(train=(str(tmp_path / "moved.jsonl"),))
+    others = [
+        fingerprint(train=(str(tmp_path / "edited.jsonl"),)),
+        fingerprint(validation=(str(tmp_path / "held.txt"),)),
+        fingerprint(validation_fraction=0.2),
+        fingerprint(sequence_length=16),
+        fingerprint(weights=(2.0,)),
+    ]
+    assert len({fingerprint(), *others}) == 6
+
+
+def test_the_report_counts_what_was_read_and_what_became_of_it(config, tokenizer):
+    with open(config.train[0], "a") as file:
+        file.write('{"text": ""}\n{"txt": "misspelt"}\n')
+    data = load_text(changed(config, on_bad_row="skip"), tokenizer, seed=0)
+    lines = data.report.splitlines()
+    tokens = sum(windows.num_tokens for windows in (*data.train, *data.validation))
+    assert f"{config.train[0]}: 202 rows read, 200 kept, 2 dropped (1 empty text, 1 missing key);" in lines[0]
+    assert f"{tokens:,} tokens" in lines[0]
+    assert lines[1].startswith(
+        f"train: {data.train[0].num_tokens:,} tokens in {len(data.train[0]):,} windows, "
+    )
+    assert lines[1].endswith("% padding")
+    assert lines[2].startswith("validation: ")
+    assert "</s>⟦<s>⟧" in lines[3]
+
+
+def test_targets_are_shown_with_their_mask(tokenizer):
+    targets = [*tokenizer.encode("é\n"), tokenizer.eos_id, tokenizer.bos_id, *tokenizer.encode("ab"), 0]
+    mask = np.array([True] * (len(targets) - 4) + [False, False, True, False])
+    segments = np.array([1] * (len(targets) - 1) + [0])
+    row = TokenBatch(np.array(targets), np.array(targets), mask, segments, segments)
+    assert show_targets(row, tokenizer) == "é\\n</s>⟦<s>⟧⟦a⟧b"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train": ()}, "train names no source"),
+        ({"weights": (1.0, 2.0)}, r"weights=\(1.0, 2.0\) must be one positive number for each of the 1"),
+        ({"weights": (0.0,)}, r"weights=\(0.0,\) must be one positive number"),
+        ({"on_bad_row": "ignore"}, "on_bad_row='ignore' must be 'stop' or 'skip'"),
+        ({"validation_fraction": 1.0}, r"validation_fraction=1.0 must lie in \[0, 1\)"),
+        ({"max_bad_fraction": -0.1}, r"max_bad_fraction=-0.1 must lie in \[0, 1\)"),
+        ({"sequence_length": 0}, "sequence_length=0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"synthetic_documents": 0}, "synthetic_documents=0 must be at least 1"),
+    ],
+)
+def test_fields_that_make_no_sense_are_refused(config, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        changed(config, **fields)

@@ -1,0 +1,249 @@
+"""Text is tokenised once, into a cache that is whole or not there."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxllm.data import token_cache
+from jaxllm.data.sources import Row, Source
+from jaxllm.data.token_cache import BadRowPolicy, cached_tokens
+from jaxllm.errors import DataError
+
+SKIP = BadRowPolicy("skip", 0.5)
+STOP = BadRowPolicy("stop", 0.5)
+
+
+def source_of(texts, content_hash="hash") -> Source:
+    """Rows of `texts`; None is a bad row."""
+
+    def rows():
+        for i, text in enumerate(texts, 1):
+            row = Row(f"a.jsonl:{i}", i, text or "")
+            yield row if text else row.rejected("missing key", "no 'text'")
+
+    return Source("a.jsonl", content_hash, len(texts), rows)
+
+
+def unreadable(content_hash="hash") -> Source:
+    def rows():
+        raise AssertionError("the source was read")
+
+    return Source("a.jsonl", content_hash, 1, rows)
+
+
+@pytest.fixture
+def tokens_of(tokenizer, tmp_path):
+    def cached(source, policy=SKIP):
+        return cached_tokens(source, tokenizer, str(tmp_path / "cache"), policy)
+
+    return cached
+
+
+def test_each_document_is_one_bos_its_text_and_one_eos(tokens_of, tokenizer):
+    texts = ["Ada left.", "<s> is text here</s>", "漢字"]
+    cache = tokens_of(source_of(texts))
+    for i, text in enumerate(texts):
+        document = cache.tokens[cache.offsets[i] : cache.offsets[i + 1]].tolist()
+        assert document == [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+    assert cache.offsets[-1] == len(cache.tokens) == cache.counts.tokens
+    assert cache.counts.text_bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_half_a_surrogate_pair_does_not_stop_it(tokens_of):
+    assert tokens_of(source_of(["a\ud800b"])).counts.documents == 1
+
+
+def test_batches_lose_no_document(tokens_of, monkeypatch):
+    texts = [f"document {i}" for i in range(25)]
+    whole = tokens_of(source_of(texts, "one"))
+    monkeypatch.setattr(token_cache, "_BATCH_ROWS", 4)
+    by_rows = tokens_of(source_of(texts, "two"))
+    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", 30)
+    by_characters = tokens_of(source_of(texts, "three"))
+    assert whole.tokens.tolist() == by_rows.tokens.tolist() == by_characters.tokens.tolist()
+    assert whole.text_hashes.tolist() == by_rows.text_hashes.tolist()
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
+def test_ids_take_two_bytes_where_they_fit(tmp_path, vocab_size, dtype):
+    last = vocab_size - 1
+    fake = SimpleNamespace(
+        vocab_size=vocab_size,
+        bos_id=1,
+        eos_id=2,
+        hash="h",
+        encode_batch=lambda texts: [[last] for _ in texts],
+    )
+    cache = cached_tokens(source_of(["a"]), fake, str(tmp_path), SKIP)
+    assert cache.tokens.dtype == dtype
+    assert cache.tokens.tolist() == [1, last, 2]
+
+
+def test_a_second_run_does_not_read_the_source(tokens_of):
+    first = tokens_of(source_of(["Ada left.", "Bo too."]))
+    again = tokens_of(unreadable())
+    assert again.tokens.tolist() == first.tokens.tolist()
+    assert again.counts == first.counts
+    assert isinstance(again.tokens, np.memmap)
+
+
+def test_other_content_tokenizer_or_format_is_tokenised_anew(tokens_of, tokenizer, tmp_path, monkeypatch):
+    keys = {tokens_of(source_of(["a"])).key, tokens_of(source_of(["b"], "other")).key}
+    other = SimpleNamespace(
+        vocab_size=400, bos_id=1, eos_id=2, hash="other", encode_batch=tokenizer.encode_batch
+    )
+    keys.add(cached_tokens(source_of(["a"]), other, str(tmp_path / "cache"), SKIP).key)
+    monkeypatch.setattr(token_cache, "_FORMAT", 0)
+    keys.add(tokens_of(source_of(["a"])).key)
+    assert len(keys) == 4
+
+
+@pytest.mark.parametrize("name", ["tokens", "offsets", "text_hashes", "meta.json"])
+@pytest.mark.parametrize("damage", ["shorter", "longer", "missing"])
+def test_a_damaged_cache_is_rebuilt(tokens_of, name, damage):
+    cache = tokens_of(source_of(["Ada left.", "Bo too."]))
+    before = cache.tokens.tolist()
+    path = cache.bad_rows.parent / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:-2] if damage == "shorter" else content + b"}}")
+    with pytest.raises(AssertionError, match="the source was read"):
+        tokens_of(unreadable())
+    assert tokens_of(source_of(["Ada left.", "Bo too."])).tokens.tolist() == before
+
+
+def test_a_failure_leaves_nothing_behind(tokens_of, tmp_path):
+    def rows():
+        yield Row("a:1", 1, "fine")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokens_of(Source("a", "hash", 2, rows))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from types import SimpleNamespace
+from jaxllm.data import token_cache
+from jaxllm.data.sources import Row, Source
+
+token_cache._BATCH_ROWS = 1
+def rows():
+    yield Row("a:1", 1, "fine")
+    yield Row("a:2", 2, "fine")
+    os.kill(os.getpid(), signal.SIGKILL)
+fake = SimpleNamespace(
+    vocab_size=9, bos_id=1, eos_id=2, hash="h", encode_batch=lambda texts: [[5] for _ in texts]
+)
+policy = token_cache.BadRowPolicy("stop", 0.0)
+token_cache.cached_tokens(Source("a", "hash", 3, rows), fake, sys.argv[1], policy)
+"""
+
+
+def test_a_killed_run_leaves_no_half_cache(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    fake = SimpleNamespace(
+        vocab_size=9, bos_id=1, eos_id=2, hash="h", encode_batch=lambda texts: [[5] for _ in texts]
+    )
+    cache = cached_tokens(source_of(["fine"] * 3), fake, str(tmp_path), STOP)
+    assert cache.tokens.tolist() == [1, 5, 2] * 3
+
+
+def test_two_runs_at_once_both_end_with_the_whole_cache(tokens_of):
+    """The second starts and ends while the first is in the middle."""
+    faster = []
+
+    def rows():
+        yield Row("a:1", 1, "one")
+        faster.append(tokens_of(source_of(["one", "two"])))
+        yield Row("a:2", 2, "two")
+
+    slower = tokens_of(Source("a.jsonl", "hash", 2, rows))
+    assert slower.tokens.tolist() == faster[0].tokens.tolist()
+    assert [path.name for path in slower.bad_rows.parent.parent.iterdir()] == [slower.key]
+
+
+def test_the_first_bad_row_stops_the_run(tokens_of):
+    with pytest.raises(DataError) as error:
+        tokens_of(source_of(["fine", None, None]), STOP)
+    assert str(error.value) == "a.jsonl:2: missing key (no 'text'); mend the row, or set on_bad_row to 'skip'"
+
+
+def test_skipped_rows_are_counted_and_written_down(tokens_of):
+    cache = tokens_of(source_of(["fine", None, "fine too"]))
+    assert (cache.counts.rows, cache.counts.documents, cache.counts.dropped) == (3, 2, {"missing key": 1})
+    assert [json.loads(line) for line in cache.bad_rows.read_text().splitlines()] == [
+        {"where": "a.jsonl:2", "reason": "missing key", "detail": "no 'text'"}
+    ]
+    assert str(cache.counts) == "3 rows read, 2 kept, 1 dropped (1 missing key)"
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (
+            BadRowPolicy("skip", 0.3),
+            r"1 of 3 rows are bad, more than max_bad_fraction=0.3; the first: a.jsonl:2",
+        ),
+        (STOP, r"a.jsonl:2: missing key"),
+    ],
+)
+def test_a_stricter_run_does_not_take_the_cache_of_a_lenient_one(tokens_of, policy, message):
+    tokens_of(source_of(["fine", None, "fine too"]))
+    with pytest.raises(DataError, match=message):
+        tokens_of(unreadable(), policy)
+
+
+def test_a_share_of_bad_rows_up_to_the_limit_passes(tokens_of):
+    assert tokens_of(source_of(["fine", None]), BadRowPolicy("skip", 0.5)).counts.documents == 1
+
+
+def test_a_source_of_bad_rows_is_given_up_early(tokens_of, monkeypatch):
+    monkeypatch.setattr(token_cache, "_BATCH_ROWS", 1000)
+
+    def rows():
+        for i in range(2000):
+            yield Row(f"a:{i}", i, "").rejected("empty text")
+        raise AssertionError("read on although every row is bad")
+
+    with pytest.raises(DataError, match="1000 of 1000 rows are bad"):
+        tokens_of(Source("a", "hash", 3000, rows))
+
+
+def test_a_source_without_any_text_is_an_error(tokens_of):
+    with pytest.raises(DataError, match=r"a.jsonl holds no usable text: 0 rows read"):
+        tokens_of(source_of([]))
+
+
+def test_a_cache_that_cannot_be_written_names_the_field(tokenizer, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"cache_dir=.*/file: cannot write tokens \(Not a directory\)"):
+        cached_tokens(source_of(["a"]), tokenizer, str(tmp_path / "file"), SKIP)
+
+
+def test_a_home_folder_is_expanded(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cached_tokens(source_of(["a"]), tokenizer, "~/tokens", SKIP)
+    assert os.listdir(tmp_path) == ["tokens"]
+
+
+def test_away_from_a_terminal_progress_is_one_line(tokens_of, capsys):
+    tokens_of(source_of(["Ada left."]))
+    captured = capsys.readouterr()
+    assert captured.out.startswith("tokenised a.jsonl: ")
+    assert captured.out.count("\n") == 1
+    assert captured.err == ""
+
+
+def test_counts_are_plain_data(tokens_of):
+    assert json.loads(json.dumps(dataclasses.asdict(tokens_of(source_of(["a"])).counts)))["documents"] == 1
