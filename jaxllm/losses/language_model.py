@@ -1,8 +1,11 @@
 """Log-probs, entropy and cross-entropy of a language model, from logits or straight from hidden states.
 
-The `linear_*` functions apply the output head themselves, a block of positions at a time, and recompute each
-block's logits in the backward pass, so that no [B, T, V] array ever exists: at V = 150,000 that array is
+The `linear_*` functions apply the output head themselves, a slice of the vocabulary at a time, and recompute
+each slice's logits in the backward pass, so that no [B, T, V] array ever exists: at V = 150,000 it would be
 the largest of the whole step. Every stage trains and scores through them.
+
+Why slices of V and not of T: each column of the head's gradient is then finished in one product over all
+tokens, so nothing of the head's size is accumulated in float32 or, on a mesh, reduced more than once.
 """
 
 from functools import partial
@@ -14,17 +17,20 @@ import jax.numpy as jnp
 
 from jaxllm.losses.aggregate import Weighted, aggregate, zero_masked
 
-BLOCK_BYTES = 128 * 2**20  # float32 logits held at once where block_size is None
+# Where block_size is None, one slice of float32 logits takes at most SLICE_BYTES, unless its columns would be
+# fewer than SLICE_WIDTH: products want that many, and hidden states are then as large as the slice.
+SLICE_BYTES = 512 * 2**20
+SLICE_WIDTH = 1024
 
 
-class TokenStatistics(NamedTuple):
-    """What the losses need to know of the V logits at each position. All [B, T] float32, in nats."""
+class LogitStatistics(NamedTuple):
+    """What the losses need to know of the logits at each position. All [B, T] float32."""
 
-    log_probs: jax.Array  # log_softmax at the target
-    mean_log_probs: jax.Array  # log_softmax averaged over the vocabulary
+    target: jax.Array  # the target's logit; -inf where it is not among the logits
+    top: jax.Array  # the highest logit, no gradient
+    mean: jax.Array  # of the logits
     logsumexp: jax.Array
-    entropy: jax.Array
-    correct: jax.Array  # 1 where the target has the highest logit; a tie is wrong
+    entropy: jax.Array | None  # of softmax(logits), in nats; None where nobody asked
 
 
 def token_log_probs(logits: jax.Array, targets: jax.Array, *, temperature: float = 1.0) -> jax.Array:
@@ -32,7 +38,7 @@ def token_log_probs(logits: jax.Array, targets: jax.Array, *, temperature: float
 
     Args:
       logits: [B, T, V]; logits[b, t] predicts targets[b, t].
-      targets: [B, T], integers. One outside [0, V) gives NaN, for a mask to hide.
+      targets: [B, T], integers. One outside [0, V) gives -inf, for a mask to hide.
       temperature: divides the logits, as the sampler does.
 
     >>> import jax.numpy as jnp
@@ -41,7 +47,8 @@ def token_log_probs(logits: jax.Array, targets: jax.Array, *, temperature: float
     [[0.75]]
     """
     chex.assert_rank([logits, targets], [3, 2])
-    return _statistics(logits.astype(jnp.float32) / temperature, targets).log_probs
+    statistics = _statistics(logits.astype(jnp.float32) / temperature, targets)
+    return statistics.target - statistics.logsumexp
 
 
 def token_entropy(logits: jax.Array, *, temperature: float = 1.0) -> jax.Array:
@@ -54,8 +61,9 @@ def token_entropy(logits: jax.Array, *, temperature: float = 1.0) -> jax.Array:
     8.0
     """
     chex.assert_rank(logits, 3)
-    any_target = jnp.zeros(logits.shape[:2], jnp.int32)
-    return _statistics(logits.astype(jnp.float32) / temperature, any_target).entropy
+    logits = jnp.maximum(logits.astype(jnp.float32) / temperature, -1e30)  # 0 * -inf would be NaN
+    log_probs = jax.nn.log_softmax(logits)
+    return -(jnp.exp(log_probs) * log_probs).sum(-1)
 
 
 def cross_entropy(
@@ -114,11 +122,12 @@ def linear_token_log_probs(
     Args:
       hidden: [B, T, D], what the model says before its head.
       head: [D, V].
-      targets: [B, T], integers. One outside [0, V) gives NaN, for a mask to hide.
+      targets: [B, T], integers. One outside [0, V) gives -inf, for a mask to hide.
       temperature: divides the logits, as the sampler does.
       softcap: None is no cap.
-      block_size: positions of T at a time; B is never cut, so that it may be sharded. None chooses: all of T
-        where the logits are small, which is fastest, else as many as keep them to 128 MiB.
+      block_size: positions of T whose logits may exist at once. None chooses: all where they are small, which
+        is fastest, else half a GiB of them. The cut runs through V, into T / block_size slices, so B and T
+        may be sharded and need not divide.
 
     Returns:
       (log_probs, entropy), float32 [B, T], in nats, both differentiable.
@@ -130,8 +139,9 @@ def linear_token_log_probs(
     (8.0, 8.0)
     """
     chex.assert_rank([hidden, head, targets], [3, 2, 2])
-    statistics = _linear_statistics(hidden, head, targets, temperature, softcap, block_size)
-    return statistics.log_probs, statistics.entropy
+    form = _Form(temperature, softcap, _cuts(targets, head, block_size), entropy=True)
+    statistics = _linear_statistics(hidden, head, targets, form)
+    return statistics.target - statistics.logsumexp, statistics.entropy
 
 
 def linear_cross_entropy(
@@ -159,12 +169,12 @@ def linear_cross_entropy(
     """
     chex.assert_rank([hidden, head, targets, mask], [3, 2, 2, 2])
     hidden, targets = jnp.where(mask[..., None] != 0, hidden, 0), jnp.where(mask != 0, targets, 0)
-    statistics = _linear_statistics(hidden, head, targets, 1.0, softcap, block_size)
-    return _cross_entropy(statistics, mask, label_smoothing, z_loss)
+    form = _Form(1.0, softcap, _cuts(targets, head, block_size), entropy=False)
+    return _cross_entropy(_linear_statistics(hidden, head, targets, form), mask, label_smoothing, z_loss)
 
 
 def _cross_entropy(
-    statistics: TokenStatistics, mask: jax.Array, label_smoothing: float, z_loss: float
+    statistics: LogitStatistics, mask: jax.Array, label_smoothing: float, z_loss: float
 ) -> tuple[Weighted, dict[str, Weighted]]:
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
@@ -172,60 +182,90 @@ def _cross_entropy(
     def token_mean(values: jax.Array) -> Weighted:
         return aggregate(values, mask, "token_mean")
 
-    nll = -statistics.log_probs
-    metrics = {"loss": token_mean(nll), "accuracy": token_mean(statistics.correct)}
-    per_token = nll
+    target, top, mean, logsumexp, _ = statistics
+    correct = (target == top) & (target > mean)  # an untrained head, all logits equal, predicts nothing
+    nll = per_token = logsumexp - target
+    metrics = {"loss": token_mean(nll), "accuracy": token_mean(correct)}
     if label_smoothing:
-        per_token = (1 - label_smoothing) * nll - label_smoothing * statistics.mean_log_probs
+        per_token = (1 - label_smoothing) * nll + label_smoothing * (logsumexp - mean)
     if z_loss:
-        penalty = z_loss * statistics.logsumexp**2
+        penalty = z_loss * logsumexp**2
         per_token = per_token + penalty
         metrics["z_loss"] = token_mean(penalty)
     return token_mean(per_token), jax.lax.stop_gradient(metrics)
 
 
-def _statistics(logits: jax.Array, targets: jax.Array) -> TokenStatistics:
-    """All by reductions over V, which stay local to each device where V is sharded (a gather would not)."""
-    vocab_size = logits.shape[-1]
-    is_target = jnp.arange(vocab_size) == targets[..., None]
-    target_logit = jnp.where(is_target, logits, 0).sum(-1)
-    target_logit = jnp.where((targets >= 0) & (targets < vocab_size), target_logit, jnp.nan)
-    rival_logit = jnp.where(is_target, -jnp.inf, logits).max(-1)
-    top_logit = jax.lax.stop_gradient(jnp.fmax(target_logit, rival_logit))
-    centred = logits - top_logit[..., None]
-    unnormalised = jnp.exp(centred)
-    normaliser = unnormalised.sum(-1)
-    logsumexp = top_logit + jnp.log(normaliser)
-    energy = unnormalised * jnp.where(unnormalised > 0, centred, 0)  # 0, not 0 * -inf, where p is 0
-    return TokenStatistics(
-        log_probs=target_logit - logsumexp,
-        mean_log_probs=logits.mean(-1) - logsumexp,
+def _statistics(
+    logits: jax.Array, positions: jax.Array, vocab_size: int | None = None, *, entropy: bool = False
+) -> LogitStatistics:
+    """Of the logits of some columns of V, the target's at `positions` if inside; `mean` is their share.
+
+    Written as XLA on CPU likes it: each reduction reads the logits and writes nothing of their size.
+    """
+    width = logits.shape[-1]
+    inside = (positions >= 0) & (positions < width)
+    target = jnp.take_along_axis(logits, jnp.where(inside, positions, 0)[..., None], axis=-1)[..., 0]
+    top = jax.lax.stop_gradient(logits.max(-1))
+    logsumexp = top + jnp.log(jnp.exp(logits - top[..., None]).sum(-1))
+    log_p = logits - logsumexp[..., None]
+    return LogitStatistics(
+        target=jnp.where(inside, target, -jnp.inf),
+        top=top,
+        mean=logits.sum(-1) / (vocab_size or width),
         logsumexp=logsumexp,
-        entropy=jnp.log(normaliser) - energy.sum(-1) / normaliser,
-        correct=(target_logit > rival_logit).astype(jnp.float32),
+        entropy=-(jnp.exp(log_p) * log_p).sum(-1) if entropy else None,
     )
 
 
-def _linear_statistics(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    temperature: float,
-    softcap: float | None,
-    block_size: int | None,
-) -> TokenStatistics:
-    if hidden.shape[-1] != head.shape[0]:
-        raise ValueError(f"head must be [D, V] with D = {hidden.shape[-1]} of hidden, got {head.shape}")
+def _merge(a: LogitStatistics, b: LogitStatistics) -> LogitStatistics:
+    """The statistics of two sets of columns together."""
+    logsumexp = jnp.logaddexp(a.logsumexp, b.logsumexp)
+
+    def entropy(part: LogitStatistics) -> jax.Array:  # of the choice of this part, then of the choice within
+        surprise = logsumexp - part.logsumexp
+        return jnp.exp(-surprise) * (surprise + part.entropy)
+
+    return LogitStatistics(
+        target=jnp.maximum(a.target, b.target),
+        top=jnp.maximum(a.top, b.top),
+        mean=a.mean + b.mean,
+        logsumexp=logsumexp,
+        entropy=None if a.entropy is None else entropy(a) + entropy(b),
+    )
+
+
+class _Form(NamedTuple):
+    """How logits come from hidden states and head: all of it known while tracing."""
+
+    temperature: float
+    softcap: float | None
+    cuts: int  # slices of V whose logits exist one at a time
+    entropy: bool
+
+
+def _cuts(targets: jax.Array, head: jax.Array, block_size: int | None) -> int:
+    """Into how many slices of V to cut, so that one slice has as many logits as block_size positions have."""
+    (batch, length), vocab_size = targets.shape, head.shape[1]
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size={block_size} must be at least 1 position, or None to choose")
-    batch, length = targets.shape
     if block_size is None:
-        block_size = max(1, BLOCK_BYTES // (4 * batch * head.shape[1]))
+        cuts = -(-4 * batch * length * vocab_size // SLICE_BYTES)
+        cuts = min(1 << (cuts - 1).bit_length(), vocab_size // SLICE_WIDTH)  # powers of two divide most V
+    else:
+        cuts = -(-length // block_size)
+    return max(1, min(cuts, vocab_size // 8))
+
+
+def _linear_statistics(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, form: _Form
+) -> LogitStatistics:
+    if hidden.shape[-1] != head.shape[0]:
+        raise ValueError(f"head must be [D, V] with the D of hidden, {hidden.shape[-1]}; got {head.shape}")
     dtype = jnp.promote_types(hidden.dtype, head.dtype)
     hidden, head = hidden.astype(dtype), head.astype(dtype)
     # Under shard_map both must vary over the same mesh axes, so that a replicated head's gradient is summed.
     hidden, head = hidden + _varying_zero(head), head + _varying_zero(hidden)
-    return _blockwise_statistics(hidden, head, targets, temperature, softcap, min(block_size, length))
+    return _sliced_statistics(hidden, head, targets, form)
 
 
 def _varying_zero(x: jax.Array) -> jax.Array:
@@ -233,69 +273,64 @@ def _varying_zero(x: jax.Array) -> jax.Array:
     return x[:0].sum()
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _blockwise_statistics(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    temperature: float,
-    softcap: float | None,
-    block_size: int,
-) -> TokenStatistics:
-    return _forward(hidden, head, targets, temperature, softcap, block_size)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sliced_statistics(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, form: _Form
+) -> LogitStatistics:
+    return _forward(hidden, head, targets, form)[0]
 
 
-def _forward(hidden, head, targets, temperature, softcap, block_size):
-    def block(inputs):
-        hidden, targets = inputs
-        return _statistics(_logits(hidden, head, temperature, softcap), targets)
+def _forward(hidden, head, targets, form):
+    vocab_size = head.shape[1]
+    slices, first = _cut(head, form.cuts)
 
-    if block_size == targets.shape[1]:  # one block: its logits are small enough to keep
-        logits = _logits(hidden, head, temperature, softcap)
-        statistics = _statistics(logits, targets)
-    else:
-        logits = None
-        blocks = jax.lax.map(block, _split((hidden, targets), block_size))
-        statistics = _join(blocks, targets.shape[1])
-    return statistics, (hidden, head, targets, logits, statistics.logsumexp, statistics.entropy)
+    def statistics(j, head):
+        logits = _logits(hidden, head, form)
+        positions = _positions(targets, vocab_size, form.cuts, j)
+        return _statistics(logits, positions, vocab_size, entropy=form.entropy), logits
+
+    def add_slice(total, inputs):
+        return _merge(total, statistics(*inputs)[0]), None
+
+    total, logits = statistics(0, first)
+    if form.cuts > 1:
+        total, _ = jax.lax.scan(add_slice, total, (jnp.arange(1, form.cuts), slices))
+        logits = None  # recomputed in the backward pass
+    return total, (hidden, head, targets, logits, total.logsumexp, total.entropy)
 
 
-def _backward(temperature, softcap, block_size, residuals, cotangents):
+def _backward(form, residuals, cotangents):
     hidden, head, targets, logits, logsumexp, entropy = residuals
-    length = targets.shape[1]
+    d = jax.tree.map(lambda x: x[..., None], cotangents)
+    vocab_size = head.shape[1]
+    slices, first = _cut(head, form.cuts)
 
-    def block(head_gradient, inputs, logits=None):
-        hidden, targets, logsumexp, entropy, cotangents = inputs
+    def gradients(j, head, logits=None):
         if logits is None:
-            logits = _logits(hidden, head, temperature, softcap)
-        d_logits = _d_logits(logits, targets, logsumexp, entropy, cotangents)
-        if softcap is not None:
-            d_logits = d_logits * (1 - (logits * temperature / softcap) ** 2)
-        d_logits = (d_logits / temperature).astype(head.dtype).reshape(-1, head.shape[1])
+            logits = _logits(hidden, head, form)
+        log_p = logits - logsumexp[..., None]
+        d_logsumexp = d.logsumexp
+        if form.entropy:
+            d_logsumexp = d_logsumexp - d.entropy * (log_p + entropy[..., None])
+        is_target = jnp.arange(head.shape[1]) == _positions(targets, vocab_size, form.cuts, j)[..., None]
+        d_logits = jnp.exp(log_p) * d_logsumexp + d.mean / vocab_size + jnp.where(is_target, d.target, 0)
+        if form.softcap is not None:
+            d_logits = d_logits * (1 - (logits * form.temperature / form.softcap) ** 2)
+        d_logits = _rows(d_logits / form.temperature).astype(head.dtype)
         d_hidden = jnp.dot(d_logits, head.T, preferred_element_type=jnp.float32)
         d_head = jnp.dot(_rows(hidden).T, d_logits, preferred_element_type=jnp.float32)
-        return head_gradient + d_head, d_hidden.reshape(hidden.shape).astype(hidden.dtype)
+        return d_hidden.reshape(hidden.shape), d_head.astype(head.dtype)
 
-    inputs = hidden, targets, logsumexp, entropy, cotangents
-    zeros = jnp.zeros(head.shape, jnp.float32) + _varying_zero(head)
-    if logits is not None:
-        d_head, d_hidden = block(zeros, inputs, logits)
-    else:
-        d_head, blocks = jax.lax.scan(block, zeros, _split(inputs, block_size))
-        d_hidden = _join(blocks, length)
-    return d_hidden, d_head.astype(head.dtype), None
+    def add_slice(d_hidden, inputs):
+        more, d_head = gradients(*inputs)
+        return d_hidden + more, d_head
 
-
-_blockwise_statistics.defvjp(_forward, _backward)
+    d_hidden, d_first = gradients(0, first, logits)
+    d_hidden, d_slices = jax.lax.scan(add_slice, d_hidden, (jnp.arange(1, form.cuts), slices))
+    return d_hidden.astype(hidden.dtype), _uncut(d_slices, d_first), None
 
 
-def _d_logits(logits, targets, logsumexp, entropy, cotangents):
-    """The gradient of the statistics by the (scaled) logits, from p = exp(logits - logsumexp) alone."""
-    d = TokenStatistics(*(c[..., None] for c in cotangents))
-    log_p = logits - logsumexp[..., None]
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    from_softmax = d.logsumexp - d.log_probs - d.mean_log_probs - d.entropy * (log_p + entropy[..., None])
-    return jnp.exp(log_p) * from_softmax + d.mean_log_probs / logits.shape[-1] + is_target * d.log_probs
+_sliced_statistics.defvjp(_forward, _backward)
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -303,28 +338,40 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _logits(hidden, head, temperature, softcap):
+def _logits(hidden, head, form):
     logits = jnp.dot(_rows(hidden), head, preferred_element_type=jnp.float32)
     logits = logits.reshape(*hidden.shape[:2], -1)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    return logits / temperature
+    if form.softcap is not None:
+        logits = form.softcap * jnp.tanh(logits / form.softcap)
+    return logits / form.temperature
 
 
-def _split(tree, block_size):
-    """Each [B, T, ...] as blocks [T / block_size, B, block_size, ...], T filled up with zeros."""
-
-    def split(x):
-        padded = jnp.pad(x, [(0, 0), (0, -x.shape[1] % block_size)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(x.shape[0], -1, block_size, *x.shape[2:]), 1, 0)
-
-    return jax.tree.map(split, tree)
+def _width(vocab_size: int, cuts: int) -> int:
+    """Of a slice: a multiple of 8, which mesh axes divide."""
+    return vocab_size // (8 * cuts) * 8
 
 
-def _join(tree, length):
-    """The inverse of `_split`."""
+def _cut(head: jax.Array, cuts: int) -> tuple[jax.Array, jax.Array]:
+    """[D, V] as slices [cuts - 1, D, width] and a first one, [D, width + odd columns].
 
-    def join(x):
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
+    Slice j has columns j, j + cuts, j + 2 cuts, ...: where V is sharded, each device finds its share of
+    every slice in its own columns. The odd columns left at the end go to the first slice, number 0.
+    """
+    width = _width(head.shape[1], cuts)
+    grid = head[:, : width * cuts].reshape(-1, width, cuts)
+    return jnp.moveaxis(grid[:, :, 1:], 2, 0), jnp.concatenate([grid[:, :, 0], head[:, width * cuts :]], 1)
 
-    return jax.tree.map(join, tree)
+
+def _uncut(slices: jax.Array, first: jax.Array) -> jax.Array:
+    """The inverse of `_cut`."""
+    width = slices.shape[2]
+    grid = jnp.concatenate([first[:, :width, None], jnp.moveaxis(slices, 0, 2)], 2)
+    return jnp.concatenate([grid.reshape(len(first), -1), first[:, width:]], 1)
+
+
+def _positions(targets: jax.Array, vocab_size: int, cuts: int, j: jax.Array | int) -> jax.Array:
+    """Where the targets are in slice j of `_cut`, -1 where they are not in it."""
+    width = _width(vocab_size, cuts)
+    in_grid = jnp.where(targets % cuts == j, targets // cuts, -1)
+    among_odd = jnp.where(j == 0, targets - width * cuts + width, -1)
+    return jnp.where(targets < width * cuts, in_grid, among_odd)
