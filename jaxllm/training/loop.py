@@ -153,11 +153,11 @@ def due(step: int, every: int) -> bool:
 class Progress:
     """A bar on a terminal, a line for every logged step elsewhere."""
 
-    def __init__(self, start: int, steps: int, log_every: int):
+    def __init__(self, start: int, steps: int):
         self.steps = steps
-        self.bar = (
-            tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
-        )
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
     def show(self, step: int, row: dict[str, float]) -> None:
         names = {"train/loss": "loss", "eval/loss": "eval loss", "eval/bits_per_byte": "eval bits/byte"}

@@ -1,0 +1,183 @@
+"""The host loop, around a step that costs nothing: it adds 1 to a number."""
+
+import json
+import os
+import signal
+
+import jax.numpy as jnp
+import pytest
+
+from jaxllm.errors import NumericsError, Stopped
+from jaxllm.losses import Weighted
+from jaxllm.training.loop import Hook, Loop, LoopConfig
+from jaxllm.training.metrics import MetricWriter, Throughput
+from jaxllm.training.state import TrainState
+from jaxllm.training.watch import Watch
+
+
+def count_step(state, batch, *, bad_from=10**9):
+    """The loss is the batch's number; from step bad_from on every step is skipped."""
+    step = state.step + 1
+    streak = jnp.maximum(step - bad_from + 1, 0)
+    values = {"loss": batch, "skipped_steps": streak, "bad_streak": streak}
+    metrics = {name: Weighted(jnp.float32(x), jnp.float32(1)) for name, x in values.items()}
+    return state._replace(step=step, params=state.params + 1), metrics
+
+
+def make_state(step=0):
+    return TrainState(jnp.int32(step), jnp.float32(step), (), jnp.zeros(2), jnp.int32(0), jnp.int32(0))
+
+
+class Run:
+    """A loop in a folder, with what it saved."""
+
+    def __init__(self, folder, watch, hooks=(), train_step=count_step, start=0, unfinished=None, **changes):
+        settings = {
+            "steps": 10,
+            "num_microbatches": 1,
+            "log_every": 2,
+            "evaluate_every": 0,
+            "sample_every": 0,
+            "checkpoint_every": 4,
+            "max_bad_steps": 3,
+            "hang_timeout": 60.0,
+        }
+        config = LoopConfig(**settings | changes)
+        self.folder, self.saved = folder, []
+        self.writer = MetricWriter(folder, start, None, {})
+        self.loop = Loop(
+            config=config,
+            train_step=train_step,
+            schedule=lambda count: 0.5**count,
+            hooks=hooks,
+            save=lambda step, state, row: self.saved.append((step, float(state.params), row)),
+            wait=lambda: self.saved.append("waited"),
+            writer=self.writer,
+            throughput=Throughput(tokens_per_step=100, flops_per_step=1e6),
+            watch=watch,
+            resume_command="the same again",
+            profile=None,
+            profile_folder=str(folder / "profile"),
+        )
+        self.batches = (100.0 + step for step in range(start, config.steps))
+        self.start, self.unfinished = start, unfinished
+
+    def __call__(self):
+        try:
+            return self.loop.run(make_state(self.start), self.batches, self.unfinished)
+        finally:
+            self.writer.close()
+
+    @property
+    def rows(self):
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def deterministic_rows(self):
+        return [{k: x for k, x in row.items() if not k.startswith("perf/")} for row in self.rows]
+
+
+@pytest.fixture
+def watch(tmp_path):
+    with Watch(tmp_path, hang_timeout=60.0) as watch:
+        yield watch
+
+
+def test_logged_steps_show_their_own_loss_rate_and_tokens_once(tmp_path, watch):
+    run = Run(tmp_path, watch)
+    assert int(run().step) == 10
+    assert run.deterministic_rows == [
+        {
+            "step": step,
+            "train/loss": 100.0 + step - 1,
+            "train/skipped_steps": 0.0,
+            "train/learning_rate": 0.5 ** (step - 1),
+            "train/tokens": 100.0 * step,
+        }
+        for step in (2, 4, 6, 8, 10)
+    ]
+    assert all(row["perf/tokens_per_second"] > 0 for row in run.rows)
+    assert "perf/mfu" not in run.rows[0]  # nothing is claimed of hardware that is not known
+
+
+def test_checkpoints_come_at_their_interval_and_at_the_end(tmp_path, watch):
+    run = Run(tmp_path, watch)
+    run()
+    assert run.saved == [(4, 4.0, None), (8, 8.0, None), (10, 10.0, None)]
+
+
+def test_hooks_join_the_row_of_their_step_and_run_at_the_end(tmp_path, watch):
+    run = Run(tmp_path, watch, hooks=(Hook(3, lambda step, state: {"eval/params": float(state.params)}),))
+    run()
+    assert {row["step"]: row["eval/params"] for row in run.rows if "eval/params" in row} == {
+        3: 3.0,
+        6: 6.0,
+        9: 9.0,
+        10: 10.0,
+    }
+    assert [row["step"] for row in run.rows] == [2, 3, 4, 6, 8, 9, 10]
+
+
+def test_a_signal_saves_after_the_step_and_names_the_command_that_resumes(tmp_path, watch):
+    def step(state, batch):
+        if batch == 104.0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return count_step(state, batch)
+
+    run = Run(tmp_path, watch, train_step=step)
+    with pytest.raises(Stopped, match=r"saved at step 5.*the same again") as stopped:
+        run()
+    assert stopped.value.exit_code == 75
+    assert run.saved == [(4, 4.0, None), (5, 5.0, None), "waited"]
+
+
+def test_a_signal_inside_an_evaluation_saves_the_row_and_the_resumed_run_finishes_it(tmp_path, watch):
+    def evaluate(step, state):
+        watch.check()
+        return {"eval/params": float(state.params)}
+
+    def interrupted(step, state):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(step, state)
+
+    (tmp_path / "whole").mkdir()
+    whole = Run(tmp_path / "whole", watch, hooks=(Hook(3, evaluate),))
+    whole()
+    first = Run(tmp_path, watch, hooks=(Hook(3, interrupted),))
+    with pytest.raises(Stopped):
+        first()
+    (step, _, unfinished), _ = first.saved
+    assert step == 3
+    assert [row["step"] for row in first.rows] == [2]
+    watch.requested = False
+    second = Run(tmp_path, watch, hooks=(Hook(3, evaluate),), start=3, unfinished=unfinished)
+    second()
+    assert second.deterministic_rows == whole.deterministic_rows
+
+
+def test_a_resumed_run_repeats_no_row(tmp_path, watch):
+    whole = Run(tmp_path, watch)
+    whole()
+    rows = whole.deterministic_rows
+    resumed = Run(tmp_path, watch, start=4)  # a kill at step 10 with the last checkpoint at 4
+    resumed()
+    assert resumed.deterministic_rows == rows
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, watch):
+    run = Run(tmp_path, watch, train_step=lambda state, batch: count_step(state, batch, bad_from=6))
+    with pytest.raises(NumericsError, match=r"3 steps in a row up to step 8.*learning_rate") as error:
+        run()
+    assert error.value.exit_code == 70
+
+
+def test_skipped_steps_do_not_move_the_learning_rate(tmp_path, watch):
+    run = Run(
+        tmp_path,
+        watch,
+        train_step=lambda state, batch: count_step(state, batch, bad_from=9),
+        max_bad_steps=5,
+    )
+    run()
+    assert [row["train/learning_rate"] for row in run.rows][-2:] == [0.5**7, 0.5**7]  # steps 8 and 10

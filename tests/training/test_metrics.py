@@ -1,0 +1,127 @@
+"""Names, files and figures of a run's metrics."""
+
+import json
+import struct
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from configs.models import model
+from jaxllm.config import parse
+from jaxllm.losses import Weighted
+from jaxllm.models import ModelConfig, build_model
+from jaxllm.models.config import flops_per_token
+from jaxllm.training.metrics import (
+    MetricWriter,
+    Throughput,
+    parameter_count,
+    peak_flops,
+    read_metrics,
+    to_scalars,
+)
+
+
+def tensorboard_scalars(folder):
+    """(tag, step, value) of every event file, read record by record."""
+    found = []
+    for path in folder.glob("events.*"):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            at += 16 + length
+    return sorted(found)
+
+
+def test_scalars_are_sums_over_weights_under_their_area():
+    metrics = {
+        "loss": Weighted(jnp.float32(6), jnp.float32(4)),
+        "empty": Weighted(jnp.float32(0), jnp.float32(0)),
+    }
+    assert to_scalars(metrics, "train") == {"train/loss": 1.5, "train/empty": 0.0}
+
+
+def test_rows_after_the_resumed_step_are_dropped_from_file_and_tensorboard(tmp_path):
+    first = MetricWriter(tmp_path, 0, None, {})
+    for step in (1, 2, 3):
+        first.write(step, {"train/loss": 1.0 / step})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/lo')  # killed in the middle of a line
+    (events,) = (tmp_path / "tb").glob("events.*")
+    events.rename(events.with_name("events.out.tfevents.1.host"))  # the name holds the second it was made in
+    second = MetricWriter(tmp_path, 2, None, {})
+    second.write(3, {"train/loss": 0.25})
+    second.close()
+    rows = [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert rows == [(1, 1.0), (2, 0.5), (3, 0.25)]
+    assert tensorboard_scalars(tmp_path / "tb") == [("train/loss", *row) for row in rows]
+
+
+def test_a_value_that_is_not_finite_is_null_in_the_file(tmp_path):
+    writer = MetricWriter(tmp_path, 0, None, {})
+    writer.write(1, {"train/loss": float("nan"), "train/grad_norm": 2.0})
+    writer.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "step": 1,
+        "train/loss": None,
+        "train/grad_norm": 2.0,
+    }
+
+
+@pytest.mark.parametrize("fault", ["missing", "at start", "while logging"])
+def test_wandb_never_stops_a_run(tmp_path, monkeypatch, caplog, fault):
+    class Broken:
+        @staticmethod
+        def init(**_):
+            if fault == "at start":
+                raise OSError("no network")
+            return Broken()
+
+        def log(self, *_, **__):
+            raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", None if fault == "missing" else Broken)
+    writer = MetricWriter(tmp_path, 0, "project", {})
+    writer.write(1, {"train/loss": 1.0})
+    writer.write(2, {"train/loss": 0.5})
+    writer.close()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+    assert caplog.text.count("WARNING") == 1  # said once
+
+
+def test_flops_are_six_a_weight_and_attention_by_hand():
+    config = parse(
+        ModelConfig, model("tiny")
+    )  # 2 layers, width 64, heads 4 and 2 of 16, mlp 176, vocabulary 512
+    block = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 176
+    scores_and_sums = 2 * 2 * 64 * (100 / 2)  # q k and weights v: 2 FLOPs each, for half of 100 positions
+    assert flops_per_token(config, 100) == 6 * (2 * block + 64 * 512) + 3 * 2 * scores_and_sums
+
+
+def test_parameters_are_counted_by_shape():
+    built = build_model(parse(ModelConfig, model("tiny")))
+    block = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 176 + 2 * 64 + 2 * 16
+    shapes = jax.eval_shape(built.init, jax.random.key(0))
+    assert parameter_count(shapes) == 2 * block + 512 * 64 + 64
+
+
+def test_hardware_that_is_not_in_the_table_has_no_peak():
+    assert peak_flops(jax.devices()[0]) is None
+
+
+def test_throughput_leaves_out_what_came_before_a_restart(monkeypatch):
+    clock = iter([0.0, 100.0, 102.0, 102.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    throughput = Throughput(tokens_per_step=50, flops_per_step=1.0)
+    throughput.restart()  # an evaluation took 100 s
+    throughput.steps += 4
+    row = throughput.read()
+    assert row["perf/step_time"] == 0.5
+    assert row["perf/tokens_per_second"] == 100.0
+    assert throughput.read() == {}
