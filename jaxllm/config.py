@@ -135,28 +135,30 @@ def nearest_divisors(value: int, of: int) -> tuple[int, ...]:
 
 def run_script(
     main: Callable[[Any, "FlagValues"], int | None],
-    config_class: Callable[[], type],
+    config_class: Callable[[], type] | None,
     define_flags: Callable[["FlagValues"], None],
     argv: list[str] | None = None,
 ) -> int:
     """Read the command line, call `main(config, flags)` and return the exit code of the process.
 
-    `config_class` returns the dataclass; it is called late, so that `--help` imports little. A RunError
-    becomes its one line on stderr and its exit code; any other exception is a bug and keeps its traceback.
+    `config_class` returns the dataclass; it is called late, so that `--help` imports little. A script with
+    `config_class=None` takes flags only, and gets None for its config. A RunError becomes its one line on
+    stderr and its exit code; any other exception is a bug and keeps its traceback.
     """
     from absl import flags
 
     argv = sys.argv if argv is None else argv
     script_flags = flags.FlagValues()
-    flags.DEFINE_string("config", None, "config file, as FILE.py or FILE.py:ARG", flag_values=script_flags)
-    flags.DEFINE_bool("print_config", False, "print the resolved config and exit", flag_values=script_flags)
+    if config_class is not None:
+        flags.DEFINE_string("config", None, "config file, FILE.py or FILE.py:ARG", flag_values=script_flags)
+        flags.DEFINE_bool("print_config", False, "print the resolved config, exit", flag_values=script_flags)
     define_flags(script_flags)
     if {"-h", "--help"} & set(argv):
         print(_help(script_flags))
         return 0
     try:
         config = _read_command_line(argv, script_flags, config_class)
-        if script_flags.print_config:
+        if config_class is not None and script_flags.print_config:
             print(json.dumps(as_dict(config), indent=2))
             return 0
         return main(config, script_flags) or 0
@@ -171,10 +173,14 @@ def _help(script_flags: "FlagValues") -> str:
         flag = script_flags[name]
         default = "" if flag.default is None else f" (default: {flag.default_as_str})"
         lines.append(f"  --{name}: {flag.help}{default}")
-    return "\n".join([*lines, "  --config.SECTION.FIELD=VALUE: override a field of the config"])
+    if "config" in script_flags:
+        lines.append("  --config.SECTION.FIELD=VALUE: override a field of the config")
+    return "\n".join(lines)
 
 
-def _read_command_line(argv: list[str], script_flags: "FlagValues", config_class: Callable[[], type]) -> Any:
+def _read_command_line(
+    argv: list[str], script_flags: "FlagValues", config_class: Callable[[], type] | None
+) -> Any:
     from absl import flags
 
     try:
@@ -186,8 +192,10 @@ def _read_command_line(argv: list[str], script_flags: "FlagValues", config_class
         if not argument.startswith("-"):
             dashes = f", did you mean --{argument}?" if argument.startswith("config") else ""
             raise ConfigError(f"stray argument {argument!r}{dashes}")
-        if not name.startswith("config."):
+        if config_class is None or not name.startswith("config."):
             raise ConfigError(f"--{name}: unknown flag{did_you_mean(name, script_flags)}")
+    if config_class is None:
+        return None
     if script_flags.config is None:
         raise ConfigError("--config=FILE.py is missing")
     config = load_config(script_flags.config)
