@@ -1,0 +1,29 @@
+# Everything below works on a fresh machine with Python 3.11 or newer, and nowhere but in this folder.
+# With an environment of your own: `pip install -e '.[dev]'`, then the python commands as they stand here.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS ?= dev
+
+.PHONY: install test lint quickstart benchmark clean
+
+install: $(VENV)/installed-$(EXTRAS)
+
+$(VENV)/installed-$(EXTRAS): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+quickstart: install
+	$(BIN)/python experiments/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+	$(BIN)/python experiments/generate.py --checkpoint=runs/quickstart --prompt="What is a"
+
+clean:
+	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache

@@ -1,0 +1,167 @@
+"""Speed of a whole training step: tokens/s, share of this machine's matrix-product rate, memory, compile time.
+
+    python benchmarks/train_step.py --config=benchmarks/model_s.py --peer   # beside transformers in torch
+    python benchmarks/train_step.py --config=configs/pretrain_text.py:124m \
+        --config.model.attention=cudnn --config.model.compute_dtype=bfloat16      # on a GPU
+
+Rounds of each contestant alternate, so that a noisy machine hurts all alike; figures are medians with the
+quartiles in brackets. The step is compiled for one shape: calling it with another raises, so nothing that
+is timed here can be a compilation.
+"""
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from jaxllm.config import run_script
+
+if TYPE_CHECKING:
+    from absl.flags import FlagValues
+
+    from experiments.train_config import TrainConfig
+
+PEER_COMPILED = "transformers, torch.compile"
+
+
+def define_flags(flag_values: "FlagValues") -> None:
+    """This script's flags."""
+    from absl import flags
+
+    flags.DEFINE_integer("rounds", 10, "timed rounds of each contestant", flag_values)
+    flags.DEFINE_integer("steps", 3, "steps a round", flag_values)
+    flags.DEFINE_bool("peer", False, "also time transformers' Llama of the same shape in torch", flag_values)
+
+
+def config_class() -> type:
+    """Late, since it imports jax."""
+    from experiments.train_config import TrainConfig
+
+    return TrainConfig
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a large square product in the step's own library: what 100% would be."""
+    import jax
+    import jax.numpy as jnp
+
+    gpu = jax.default_backend() != "cpu"
+    size, dtype = (8192, jnp.bfloat16) if gpu else (2048, jnp.float32)
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(a, a))
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def our_step(config: "TrainConfig") -> Callable[[], None]:
+    """Compile, report, and return a function that takes one step and waits for it."""
+    import jax
+    import jax.numpy as jnp
+
+    from experiments.run import Program
+    from jaxllm.batches import TokenBatch
+
+    program = Program(config)
+    start = time.perf_counter()
+    step = program.compile()
+    print(program.describe())
+    temporaries = step.memory_analysis().temp_size_in_bytes / 1e9
+    print(f"jaxllm: compiled in {time.perf_counter() - start:.1f} s, {temporaries:.2f} GB of temporaries")
+    state = program.fresh_state()
+    data = config.data
+    size = (data.batch_size, data.sequence_length)
+    tokens = jax.random.randint(jax.random.key(1), size, 0, config.model.vocab_size, jnp.int32)
+    ones, positions = jnp.ones(size, jnp.int32), jnp.broadcast_to(jnp.arange(size[1]), size)
+    batch = TokenBatch(tokens, jnp.roll(tokens, -1, 1), ones.astype(bool), ones, positions)
+    batch = jax.device_put(batch, program.batch_sharding)
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+
+    return run
+
+
+def peer_steps(config: "TrainConfig") -> dict[str, Callable[[], None]]:
+    """transformers' Llama with torch's AdamW, eager and compiled, in the config's shape."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape, data = config.model, config.data
+    llama = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp_width,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tie_embeddings,
+        use_cache=False,
+    )
+    tokens = torch.randint(0, shape.vocab_size, (data.batch_size, data.sequence_length))
+
+    def make(compiled: bool) -> Callable[[], None]:
+        model = LlamaForCausalLM(llama)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        forward = torch.compile(model) if compiled else model
+
+        def run() -> None:
+            optimizer.zero_grad()
+            forward(input_ids=tokens, labels=tokens).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        return run
+
+    return {"transformers, eager": make(False), PEER_COMPILED: make(True)}
+
+
+def main(config: "TrainConfig", flags: "FlagValues") -> None:
+    """Time all contestants in turn and print a table."""
+    from jaxllm.models.config import flops_per_token
+
+    contestants = {"jaxllm": our_step(config)}
+    if flags.peer:
+        contestants |= peer_steps(config)
+    rate = matmul_rate()
+    print(f"matrix products on this machine: {rate / 1e9:,.0f} GFLOP/s")
+    for step in contestants.values():
+        step()
+        step()
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(flags.rounds):
+        for name, step in contestants.items():
+            start = time.perf_counter()
+            for _ in range(flags.steps):
+                step()
+            times[name].append((time.perf_counter() - start) / flags.steps)
+    tokens = config.data.batch_size * config.data.sequence_length
+    flops = flops_per_token(config.model, config.data.sequence_length)
+    for name, seconds in times.items():
+        low, middle, high = statistics.quantiles(seconds, n=4)
+        print(
+            f"{name:28} {tokens / middle:9,.0f} tokens/s [{tokens / high:,.0f} to {tokens / low:,.0f}]  "
+            f"{flops * tokens / middle / rate:5.1%} of the matrix-product rate"
+        )
+    for name in contestants:
+        if name != "jaxllm":
+            pairs = zip(times[name], times["jaxllm"], strict=True)
+            print(f"jaxllm / {name}: {statistics.median(peer / ours for peer, ours in pairs):.2f}x")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"peak memory of this process, all contestants: {peak:.2f} GB")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, config_class, define_flags))
