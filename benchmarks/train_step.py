@@ -1,4 +1,4 @@
-"""Speed of a whole training step: tokens/s, share of this machine's matrix-product rate, memory, compile time.
+"""Speed of a training step: tokens/s, share of the machine's matrix-product rate, memory, compile time.
 
     python benchmarks/train_step.py --config=benchmarks/model_s.py --peer   # beside transformers in torch
     python benchmarks/train_step.py --config=configs/pretrain_text.py:124m \
@@ -33,9 +33,11 @@ def define_flags(flag_values: "FlagValues") -> None:
     """This script's flags."""
     from absl import flags
 
-    flags.DEFINE_integer("rounds", 10, "timed rounds of each contestant", flag_values)
-    flags.DEFINE_integer("steps", 3, "steps a round", flag_values)
-    flags.DEFINE_bool("peer", False, "also time transformers' Llama of the same shape in torch", flag_values)
+    flags.DEFINE_integer("rounds", 10, "timed rounds of each contestant", flag_values=flag_values)
+    flags.DEFINE_integer("steps", 3, "steps a round", flag_values=flag_values)
+    flags.DEFINE_bool(
+        "peer", False, "also time transformers' Llama of the same shape in torch", flag_values=flag_values
+    )
 
 
 def config_class() -> type:

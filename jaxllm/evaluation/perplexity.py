@@ -20,10 +20,10 @@ class RowSums(NamedTuple):
     correct: jax.Array
 
 
-def row_sums(params: Any, batch: TokenBatch, byte_lengths: jax.Array, *, model: Any) -> RowSums:
+def row_sums(params: Any, batch: TokenBatch, byte_lengths: Any, *, model: Any) -> RowSums:
     """Score a batch. byte_lengths int32 [V]: bytes of text that each token stands for."""
     hidden, _ = model.apply(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
-    head = model.head(params)
+    head, byte_lengths = model.head(params), jnp.asarray(byte_lengths)
 
     def score(hidden_TD: jax.Array, targets_T: jax.Array, mask_T: jax.Array) -> RowSums:
         loss, metrics = linear_cross_entropy(

@@ -81,7 +81,7 @@ class Loop:
             if late is not None:  # the device is busy with this step: reading the one before costs nothing
                 row = self._read(*late)
                 if due(step - 1, self.config.log_every):
-                    self._write(step - 1, row)
+                    self._write(step - 1, row | self.throughput.read())
             late = (step, metrics)
             self.throughput.steps += 1
             self.watch.beat()
@@ -113,7 +113,6 @@ class Loop:
     def _write(self, step: int, row: dict[str, float]) -> None:
         row["train/learning_rate"] = float(self.schedule(step - int(row["train/skipped_steps"]) - 1))
         row["train/tokens"] = float(step * self.throughput.tokens_per_step)
-        row |= self.throughput.read()
         self.writer.write(step, row)
         self.progress.show(step, row)
 
@@ -121,6 +120,7 @@ class Loop:
         """All that is due after a step: hooks, its row, a checkpoint, the end if a signal asked for it."""
         last = step == self.config.steps
         due_hooks = [hook for hook in self.hooks if hook.every and (last or due(step, hook.every))]
+        row |= self.throughput.read()  # before the hooks take their time
         unfinished = None
         try:
             for hook in due_hooks:

@@ -1,0 +1,75 @@
+"""Train a language model: the stage, the model and the data are the config's.
+
+    python experiments/train.py --config=configs/pretrain_text.py:1m --workdir=runs/shakespeare \
+        --config.data.train=input.txt
+
+The folder then holds checkpoints, metrics and samples; the same command again goes on where it stopped.
+"""
+
+import functools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
+
+from jaxllm.config import run_script
+from jaxllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from absl.flags import FlagValues
+
+    from experiments.train_config import TrainConfig
+
+
+def define_flags(flag_values: "FlagValues") -> None:
+    """This script's flags; --config and --print_config are there already."""
+    from absl import flags
+
+    define = functools.partial(flags.DEFINE_string, flag_values=flag_values)
+    define("workdir", None, "folder of the run: checkpoints, metrics, samples")
+    define("resume", "auto", "auto: go on if the folder holds this run; must; never: refuse; or a STEP")
+    define("init_from", None, "begin with the weights of this run, checkpoint folder or step folder")
+    define("profile", None, "FIRST:LAST, steps to trace into WORKDIR/profile")
+    flags.DEFINE_bool("dry_run", False, "compile, print sizes and memory, and exit", flag_values=flag_values)
+
+
+def config_class() -> type:
+    """Late, since it imports jax."""
+    from experiments.train_config import TrainConfig
+
+    return TrainConfig
+
+
+def main(config: "TrainConfig", flags: "FlagValues") -> None:
+    """Train, or say what training would take."""
+    from experiments.run import Program, dry_run, enable_compilation_cache, train
+
+    if flags.dry_run:
+        enable_compilation_cache()
+        print(dry_run(Program(config)))
+        return
+    if flags.workdir is None:
+        raise ConfigError("--workdir=FOLDER is missing")
+    train(
+        config,
+        workdir=flags.workdir,
+        resume=flags.resume,
+        init_from=flags.init_from,
+        profile=read_profile(flags.profile),
+        command=["python", *sys.argv],
+    )
+
+
+def read_profile(text: str | None) -> tuple[int, int] | None:
+    """FIRST:LAST as two steps."""
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
+        raise ConfigError(f"--profile={text} must be FIRST:LAST, two steps, such as 10:12")
+    return int(first), int(last)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, config_class, define_flags))
