@@ -1,0 +1,84 @@
+"""Templates with choices, the small grammar that makes good English of them, and the files they are in."""
+
+import random
+import re
+from collections.abc import Iterator
+from functools import cache, lru_cache
+from importlib import resources
+
+_MARKS = re.compile(r"([\[|\]])")
+_ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou]|LLM)(?!use|one)")
+# A sentence starts the text or a line, follows a full stop, or is quoted after a colon.
+_SENTENCE_START = re.compile(r'(^"?|\n"?|[.!?] "?|: ")([a-z])')
+
+
+def spin(template: str, rng: random.Random, **slots: object) -> str:
+    """Resolve every `[this|that|]` to one of its alternatives, fill the `{slots}`, and tidy the sentences.
+
+    >>> spin("[he|he] ate a {food}. it was [good|good].", random.Random(0), food="egg")
+    'He ate an egg. It was good.'
+    """
+    return tidy(choose(template, rng).format_map(slots))
+
+
+def choose(template: str, rng: random.Random) -> str:
+    """Only resolve the choices."""
+    return _choose(_parse(template), rng) if "[" in template else template
+
+
+def _choose(alternatives: list[list], rng: random.Random) -> str:
+    parts = rng.choice(alternatives) if len(alternatives) > 1 else alternatives[0]
+    return "".join([part if isinstance(part, str) else _choose(part, rng) for part in parts])
+
+
+@lru_cache(maxsize=4096)
+def _parse(template: str) -> list[list]:
+    return _alternatives(iter(_MARKS.split(template)))
+
+
+def _alternatives(tokens: Iterator[str]) -> list[list]:
+    """Up to the closing bracket: the alternatives, each a list of strings and of further alternatives."""
+    alternatives: list[list] = [[]]
+    for token in tokens:
+        if token == "[":
+            alternatives[-1].append(_alternatives(tokens))
+        elif token == "|":
+            alternatives.append([])
+        elif token == "]":
+            break
+        else:
+            alternatives[-1].append(token)
+    return alternatives
+
+
+def tidy(text: str) -> str:
+    """`an` before a vowel sound, and a capital at the start of every sentence."""
+    text = _ARTICLE.sub(r"\1n ", text)
+    return _SENTENCE_START.sub(lambda start: start[1] + start[2].upper(), text)
+
+
+@cache
+def passages(name: str) -> tuple[tuple[str, ...], ...]:
+    """The passages of `english/NAME.txt`: lines, parted from those of the next one by a blank line."""
+    text = resources.files(__package__).joinpath("english", f"{name}.txt").read_text(encoding="ascii")
+    return tuple(tuple(block.splitlines()) for block in text.strip().split("\n\n"))
+
+
+def frame(title: str, rng: random.Random, **slots: object) -> str:
+    """One of the passages of `english/frames.txt` with this title, filled in."""
+    return spin(rng.choice(_frames()[title]), rng, **slots)
+
+
+@cache
+def _frames() -> dict[str, list[str]]:
+    frames: dict[str, list[str]] = {}
+    for title, *lines in passages("frames"):
+        frames.setdefault(title, []).append("\n".join(lines))
+    return frames
+
+
+@cache
+def table(name: str) -> tuple[tuple[str, ...], ...]:
+    """The rows of `english/NAME.txt`, their cells parted by `|`."""
+    (lines,) = passages(name)
+    return tuple(tuple(cell.strip() for cell in line.split("|")) for line in lines)

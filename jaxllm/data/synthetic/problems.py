@@ -1,0 +1,167 @@
+"""Sums and word problems about the world, with their working and an answer that can be checked.
+
+Every equation belongs to one split (`Equation.split`), so that a held-out one is never worked out in
+training, neither alone nor as a step of another: the steps of a working only ever use single digits and round
+numbers, and to ask for those is always left to training, like tables learnt by heart.
+"""
+
+import operator
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+from jaxllm.data.synthetic.language import passages, spin
+from jaxllm.data.synthetic.lexicon import WORDS
+from jaxllm.data.synthetic.split import Split, split_of
+from jaxllm.data.synthetic.world import Person, World
+
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+
+class Equation(NamedTuple):
+    """`a sign b = result`, of natural numbers."""
+
+    a: int
+    sign: str
+    b: int
+
+    @property
+    def result(self) -> int:
+        return _OPERATIONS[self.sign](self.a, self.b)
+
+    @property
+    def split(self) -> Split:
+        """Who may ask this: training alone if it can be a step of a working, else by the operands' hash."""
+        low, high = sorted((self.a, self.b))
+        by_heart = high < 10 if self.sign == "*" else low < 10
+        if by_heart or low % 10 == 0 or high % 10 == 0:
+            return "train"
+        return _pair_split(low, high)
+
+    def steps(self) -> list["Equation"]:
+        """The simpler equations that lead to this one: tens, then ones. None for what is known by heart."""
+        (tens_a, ones_a), (tens_b, ones_b) = ((n - n % 10, n % 10) for n in (self.a, self.b))
+        if self.sign == "-":
+            steps = [Equation(self.a, "-", tens_b), Equation(self.a - tens_b, "-", ones_b)]
+        elif self.sign == "+":
+            steps = [Equation(tens_a, "+", tens_b), Equation(ones_a, "+", ones_b)]
+            steps.append(Equation(tens_a + tens_b, "+", ones_a + ones_b))
+        else:
+            steps = [Equation(tens_a, "*", self.b), Equation(ones_a, "*", self.b)]
+            steps.append(Equation(tens_a * self.b, "+", ones_a * self.b))
+        steps = [step for step in steps if step.a and step.b]
+        return [] if self in steps else steps
+
+    def working(self) -> str:
+        """`30 + 20 = 50. 7 + 5 = 12. 50 + 12 = 62. So 37 + 25 = 62.`"""
+        steps = self.steps()
+        return "".join(f"{step}. " for step in steps) + ("So " if steps else "") + f"{self}."
+
+    @property
+    def task(self) -> str:
+        return f"{self.a} {self.sign} {self.b}"
+
+    def __str__(self) -> str:
+        return f"{self.task} = {self.result}"
+
+
+@cache
+def _pair_split(low: int, high: int) -> Split:
+    return split_of(f"{low} {high}")
+
+
+Equations = tuple[Equation, ...]
+
+
+class Problem(NamedTuple):
+    """A question, the way to its answer (whose last number is the answer), and the bare answer."""
+
+    question: str
+    working: str
+    answer: str
+    equations: Equations  # what is worked out, in order
+
+
+def sum_problem(rng: random.Random, split: Split) -> Problem:
+    """Bare numbers: `What is 37 + 25?`"""
+    make = rng.choice((_addition, _addition, _subtraction, _multiplication))
+    while True:
+        equations = make(rng)
+        if _belong_to(split, equations):
+            break
+    (equation,) = equations
+    question = spin("[What is {task}?|How much is {task}?|Work out {task}.]", rng, task=equation.task)
+    return Problem(question, equation.working(), str(equation.result), equations)
+
+
+def word_problem(world: World, rng: random.Random, split: Split) -> Problem:
+    """One or two steps about people of the world: what they have, buy and sell, and how old they are."""
+    shape, question, conclusion = rng.choice(passages("problems"))
+    while True:
+        hero, friend = rng.sample(world.people, 2)
+        equations = _SHAPES[shape](rng, hero, friend)
+        if _belong_to(split, equations):
+            break
+    first, last = equations[0], equations[-1]
+    slots = {"a": first.a, "b": first.b, "c": last.b, "result": last.result, "hero": hero, "friend": friend}
+    slots |= {"items": rng.choice(WORDS["items"]), "goods": rng.choice(WORDS["goods"])}
+    lead = ("We need",) if len(equations) == 1 else ("First we need", "Then we need")
+    working = [f"{words} {each.task}. {each.working()}" for words, each in zip(lead, equations, strict=True)]
+    working.append(spin(conclusion, rng, **slots))
+    return Problem(spin(question, rng, **slots), " ".join(working), str(last.result), equations)
+
+
+def _belong_to(split: Split, equations: Equations) -> bool:
+    return all(equation.split == split for equation in equations)
+
+
+# How the numbers of a problem are drawn. Nobody ever has fewer than two of anything: nouns are plural.
+
+
+def _number(rng: random.Random) -> int:
+    return rng.randint(2, rng.choice((9, 97, 97, 97, 97)))
+
+
+def _addition(rng: random.Random, *people: Person) -> Equations:
+    return (Equation(_number(rng), "+", _number(rng)),)
+
+
+def _subtraction(rng: random.Random, *people: Person) -> Equations:
+    low, high = sorted((_number(rng), _number(rng)))
+    return (Equation(high + 2, "-", low),)
+
+
+def _multiplication(rng: random.Random, *people: Person) -> Equations:
+    return (Equation(rng.randint(2, rng.choice((9, 30, 30))), "*", rng.randint(2, 9)),)
+
+
+def _then(make: Callable[..., Equations], sign: str) -> Callable[..., Equations]:
+    """Two steps: the result of the first goes on with a smaller number."""
+
+    def equations(rng: random.Random, *people: Person) -> Equations:
+        (first,) = make(rng)
+        return first, Equation(first.result, sign, rng.randint(2, min(first.result - 2, 97)))
+
+    return equations
+
+
+def _age_later(rng: random.Random, hero: Person, friend: Person) -> Equations:
+    return (Equation(hero.age, "+", rng.randint(2, 40)),)
+
+
+def _age_gap(rng: random.Random, hero: Person, friend: Person) -> Equations:
+    low, high = sorted((hero.age, friend.age))
+    return (Equation(high, "-", low),)
+
+
+_SHAPES: dict[str, Callable[..., Equations]] = {
+    "a + b": _addition,
+    "a - b": _subtraction,
+    "a * b": _multiplication,
+    "a + b - c": _then(_addition, "-"),
+    "a * b + c": _then(_multiplication, "+"),
+    "a * b - c": _then(_multiplication, "-"),
+    "age + b": _age_later,
+    "age - age": _age_gap,
+}
