@@ -1,0 +1,232 @@
+"""A run folder goes on with its own run and refuses every other, in one line, before anything slow."""
+
+import json
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxllm.errors import CheckpointError, ConfigError, DataError
+from jaxllm.training.checkpoint import Checkpoints
+from jaxllm.training.run_folder import open_run, record_start
+
+CONFIG = {"training": {"steps": 10, "log_every": 1}, "optimizer": {"learning_rate": 0.1}, "seed": 0}
+MAY_DIFFER = ("training.steps", "logging")
+
+
+def with_steps(steps):
+    return CONFIG | {"training": {"steps": steps, "log_every": 1}}
+
+
+def start(workdir, config=CONFIG, resume="auto", **fingerprints):
+    run = open_run(str(workdir), config, resume=resume, may_differ=MAY_DIFFER)
+    record_start(run, config, command=["train.py", "--workdir=my runs"], fingerprints=fingerprints)
+    return run
+
+
+def save(run, *steps):
+    checkpoints = Checkpoints(run.checkpoints, keep=10)
+    for step in steps:
+        checkpoints.save(step, {"x": jnp.float32(step)}, {})
+    checkpoints.wait()
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return tmp_path / "x"
+
+
+# ---- fresh or resumed
+
+
+def test_a_new_folder_is_a_fresh_run_and_records_how_it_came_about(workdir):
+    run = open_run(str(workdir), CONFIG, resume="auto", may_differ=MAY_DIFFER)
+    assert not run.resuming
+    parent = {"path": "runs/pretrain/checkpoints/9", "hash": "abc"}
+    record_start(
+        run, CONFIG, command=["train.py", "--workdir=my runs"], fingerprints={"data": "d"}, parent=parent
+    )
+    assert json.loads((workdir / "config.json").read_text()) == CONFIG
+    record = json.loads((workdir / "run.json").read_text())
+    assert record["id"] == run.id
+    assert record["parent"] == parent
+    assert record["fingerprints"] == {"data": "d"}
+    (first,) = record["starts"]
+    assert first["command"] == "train.py '--workdir=my runs'"
+    assert first["versions"]["jax"] == jax.__version__
+    assert first["versions"].keys() >= {"python", "jaxllm", "flax", "optax", "orbax-checkpoint"}
+    assert first["devices"] == {"kind": "cpu", "count": 8, "processes": 1}
+
+
+def test_the_git_revision_says_whether_files_were_changed(workdir, tmp_path, monkeypatch):
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b"]
+    (tmp_path / "file").touch()
+    for command in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    revision = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    monkeypatch.setattr("jaxllm.training.run_folder.__file__", str(tmp_path / "module.py"))
+
+    def recorded():
+        start(workdir)
+        return json.loads((workdir / "run.json").read_text())["starts"][-1]["git"]
+
+    assert recorded() == revision
+    (tmp_path / "file").write_text("changed")
+    assert recorded() == f"{revision}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert recorded() is None
+
+
+def test_auto_goes_on_once_there_is_a_checkpoint(workdir):
+    first = start(workdir)
+    again = start(workdir)  # killed before its first checkpoint
+    assert (again.id, again.resuming) == (first.id, False)
+    save(again, 3)
+    resumed = start(workdir)
+    assert (resumed.id, resumed.resuming, resumed.step) == (first.id, True, None)
+    starts = json.loads((workdir / "run.json").read_text())["starts"]
+    assert [each["resuming"] for each in starts] == [False, False, True]
+
+
+def test_a_checkpoint_set_aside_or_unfinished_is_nothing_to_go_on_from(workdir):
+    save(start(workdir), 3)
+    (workdir / "checkpoints/3").rename(workdir / "checkpoints/3.aside-1")
+    (workdir / "checkpoints/5").mkdir()
+    assert not start(workdir).resuming
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(workdir):
+    save(start(workdir), 3)
+    (workdir / "checkpoints/3/arrays.json").unlink()
+    assert start(workdir).resuming
+
+
+def test_a_step_can_be_asked_for(workdir):
+    save(start(workdir), 3, 20)
+    assert start(workdir, resume="3").step == 3
+    with pytest.raises(CheckpointError, match=r"--resume=4: .*/x holds steps 3, 20$"):
+        start(workdir, resume="4")
+
+
+def test_must_refuses_to_start_and_never_refuses_to_go_on(workdir):
+    with pytest.raises(CheckpointError, match=r"--resume=must: .*/x holds no checkpoint"):
+        start(workdir, resume="must")
+    save(start(workdir, resume="never"), 3)
+    assert start(workdir, resume="must").resuming
+    with pytest.raises(ConfigError, match=r"--resume=never: .*/x holds run .*, choose another --workdir"):
+        start(workdir, resume="never")
+
+
+def test_any_other_value_of_resume_is_refused(workdir):
+    with pytest.raises(ConfigError, match="--resume=yes: must be auto, must, never or a step"):
+        start(workdir, resume="yes")
+    assert not workdir.exists()
+
+
+# ---- another run
+
+
+def test_another_config_is_refused_and_what_differs_is_shown(workdir):
+    run = start(workdir)
+    save(run, 3)
+    before = (workdir / "run.json").read_bytes()
+    other = with_steps(20) | {"optimizer": {"learning_rate": 0.2}, "seed": 1}
+    with pytest.raises(ConfigError) as caught:
+        start(workdir, other)
+    assert str(caught.value) == (
+        f"{workdir} holds run {run.id} of another config: optimizer.learning_rate 0.1 -> 0.2; seed 0 -> 1. "
+        "Choose another --workdir, or give these fields the values in its config.json"
+    )
+    assert (workdir / "run.json").read_bytes() == before
+
+
+def test_of_many_differences_the_first_are_shown(workdir):
+    start(workdir)
+    with pytest.raises(ConfigError, match=r"a null -> 1; .* and 2 more. Choose"):
+        start(workdir, CONFIG | dict.fromkeys("abcdefg", 1))
+
+
+def test_fields_and_sections_that_may_differ_are_taken_over(workdir):
+    save(start(workdir), 3)
+    longer = with_steps(20) | {"logging": {"every": 5}}
+    assert start(workdir, longer).resuming
+    assert json.loads((workdir / "config.json").read_text()) == longer
+    with pytest.raises(ConfigError, match="logging_2"):  # a section's name is more than a prefix
+        start(workdir, longer | {"logging_2": 1})
+
+
+def test_a_run_that_never_came_to_start_may_be_replaced(workdir):
+    open_run(str(workdir), CONFIG, resume="auto", may_differ=())
+    (workdir / "bad_rows.jsonl").touch()
+    assert not start(workdir, CONFIG | {"seed": 1}).resuming
+
+
+def test_changed_data_is_refused_with_both_fingerprints(workdir):
+    save(start(workdir, data="d1", tokenizer="t1"), 3)
+    with pytest.raises(DataError) as caught:
+        start(workdir, data="d1", tokenizer="t2")
+    assert str(caught.value) == (
+        f"the tokenizer is not that of the run in {workdir}: fingerprint t1 there, t2 here. "
+        "Choose another --workdir, or restore the tokenizer"
+    )
+    assert start(workdir, data="d1", tokenizer="t1").resuming
+
+
+def test_a_folder_of_other_files_is_refused(workdir):
+    workdir.mkdir()
+    (workdir / "logs").mkdir()  # a launcher's
+    (workdir / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match=r"x holds thesis.tex but no run.json: choose another --workdir"):
+        start(workdir)
+    (workdir / "thesis.tex").unlink()
+    start(workdir)
+
+
+def test_a_record_that_cannot_be_read_is_named(workdir):
+    start(workdir)
+    (workdir / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"x/run.json cannot be read: "):
+        start(workdir)
+
+
+def test_code_in_a_run_folder_is_not_executed(workdir, monkeypatch):
+    save(start(workdir), 3)
+    trap = "raise SystemExit('executed')"
+    for name in ("config.py", "run.py", "json.py", "__init__.py", "sitecustomize.py"):
+        (workdir / name).write_text(trap)
+    monkeypatch.chdir(workdir)
+    assert start(workdir).resuming
+
+
+# ---- paths
+
+
+def test_relative_paths_and_the_home_folder_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert start("runs/../a").path == tmp_path / "runs/../a"
+    assert start("~/b").path == tmp_path / "home/b"
+
+
+@pytest.mark.parametrize("workdir", ["", "gs://bucket/x", "a/..", "..", "my run", "x;ls", "é"])
+def test_a_workdir_that_is_no_plain_local_folder_is_refused(workdir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"--workdir={workdir}: must be a folder on a disk"):
+        start(workdir)
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--workdir=.*/file/x: Not a directory"):
+        start(tmp_path / "file/x")
+
+
+def test_file_makes_folders_inside_the_run_and_nowhere_else(workdir):
+    run = start(workdir)
+    path = run.file("samples", "step-10.txt")
+    assert path == workdir / "samples/step-10.txt"
+    assert path.parent.is_dir()
+    for name in ("..", ".", "", "../x", "/etc/passwd", "a/b", "a\n", "a b"):
+        with pytest.raises(ConfigError, match="cannot name a file"):
+            run.file("samples", name)
