@@ -1,0 +1,116 @@
+"""Generation speed, beside Hugging Face's generate on a Llama of the same shape where torch is installed.
+
+    python benchmarks/generate.py [--model=10m] [--batch 1 16 64] [--prompt=64] [--new=128] [--rounds=5]
+
+Random weights, greedy, every row as long as the others. The contestants take turns in each round, so that a
+noisy machine is noisy for all of them; sequences a second are medians over the rounds, and the ratio is the
+median of the rounds' ratios. Compiling is timed apart, and that none follows the first call is asserted.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from configs.models import model as model_shape
+from jaxllm.config import parse
+from jaxllm.models import ModelConfig, build_model
+from jaxllm.rollout.generate import generate
+from jaxllm.rollout.sampling import SamplingConfig
+
+Run = Callable[[np.ndarray, int], int]  # prompts [B, T] and new tokens -> how many tokens came back
+
+
+def our_run(config: ModelConfig) -> Run:
+    model = build_model(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+
+    def run(prompts, new_tokens):
+        sampling = SamplingConfig(0.0, top_k=None, top_p=None, min_p=None, max_new_tokens=new_tokens)
+        keys = jax.random.split(jax.random.key(1), len(prompts))
+        completions = generate(model, params, prompts.tolist(), sampling=sampling, stop_ids=(), keys=keys)
+        return sum(map(len, completions.tokens))
+
+    return run
+
+
+def transformers_runs(config: ModelConfig) -> dict[str, Run]:
+    """Nothing where torch or transformers is missing."""
+    try:
+        import torch
+        from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        return {}
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_length,
+            tie_word_embeddings=config.tie_embeddings,
+        )
+    ).eval()
+
+    def run_with(cache: str) -> Run:
+        def run(prompts, new_tokens):
+            generation = GenerationConfig(
+                max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, cache_implementation=cache
+            )
+            with torch.inference_mode():
+                out = llama.generate(torch.tensor(prompts), generation_config=generation)
+            return out[:, prompts.shape[1] :].numel()
+
+        return run
+
+    return {f"transformers, {cache} cache": run_with(cache) for cache in ("dynamic", "static")}
+
+
+def compare(runs: dict[str, Run], prompts: np.ndarray, new_tokens: int, rounds: int) -> None:
+    compilations = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compilations.append(event) if "backend_compile" in event else None
+    )
+    seconds = {name: [] for name in runs}
+    for turn in range(rounds + 1):  # the first compiles and warms up
+        if turn == 1:
+            compilations.clear()
+        for name, run in runs.items():
+            start = time.perf_counter()
+            said = run(prompts, new_tokens)
+            seconds[name].append(time.perf_counter() - start)
+            assert said == len(prompts) * new_tokens, f"{name} said {said} tokens"
+    assert not compilations, f"{len(compilations)} programs were compiled after warm-up"
+    (ours, first), *_ = seconds.items()
+    for name, times in seconds.items():
+        rate = len(prompts) / statistics.median(times[1:])
+        ratio = statistics.median(theirs / our for theirs, our in zip(times[1:], first[1:], strict=True))
+        note = f"first call {times[0]:.1f} s" if name == ours else f"{ours} is {ratio:.2f}x as fast"
+        print(f"batch {len(prompts):4d}  {name:28s} {rate:7.2f} sequences/s  {note}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="10m", help="a size of configs/models.py")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64], help="sequences at once")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--new", type=int, default=128, help="tokens")
+    parser.add_argument("--rounds", type=int, default=5)
+    flags = parser.parse_args()
+    config = replace(parse(ModelConfig, model_shape(flags.model)), qk_norm=False)  # as in Llama
+    runs = {"jaxllm": our_run(config), **transformers_runs(config)}
+    print(f"{jax.devices()[0].device_kind}, {flags.prompt} tokens of prompt, {flags.new} new")
+    for batch in flags.batch:
+        prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch, flags.prompt))
+        compare(runs, prompts, flags.new, flags.rounds)
+
+
+if __name__ == "__main__":
+    main()
