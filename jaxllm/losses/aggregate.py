@@ -88,7 +88,7 @@ def aggregate(values: jax.Array, mask: jax.Array, mode: str, *, max_length: int 
     sequences = count(counts)
     match mode:
         case "token_mean":
-            return Weighted(sums.sum(), counts.sum())
+            return weigh(values, mask)
         case "sequence_mean":
             return Weighted((sums / jnp.maximum(counts, 1)).sum(), sequences)
         case "sequence_sum":
@@ -141,6 +141,17 @@ def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: f
     mean, variance = masked_mean(x, mask), masked_variance(x, mask)
     whitened = (zero_masked(x, mask) - mean) * jax.lax.rsqrt(variance + epsilon)
     return zero_masked(whitened if shift_mean else whitened + mean, mask)
+
+
+def weigh(values: jax.Array, mask: jax.Array) -> Weighted:
+    """The sum of the values the mask counts, and their number. Any shape: tokens, pairs or sequences.
+
+    >>> import jax.numpy as jnp
+    >>> float(weigh(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1, 1, 0])).mean)
+    2.0
+    """
+    chex.assert_equal_shape([values, mask])
+    return Weighted(zero_masked(values, mask).sum(), count(mask))
 
 
 def zero_masked(x: jax.Array, mask: jax.Array) -> jax.Array:

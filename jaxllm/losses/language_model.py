@@ -15,7 +15,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxllm.losses.aggregate import Weighted, aggregate, zero_masked
+from jaxllm.losses.aggregate import Weighted, weigh, zero_masked
 
 # Where block_size is None, one slice of float32 logits takes at most SLICE_BYTES, unless its columns would be
 # fewer than SLICE_WIDTH: products want that many, and hidden states are then as large as the slice.
@@ -178,21 +178,17 @@ def _cross_entropy(
 ) -> tuple[Weighted, dict[str, Weighted]]:
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
-
-    def token_mean(values: jax.Array) -> Weighted:
-        return aggregate(values, mask, "token_mean")
-
     target, top, mean, logsumexp, _ = statistics
     correct = (target == top) & (target > mean)  # an untrained head, all logits equal, predicts nothing
     nll = per_token = logsumexp - target
-    metrics = {"loss": token_mean(nll), "accuracy": token_mean(correct)}
+    metrics = {"loss": weigh(nll, mask), "accuracy": weigh(correct, mask)}
     if label_smoothing:
         per_token = (1 - label_smoothing) * nll + label_smoothing * (logsumexp - mean)
     if z_loss:
         penalty = z_loss * logsumexp**2
         per_token = per_token + penalty
-        metrics["z_loss"] = token_mean(penalty)
-    return token_mean(per_token), jax.lax.stop_gradient(metrics)
+        metrics["z_loss"] = weigh(penalty, mask)
+    return weigh(per_token, mask), jax.lax.stop_gradient(metrics)
 
 
 def _statistics(
