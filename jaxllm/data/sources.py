@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
@@ -227,18 +228,16 @@ def _one_split(name: str, loaded: Any, split: str) -> Any:
 def _synthetic_source(split: str, count: int, seed: int) -> Source:
     from jaxllm.data import synthetic
 
-    def texts() -> Iterator[str]:
-        return synthetic.documents(split, count=count, seed=seed)
+    def rows() -> Iterator[Row]:
+        for i, text in enumerate(synthetic.documents(split, count=count, seed=seed), 1):
+            yield Row(f"synthetic:{i}", i, text)
 
+    # Writing all the text only to hash it would take seconds at every start; what writes it says as much.
     content = xxhash.xxh3_128(f"{split} {count} {seed}\n".encode())
-    for text in texts():
-        content.update(text.encode())
-    return Source(
-        "synthetic",
-        content.hexdigest(),
-        count,
-        lambda: (Row(f"synthetic:{i}", i, text) for i, text in enumerate(texts(), 1)),
-    )
+    folder = Path(synthetic.__file__).parent
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+        content.update(file.read_bytes())
+    return Source("synthetic", content.hexdigest(), count, rows)
 
 
 def _decoded(path: str, line: int, done: int, content: bytes) -> Row:

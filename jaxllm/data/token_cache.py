@@ -118,9 +118,13 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, policy: BadRowPol
         counts = _tokenise(unfinished, source, tokenizer, policy, dtype)
         meta = {"source": source.name, "dtype": dtype.name, "counts": asdict(counts)}
         (unfinished / "meta.json").write_text(json.dumps(meta))
-        if _read(folder) is None:  # else another run was faster
-            shutil.rmtree(folder, ignore_errors=True)
+        if _read(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        try:
             unfinished.rename(folder)
+        except OSError:  # another run was faster
+            if _read(folder) is None:
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

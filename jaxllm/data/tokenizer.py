@@ -24,8 +24,7 @@ TOKENIZER_FILE = "tokenizer.model"
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
 SPARE_TOKENS = tuple(f"<|spare_{i}|>" for i in range(8))  # room for ideas that come after pretraining
-# Four named ids, the chat's, the newline and one token for each byte.
-_RESERVED = 4 + len(CHAT_TOKENS) + len(SPARE_TOKENS) + 1 + 256
+_RESERVED = 4 + len(CHAT_TOKENS) + len(SPARE_TOKENS) + 256  # four named ids, and a token for each byte
 _SMALLEST_VOCABULARY = 300
 
 # sentencepiece writes a space as U+2581 and cannot tell a real U+2581 from it, so that one character
@@ -187,8 +186,8 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, max_bytes: int
     """
     if vocab_size < _SMALLEST_VOCABULARY:
         raise ConfigError(
-            f"tokenizer.vocab_size={vocab_size} is too small: {_RESERVED} tokens are reserved (every byte, "
-            f"the newline, special tokens), use at least {_SMALLEST_VOCABULARY}"
+            f"tokenizer.vocab_size={vocab_size} is too small: {_RESERVED} tokens are reserved (every byte "
+            f"and the special ones), use at least {_SMALLEST_VOCABULARY}"
         )
     lines = _training_lines(documents, vocab_size, max_bytes)
     if not lines:
@@ -220,7 +219,6 @@ def _train(lines: list[str], vocab_size: int) -> bytes:
         required_chars=_SPACE_MARK,  # not every text has a space
         allow_whitespace_only_pieces=True,  # indentation
         split_digits=True,  # sums are learnt digit by digit
-        user_defined_symbols=["\n"],
         control_symbols=[*CHAT_TOKENS, *SPARE_TOKENS],
         pad_id=0,
         bos_id=1,
@@ -236,8 +234,8 @@ def _train(lines: list[str], vocab_size: int) -> bytes:
 
 
 def _training_lines(documents: Iterable[str], vocab_size: int, max_bytes: int) -> list[str]:
-    """The text as short lines: the trainer silently drops those above 4192 bytes, and the newline is a token
-    of its own in any case.
+    """The text as short lines: the trainer silently drops those above 4192 bytes. The newline is left to its
+    byte's token, as in Llama's tokenizers.
 
     Characters get at most half of the free vocabulary, or a Chinese or Japanese text would need thousands
     before its first word; lines are split at the rarer ones, which bytes will spell.

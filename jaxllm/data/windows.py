@@ -80,7 +80,7 @@ def pack_documents(
     """
     starts, lengths = np.asarray(cache.offsets[:-1]), np.diff(cache.offsets)
     held_out = cache.text_hashes / 2**64 < held_out_fraction
-    if held_out_fraction and (len(lengths) < _FEW_DOCUMENTS or not held_out.any()):
+    if len(lengths) < _FEW_DOCUMENTS or not held_out.any():
         tails = (lengths * held_out_fraction).astype(np.int64)
         tails[tails < 2] = 0  # a target and what comes before it
         cuts = lengths - tails

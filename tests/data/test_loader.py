@@ -79,7 +79,9 @@ def test_weights_are_shares_of_the_rows_whatever_the_sizes():
     rows = [i for step in range(10) for i in rows_of(batches[step])]
     small = Counter(i for i in rows if i < 1000)
     assert small == dict.fromkeys(range(10), 6)  # 60 of 80 rows, each window in its turn
-    assert len({i for i in rows if i >= 1000}) == 20
+    large = [i for i in rows if i >= 1000]
+    assert len(set(large)) == 20
+    assert large != sorted(large)
 
 
 def test_evaluation_shows_every_window_once_and_fills_up_with_masked_rows():

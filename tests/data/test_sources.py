@@ -133,16 +133,20 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, quiet_datasets):
     assert str(error.value) == "hf:org/name: cannot be loaded from the hub (ConnectionError: no route)"
 
 
-def test_synthetic_documents(monkeypatch):
+def test_synthetic_documents(monkeypatch, tmp_path):
     def documents(split, *, count, seed):
         return (f"{split} {seed} {i}" for i in range(count))
 
-    fake = SimpleNamespace(documents=documents)
+    code = write(tmp_path / "__init__.py", b"def documents(): ...")
+    fake = SimpleNamespace(documents=documents, __file__=str(code))
     monkeypatch.setitem(sys.modules, "jaxllm.data.synthetic", fake)
     monkeypatch.setattr("jaxllm.data.synthetic", fake, raising=False)
     assert texts("synthetic", seed=7) == ["train 7 0", "train 7 1", "train 7 2"]
     assert texts("synthetic", split="validation", synthetic_documents=1) == ["validation 0 0"]
-    assert opened("synthetic").content_hash != opened("synthetic", seed=1).content_hash
+    before = opened("synthetic").content_hash
+    assert before == opened("synthetic").content_hash != opened("synthetic", seed=1).content_hash
+    write(tmp_path / "words.txt", b"a new word")
+    assert opened("synthetic").content_hash != before
 
 
 @pytest.mark.parametrize(

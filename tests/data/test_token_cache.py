@@ -161,16 +161,18 @@ def test_a_killed_run_leaves_no_half_cache(tmp_path):
 
 def test_two_runs_at_once_both_end_with_the_whole_cache(tokens_of):
     """The second starts and ends while the first is in the middle."""
-    faster = []
+    faster, files = [], []
 
     def rows():
         yield Row("a:1", 1, "one")
         faster.append(tokens_of(source_of(["one", "two"])))
+        files.append(faster[0].bad_rows.stat().st_ino)
         yield Row("a:2", 2, "two")
 
     slower = tokens_of(Source("a.jsonl", "hash", 2, rows))
     assert slower.tokens.tolist() == faster[0].tokens.tolist()
     assert [path.name for path in slower.bad_rows.parent.parent.iterdir()] == [slower.key]
+    assert slower.bad_rows.stat().st_ino == files[0]  # what the first reads is left in place
 
 
 def test_the_first_bad_row_stops_the_run(tokens_of):

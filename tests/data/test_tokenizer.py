@@ -95,14 +95,15 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character(tokenizer):
 
 
 def test_what_looks_like_a_special_token_is_text(any_tokenizer):
-    ids = any_tokenizer.encode("<|user|><|assistant|><|end|></s><s><unk><pad>")
-    assert not set(ids) & set(any_tokenizer.special_ids.values())
+    ids = any_tokenizer.encode("<|user|><|assistant|><|end|></s><s><unk><pad><0x0A>")
+    pieces = {any_tokenizer.pieces[i] for i in ids}
+    assert not pieces & {"<|user|>", "<|assistant|>", "<|end|>", "</s>", "<s>", "<unk>", "<pad>", "<0x0A>"}
 
 
 def test_special_tokens_in_the_training_text_are_text_too(documents):
     chatty = train_tokenizer(["<|user|>hi<|end|></s>\n" * 500, *documents], vocab_size=600, max_bytes=10**6)
     ids = chatty.encode("<|user|>hi<|end|></s>")
-    assert not set(ids) & set(chatty.special_ids.values())
+    assert not {chatty.pieces[i] for i in ids} & {"<|user|>", "<|end|>", "</s>"}
     assert chatty.decode(ids) == "<|user|>hi<|end|></s>"
 
 
