@@ -3,11 +3,13 @@
 import functools
 import importlib
 import os
+import pkgutil
 import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+import jaxllm.objectives
 from experiments.train_config import MAY_DIFFER, TrainConfig
 from jaxllm.batches import TokenBatch
 from jaxllm.config import as_dict, nearest_multiples
@@ -49,9 +52,9 @@ class Program:
     Building it compiles nothing and reads no data, and raises ConfigError for whatever does not fit.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, devices: list[jax.Device] | None = None):
         self.config = config
-        self.mesh = make_mesh(config.mesh)
+        self.mesh = make_mesh(config.mesh, devices)
         check_sizes(config, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
         self.model = build_model(config.model)
         self.schedule = make_schedule(config.optimizer, config.training.steps)
@@ -60,7 +63,7 @@ class Program:
         self.abstract_state = jax.eval_shape(self.init, jax.random.key(config.seed))
         self.shardings = shardings(self.abstract_state, self.mesh)
         self.batch_sharding = batch_sharding(self.mesh)
-        objective = importlib.import_module(f"jaxllm.objectives.{config.stage}")
+        objective = find_objective(config.stage)
         loss_fn = functools.partial(objective.loss_fn, model=self.model, z_loss=config.objective.z_loss)
         self.train_step = functools.partial(
             train_step,
@@ -117,6 +120,14 @@ class Program:
                 f"{flops:.3g} FLOPs a token, {config.training.steps * tokens * flops:.3g} in all",
             ]
         )
+
+
+def find_objective(stage: str) -> ModuleType:
+    """The module of jaxllm.objectives with this name."""
+    stages = sorted(module.name for module in pkgutil.iter_modules(jaxllm.objectives.__path__))
+    if stage not in stages:
+        raise ConfigError(f"stage={stage!r}: choose one of {', '.join(stages)}")
+    return importlib.import_module(f"jaxllm.objectives.{stage}")
 
 
 def check_sizes(config: TrainConfig, row_devices: int) -> None:
@@ -270,7 +281,8 @@ def train(
     with saving(Checkpoints(folder.checkpoints, keep=config.checkpoint.keep, log=tqdm.write)) as checkpoints:
         state, metadata = initial_state(program, folder, checkpoints, parent)
         start = int(state.step)
-        if start >= config.training.steps and metadata.get("unfinished_row") is None:
+        unfinished_row = metadata.get("unfinished_row")
+        if start > config.training.steps or (start == config.training.steps and unfinished_row is None):
             print(f"nothing to do: {start} steps are done; for more, raise training.steps")
             return
         files = {
@@ -316,7 +328,7 @@ def train(
                 profile_folder=str(folder.path / "profile"),
             )
             device = device_batches(batches, program.batch_sharding, start_step=start)
-            loop.run(state, device, metadata.get("unfinished_row"))
+            loop.run(state, device, unfinished_row)
     print(f"done: {config.training.steps} steps, all in {folder.path}")
 
 

@@ -57,7 +57,7 @@ def main(config: "TrainConfig", flags: "FlagValues") -> None:
         resume=flags.resume,
         init_from=flags.init_from,
         profile=read_profile(flags.profile),
-        command=["python", *sys.argv],
+        command=[sys.executable, *sys.argv],
     )
 
 
