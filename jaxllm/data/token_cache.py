@@ -141,6 +141,7 @@ def _tokenise(
         (folder / "bad_rows.jsonl").open("w") as bad_row_file,
         tqdm(total=source.size, desc=f"tokenise {source.name}", bar_format=_BAR, disable=None) as bar,
     ):
+        on_terminal = not bar.disable
         for rows in _batches(source.rows()):
             for row in rows:
                 if row.text is None:
@@ -163,7 +164,7 @@ def _tokenise(
     counts.documents, counts.tokens = len(text_hashes), offsets[-1]
     (folder / "offsets").write_bytes(offsets.tobytes())
     (folder / "text_hashes").write_bytes(text_hashes.tobytes())
-    if bar.disable:
+    if not on_terminal:
         seconds = time.monotonic() - started
         print(f"tokenised {source.name}: {counts.tokens:,} tokens in {seconds:.0f} s", flush=True)
     return counts

@@ -247,5 +247,14 @@ def test_away_from_a_terminal_progress_is_one_line(tokens_of, capsys):
     assert captured.err == ""
 
 
+def test_on_a_terminal_progress_is_a_bar(tokens_of, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    tokens_of(source_of(["Ada left."]))
+    captured = capsys.readouterr()
+    assert "tokenise a.jsonl: 100%|" in captured.err
+    assert captured.out == ""
+
+
 def test_counts_are_plain_data(tokens_of):
     assert json.loads(json.dumps(dataclasses.asdict(tokens_of(source_of(["a"])).counts)))["documents"] == 1
