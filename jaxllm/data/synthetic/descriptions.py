@@ -4,7 +4,7 @@ import random
 
 from jaxllm.data.synthetic.facts import answer, fact, kind, relations, statement
 from jaxllm.data.synthetic.language import choose, frame, passages, spin
-from jaxllm.data.synthetic.lexicon import ANIMALS, JOBS, THINGS, WORDS, Entity
+from jaxllm.data.synthetic.lexicon import ANIMALS, JOBS, PORTABLE, THINGS, WORDS, Entity
 from jaxllm.data.synthetic.world import World
 
 _MEASURES = {"person": "age", "animal": "grams", "thing": "grams", "town": "thousands"}
@@ -87,7 +87,7 @@ def explanation(world: World, rng: random.Random) -> str:
 def instructions(world: World, rng: random.Random) -> str:
     """How to do something, step by step: told, listed, or asked and answered."""
     slots = _circumstances(world, rng)
-    slots["thing"] = rng.choice(THINGS)
+    slots["thing"] = rng.choice(PORTABLE)
     task, *steps = (choose(line, rng) for line in rng.choice(passages("procedures")))
     if rng.random() < 0.3:
         numbered = "\n".join(f"{number}. {step}." for number, step in enumerate(steps, start=1))

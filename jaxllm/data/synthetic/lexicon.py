@@ -85,6 +85,7 @@ THINGS = tuple(
     Thing(name, kind, _MATERIALS[material], use, room, int(grams))
     for name, kind, material, use, room, grams in table("things")
 )
+PORTABLE = tuple(thing for thing in THINGS if thing.grams <= 3000)
 ANIMALS = tuple(Animal(*row, int(grams)) for *row, grams in table("animals"))
 HOBBIES = tuple(Hobby(*row) for row in table("hobbies"))
 JOBS = tuple(Job(*row) for row in table("jobs"))

@@ -3,7 +3,7 @@
 import random
 
 from jaxllm.data.synthetic.language import passages, spin
-from jaxllm.data.synthetic.lexicon import ANIMALS, PETS, THINGS, WORDS
+from jaxllm.data.synthetic.lexicon import ANIMALS, PETS, PORTABLE, THINGS, WORDS
 from jaxllm.data.synthetic.world import World
 
 _INTRO = (
@@ -13,15 +13,13 @@ _INTRO = (
     "|{hero} was a {hero.job} with a {hero.pet} called {hero.pet_name}.]"
 )
 _OPENING = (
-    "[one [sunny|cold|windy|grey|warm|bright] [morning|afternoon]|one day"
-    "|one day in [spring|summer|autumn|winter]|on a [cold|warm|rainy|quiet] {weekday}|last {weekday}"
-    "|not long ago]"
+    "[one [sunny|cold|windy|grey|warm|bright|quiet|cool] [morning|afternoon|day][| in {season}]"
+    "|on a [sunny|cold|windy|grey|warm|bright|quiet|cool] {weekday}[| in {season}]|last {weekday}]"
 )
-_PORTABLE = tuple(thing for thing in THINGS if thing.grams <= 3000)
-_BREAKERS = tuple(thing for thing in _PORTABLE if thing.material.breaks)
-_STURDY = tuple(thing for thing in _PORTABLE if thing.material.name in ("wood", "iron", "rubber"))
-_FLOATERS = tuple(thing for thing in _PORTABLE if thing.material.name in ("wood", "straw", "rubber"))
-_SINKERS = tuple(thing for thing in _PORTABLE if not thing.material.floats)
+_BREAKERS = tuple(thing for thing in PORTABLE if thing.material.breaks)
+_STURDY = tuple(thing for thing in PORTABLE if thing.material.name in ("wood", "iron", "rubber"))
+_FLOATERS = tuple(thing for thing in PORTABLE if thing.material.name in ("wood", "straw", "rubber"))
+_SINKERS = tuple(thing for thing in PORTABLE if not thing.material.floats)
 _TOYS = tuple(thing for thing in THINGS if thing.kind == "toy")
 _WILD = tuple(
     animal for animal in ANIMALS if 10 < animal.grams < 10_000 and animal.legs != "no" and animal not in PETS
@@ -33,7 +31,7 @@ def story(world: World, rng: random.Random) -> str:
     hero, friend = rng.sample(world.people, 2)
     child, other_child = rng.sample([person for person in world.children if person not in (hero, friend)], 2)
     adult, other_adult = rng.sample([person for person in world.adults if person not in (hero, friend)], 2)
-    light, heavy = sorted(rng.sample(_PORTABLE, 2), key=lambda thing: thing.grams)
+    light, heavy = sorted(rng.sample(PORTABLE, 2), key=lambda thing: thing.grams)
     weekday = rng.choice(WORDS["days"])
     cast = {
         "hero": hero,
@@ -43,13 +41,13 @@ def story(world: World, rng: random.Random) -> str:
         "adult": adult,
         "other_adult": other_adult,
         "intro": spin(_INTRO, rng, hero=hero),
-        "opening": spin(_OPENING, rng, weekday=weekday),
+        "opening": spin(_OPENING, rng, weekday=weekday, season=rng.choice(WORDS["seasons"])),
         "weekday": weekday,
         "place": rng.choice(WORDS["places"]),
         "town": rng.choice([town for town in world.towns if town not in (hero.town, friend.town)]),
         "colour": rng.choice(WORDS["colours"]),
         "food": rng.choice(WORDS["foods"]),
-        "thing": rng.choice(_PORTABLE),
+        "thing": rng.choice(PORTABLE),
         "breaker": rng.choice(_BREAKERS),
         "sturdy": rng.choice(_STURDY),
         "floater": rng.choice(_FLOATERS),
