@@ -34,8 +34,8 @@ def training_batches(
     windows = sum(map(len, sources))
     if windows < batch_size:
         raise DataError(
-            f"the text fills {windows} windows of sequence_length={sources[0].sequence_length}, fewer than "
-            f"batch_size={batch_size}: lower either of the two, or give more text"
+            f"the text fills {windows} windows of data.sequence_length={sources[0].sequence_length}, fewer "
+            f"than data.batch_size={batch_size}: lower either of the two, or give more text"
         )
     datasets = [grain.MapDataset.source(source) for source in sources]
     if weights:
@@ -85,7 +85,7 @@ def _sharded(rows: Any, batch_size: int, process_index: int, process_count: int)
         below = batch_size // process_count * process_count
         nearest = " or ".join(str(size) for size in (below, below + process_count) if size)
         raise ConfigError(
-            f"batch_size={batch_size} does not divide over {process_count} processes; use {nearest}"
+            f"data.batch_size={batch_size} does not divide over {process_count} processes; use {nearest}"
         )
     return rows[process_index::process_count].batch(batch_size // process_count)
 

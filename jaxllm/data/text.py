@@ -38,20 +38,20 @@ class TextConfig:
 
     def __post_init__(self):
         if not self.train:
-            raise ConfigError("train names no source")
+            raise ConfigError("data.train names no source")
         if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
             raise ConfigError(
-                f"weights={self.weights} must be one positive number for each of the {len(self.train)} "
+                f"data.weights={self.weights} must be one positive number for each of the {len(self.train)} "
                 f"train sources, or ()"
             )
         if self.on_bad_row not in ("stop", "skip"):
-            raise ConfigError(f"on_bad_row={self.on_bad_row!r} must be 'stop' or 'skip'")
+            raise ConfigError(f"data.on_bad_row={self.on_bad_row!r} must be 'stop' or 'skip'")
         for name in ("validation_fraction", "max_bad_fraction"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+                raise ConfigError(f"data.{name}={getattr(self, name)} must lie in [0, 1)")
         for name in ("synthetic_documents", "sequence_length", "batch_size"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+                raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def load_text(
     validation = tuple(windows for windows in (*held_out, *given) if len(windows))
     if fraction and not validation:
         raise DataError(
-            f"validation_fraction={fraction} of the text is too little to validate on: raise it, name a "
+            f"data.validation_fraction={fraction} of the text is too little to validate on: raise it, name a "
             f"validation source, or set it to 0"
         )
     fingerprint = repr(([cache.key for cache in caches], config.weights, fraction, size))
@@ -115,7 +115,10 @@ def _open(config: TextConfig, name: str, role: str, seed: int) -> Source:
     count = config.synthetic_documents
     if role == "validation":
         count = max(1, round(count * config.validation_fraction))
-    return open_source(name, split=role, text_key=config.text_key, synthetic_documents=count, seed=seed)
+    try:
+        return open_source(name, split=role, text_key=config.text_key, synthetic_documents=count, seed=seed)
+    except DataError as error:
+        raise DataError(f"data.{role}: {error}") from error
 
 
 def _collect_bad_rows(caches: list[TokenCache], path: Path) -> None:

@@ -76,7 +76,7 @@ def cached_tokens(source: Source, tokenizer: Tokenizer, cache_dir: str, policy: 
             _write(folder, source, tokenizer, policy)
         except OSError as error:
             raise DataError(
-                f"cache_dir={cache_dir}: cannot write tokens ({error.strerror or error})"
+                f"data.cache_dir={cache_dir}: cannot write tokens ({error.strerror or error})"
             ) from error
         cache = _read(folder)
     if cache is None:
@@ -188,10 +188,10 @@ def _judge(source: Source, counts: SourceCounts, policy: BadRowPolicy) -> None:
     """Stop at the bad rows that the policy does not allow."""
     bad = sum(counts.dropped.values())
     if bad and policy.on_bad_row == "stop":
-        raise DataError(f"{counts.first_bad_row}; mend the row, or set on_bad_row to 'skip'")
+        raise DataError(f"{counts.first_bad_row}; mend the row, or set data.on_bad_row=skip")
     if bad > policy.max_bad_fraction * counts.rows:
         raise DataError(
-            f"{source.name}: {bad} of {counts.rows} rows are bad, more than max_bad_fraction="
+            f"{source.name}: {bad} of {counts.rows} rows are bad, more than data.max_bad_fraction="
             f"{policy.max_bad_fraction}; the first: {counts.first_bad_row}"
         )
 

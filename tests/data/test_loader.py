@@ -130,14 +130,18 @@ def test_one_batch_is_placed_before_it_is_asked_for(monkeypatch):
 
 
 def test_fewer_windows_than_a_batch_is_an_error_with_both_numbers():
-    with pytest.raises(DataError, match=r"fills 5 windows of sequence_length=4, fewer than batch_size=8"):
+    with pytest.raises(
+        DataError, match=r"fills 5 windows of data.sequence_length=4, fewer than data.batch_size=8"
+    ):
         training_batches([windows_of(3), windows_of(2)], batch_size=8, seed=0)
     training_batches([windows_of(8)], batch_size=8, seed=0)
 
 
 @pytest.mark.parametrize(("batch_size", "nearest"), [(7, "6 or 9"), (2, "3")])
 def test_a_batch_that_does_not_divide_over_processes_names_those_that_do(batch_size, nearest):
-    with pytest.raises(ConfigError, match=rf"batch_size={batch_size} .* over 3 processes; use {nearest}$"):
+    with pytest.raises(
+        ConfigError, match=rf"data.batch_size={batch_size} .* over 3 processes; use {nearest}$"
+    ):
         training_batches([windows_of(9)], batch_size=batch_size, seed=0, process_count=3)
 
 

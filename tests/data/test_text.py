@@ -64,7 +64,9 @@ def test_a_fraction_of_zero_validates_on_nothing(config, tokenizer, documents):
 
 def test_a_text_too_short_to_hold_anything_out_is_an_error(config, tokenizer, tmp_path):
     (tmp_path / "short.txt").write_text("Ada")
-    with pytest.raises(DataError, match=r"validation_fraction=0.1 .* too little to validate on: raise it"):
+    with pytest.raises(
+        DataError, match=r"data.validation_fraction=0.1 .* too little to validate on: raise it"
+    ):
         load_text(changed(config, train=(str(tmp_path / "short.txt"),)), tokenizer, seed=0)
 
 
@@ -155,5 +157,12 @@ def test_targets_are_shown_with_their_mask(tokenizer):
     ],
 )
 def test_fields_that_make_no_sense_are_refused(config, fields, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=rf"data\.{message}"):
         changed(config, **fields)
+
+
+def test_a_source_that_cannot_be_opened_names_its_field(config, tokenizer):
+    with pytest.raises(DataError, match=r"data\.train: 'nowhere.txt' does not exist"):
+        load_text(changed(config, train=("nowhere.txt",)), tokenizer, seed=0)
+    with pytest.raises(DataError, match=r"data\.validation: 'nowhere.txt' does not exist"):
+        load_text(changed(config, validation=("nowhere.txt",)), tokenizer, seed=0)

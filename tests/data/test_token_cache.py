@@ -178,7 +178,7 @@ def test_two_runs_at_once_both_end_with_the_whole_cache(tokens_of):
 def test_the_first_bad_row_stops_the_run(tokens_of):
     with pytest.raises(DataError) as error:
         tokens_of(source_of(["fine", None, None]), STOP)
-    assert str(error.value) == "a.jsonl:2: missing key (no 'text'); mend the row, or set on_bad_row to 'skip'"
+    assert str(error.value) == "a.jsonl:2: missing key (no 'text'); mend the row, or set data.on_bad_row=skip"
 
 
 def test_skipped_rows_are_counted_and_written_down(tokens_of):
@@ -195,7 +195,7 @@ def test_skipped_rows_are_counted_and_written_down(tokens_of):
     [
         (
             BadRowPolicy("skip", 0.3),
-            r"1 of 3 rows are bad, more than max_bad_fraction=0.3; the first: a.jsonl:2",
+            r"1 of 3 rows are bad, more than data.max_bad_fraction=0.3; the first: a.jsonl:2",
         ),
         (STOP, r"a.jsonl:2: missing key"),
     ],
@@ -229,7 +229,7 @@ def test_a_source_without_any_text_is_an_error(tokens_of):
 
 def test_a_cache_that_cannot_be_written_names_the_field(tokenizer, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"cache_dir=.*/file: cannot write tokens \(Not a directory\)"):
+    with pytest.raises(DataError, match=r"data.cache_dir=.*/file: cannot write tokens \(Not a directory\)"):
         cached_tokens(source_of(["a"]), tokenizer, str(tmp_path / "file"), SKIP)
 
 
