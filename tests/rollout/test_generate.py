@@ -12,6 +12,7 @@ from jaxllm.losses.language_model import token_log_probs
 from jaxllm.models import build_model
 from jaxllm.rollout.generate import begin, bucket, decode, generate, stream
 from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.sharding import MeshConfig, make_mesh, shardings
 
 GREEDY = SamplingConfig(temperature=0.0, top_k=None, top_p=None, min_p=None, max_new_tokens=20)
 SAMPLED = replace(GREEDY, temperature=0.9, top_k=50, top_p=0.95)
@@ -87,6 +88,14 @@ def test_log_probs_are_those_that_training_computes(tiny, noisy_params, prompts,
     logits, targets, mask = full_pass(model, params, prompts, completions.tokens)
     expected = token_log_probs(logits, targets, temperature=SAMPLED.temperature)
     np.testing.assert_allclose(np.concatenate(completions.log_probs), expected[mask], rtol=1e-3, atol=1e-4)
+
+
+def test_a_mesh_changes_no_token(model, params, prompts, keys, sampled):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(params, shardings(params, mesh))
+        completions = generate(model, split, prompts[:4], sampling=SAMPLED, stop_ids=(), keys=keys[:4])
+    assert completions.tokens == sampled.tokens[:4]
 
 
 # Where it ends
