@@ -1,6 +1,6 @@
 """Generation speed, beside Hugging Face's generate on a Llama of the same shape where torch is installed.
 
-    python benchmarks/generate.py [--model=10m] [--batch 1 16 64] [--prompt=64] [--new=128] [--rounds=5]
+    python benchmarks/generate.py [--config=FILE] [--batch 1 16 64] [--prompt=64] [--new=128] [--rounds=5]
 
 Random weights, greedy, every row as long as the others. The contestants take turns in each round, so that a
 noisy machine is noisy for all of them; sequences a second are medians over the rounds, and the ratio is the
@@ -9,15 +9,17 @@ median of the rounds' ratios. Compiling is timed apart, and that none follows th
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from configs.models import model as model_shape
-from jaxllm.config import parse
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from jaxllm.config import load_config, parse
 from jaxllm.models import ModelConfig, build_model
 from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig
@@ -98,13 +100,13 @@ def compare(runs: dict[str, Run], prompts: np.ndarray, new_tokens: int, rounds: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="10m", help="a size of configs/models.py")
+    parser.add_argument("--config", default=Path(__file__).with_name("model_s.py"), help="its model is used")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64], help="sequences at once")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--new", type=int, default=128, help="tokens")
     parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args()
-    config = replace(parse(ModelConfig, model_shape(flags.model)), qk_norm=False)  # as in Llama
+    config = parse(ModelConfig, load_config(str(flags.config)).model)
     runs = {"jaxllm": our_run(config), **transformers_runs(config)}
     print(f"{jax.devices()[0].device_kind}, {flags.prompt} tokens of prompt, {flags.new} new")
     for batch in flags.batch:
