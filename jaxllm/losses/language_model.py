@@ -343,8 +343,8 @@ def _logits(hidden, head, form):
 
 
 def _width(vocab_size: int, cuts: int) -> int:
-    """Of a slice: a multiple of 8, which mesh axes divide."""
-    return vocab_size // (8 * cuts) * 8
+    """Of a slice: all of V, or where it is cut a multiple of 8, which mesh axes divide."""
+    return vocab_size if cuts == 1 else vocab_size // (8 * cuts) * 8
 
 
 def _cut(head: jax.Array, cuts: int) -> tuple[jax.Array, jax.Array]:
@@ -354,7 +354,7 @@ def _cut(head: jax.Array, cuts: int) -> tuple[jax.Array, jax.Array]:
     every slice in its own columns. The odd columns left at the end go to the first slice, number 0.
     """
     width = _width(head.shape[1], cuts)
-    grid = head[:, : width * cuts].reshape(-1, width, cuts)
+    grid = head[:, : width * cuts].reshape(len(head), width, cuts)
     return jnp.moveaxis(grid[:, :, 1:], 2, 0), jnp.concatenate([grid[:, :, 0], head[:, width * cuts :]], 1)
 
 
