@@ -243,15 +243,24 @@ def test_a_damaged_step_is_named_skipped_and_never_deleted(checkpoints, capsys, 
     assert (checkpoints.folder / "2").is_dir()
 
 
-def test_leftovers_of_a_killed_save_do_not_count_and_are_replaced(checkpoints):
+@pytest.mark.parametrize("leftover", ["2", "2/state.orbax-checkpoint-tmp/d", "2/state/d"])
+def test_leftovers_of_a_killed_save_do_not_count_and_are_replaced(checkpoints, leftover):
     save(checkpoints, 1)
+    (checkpoints.folder / leftover).mkdir(parents=True)
     (checkpoints.folder / "99").mkdir()
-    (checkpoints.folder / "2/state.orbax-checkpoint-tmp").mkdir(parents=True)
     assert checkpoints.steps() == [1]
     assert find_checkpoint(checkpoints.folder).name == "1"
     save(checkpoints, 2)
     assert checkpoints.steps() == [1, 2]
-    assert damage(checkpoints.folder / "2") is None
+    assert_same(checkpoints.restore(2, abstract(make_state()))[0], make_state(2))
+
+
+def test_a_damaged_step_that_is_saved_again_is_set_aside(checkpoints):
+    save(checkpoints, 1)
+    flip_bit(checkpoints.folder / "1/arrays.json", 0)
+    save(checkpoints, 1)
+    assert sorted(os.listdir(checkpoints.folder)) == ["1", "1.aside-1"]
+    assert damage(checkpoints.folder / "1") is None
 
 
 def test_rewind_takes_later_steps_out_of_the_way(checkpoints):
@@ -325,6 +334,13 @@ def test_retention_keeps_the_newest_and_every_so_many(tmp_path):
     save(checkpoints, *range(1, 8))
     assert checkpoints.steps() == [4, 6, 7]
     assert sorted(os.listdir(tmp_path)) == ["4", "6", "7"]
+
+
+def test_a_step_that_was_deleted_only_half_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # killed before it
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1, 2)
+    assert checkpoints.steps() == [2]
 
 
 def test_at_least_one_checkpoint_is_kept(tmp_path):

@@ -57,6 +57,9 @@ def test_a_new_folder_is_a_fresh_run_and_records_how_it_came_about(workdir):
     assert first["versions"]["jax"] == jax.__version__
     assert first["versions"].keys() >= {"python", "jaxllm", "flax", "optax", "orbax-checkpoint"}
     assert first["devices"] == {"kind": "cpu", "count": 8, "processes": 1}
+    save(run, 3)
+    assert start(workdir, data="d").resuming
+    assert json.loads((workdir / "run.json").read_text())["parent"] == parent
 
 
 def test_the_git_revision_says_whether_files_were_changed(workdir, tmp_path, monkeypatch):
