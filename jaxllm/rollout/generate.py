@@ -128,11 +128,11 @@ def decode(
         logits, cache = next_logits(model, params, state.tokens[rows, last], last, state.cache)
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths - state.prompt_lengths)
         tokens, log_probs = sample(logits, keys, sampling)
-        slot = jnp.where(state.done, slots, state.lengths)  # out of bounds: a finished row keeps its own
+        here = (rows, state.lengths)  # a finished row writes beyond its end, where nobody reads
         lengths = state.lengths + ~state.done
         return state._replace(
-            tokens=state.tokens.at[rows, slot].set(tokens, mode="drop"),
-            log_probs=state.log_probs.at[rows, slot].set(log_probs, mode="drop"),
+            tokens=state.tokens.at[here].set(tokens, mode="drop"),
+            log_probs=state.log_probs.at[here].set(log_probs, mode="drop"),
             lengths=lengths,
             done=state.done | jnp.isin(tokens, stop_ids) | (lengths >= state.limits),
             steps=state.steps + 1,
