@@ -62,6 +62,11 @@ def discounted_returns(rewards: jax.Array, mask: jax.Array, *, discount: float) 
 
     A masked position passes R_next through undiscounted.
 
+    Args:
+      rewards: [B, T].
+      mask: [B, T], bool or number; non-zero counts.
+      discount: in [0, 1], a counted token.
+
     >>> import jax.numpy as jnp
     >>> discounted_returns(jnp.array([[1.0, jnp.nan, 2.0]]), jnp.array([[1, 0, 1]]), discount=0.5).tolist()
     [[2.0, 0.0, 2.0]]
@@ -177,6 +182,11 @@ def overlong_penalty(length: jax.Array, *, limit: int, buffer: int) -> jax.Array
     """0 up to limit - buffer tokens, then linearly down to -1, reached at limit; float32.
 
     Soft overlong punishment (DAPO, Yu et al. 2025, arXiv:2503.14476), to be added to the reward.
+
+    Args:
+      length: of the completion, tokens; any shape.
+      limit: where a completion is cut off, tokens.
+      buffer: how far before limit the penalty begins, tokens.
 
     Raises:
       ValueError: buffer below 1.

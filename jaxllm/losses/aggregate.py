@@ -98,7 +98,7 @@ def aggregate(values: jax.Array, mask: jax.Array, mode: str, *, max_length: int 
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """The mean of what the mask counts, a float32 scalar; 0 where it counts nothing. Any shape.
+    """The mean of the x that the mask counts, a float32 scalar; 0 where it counts nothing. Any shape.
 
     >>> import jax.numpy as jnp
     >>> float(masked_mean(jnp.array([1.0, 3.0, jnp.inf]), jnp.array([True, True, False])))
@@ -112,7 +112,7 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def masked_variance(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """The unbiased variance (n - 1) of what the mask counts, a float32 scalar; 0 for fewer than two values.
+    """The unbiased variance (n - 1) of the x that the mask counts, a float32 scalar; 0 for fewer than two.
 
     >>> import jax.numpy as jnp
     >>> float(masked_variance(jnp.array([1.0, 3.0, jnp.inf]), jnp.array([True, True, False])))

@@ -157,8 +157,11 @@ def linear_cross_entropy(
 ) -> tuple[Weighted, dict[str, Weighted]]:
     """`cross_entropy` of `hidden @ head`, without its [B, T, V] logits.
 
-    The formula, masks, metrics and errors are those of `cross_entropy`; hidden, head, softcap and block_size
-    those of `linear_token_log_probs`.
+    Formula, metrics and errors are those of `cross_entropy`.
+
+    Args:
+      hidden, head, softcap, block_size: see `linear_token_log_probs`; hidden may be anything where masked.
+      targets, mask, label_smoothing, z_loss: see `cross_entropy`.
 
     >>> import jax.numpy as jnp
     >>> hidden, head = jnp.ones((2, 3, 4)), jnp.zeros((4, 8))

@@ -227,6 +227,45 @@ CASES = [
 ]
 
 
-def float_arrays(arrays: Arrays) -> dict[str, Any]:
-    """As jax arrays, with the dtypes a caller would have."""
-    return {k: jnp.asarray(v) for k, v in arrays.items()}
+def row_arrays() -> dict[str, Any]:
+    """For the functions that return arrays: everything a row may need, for B rows of T positions."""
+    rng = np.random.default_rng(5)
+    names = ["log_probs", "other_log_probs", "rewards", "values"]
+    arrays = {k: rng.normal(size=(B, T)) for k in names} | {"scores": rng.normal(size=B)}
+    arrays |= {"logits": rng.normal(size=(B, T, V)), "hidden": rng.normal(size=(B, T, D))}
+    integers = {
+        "targets": rng.integers(0, V, (B, T)),
+        "group": rng.integers(0, 3, (B, 4)),
+        "mask": token_mask(),
+    }
+    return {k: jnp.asarray(v, jnp.float32) for k, v in arrays.items()} | {
+        k: jnp.asarray(v) for k, v in integers.items()
+    }
+
+
+HEAD = jnp.asarray(np.random.default_rng(6).normal(size=(D, V)), jnp.float32)
+
+# Each treats rows alone, so that devices and vmap may take them apart.
+ROW_FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "token_log_probs": lambda a: losses.token_log_probs(a["logits"], a["targets"], temperature=0.7),
+    "token_entropy": lambda a: losses.token_entropy(a["logits"], temperature=0.7),
+    "linear_token_log_probs": lambda a: losses.linear_token_log_probs(
+        a["hidden"], HEAD, a["targets"], block_size=2
+    ),
+    "kl_penalty": lambda a: losses.kl_penalty(a["log_probs"], a["other_log_probs"], estimator="k3"),
+    "generalized_advantage_estimation": lambda a: losses.generalized_advantage_estimation(
+        a["rewards"], a["values"], a["mask"], discount=0.9, lambda_=0.8
+    ),
+    "discounted_returns": lambda a: losses.discounted_returns(a["rewards"], a["mask"], discount=0.9),
+    "token_rewards": lambda a: losses.token_rewards(
+        a["scores"], a["log_probs"], a["mask"], kl_coefficient=0.1
+    ),
+    "truncated_importance_weights": lambda a: losses.truncated_importance_weights(
+        a["log_probs"], a["other_log_probs"], a["mask"], level="sequence", maximum=2.0
+    ),
+    "group_relative_advantages": lambda a: losses.group_relative_advantages(
+        a["group"].ravel(), 4, scale="group", epsilon=1e-4
+    ),
+    "leave_one_out_advantages": lambda a: losses.leave_one_out_advantages(a["group"].ravel(), 4),
+    "overlong_penalty": lambda a: losses.overlong_penalty(a["targets"], limit=12, buffer=5),
+}

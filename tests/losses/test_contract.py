@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-from loss_cases import CASES, Arrays, B, Case
+from loss_cases import CASES, ROW_FUNCTIONS, Arrays, B, Case, row_arrays
 
 from jaxllm.losses import Weighted
 
@@ -56,6 +56,10 @@ def finite_differences(case: Case, arrays: Arrays) -> Arrays:
         return slopes
 
     return {name: gradient(name) for name in case.differentiated}
+
+
+def close(actual, expected) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def assert_merged_equal(actual: Weighted, expected) -> None:
@@ -153,7 +157,7 @@ def test_ragged_micro_batches_merge_exactly(case):
     arrays = case.make()
     results = jax.jit(lambda arrays: [sum_of_parts(case, arrays, n) for n in (1, 2, 8)])(arrays)
     for parts in results[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), parts, results[0])
+        jax.tree.map(close, parts, results[0])
 
 
 @every_loss
@@ -175,7 +179,6 @@ def test_devices_merge_exactly(case):
 
     (_, weighted), gradients = jax.jit(jax.value_and_grad(mean, has_aux=True))(inside, rest)
     *expected, expected_gradients = compiled(case)(arrays)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # noqa: E731
     jax.tree.map(close, weighted, tuple(expected))
     jax.tree.map(close, gradients, expected_gradients)
 
@@ -200,3 +203,25 @@ def test_metrics_carry_no_gradient(case):
 
     gradients = jax.grad(metric_sum)(inside)
     assert all((gradient == 0).all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("function", ROW_FUNCTIONS.values(), ids=ROW_FUNCTIONS)
+def test_functions_of_rows_give_the_same_however_they_are_run(function):
+    """Eager, jitted, a row at a time by vmap, a row a device by shard_map: values, float32, and gradients."""
+    arrays = row_arrays()
+    spec = PartitionSpec("data")
+    mesh = Mesh(np.array(jax.devices()[:B]), "data")
+    one_row = {k: v[:, None] for k, v in arrays.items()}
+    expected = function(arrays)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(expected))
+    mapped = jax.jit(jax.vmap(function))(one_row)
+    jax.tree.map(lambda a, b: close(a.reshape(b.shape), b), mapped, expected)
+    sharded = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)
+    jax.tree.map(close, jax.jit(sharded)(arrays), expected)
+
+    floats = {k: v for k, v in arrays.items() if v.dtype == jnp.float32}
+    total = lambda run, x: sum(jnp.sin(y).sum() for y in jax.tree.leaves(run(arrays | x)))  # noqa: E731
+    gradient, local = (
+        jax.jit(jax.grad(lambda x, run=run: total(run, x)))(floats) for run in (function, sharded)
+    )
+    jax.tree.map(close, local, gradient)
