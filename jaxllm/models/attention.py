@@ -38,14 +38,18 @@ def weigh(q_BKGTh, k_BKSh, v_BKSh, mask, config: ModelConfig) -> jax.Array:
     scores = scores.reshape(B, K, G, T, -1) * h**-0.5
     if config.attention_softcap is not None:
         scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
-    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(v_BKSh.dtype)
-    return jnp.einsum("bkrs,bksh->bkrh", weights.reshape(B, K, G * T, -1), v_BKSh).reshape(q_BKGTh.shape)
+    scores = jnp.where(mask, scores, MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    weights_BKRS = weights.astype(v_BKSh.dtype).reshape(B, K, G * T, -1)
+    out_BKGTh = jnp.einsum("bkrs,bksh->bkrh", weights_BKRS, v_BKSh).reshape(q_BKGTh.shape)
+    # Divided last, by the sum of weights: h divisions a query, not S.
+    return (out_BKGTh / weights.sum(axis=-1, keepdims=True)).astype(v_BKSh.dtype)
 
 
 def attend_xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) -> jax.Array:
     """Attention in blocks of queries, each over only the keys that it can see.
 
-    Half the work of a full square, and with the scores recomputed backwards [B, H, T, T] never exists.
+    Half the work of a full square, and with scores recomputed backwards no layer keeps a [B, H, T, T].
     """
     B, T, H, h = q_BTHh.shape
     K = k_BTKh.shape[2]
@@ -53,12 +57,7 @@ def attend_xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) -> j
     k, v = k_BTKh.transpose(0, 2, 1, 3), v_BTKh.transpose(0, 2, 1, 3)
     block = max(64, -(-T // 8))  # at most 8 blocks: more would only lengthen the program
 
-    @jax.checkpoint
-    def attend_block(q, k, v, mask):
-        return weigh(q, k, v, mask, config)
-
-    outputs = []
-    for start in range(0, T, block):
+    def attend_block(start, q, k, v, segment_ids_BT):
         stop = min(start + block, T)
         first = 0 if config.sliding_window is None else max(0, start - config.sliding_window + 1)
         queries, keys = jnp.arange(start, stop), jnp.arange(first, stop)
@@ -66,8 +65,11 @@ def attend_xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) -> j
         if segment_ids_BT is not None:
             same = segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, first:stop]
             mask = mask & same[:, None, None]
-        outputs.append(attend_block(q[..., start:stop, :], k[:, :, first:stop], v[:, :, first:stop], mask))
-    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+        return weigh(q[..., start:stop, :], k[:, :, first:stop], v[:, :, first:stop], mask, config)
+
+    attend_block = jax.checkpoint(attend_block, static_argnums=0)  # keeps q, k, v; not their slices
+    blocks = [attend_block(start, q, k, v, segment_ids_BT) for start in range(0, T, block)]
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
 
 def attend_cudnn(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) -> jax.Array:

@@ -91,15 +91,16 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tup
 
 
 def rotary_angles(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, T, 1, head_dim / 2], for `rotate`."""
+    """cos and signed sin, float32 [B, T, 1, head_dim], for `rotate`."""
     frequencies, factor = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
-    return factor * jnp.cos(angles), factor * jnp.sin(angles)
+    cos, sin = factor * jnp.cos(angles), factor * jnp.sin(angles)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def rotate(x_BTHh: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turn each pair (x[i], x[i + head_dim / 2]) by its angle: the half-split form of HF checkpoints."""
     cos, sin = angles
-    first, second = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTHh.dtype)
+    x32 = x_BTHh.astype(jnp.float32)
+    halves_swapped = jnp.roll(x32, x32.shape[-1] // 2, axis=-1)
+    return (x32 * cos + halves_swapped * sin).astype(x_BTHh.dtype)

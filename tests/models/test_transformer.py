@@ -261,7 +261,9 @@ def test_bfloat16_compute_keeps_float32_parameters_and_gradients(tiny):
     assert 1e-6 < np.abs(logits - expected).max() / np.abs(expected).max() < 0.03
     gradient = jax.jit(jax.grad(projection(model, tokens)))(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
-    assert_trees_close(gradient, jax.jit(jax.grad(projection(exact, tokens)))(params), rtol=0.1)
+    expected = jax.jit(jax.grad(projection(exact, tokens)))(params)
+    errors = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), gradient, expected)
+    assert max(jax.tree.leaves(errors)) < 0.1
 
 
 def test_parameters_are_stored_in_param_dtype(tiny):

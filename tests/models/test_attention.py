@@ -1,0 +1,125 @@
+"""Attention over blocks of queries against one plain softmax in float64 numpy."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.models.attention import LayerCache, attend_cache, attend_xla, weigh, write_cache
+
+
+def queries_keys_values(config, batch, length, seed=0):
+    rng = np.random.default_rng(seed)
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    return [rng.normal(size=(batch, length, n, config.head_dim)).astype(np.float32) for n in heads]
+
+
+def plain_attention(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config):
+    """Head by head, row by row, with the whole square."""
+    B, T, H, h = q_BTHh.shape
+    group = H // k_BTKh.shape[2]
+    distance = np.arange(T)[:, None] - np.arange(T)[None]
+    seen = (distance >= 0) & (distance < (config.sliding_window or T))
+    out = np.zeros(q_BTHh.shape)
+    for b in range(B):
+        mask = (
+            seen if segment_ids_BT is None else seen & (segment_ids_BT[b][:, None] == segment_ids_BT[b][None])
+        )
+        for head in range(H):
+            keys, values = k_BTKh[b, :, head // group], v_BTKh[b, :, head // group]
+            scores = q_BTHh[b, :, head].astype(np.float64) @ keys.T / np.sqrt(h)
+            if config.attention_softcap is not None:
+                scores = config.attention_softcap * np.tanh(scores / config.attention_softcap)
+            weights = np.where(mask, np.exp(scores), 0)
+            out[b, :, head] = weights / weights.sum(axis=-1, keepdims=True) @ values
+    return out
+
+
+# One token; within, at and beyond one block of 64 queries; a length that no block divides.
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 150])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 20}, {"attention_softcap": 2.0}], ids=str)
+def test_blockwise_equals_the_whole_square(tiny, length, options):
+    config = replace(tiny, **options)
+    q, k, v = queries_keys_values(config, 2, length)
+    segment_ids = np.sort(np.random.default_rng(1).integers(0, 3, (2, length)))
+    for segments in (None, segment_ids):
+        out = jax.jit(attend_xla, static_argnums=4)(q, k, v, segments, config)
+        np.testing.assert_allclose(out, plain_attention(q, k, v, segments, config), atol=1e-5)
+
+
+def test_a_window_of_one_is_the_value_itself(tiny):
+    q, k, v = queries_keys_values(tiny, 1, 70)
+    out = attend_xla(q, k, v, None, replace(tiny, sliding_window=1))
+    np.testing.assert_allclose(out, np.repeat(v, tiny.num_heads // tiny.num_kv_heads, axis=2), atol=1e-6)
+
+
+def test_blockwise_gradient_equals_finite_differences(tiny):
+    config = replace(tiny, sliding_window=5, attention_softcap=3.0)
+    q, k, v = queries_keys_values(config, 1, 70)
+    directions = queries_keys_values(config, 1, 70, seed=1)
+    weights = np.random.default_rng(2).normal(size=q.shape)
+
+    def loss(q, k, v):
+        return (attend_xla(q, k, v, None, config) * weights).sum()
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+    step = 1e-4
+
+    def moved(sign):
+        arrays = [x.astype(np.float64) + sign * step * d for x, d in zip((q, k, v), directions, strict=True)]
+        return (plain_attention(*arrays, None, config) * weights).sum()
+
+    assert slope == pytest.approx((moved(1) - moved(-1)) / (2 * step), rel=1e-3)
+
+
+def test_the_backward_pass_keeps_queries_keys_and_values_only(tiny):
+    q, k, v = queries_keys_values(tiny, 1, 300)
+    pull_back = jax.eval_shape(lambda *qkv: jax.vjp(lambda *x: attend_xla(*x, None, tiny), *qkv)[1], q, k, v)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(pull_back))
+    assert kept == q.size + k.size + v.size  # no scores, no slice of keys a block
+
+
+def test_scores_and_softmax_are_float32_below_bfloat16_inputs(tiny):
+    q, k, v = queries_keys_values(tiny, 1, 40)
+    half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    out = jax.jit(attend_xla, static_argnums=4)(*half, None, tiny)
+    assert out.dtype == jnp.bfloat16
+    exact = plain_attention(*(np.asarray(x, np.float32) for x in half), None, tiny)
+    # Rounding of the weights and of the result, 2^-9 each; scores in bfloat16 would be off by 2^-6.
+    np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=0.02)
+
+
+def test_a_query_that_sees_nothing_is_finite(tiny):
+    q_BKGTh, k_BKSh = jnp.ones((1, 2, 2, 3, 8)), jnp.ones((1, 2, 5, 8))
+
+    def loss(q_BKGTh):
+        return weigh(q_BKGTh, k_BKSh, k_BKSh, jnp.zeros((3, 5), bool), tiny).sum()
+
+    value, gradient = jax.value_and_grad(loss)(q_BKGTh)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
+def test_a_cache_takes_rows_at_different_positions(tiny):
+    _, k, v = queries_keys_values(tiny, 3, 2)
+    zeros = jnp.zeros((3, tiny.num_kv_heads, 6, tiny.head_dim))
+    starts = np.array([0, 4, 2])
+    cache = write_cache(LayerCache(zeros, zeros), k, v, starts[:, None] + np.arange(2))
+    expected_keys, expected_values = np.zeros((2, *zeros.shape))
+    for row, start in enumerate(starts):
+        expected_keys[row, :, start : start + 2] = k[row].swapaxes(0, 1)
+        expected_values[row, :, start : start + 2] = v[row].swapaxes(0, 1)
+    np.testing.assert_array_equal(cache.keys_BKSh, expected_keys)
+    np.testing.assert_array_equal(cache.values_BKSh, expected_values)
+
+
+def test_a_query_over_a_cache_sees_its_window_and_no_later_slot(tiny):
+    config = replace(tiny, sliding_window=3)
+    q, k, v = queries_keys_values(config, 1, 9)
+    cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    expected = plain_attention(q, k, v, None, config)
+    out = attend_cache(q[:, 5:7], cache, np.array([[5, 6]]), config)
+    np.testing.assert_allclose(out, expected[:, 5:7], atol=1e-5)
