@@ -139,7 +139,7 @@ def linear_token_log_probs(
     (8.0, 8.0)
     """
     chex.assert_rank([hidden, head, targets], [3, 2, 2])
-    form = _Form(temperature, softcap, _cuts(targets, head, block_size), entropy=True)
+    form = _Form(temperature, softcap, _width(targets, head, block_size), entropy=True)
     statistics = _linear_statistics(hidden, head, targets, form)
     return statistics.target - statistics.logsumexp, statistics.entropy
 
@@ -172,7 +172,7 @@ def linear_cross_entropy(
     """
     chex.assert_rank([hidden, head, targets, mask], [3, 2, 2, 2])
     hidden, targets = jnp.where(mask[..., None] != 0, hidden, 0), jnp.where(mask != 0, targets, 0)
-    form = _Form(1.0, softcap, _cuts(targets, head, block_size), entropy=False)
+    form = _Form(1.0, softcap, _width(targets, head, block_size), entropy=False)
     return _cross_entropy(_linear_statistics(hidden, head, targets, form), mask, label_smoothing, z_loss)
 
 
@@ -238,12 +238,15 @@ class _Form(NamedTuple):
 
     temperature: float
     softcap: float | None
-    cuts: int  # slices of V whose logits exist one at a time
+    width: int  # columns of V whose logits exist at once
     entropy: bool
 
 
-def _cuts(targets: jax.Array, head: jax.Array, block_size: int | None) -> int:
-    """Into how many slices of V to cut, so that one slice has as many logits as block_size positions have."""
+def _width(targets: jax.Array, head: jax.Array, block_size: int | None) -> int:
+    """How many columns of V have, at all positions, as many logits as V has at block_size positions.
+
+    All of V, or else a multiple of 8, which mesh axes divide.
+    """
     (batch, length), vocab_size = targets.shape, head.shape[1]
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size={block_size} must be at least 1 position, or None to choose")
@@ -252,7 +255,7 @@ def _cuts(targets: jax.Array, head: jax.Array, block_size: int | None) -> int:
         cuts = min(1 << (cuts - 1).bit_length(), vocab_size // SLICE_WIDTH)  # powers of two divide most V
     else:
         cuts = -(-length // block_size)
-    return max(1, min(cuts, vocab_size // 8))
+    return vocab_size if cuts <= 1 else min(vocab_size, max(8, vocab_size // cuts // 8 * 8))
 
 
 def _linear_statistics(
@@ -281,19 +284,19 @@ def _sliced_statistics(
 
 def _forward(hidden, head, targets, form):
     vocab_size = head.shape[1]
-    slices, first = _cut(head, form.cuts)
+    (first, head_of_first), others = _cut(head, form.width)
 
     def statistics(j, head):
         logits = _logits(hidden, head, form)
-        positions = _positions(targets, vocab_size, form.cuts, j)
+        positions = _positions(targets, vocab_size, form.width, j)
         return _statistics(logits, positions, vocab_size, entropy=form.entropy), logits
 
     def add_slice(total, inputs):
         return _merge(total, statistics(*inputs)[0]), None
 
-    total, logits = statistics(0, first)
-    if form.cuts > 1:
-        total, _ = jax.lax.scan(add_slice, total, (jnp.arange(1, form.cuts), slices))
+    total, logits = statistics(first, head_of_first)
+    if form.width < vocab_size:
+        total, _ = jax.lax.scan(add_slice, total, others)
         logits = None  # recomputed in the backward pass
     return total, (hidden, head, targets, logits, total.logsumexp, total.entropy)
 
@@ -302,7 +305,7 @@ def _backward(form, residuals, cotangents):
     hidden, head, targets, logits, logsumexp, entropy = residuals
     d = jax.tree.map(lambda x: x[..., None], cotangents)
     vocab_size = head.shape[1]
-    slices, first = _cut(head, form.cuts)
+    (first, head_of_first), others = _cut(head, form.width)
 
     def gradients(j, head, logits=None):
         if logits is None:
@@ -311,7 +314,7 @@ def _backward(form, residuals, cotangents):
         d_logsumexp = d.logsumexp
         if form.entropy:
             d_logsumexp = d_logsumexp - d.entropy * (log_p + entropy[..., None])
-        is_target = jnp.arange(head.shape[1]) == _positions(targets, vocab_size, form.cuts, j)[..., None]
+        is_target = jnp.arange(head.shape[1]) == _positions(targets, vocab_size, form.width, j)[..., None]
         d_logits = jnp.exp(log_p) * d_logsumexp + d.mean / vocab_size + jnp.where(is_target, d.target, 0)
         if form.softcap is not None:
             d_logits = d_logits * (1 - (logits * form.temperature / form.softcap) ** 2)
@@ -324,9 +327,9 @@ def _backward(form, residuals, cotangents):
         more, d_head = gradients(*inputs)
         return d_hidden + more, d_head
 
-    d_hidden, d_first = gradients(0, first, logits)
-    d_hidden, d_slices = jax.lax.scan(add_slice, d_hidden, (jnp.arange(1, form.cuts), slices))
-    return d_hidden.astype(hidden.dtype), _uncut(d_slices, d_first), None
+    d_hidden, d_first = gradients(first, head_of_first, logits)
+    d_hidden, d_others = jax.lax.scan(add_slice, d_hidden, others)
+    return d_hidden.astype(hidden.dtype), _uncut(d_first, d_others), None
 
 
 _sliced_statistics.defvjp(_forward, _backward)
@@ -345,32 +348,31 @@ def _logits(hidden, head, form):
     return logits / form.temperature
 
 
-def _width(vocab_size: int, cuts: int) -> int:
-    """Of a slice: all of V, or where it is cut a multiple of 8, which mesh axes divide."""
-    return vocab_size if cuts == 1 else vocab_size // (8 * cuts) * 8
+def _cut(head: jax.Array, width: int) -> tuple[tuple[int, jax.Array], tuple[jax.Array, jax.Array]]:
+    """[D, V] as a first slice, numbered, and the numbers and columns [slices, D, width] of the others.
 
-
-def _cut(head: jax.Array, cuts: int) -> tuple[jax.Array, jax.Array]:
-    """[D, V] as slices [cuts - 1, D, width] and a first one, [D, width + odd columns].
-
-    Slice j has columns j, j + cuts, j + 2 cuts, ...: where V is sharded, each device finds its share of
-    every slice in its own columns. The odd columns left at the end go to the first slice, number 0.
+    Slice j of n has columns j, j + n, j + 2 n, ...: where V is sharded, each device finds its share of every
+    slice in its own columns. What V has beyond n * width columns comes first and has number n.
     """
-    width = _width(head.shape[1], cuts)
-    grid = head[:, : width * cuts].reshape(len(head), width, cuts)
-    return jnp.moveaxis(grid[:, :, 1:], 2, 0), jnp.concatenate([grid[:, :, 0], head[:, width * cuts :]], 1)
+    n = head.shape[1] // width
+    even, odd = head[:, : n * width], head[:, n * width :]
+    slices = jnp.moveaxis(even.reshape(len(head), width, n), 2, 0)
+    if odd.shape[1]:
+        return (n, odd), (jnp.arange(n), slices)
+    return (0, slices[0]), (jnp.arange(1, n), slices[1:])
 
 
-def _uncut(slices: jax.Array, first: jax.Array) -> jax.Array:
-    """The inverse of `_cut`."""
-    width = slices.shape[2]
-    grid = jnp.concatenate([first[:, :width, None], jnp.moveaxis(slices, 0, 2)], 2)
-    return jnp.concatenate([grid.reshape(len(first), -1), first[:, width:]], 1)
+def _uncut(first: jax.Array, others: jax.Array) -> jax.Array:
+    """The columns of `_cut` in their places again."""
+    if first.shape[1] == others.shape[2]:  # slice 0; odd columns are fewer
+        others, first = jnp.concatenate([first[None], others]), first[:, :0]
+    even = jnp.moveaxis(others, 0, 2).reshape(len(first), -1)
+    return jnp.concatenate([even, first], axis=1)
 
 
-def _positions(targets: jax.Array, vocab_size: int, cuts: int, j: jax.Array | int) -> jax.Array:
+def _positions(targets: jax.Array, vocab_size: int, width: int, j: jax.Array | int) -> jax.Array:
     """Where the targets are in slice j of `_cut`, -1 where they are not in it."""
-    width = _width(vocab_size, cuts)
-    in_grid = jnp.where(targets % cuts == j, targets // cuts, -1)
-    among_odd = jnp.where(j == 0, targets - width * cuts + width, -1)
-    return jnp.where(targets < width * cuts, in_grid, among_odd)
+    n = vocab_size // width
+    is_odd = targets >= n * width
+    in_slice = jnp.where(is_odd, n, targets % n) == j
+    return jnp.where(in_slice, jnp.where(is_odd, targets - n * width, targets // n), -1)

@@ -101,15 +101,15 @@ def test_a_missing_score_stays_in_its_empty_row():
     np.testing.assert_array_equal(rewards, 0)
 
 
-GROUPS = np.array([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
-DEVIATIONS = np.array([[-2, -1, 3], [-1, -1, 2]])
+GROUPS = np.array([[0.5, 1.0, 3.0], [0.0, 0.0, 1.5]])  # halves: a cast to int would show
+DEVIATIONS = np.array([[-1, -0.5, 1.5], [-0.5, -0.5, 1]])
 
 
 @pytest.mark.parametrize(
     ("scale", "divisor"),
     [
-        ("group", np.array([[np.sqrt(7)], [np.sqrt(3)]])),  # (4 + 1 + 9) / 2 and (1 + 1 + 4) / 2
-        ("batch", np.sqrt(((GROUPS - 2) ** 2).sum() / 5)),
+        ("group", np.sqrt([[3.5 / 2], [1.5 / 2]])),  # 1 + 1/4 + 9/4, and 1/4 + 1/4 + 1, over n - 1
+        ("batch", np.sqrt(((GROUPS - 1) ** 2).sum() / 5)),
     ],
 )
 def test_group_advantages_by_hand(scale, divisor):

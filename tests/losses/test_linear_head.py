@@ -73,7 +73,7 @@ def test_scoring_cuts_the_logits_too():
 
 
 def test_memory_follows_the_block_size():
-    sizes = (2, 1024, 16, 8192)
+    sizes = (2, 1024, 16, 8191)  # V leaves odd columns
     bytes_of = {
         n: temporary_bytes(compile_gradient(lambda *a, n=n: linear(*a, block_size=n), *sizes))
         for n in (32, 256)
@@ -133,19 +133,22 @@ def test_on_a_mesh_the_numbers_are_the_same(vocab_size):
 
 
 def test_the_head_s_gradient_is_as_accurate_as_the_dense_form_s():
-    """bfloat16 inputs against the truth in float64: cutting adds no rounding."""
+    """bfloat16 inputs against the truth in float64: cutting adds no rounding.
+
+    Token 0 is every target, so that the other columns are sums of small probabilities over all tokens.
+    """
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(2, 256, 32)), jnp.bfloat16)
-    head = jnp.asarray(rng.normal(size=(32, 512)), jnp.bfloat16)
-    targets = rng.integers(0, 512, (2, 256))
+    head = jnp.asarray(rng.normal(size=(32, 512)) / 8, jnp.bfloat16)
+    targets = np.zeros((2, 256), int)
     arguments = (hidden, head, jnp.asarray(targets), jnp.ones(targets.shape))
     logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
     p = np.exp(logits - logits.max(-1, keepdims=True))
-    d_logits = (p / p.sum(-1, keepdims=True) - np.eye(512)[targets]) / targets.size
-    truth = np.einsum("btd,btv->dv", np.asarray(hidden, np.float64), d_logits)
+    p /= p.sum(-1, keepdims=True)
+    truth = np.einsum("btd,btv->dv", np.asarray(hidden, np.float64), p)[:, 1:] / targets.size
 
     def error(loss):
-        gradient = np.asarray(jax.grad(loss, 1)(*arguments), np.float64)
+        gradient = np.asarray(jax.jit(jax.grad(loss, 1))(*arguments), np.float64)[:, 1:]
         return np.linalg.norm(gradient - truth) / np.linalg.norm(truth)
 
     assert error(lambda *a: linear(*a, block_size=16)) <= 1.02 * error(dense)
