@@ -10,10 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Linear, RMSNorm, rotate
 
+OUTPUT_NAME = "attention_output"  # the name under which a remat policy keeps it
 MASKED = -1e30  # finite, so that a row that sees nothing is a plain average and not NaN
 
 
@@ -69,7 +71,8 @@ def attend_xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) -> j
 
     attend_block = jax.checkpoint(attend_block, static_argnums=0)  # keeps q, k, v; not their slices
     blocks = [attend_block(start, q, k, v, segment_ids_BT) for start in range(0, T, block)]
-    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+    out = jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+    return checkpoint_name(out, OUTPUT_NAME)
 
 
 def attend_cudnn(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) -> jax.Array:
@@ -78,9 +81,45 @@ def attend_cudnn(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) ->
     if segment_ids_BT is not None:
         mask = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
     window = None if config.sliding_window is None else (config.sliding_window - 1, 0)
-    return jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         q_BTHh, k_BTKh, v_BTKh, mask=mask, is_causal=True, local_window_size=window, implementation="cudnn"
     )
+    return checkpoint_name(out, OUTPUT_NAME)
+
+
+def attend_splash(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) -> jax.Array:
+    """The Splash kernel on TPUs: flash attention that skips blocks without anything to see.
+
+    A Pallas call does not partition by itself: under `jax.set_mesh` each device takes its rows and heads,
+    where they divide.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    def attend_shard(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT):
+        _, T, H, h = q_BTHh.shape
+        left = None if config.sliding_window is None else config.sliding_window - 1
+        block = next(size for size in (512, 256, 128) if T % size == 0)
+        attend = splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([splash.LocalMask((T, T), (left, 0), offset=0)] * H),
+            block_sizes=splash.BlockSizes(*[block] * 8),
+            attn_logits_soft_cap=config.attention_softcap,
+            residual_checkpoint_name=OUTPUT_NAME,
+        )
+        q, k, v = (x.swapaxes(1, 2) for x in (q_BTHh * h**-0.5, k_BTKh, v_BTKh))
+        segments = None if segment_ids_BT is None else splash.SegmentIds(segment_ids_BT, segment_ids_BT)
+        return jax.vmap(attend)(q, k, v, segments).swapaxes(1, 2)
+
+    B, T, _, _ = q_BTHh.shape
+    inputs = q_BTHh, k_BTKh, v_BTKh, segment_ids_BT
+    # To whole blocks; no one sees what comes after.
+    inputs = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, -T % 128)] + [(0, 0)] * (x.ndim - 2)), inputs)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        rows = ("data", "fsdp") if B % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+        heads = P(rows, None, "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None)
+        specs = (heads, heads, heads, P(rows))
+        attend_shard = jax.shard_map(attend_shard, in_specs=specs, out_specs=heads, check_vma=False)
+    return attend_shard(*inputs)[:, :T]
 
 
 def attend_cache(q_BTHh, cache: LayerCache, positions_BT, config: ModelConfig) -> jax.Array:
@@ -132,8 +171,7 @@ class Attention(nn.Module):
             cache = write_cache(cache, k_BTKh, v_BTKh, positions_BT)
             out_BTHh = attend_cache(q_BTHh, cache, positions_BT, c)
         else:
-            attend = {"xla": attend_xla, "cudnn": attend_cudnn}[c.attention]
+            attend = {"xla": attend_xla, "cudnn": attend_cudnn, "splash": attend_splash}[c.attention]
             out_BTHh = attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, c)
-        out_BTHh = checkpoint_name(out_BTHh, "attention_output")
         output = Linear(c.width, c.output_bias, c.param_dtype, scale=0.5 / c.num_layers, name="output")
         return output(out_BTHh.reshape(B, T, -1)), cache

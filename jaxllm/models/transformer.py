@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import ConfigError
-from jaxllm.models.attention import Attention, LayerCache
+from jaxllm.models.attention import OUTPUT_NAME, Attention, LayerCache
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import GatedMLP, RMSNorm, rotary_angles
 from jaxllm.sharding import constrain_batch
@@ -66,7 +66,7 @@ def unstack_layers(params: Params) -> Params:
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention_output"),
+    "attention": jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME),
 }
 
 
@@ -84,7 +84,7 @@ def check_model_config(config: ModelConfig) -> None:
     choices = {
         "activation": ("silu", "gelu"),
         "remat": ("none", *REMAT_POLICIES),
-        "attention": ("xla", "cudnn"),
+        "attention": ("xla", "cudnn", "splash"),
         "compute_dtype": ("float32", "bfloat16", "float16"),
         "param_dtype": ("float32", "bfloat16"),
     }
@@ -97,6 +97,8 @@ def check_model_config(config: ModelConfig) -> None:
         )
     if config.attention == "cudnn" and config.attention_softcap is not None:
         raise ConfigError("model.attention=cudnn has no softcap: use model.attention=xla")
+    if config.attention == "cudnn" and config.compute_dtype == "float32":
+        raise ConfigError("model.attention=cudnn needs model.compute_dtype=bfloat16 or float16")
 
 
 def build_model(config: ModelConfig) -> Model:

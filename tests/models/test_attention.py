@@ -1,13 +1,26 @@
 """Attention over blocks of queries against one plain softmax in float64 numpy."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention
 
-from jaxllm.models.attention import LayerCache, attend_cache, attend_xla, weigh, write_cache
+from jaxllm.models import build_model
+from jaxllm.models.attention import (
+    LayerCache,
+    attend_cache,
+    attend_cudnn,
+    attend_splash,
+    attend_xla,
+    weigh,
+    write_cache,
+)
+from jaxllm.sharding import MeshConfig, make_mesh
 
 
 def queries_keys_values(config, batch, length, seed=0):
@@ -123,3 +136,60 @@ def test_a_query_over_a_cache_sees_its_window_and_no_later_slot(tiny):
     expected = plain_attention(q, k, v, None, config)
     out = attend_cache(q[:, 5:7], cache, np.array([[5, 6]]), config)
     np.testing.assert_allclose(out, expected[:, 5:7], atol=1e-5)
+
+
+# Other ways to the same result
+
+
+def test_cudnn_is_asked_for_the_same_attention(tiny, monkeypatch):
+    """Its arguments, given to XLA's implementation of the same function: the kernel needs a GPU."""
+    asked_for = []
+
+    def on_xla(*args, implementation, **kwargs):
+        asked_for.append(implementation)
+        return dot_product_attention(*args, implementation="xla", **kwargs)
+
+    dot_product_attention = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
+    q, k, v = queries_keys_values(tiny, 2, 30)
+    segment_ids = np.sort(np.random.default_rng(1).integers(0, 3, (2, 30)))
+    for config in (tiny, replace(tiny, sliding_window=4)):
+        for segments in (None, segment_ids):
+            out = attend_cudnn(q, k, v, segments, config)
+            np.testing.assert_allclose(out, plain_attention(q, k, v, segments, config), atol=1e-5)
+    assert set(asked_for) == {"cudnn"}
+
+
+@pytest.mark.parametrize(
+    "mesh", [None, MeshConfig(2, 2, 2), MeshConfig(8, 1, 1), MeshConfig(1, 2, 4)], ids=str
+)
+def test_splash_equals_xla_on_any_mesh(tiny, mesh, monkeypatch):
+    """Interpreted. Four rows over 8 devices, or two key-value heads over 4, do not divide and stay whole."""
+    interpreted = partial(splash_attention.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", interpreted)
+    config = replace(tiny, sliding_window=40, attention_softcap=5.0) if mesh is None else tiny
+    q, k, v = queries_keys_values(config, 4, 150)
+    weights = np.random.default_rng(2).normal(size=q.shape).astype(np.float32)
+    segment_ids = None if mesh is None else np.sort(np.random.default_rng(1).integers(0, 3, (4, 150)))
+
+    def value_and_gradient(attend):
+        def loss(q, k, v):
+            out = attend(q, k, v, segment_ids, config)
+            return (out * weights).sum(), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    expected = value_and_gradient(attend_xla)
+    with jax.set_mesh(make_mesh(mesh)) if mesh else nullcontext():
+        actual = value_and_gradient(attend_splash)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), actual, expected)
+
+
+@pytest.mark.parametrize(("remat", "kernels"), [("none", 3), ("attention", 3), ("full", 4)])
+def test_splash_lowers_for_a_tpu_and_runs_forward_again_only_where_remat_says_so(tiny, remat, kernels):
+    """Forward, gradient of queries, gradient of keys and values; and forward again."""
+    model = build_model(replace(tiny, attention="splash", remat=remat))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    gradient = jax.jit(jax.grad(lambda p: model.apply(p, np.zeros((1, 128), int))[0].sum()))
+    program = gradient.trace(params).lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count("tpu_custom_call") == kernels

@@ -373,6 +373,8 @@ def test_an_unknown_rope_scaling_is_named(tiny):
         build_model(replace(tiny, rope_scaling=replace(tiny.rope_scaling, kind="linear")))
 
 
-def test_cudnn_has_no_softcap(tiny):
+def test_cudnn_has_no_softcap_and_no_float32(tiny):
     with pytest.raises(ConfigError, match=r"model\.attention=cudnn.*softcap"):
-        build_model(replace(tiny, attention="cudnn", attention_softcap=30.0))
+        build_model(replace(tiny, attention="cudnn", compute_dtype="bfloat16", attention_softcap=30.0))
+    with pytest.raises(ConfigError, match=r"model\.attention=cudnn.*model\.compute_dtype=bfloat16"):
+        build_model(replace(tiny, attention="cudnn"))
