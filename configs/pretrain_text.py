@@ -15,7 +15,7 @@ from configs.models import model
 # steps, sequences a step, tokens a sequence, learning rate
 RECIPES = {
     "tiny": (100, 8, 64, 4e-3),
-    "1m": (1000, 16, 256, 6e-3),
+    "1m": (400, 16, 256, 6e-3),
     "10m": (2000, 32, 256, 4e-3),
     "60m": (10_000, 128, 1024, 2e-3),
     "124m": (20_000, 256, 2048, 1.2e-3),
