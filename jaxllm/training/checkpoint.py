@@ -80,17 +80,15 @@ class Checkpoints:
         """
         self.wait()
         folder = self.folder / str(step)
-        if first_process_decides(lambda: damage(folder) is None):
-            return
         arrays = _by_name(state)
+        size = sum(array.nbytes for array in arrays.values())
+        if not first_process_decides(lambda: _make_room(folder, size)):
+            return
         documents = {
             "arrays.json": to_json({name: _describe(array) for name, array in arrays.items()}),
             "metadata.json": to_json(metadata),
             **(files or {}),
         }
-        size = sum(array.nbytes for array in arrays.values())
-        if jax.process_index() == 0 and folder.exists():
-            _set_aside(folder)
         try:
             self._orbax.save(folder / "state", args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
@@ -323,15 +321,29 @@ def _set_aside(folder: Path) -> None:
     folder.rename(next(path for path in aside if not path.exists()))
 
 
+def _make_room(folder: Path, size: int) -> bool:
+    """Whether a step is still to be saved, its folder then being free to write to."""
+    if folder.exists():
+        if damage(folder) is None:
+            return False
+        _set_aside(folder)
+    # To find out here is much better than in Orbax, which fails one save later, in several threads at once.
+    if shutil.disk_usage(folder.parent).free < size:
+        raise CheckpointError(f"step {folder.name} was not saved: {_full_disk(folder.parent, size)}")
+    return True
+
+
+def _full_disk(folder: Path, size: int) -> str:
+    free = shutil.disk_usage(folder).free
+    return f"the disk is full, {size / 1e9:.3g} GB needed and {free / 1e9:.3g} GB free in {folder}"
+
+
 def _give_up_save(error: Exception, folder: Path, size: int) -> CheckpointError:
     """Delete what a failed save wrote (on a full disk, that is what fills it) and say why it failed."""
     shutil.rmtree(folder, ignore_errors=True)
     reason = _first_line(error)
     if any(text in str(error) for text in ("No space left", "Disk quota exceeded")):
-        free = shutil.disk_usage(folder.parent).free
-        reason = (
-            f"the disk is full, {size / 1e9:.3g} GB needed and {free / 1e9:.3g} GB free in {folder.parent}"
-        )
+        reason = _full_disk(folder.parent, size)
     return CheckpointError(f"step {folder.name} was not saved: {reason}")
 
 
