@@ -133,15 +133,13 @@ def attend_cache(q_BTHh, cache: LayerCache, positions_BT, config: ModelConfig) -
 
 
 def write_cache(cache: LayerCache, k_BTKh, v_BTKh, positions_BT) -> LayerCache:
-    """Put T new keys and values of each row into its slots positions[b, 0], positions[b, 0] + 1, ..."""
-
-    def write(slots_KSh, new_KTh, start):
-        return jax.lax.dynamic_update_slice(slots_KSh, new_KTh.astype(slots_KSh.dtype), (0, start, 0))
-
-    starts_B = positions_BT[:, 0]
+    """Put T new keys and values of each row into its slots positions[b]."""
+    B, K, _, _ = cache.keys_BKSh.shape
+    # As a scatter, which XLA does in place; a slice update of one row it does in a copy.
+    at = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None], positions_BT[:, None, :]
     return LayerCache(
-        jax.vmap(write)(cache.keys_BKSh, k_BTKh.transpose(0, 2, 1, 3), starts_B),
-        jax.vmap(write)(cache.values_BKSh, v_BTKh.transpose(0, 2, 1, 3), starts_B),
+        cache.keys_BKSh.at[at].set(k_BTKh.transpose(0, 2, 1, 3).astype(cache.keys_BKSh.dtype)),
+        cache.values_BKSh.at[at].set(v_BTKh.transpose(0, 2, 1, 3).astype(cache.values_BKSh.dtype)),
     )
 
 
@@ -151,7 +149,9 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, angles, segment_ids_BT, cache: LayerCache | None):
+    def __call__(
+        self, x_BTD, positions_BT, angles, segment_ids_BT, cache: LayerCache | None, look_back: bool
+    ):
         c = self.config
         B, T, _ = x_BTD.shape
 
@@ -169,6 +169,7 @@ class Attention(nn.Module):
 
         if cache is not None:
             cache = write_cache(cache, k_BTKh, v_BTKh, positions_BT)
+        if look_back:
             out_BTHh = attend_cache(q_BTHh, cache, positions_BT, c)
         else:
             attend = {"xla": attend_xla, "cudnn": attend_cudnn, "splash": attend_splash}[c.attention]

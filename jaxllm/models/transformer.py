@@ -30,6 +30,7 @@ class Model(NamedTuple):
     init: Callable[..., Params]
     apply: Callable[..., tuple[jax.Array, Cache | None]]
     head: Callable[[Params], jax.Array]
+    unembed: Callable[[Params, jax.Array], jax.Array]
     logits: Callable[..., jax.Array]
     init_cache: Callable[..., Cache]
 
@@ -40,11 +41,11 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, angles, segment_ids_BT, cache=None):
+    def __call__(self, x_BTD, positions_BT, angles, segment_ids_BT, cache=None, look_back=False):
         c = self.config
         normed_BTD = RMSNorm(c.norm_epsilon, c.param_dtype, name="attention_norm")(x_BTD)
         attention = Attention(c, name="attention")
-        attended_BTD, cache = attention(normed_BTD, positions_BT, angles, segment_ids_BT, cache)
+        attended_BTD, cache = attention(normed_BTD, positions_BT, angles, segment_ids_BT, cache, look_back)
         x_BTD = x_BTD + attended_BTD
         x_BTD = x_BTD + GatedMLP(c, name="mlp")(
             RMSNorm(c.norm_epsilon, c.param_dtype, name="mlp_norm")(x_BTD)
@@ -106,10 +107,12 @@ def build_model(config: ModelConfig) -> Model:
 
     init(key) -> params.
     apply(params, tokens[B, T], *, positions=None, segment_ids=None, cache=None) -> (hidden[B, T, D], cache):
-        the final normed states. Tokens see earlier ones of their own segment. With a cache, row b's
-        tokens go to slots positions[b, 0], positions[b, 0] + 1, ... and see every slot up to their own;
-        prompts of different lengths are padded on the right and their pads overwritten later.
-    head(params) -> [D, V]: hidden @ head (then `logit_softcap`) are the logits.
+        the final normed states. Tokens see earlier ones of their own segment. A cache given without
+        positions is filled from its start. With them (consecutive in each row), tokens go to the slots
+        positions[b] and see every slot up to their own: prompts of different lengths are padded on the
+        right, and the pads overwritten later.
+    head(params) -> [D, V], in the compute dtype: what `linear_cross_entropy` takes.
+    unembed(params, hidden[..., D]) -> float32 logits [..., V], softcapped.
     logits(params, tokens[B, T]) -> float32 [B, T, V]: the dense form, for small inputs.
     init_cache(batch, length, dtype=None) -> an empty cache.
     """
@@ -138,6 +141,7 @@ def build_model(config: ModelConfig) -> Model:
         return params
 
     def apply(params, tokens, *, positions=None, segment_ids=None, cache=None):
+        look_back = cache is not None and positions is not None
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         angles = rotary_angles(config, positions)
@@ -153,7 +157,9 @@ def build_model(config: ModelConfig) -> Model:
             layers = unstack_layers(params)["blocks"]
             updated = []
             for layer, layer_cache in zip(layers, cache, strict=True):
-                x, layer_cache = block.apply({"params": layer}, x, positions, angles, None, layer_cache)
+                x, layer_cache = block.apply(
+                    {"params": layer}, x, positions, angles, segment_ids, layer_cache, look_back
+                )
                 updated.append(layer_cache)
             cache = tuple(updated)
         elif config.scan_layers and not isinstance(params["blocks"], tuple):
@@ -167,12 +173,13 @@ def build_model(config: ModelConfig) -> Model:
         kernel = params["embed"]["table"].T if config.tie_embeddings else params["head"]["kernel"]
         return kernel.astype(compute_dtype)
 
+    def unembed(params, hidden):
+        z = jnp.matmul(hidden, head(params), preferred_element_type=jnp.float32)
+        softcap = config.logit_softcap
+        return z if softcap is None else softcap * jnp.tanh(z / softcap)
+
     def logits(params, tokens, **kwargs):
-        hidden, _ = apply(params, tokens, **kwargs)
-        z = jnp.einsum("btd,dv->btv", hidden, head(params), preferred_element_type=jnp.float32)
-        return (
-            z if config.logit_softcap is None else config.logit_softcap * jnp.tanh(z / config.logit_softcap)
-        )
+        return unembed(params, apply(params, tokens, **kwargs)[0])
 
     def init_cache(batch, length, dtype=None):
         shape = (batch, config.num_kv_heads, length, config.head_dim)
@@ -181,4 +188,4 @@ def build_model(config: ModelConfig) -> Model:
             LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
         )
 
-    return Model(config, init, apply, head, logits, init_cache)
+    return Model(config, init, apply, head, unembed, logits, init_cache)

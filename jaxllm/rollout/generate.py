@@ -98,9 +98,7 @@ def next_logits(
 ) -> tuple[jax.Array, Cache]:
     """Float32 logits [B, V] after tokens[B] at positions[B], and the cache with them in it."""
     hidden, cache = model.apply(params, tokens[:, None], positions=positions[:, None], cache=cache)
-    logits = jnp.matmul(hidden[:, 0], model.head(params), preferred_element_type=jnp.float32)
-    softcap = model.config.logit_softcap
-    return (logits if softcap is None else softcap * jnp.tanh(logits / softcap)), cache
+    return model.unembed(params, hidden[:, 0]), cache
 
 
 @partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
