@@ -70,7 +70,7 @@ def test_an_unknown_size_names_those_there_are():
         ({"optimizer__name": "sgd"}, "optimizer.name='sgd': choose one of adamw, muon"),
         (
             {"optimizer__warmup_steps": "1000"},
-            "optimizer.warmup_steps=1000 must be under training.steps=400",
+            "optimizer.warmup_steps=1000 must be under training.steps=300",
         ),
         ({"stage": "pretrian"}, "stage='pretrian': choose one of"),
         ({"checkpoint__keep": "0"}, "checkpoint.keep=0 must be at least 1"),
