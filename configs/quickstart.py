@@ -1,7 +1,9 @@
 """The first run: a 1M-parameter model learns the built-in synthetic world in minutes on a laptop's CPU.
 
     make quickstart
-    python experiments/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+installs and runs this; in an environment of your own it is
+`python experiments/train.py --config=configs/quickstart.py --workdir=runs/quickstart`.
 """
 
 from ml_collections import ConfigDict
