@@ -145,9 +145,8 @@ def test_a_fully_padded_row_is_finite_and_leaves_the_others_alone(tiny):
 # The cache
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_decoding_token_by_token_equals_the_full_pass(tiny, window):
-    model = build_model(replace(tiny, num_layers=2, sliding_window=window))
+def test_decoding_token_by_token_equals_the_full_pass(tiny):
+    model = build_model(replace(tiny, num_layers=2))
     params = random_params(model)
     tokens = random_tokens(tiny, 2, 10)
     expected, no_cache = jax.jit(model.apply)(params, tokens)
@@ -159,18 +158,20 @@ def test_decoding_token_by_token_equals_the_full_pass(tiny, window):
         np.testing.assert_allclose(hidden[:, 0], expected[:, t], atol=1e-5, err_msg=f"position {t}")
 
 
-def test_ragged_prompts_prefill_and_decode_like_each_row_alone(tiny):
-    model = build_model(replace(tiny, num_layers=2))
+@pytest.mark.parametrize("positions", [None, np.tile(np.arange(8), (3, 1))], ids=["filled", "positions"])
+def test_ragged_prompts_prefill_and_decode_like_each_row_alone(tiny, positions):
+    model = build_model(replace(tiny, num_layers=2, sliding_window=6))
     params = random_params(model)
     tokens = random_tokens(tiny, 3, 12)
     full, _ = jax.jit(model.apply)(params, tokens)
     lengths = np.array([3, 8, 5])
     prompts = np.where(np.arange(8) < lengths[:, None], tokens[:, :8], 60)  # pads on the right: any token
 
-    run = jax.jit(
-        lambda tokens, positions, cache: model.apply(params, tokens, positions=positions, cache=cache)
-    )
-    hidden, cache = run(prompts, np.tile(np.arange(8), (3, 1)), model.init_cache(3, 12))
+    @jax.jit
+    def run(tokens, positions, cache):
+        return model.apply(params, tokens, positions=positions, cache=cache)
+
+    hidden, cache = run(prompts, positions, model.init_cache(3, 12))
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(hidden[row, :length], full[row, :length], atol=1e-5)
     for step in range(4):
@@ -286,6 +287,7 @@ def test_tied_head_is_the_embedding_and_untied_one_its_own_matrix(tiny):
     for model in (tied, untied):
         logits = jax.jit(model.logits)(params, tokens)
         np.testing.assert_allclose(logits, hidden @ model.head(params), atol=1e-4)
+        np.testing.assert_allclose(model.unembed(params, hidden[:, -1]), logits[:, -1], atol=1e-5)
 
 
 def test_logit_softcap_bounds_the_logits(tiny):
@@ -317,6 +319,17 @@ def test_a_bias_is_where_its_field_says_and_is_used(tiny, field, where):
     assert set(found) == where
     used = {name for name, bias in found.items() if np.abs(bias).max() > 1e-3}
     assert used == where
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_qk_norm_takes_the_size_of_queries_and_keys_away(tiny, qk_norm):
+    model = build_model(replace(tiny, qk_norm=qk_norm))
+    params, tokens = random_params(model), random_tokens(tiny, 1, 6)
+    attention = params["blocks"]["attention"]
+    larger = {name: {"kernel": 5 * attention[name]["kernel"]} for name in ("query", "key")}
+    scaled = {**params, "blocks": {**params["blocks"], "attention": {**attention, **larger}}}
+    hidden, of_scaled = (jax.jit(model.apply)(p, tokens)[0] for p in (params, scaled))
+    assert np.allclose(hidden, of_scaled, atol=1e-3) == qk_norm
 
 
 def test_initial_layers_differ_and_the_residual_stream_keeps_its_size(tiny):
