@@ -10,6 +10,8 @@ import numpy as np
 from jaxllm.batches import TokenBatch
 from jaxllm.losses import linear_cross_entropy
 
+LOGITS_BYTES = 512 * 2**20  # of logits that may exist at once
+
 
 class RowSums(NamedTuple):
     """Sums over the counted targets of each row, float32 [B]."""
@@ -24,10 +26,17 @@ def row_sums(params: Any, batch: TokenBatch, byte_lengths: Any, *, model: Any) -
     """Score a batch. byte_lengths int32 [V]: bytes of text that each token stands for."""
     hidden, _ = model.apply(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
     head, byte_lengths = model.head(params), jnp.asarray(byte_lengths)
+    rows, length = batch.tokens.shape
+    positions = max(1, LOGITS_BYTES // (4 * rows * head.shape[1]))  # of each row, since rows are scored apart
 
     def score(hidden_TD: jax.Array, targets_T: jax.Array, mask_T: jax.Array) -> RowSums:
         loss, metrics = linear_cross_entropy(
-            hidden_TD[None], head, targets_T[None], mask_T[None], softcap=model.config.logit_softcap
+            hidden_TD[None],
+            head,
+            targets_T[None],
+            mask_T[None],
+            softcap=model.config.logit_softcap,
+            block_size=min(positions, length),
         )
         num_bytes = jnp.sum(jnp.where(mask_T, byte_lengths[targets_T], 0)).astype(jnp.float32)
         return RowSums(loss.sum, loss.weight, num_bytes, metrics["accuracy"].sum)
