@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
 
-.PHONY: install test lint quickstart benchmark clean
+.PHONY: install test lint quickstart clean
 
 install: $(VENV)/installed-$(EXTRAS)
 
@@ -23,7 +23,7 @@ lint: install
 
 quickstart: install
 	$(BIN)/python experiments/train.py --config=configs/quickstart.py --workdir=runs/quickstart
-	$(BIN)/python experiments/generate.py --checkpoint=runs/quickstart --prompt="What is a"
+	$(BIN)/python experiments/generate.py --checkpoint=runs/quickstart --prompt="What is a" --temperature=0.3
 
 clean:
 	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache

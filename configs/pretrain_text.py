@@ -32,6 +32,8 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.seed = 0  # of the initial weights, the order of the data and the samples
     config.model = model(size)
     steps, batch_size, sequence_length, learning_rate = RECIPES[size]
+    config.training = ConfigDict({"steps": steps})
+    count = config.training.get_ref("steps")  # what is derived from it follows an override
 
     config.objective = ConfigDict()
     config.objective.z_loss = 0.0  # weight of logsumexp(logits)^2; 1e-4 keeps large models steady (PaLM)
@@ -61,7 +63,7 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.optimizer.name = "muon"  # or "adamw"
     config.optimizer.learning_rate = learning_rate
     config.optimizer.schedule = "wsd"  # "cosine", "linear", "wsd" or "constant", after the warm-up
-    config.optimizer.warmup_steps = steps // 20
+    config.optimizer.warmup_steps = count // 20
     config.optimizer.decay_fraction = 0.6  # wsd: share of the steps in the final decay
     config.optimizer.final_learning_rate = 0.02  # as a fraction of the peak
     config.optimizer.beta1 = 0.9
@@ -77,13 +79,11 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.mesh.fsdp = 1  # parameters split, gathered when used
     config.mesh.tensor = 1  # heads and hidden units split
 
-    config.training = ConfigDict()
-    config.training.steps = steps
     config.training.num_microbatches = 1  # more: less memory, the same gradient
     config.training.log_every = 10
-    config.training.evaluate_every = max(steps // 5, 1)  # 0 is never, for all of these
-    config.training.sample_every = max(steps // 5, 1)
-    config.training.checkpoint_every = max(steps // 5, 1)
+    config.training.evaluate_every = (count + 4) // 5  # 0 is never, for all of these
+    config.training.sample_every = (count + 4) // 5
+    config.training.checkpoint_every = (count + 4) // 5
     config.training.max_bad_steps = 20  # steps in a row without a finite gradient that end the run
     config.training.hang_timeout = 1800.0  # seconds without a step that end the run
 

@@ -77,6 +77,8 @@ def main(_: None, flags: "FlagValues") -> None:
     for number, (text, tokens) in enumerate(zip(texts, said.tokens, strict=True)):
         print("" if number == 0 else "-" * 20)
         print(text + tokenizer.decode(tokens, from_start=False))
+        if said.stop_reasons[number] == "length" and len(tokens) < sampling.max_new_tokens:
+            print(f"note: ends at model.max_length={model.config.max_length} tokens", file=sys.stderr)
 
 
 if __name__ == "__main__":

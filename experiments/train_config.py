@@ -67,6 +67,7 @@ class TrainConfig:
 # What may differ between a run and its resumption: how long, how often, what is logged and kept.
 MAY_DIFFER = (
     "training.steps",
+    "optimizer.warmup_steps",  # follows training.steps
     "training.log_every",
     "training.evaluate_every",
     "training.sample_every",

@@ -57,7 +57,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         raise ConfigError(f"mesh: sizes must be 1 or more, and at most one of them -1; got {sizes}")
     taken = math.prod(size for size in sizes.values() if size != -1)
     if free:
-        sizes[free[0]] = len(devices) // taken
+        sizes[free[0]] = max(1, len(devices) // taken)
     if math.prod(sizes.values()) != len(devices):
         raise ConfigError(
             f"mesh: {' x '.join(f'{axis}={size}' for axis, size in sizes.items())} does not cover "
@@ -109,14 +109,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keep the leading axis of an activation split like the batch, inside jit under `jax.set_mesh`.
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """Lay an array out inside jit, under `jax.set_mesh`.
 
-    Without a mesh, or where the rows do not divide, the array is left to the compiler.
+    Without a mesh, or where the leading axis does not divide, the array is left to the compiler.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) <= set(mesh.axis_names):
         return x
-    if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    leading = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
+    if x.shape[0] % math.prod(mesh.shape[axis] for axis in leading if axis):
         return x
-    return jax.lax.with_sharding_constraint(x, BATCH)
+    return jax.lax.with_sharding_constraint(x, spec)

@@ -17,8 +17,7 @@ MESHES = {"1x1x1": (1, 1, 1), "8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (
 STEPS = 5
 
 
-def run(mesh, optimizer):
-    """The losses of a few steps, and the last state, on a mesh."""
+def make_program(optimizer, mesh):
     config = load_config(CONFIG)
     changes = {"optimizer.name": optimizer, "training.num_microbatches": "2", "data.batch_size": "16"}
     changes |= {
@@ -26,7 +25,12 @@ def run(mesh, optimizer):
     }
     for field, text in changes.items():
         override(config, TrainConfig, field, text)
-    program = Program(parse(TrainConfig, config), jax.devices()[: math.prod(mesh)])
+    return Program(parse(TrainConfig, config), jax.devices()[: math.prod(mesh)])
+
+
+def run(mesh, optimizer):
+    """The losses of a few steps, and the last state, on a mesh."""
+    program = make_program(optimizer, mesh)
     step, state, losses = program.compile(), program.fresh_state(), []
     for i in range(STEPS):
         draw = np.random.default_rng(i)
@@ -59,3 +63,13 @@ def test_a_mesh_changes_neither_losses_nor_weights_and_splits_the_whole_state(si
         held = sum(leaf.addressable_shards[0].data.nbytes for leaf in arrays)
         assert held / whole == pytest.approx(1 / (fsdp * tensor), rel=0.02)  # norms stay whole
     assert len({shard.device for shard in jax.tree.leaves(sharded.params)[0].addressable_shards}) == 8
+
+
+def test_the_compiler_finds_a_way_between_all_layouts(capfd):
+    """It says so when it has to replicate an array for want of one: the lookup of the embedding did that."""
+    jax.config.update("jax_enable_compilation_cache", False)  # it speaks only while it compiles
+    try:
+        make_program("adamw", MESHES["2x2x2"]).compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    assert "rematerialization" not in capfd.readouterr().err

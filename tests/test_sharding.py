@@ -17,7 +17,7 @@ from jaxllm import sharding
 from jaxllm.config import parse
 from jaxllm.errors import ConfigError
 from jaxllm.models import ModelConfig, build_model
-from jaxllm.sharding import MeshConfig, batch_sharding, constrain_batch, make_mesh, rule_for, shardings
+from jaxllm.sharding import BATCH, MeshConfig, batch_sharding, constrain, make_mesh, rule_for, shardings
 from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxllm.training.state import init_state
 
@@ -190,9 +190,9 @@ def test_a_mesh_changes_no_value_and_no_gradient_and_splits_the_parameters(singl
 def test_activations_stay_split_by_rows_where_rows_divide():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     whole = jnp.ones((8, 6))
-    assert constrain_batch(whole) is whole  # no mesh
+    assert constrain(whole, BATCH) is whole  # no mesh
     with jax.set_mesh(mesh):
-        split = jax.jit(constrain_batch)(whole)
-        left_alone = jax.make_jaxpr(constrain_batch)(jnp.ones((3, 6)))
+        split = jax.jit(constrain, static_argnums=1)(whole, BATCH)
+        left_alone = jax.make_jaxpr(constrain, static_argnums=1)(jnp.ones((3, 6)), BATCH)
     assert split.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"))), 2)
     assert left_alone.eqns == []

@@ -66,11 +66,21 @@ class TextData:
 
 
 def text_documents(config: TextConfig, *, seed: int) -> Iterator[str]:
-    """The documents to learn from, one from each source in turn; rows without usable text are left out."""
+    """The documents to learn from, one from each source in turn; rows without usable text are left out.
+
+    Raises DataError, naming the first of them, where that leaves nothing.
+    """
     streams = [_open(config, name, "train", seed).rows() for name in config.train]
+    first_bad, usable = None, False
     for row in itertools.chain.from_iterable(itertools.zip_longest(*streams)):
         if row is not None and row.text is not None:
+            usable = True
             yield row.text
+        elif row is not None:
+            first_bad = first_bad or row
+    if not usable:
+        why = f"; the first row, {first_bad.where}: {first_bad.problem}" if first_bad else ""
+        raise DataError(f"data.train={config.train} holds no usable text{why}")
 
 
 def load_text(

@@ -17,7 +17,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.models.attention import OUTPUT_NAME, Attention, LayerCache
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import GatedMLP, RMSNorm, rotary_angles
-from jaxllm.sharding import constrain_batch
+from jaxllm.sharding import BATCH, P, constrain
 
 Params = dict[str, Any]
 Cache = tuple[LayerCache, ...]  # one per layer
@@ -50,7 +50,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + GatedMLP(c, name="mlp")(
             RMSNorm(c.norm_epsilon, c.param_dtype, name="mlp_norm")(x_BTD)
         )
-        return constrain_batch(x_BTD), cache
+        return constrain(x_BTD, BATCH), cache
 
 
 def unstack_layers(params: Params) -> Params:
@@ -145,7 +145,9 @@ def build_model(config: ModelConfig) -> Model:
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         angles = rotary_angles(config, positions)
-        x = constrain_batch(params["embed"]["table"].astype(compute_dtype)[tokens])
+        # Whole rows for the lookup: split along D as it is stored, the result would have to be laid out anew.
+        table = constrain(params["embed"]["table"].astype(compute_dtype), P("tensor", None))
+        x = constrain(table[tokens], BATCH)
 
         def run_block(x, block_params):
             return block.apply({"params": block_params}, x, positions, angles, segment_ids)[0]

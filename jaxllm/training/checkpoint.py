@@ -169,12 +169,16 @@ def find_checkpoint(path: str | Path) -> Path:
         if what := damage(inside):
             raise CheckpointError(what)
         return inside
+    if not inside.is_dir():
+        raise CheckpointError(f"{path} does not exist")
     for folder in reversed(step_folders(inside)):
         what = damage(folder)
         if what is None:
             return folder
         print(f"warning: skipping a checkpoint: {what}", file=sys.stderr)
-    raise CheckpointError(f"{path}: no valid checkpoint here")
+    raise CheckpointError(
+        f"{path}: no valid checkpoint here; to begin anew, choose another --workdir or move this one away"
+    )
 
 
 def read_arrays(folder: Path, abstract: PyTree, prefix: str = "") -> PyTree:

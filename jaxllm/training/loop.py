@@ -136,7 +136,7 @@ class Loop:
             self.save(step, state, unfinished)
         if self.watch.requested and not (last and unfinished is None):
             self.wait()
-            raise Stopped(f"stopped by a signal and saved at step {step}; resume with: {self.resume_command}")
+            raise Stopped(f"by a signal, saved at step {step}; resume with: {self.resume_command}")
 
     def _profile(self, step: int) -> None:
         if self.profile is not None and step == self.profile[0]:

@@ -67,7 +67,8 @@ def open_run(
     path = Path(workdir).expanduser().absolute()
     if not workdir or "://" in workdir or not _NAME.fullmatch(path.name):
         raise ConfigError(
-            f"--workdir={workdir}: must be a folder on a disk, named by letters, digits and '.', '_', '-'"
+            f"--workdir={workdir}: must be a local folder whose own name has only letters, digits, '.', '_' "
+            f"and '-'"
         )
     try:
         resuming = first_process_decides(lambda: _claim(path, config, resume, may_differ))

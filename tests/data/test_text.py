@@ -166,3 +166,12 @@ def test_a_source_that_cannot_be_opened_names_its_field(config, tokenizer):
         load_text(changed(config, train=("nowhere.txt",)), tokenizer, seed=0)
     with pytest.raises(DataError, match=r"data\.validation: 'nowhere.txt' does not exist"):
         load_text(changed(config, validation=("nowhere.txt",)), tokenizer, seed=0)
+
+
+def test_a_source_without_usable_text_says_what_was_wrong_with_it(config, tmp_path):
+    (tmp_path / "binary.txt").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(DataError, match=r"data.train=.*binary.txt.*no usable text; .*binary.txt:1: .*UTF-8"):
+        list(text_documents(changed(config, train=(str(tmp_path / "binary.txt"),)), seed=0))
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match=r"data.train=.*empty.txt.*no usable text"):
+        list(text_documents(changed(config, train=(str(tmp_path / "empty.txt"),)), seed=0))

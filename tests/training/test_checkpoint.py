@@ -284,7 +284,7 @@ def test_find_checkpoint_takes_a_run_its_checkpoints_or_a_step(checkpoints, monk
     assert find_checkpoint(checkpoints.folder / "3").name == "3"
     monkeypatch.setenv("HOME", str(run))
     assert find_checkpoint("~") == checkpoints.folder / "20"
-    with pytest.raises(CheckpointError, match="no valid checkpoint here"):
+    with pytest.raises(CheckpointError, match="other does not exist"):
         find_checkpoint(run / "other")
 
 

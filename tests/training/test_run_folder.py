@@ -215,7 +215,7 @@ def test_relative_paths_and_the_home_folder_become_absolute(tmp_path, monkeypatc
 @pytest.mark.parametrize("workdir", ["", "gs://bucket/x", "a/..", "..", "my run", "x;ls", "é"])
 def test_a_workdir_that_is_no_plain_local_folder_is_refused(workdir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"--workdir={workdir}: must be a folder on a disk"):
+    with pytest.raises(ConfigError, match=f"--workdir={workdir}: must be a local folder whose own name"):
         start(workdir)
 
 
