@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Linear, RMSNorm, rotate
 
-OUTPUT_NAME = "attention_output"  # the name under which a remat policy keeps it
+OUTPUT_NAME = "attention_output"
 MASKED = -1e30  # finite, so that a row that sees nothing is a plain average and not NaN
 
 
@@ -24,6 +24,13 @@ class LayerCache(NamedTuple):
 
     keys_BKSh: jax.Array
     values_BKSh: jax.Array
+
+
+def keep_attention(primitive, *args, **params) -> bool:
+    """A remat policy: attention's output, and what a kernel needs to go backwards from it, are kept."""
+    named = jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME)
+    # cuDNN's softmax statistics have no name, only the primitive that makes them and the output.
+    return primitive.name == "dot_product_attention_fwd_wrapper" or named(primitive, *args, **params)
 
 
 def visible(query_positions, key_positions, window: int | None) -> jax.Array:
@@ -81,10 +88,9 @@ def attend_cudnn(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) ->
     if segment_ids_BT is not None:
         mask = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
     window = None if config.sliding_window is None else (config.sliding_window - 1, 0)
-    out = jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(
         q_BTHh, k_BTKh, v_BTKh, mask=mask, is_causal=True, local_window_size=window, implementation="cudnn"
     )
-    return checkpoint_name(out, OUTPUT_NAME)
 
 
 def attend_splash(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) -> jax.Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import ConfigError
-from jaxllm.models.attention import OUTPUT_NAME, Attention, LayerCache
+from jaxllm.models.attention import Attention, LayerCache, keep_attention
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import GatedMLP, RMSNorm, rotary_angles
 from jaxllm.sharding import BATCH, P, constrain
@@ -67,7 +67,7 @@ def unstack_layers(params: Params) -> Params:
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME),
+    "attention": keep_attention,
 }
 
 

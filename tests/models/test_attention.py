@@ -3,11 +3,13 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from jaxllm.models import build_model
@@ -185,11 +187,26 @@ def test_splash_equals_xla_on_any_mesh(tiny, mesh, monkeypatch):
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), actual, expected)
 
 
-@pytest.mark.parametrize(("remat", "kernels"), [("none", 3), ("attention", 3), ("full", 4)])
-def test_splash_lowers_for_a_tpu_and_runs_forward_again_only_where_remat_says_so(tiny, remat, kernels):
-    """Forward, gradient of queries, gradient of keys and values; and forward again."""
-    model = build_model(replace(tiny, attention="splash", remat=remat))
+def lowered_gradient(config, platform):
+    """The program of a gradient, in text, for a platform that need not be there."""
+    model = build_model(config)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    gradient = jax.jit(jax.grad(lambda p: model.apply(p, np.zeros((1, 128), int))[0].sum()))
-    program = gradient.trace(params).lower(lowering_platforms=("tpu",)).as_text()
-    assert program.count("tpu_custom_call") == kernels
+    tokens = segment_ids = np.ones((1, 128), int)
+
+    def loss(params):
+        return model.apply(params, tokens, segment_ids=segment_ids)[0].astype(jnp.float32).sum()
+
+    return jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("attention", 1), ("full", 2)])
+def test_kernels_lower_and_run_forward_again_only_where_remat_says_so(tiny, remat, forward, monkeypatch):
+    config = replace(tiny, remat=remat, sliding_window=100)
+    splash = lowered_gradient(replace(config, attention="splash"), "tpu")
+    assert splash.count("tpu_custom_call") == forward + 2  # gradients of queries; of keys and values
+
+    installed = SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", installed)
+    cudnn = lowered_gradient(replace(config, attention="cudnn", compute_dtype="bfloat16"), "cuda")
+    assert cudnn.count("__cudnn$fmhaScaleBiasSoftmax(") == forward
+    assert cudnn.count("__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
