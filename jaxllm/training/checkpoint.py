@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 
 from jaxllm.config import did_you_mean
 from jaxllm.errors import CheckpointError, ConfigError, RunError
+from jaxllm.sharding import path_name
 
 PyTree = Any
 
@@ -230,7 +231,7 @@ def _check_fit(folder: Path, saved: Mapping[str, str], wanted: Mapping[str, Any]
 def _by_name(tree: PyTree) -> dict[str, Any]:
     """`{"params/layers/query": leaf}`, in the order of the leaves."""
     leaves, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {path_name(path): leaf for path, leaf in leaves}
 
 
 def _describe(array: Any) -> str:

@@ -54,6 +54,7 @@ class Loop:
     resume_command: str
     profile: tuple[int, int] | None  # first and last step to trace
     profile_folder: str
+    tracing: bool = False
     warm: set[Hook] = field(default_factory=set)  # hooks that have run, and so are compiled
 
     def run(
@@ -89,6 +90,7 @@ class Loop:
                 self._finish_step(step, state, self._read(*late))
                 late = None
                 self.throughput.restart()
+        self._profile(self.config.steps + 1)
         self.progress.close()
         return state
 
@@ -139,10 +141,14 @@ class Loop:
             raise Stopped(f"by a signal, saved at step {step}; resume with: {self.resume_command}")
 
     def _profile(self, step: int) -> None:
-        if self.profile is not None and step == self.profile[0]:
+        """Trace from the first wanted step that this process takes to the last one."""
+        first, last = self.profile or (0, 0)
+        wanted = first <= step <= min(last, self.config.steps)
+        if wanted and not self.tracing:
             jax.profiler.start_trace(self.profile_folder)
-        if self.profile is not None and step == self.profile[1] + 1:
+        if self.tracing and not wanted:
             jax.profiler.stop_trace()
+        self.tracing = wanted
 
 
 def due(step: int, every: int) -> bool:

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from jaxllm.errors import ConfigError
+from jaxllm.sharding import path_name
 
 # Embeddings and the head are looked up or compared row by row: they are no maps between features,
 # so Muon leaves them, and all vectors, to AdamW.
@@ -72,7 +73,7 @@ def matching(pattern: str, params: Any) -> Any:
     """A tree like params, True where the parameter's path (`blocks/mlp/up/kernel`) matches."""
 
     def matches(path: tuple[Any, ...], _: Any) -> bool:
-        return re.search(pattern, jax.tree_util.keystr(path, simple=True, separator="/")) is not None
+        return re.search(pattern, path_name(path)) is not None
 
     return jax.tree_util.tree_map_with_path(matches, params)
 

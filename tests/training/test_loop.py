@@ -31,7 +31,17 @@ def make_state(step=0):
 class Run:
     """A loop in a folder, with what it saved."""
 
-    def __init__(self, folder, watch, hooks=(), train_step=count_step, start=0, unfinished=None, **changes):
+    def __init__(
+        self,
+        folder,
+        watch,
+        hooks=(),
+        train_step=count_step,
+        start=0,
+        unfinished=None,
+        profile=None,
+        **changes,
+    ):
         settings = {
             "steps": 10,
             "num_microbatches": 1,
@@ -56,7 +66,7 @@ class Run:
             throughput=Throughput(tokens_per_step=100, flops_per_step=1e6),
             watch=watch,
             resume_command="the same again",
-            profile=None,
+            profile=profile,
             profile_folder=str(folder / "profile"),
         )
         self.batches = (100.0 + step for step in range(start, config.steps))
@@ -181,3 +191,22 @@ def test_skipped_steps_do_not_move_the_learning_rate(tmp_path, watch):
     )
     run()
     assert [row["train/learning_rate"] for row in run.rows][-2:] == [0.5**7, 0.5**7]  # steps 8 and 10
+
+
+@pytest.mark.parametrize(
+    ("profile", "start", "traced"),
+    [
+        ((3, 5), 0, ["start 3", "stop 6"]),
+        ((9, 12), 0, ["start 9", "stop 11"]),  # the run ends at step 10
+        ((3, 6), 4, ["start 5", "stop 7"]),  # resumed in the middle
+        ((1, 3), 4, []),
+    ],
+)
+def test_a_trace_that_was_begun_is_ended(tmp_path, watch, monkeypatch, profile, start, traced):
+    calls, run = [], Run(tmp_path, watch, start=start, profile=profile)
+    original, steps = run.loop._profile, []
+    monkeypatch.setattr(run.loop, "_profile", lambda step: (steps.append(step), original(step)))
+    monkeypatch.setattr("jax.profiler.start_trace", lambda _: calls.append(f"start {steps[-1]}"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: calls.append(f"stop {steps[-1]}"))
+    run()
+    assert calls == traced
