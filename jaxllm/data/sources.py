@@ -37,6 +37,14 @@ class Row(NamedTuple):
         return self._replace(text=None, problem=problem, detail=detail)
 
 
+class BadRow(Exception):
+    """Why a row cannot be used: raised by whoever reads meaning into it, caught by whoever counts rows."""
+
+    def __init__(self, problem: str, detail: str = ""):
+        super().__init__(problem + (f" ({detail})" if detail else ""))
+        self.problem, self.detail = problem, detail  # the kind of fault, and what is special to this row
+
+
 @dataclass(frozen=True)
 class Source:
     """A stream of rows that can be read again and again."""
