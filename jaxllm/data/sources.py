@@ -1,7 +1,7 @@
-"""Documents as a stream of rows, from files, saved or hosted datasets, or the synthetic world.
+"""Documents and records as a stream of rows, from files, saved or hosted datasets, or the synthetic world.
 
-Every row says where it stands (`file:line`), and a row without usable text says why, so that nothing is
-dropped unseen. Nothing here holds more than one document, or 16 MiB of one text file, in memory.
+Every row says where it stands (`file:line`), and a row that cannot be used says why, so that nothing is
+dropped unseen. Nothing here holds more than one row, or 16 MiB of one text file, in memory.
 """
 
 import difflib
@@ -21,28 +21,34 @@ import xxhash
 from jaxllm.errors import DataError
 
 _TEXT_BLOCK = 16 * 2**20  # bytes
+_SYNTHETIC_KINDS = ["documents", "chats", "preferences", "problems"]
 _DATASET_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
 class Row(NamedTuple):
-    """One document, or the reason why there is none."""
+    """One document or record, or the reason why there is none."""
 
     where: str  # "file:line"
     done: int  # how far into `Source.size` this row lies
-    text: str | None
-    problem: str = ""  # the kind of fault, where text is None
+    value: Any  # the text, or the whole object where the source was opened without a text key; None: unusable
+    problem: str = ""  # the kind of fault, where value is None
     detail: str = ""
+    fault: bool = True  # False: nothing is wrong with it, this run just has no use for it
 
-    def rejected(self, problem: str, detail: str = "") -> "Row":
-        return self._replace(text=None, problem=problem, detail=detail)
+    def rejected(self, problem: str, detail: str = "", fault: bool = True) -> "Row":
+        return self._replace(value=None, problem=problem, detail=detail, fault=fault)
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}" + (f" ({self.detail})" if self.detail else "")
 
 
 class BadRow(Exception):
     """Why a row cannot be used: raised by whoever reads meaning into it, caught by whoever counts rows."""
 
-    def __init__(self, problem: str, detail: str = ""):
+    def __init__(self, problem: str, detail: str = "", *, fault: bool = True):
         super().__init__(problem + (f" ({detail})" if detail else ""))
         self.problem, self.detail = problem, detail  # the kind of fault, and what is special to this row
+        self.fault = fault  # False: nothing is wrong with it, this run just has no use for it
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,16 @@ class Source:
     rows: Callable[[], Iterator[Row]]
 
 
-def open_source(name: str, *, split: str, text_key: str, synthetic_documents: int, seed: int) -> Source:
-    """The source that the user calls `name`.
+def open_source(name: str, *, split: str, text_key: str | None, synthetic_rows: int, seed: int) -> Source:
+    """The source that the user calls `name`: texts under `text_key`, or with None whole records.
 
     A file or a glob of .txt, .jsonl (both also .gz) and .parquet; a folder saved by datasets; `hf:NAME`,
-    `hf:NAME:SUBSET` or `hf:NAME:SUBSET:SPLIT` for the hub; or `synthetic`. `split` ("train" or
-    "validation") is read where a dataset has several and the name chooses none.
+    `hf:NAME:SUBSET` or `hf:NAME:SUBSET:SPLIT` for the hub; or `synthetic` and `synthetic:KIND`. `split`
+    ("train" or "validation") is read where a dataset has several and the name chooses none. As a
+    record, a .txt file or a synthetic document is `{"text": ...}`.
     """
-    if name == "synthetic":
-        return _synthetic_source(split, synthetic_documents, seed)
+    if name.partition(":")[0] == "synthetic":
+        return _synthetic_source(name, split, text_key, synthetic_rows, seed)
     if name.startswith("hf:"):
         return _dataset_source(name, _load_from_hub(name, split), text_key)
     path = os.path.expanduser(name)
@@ -72,8 +79,8 @@ def open_source(name: str, *, split: str, text_key: str, synthetic_documents: in
     return _files_source(name, _matching_files(path, name), text_key)
 
 
-def _files_source(name: str, paths: list[str], text_key: str) -> Source:
-    content = xxhash.xxh3_128(text_key.encode())
+def _files_source(name: str, paths: list[str], text_key: str | None) -> Source:
+    content = xxhash.xxh3_128(repr(text_key).encode())
     for path in paths:
         _reader(path)  # an unknown kind is refused before anything is read
         content.update(f"{_suffix(path)} {os.path.getsize(path)}\n".encode())
@@ -111,7 +118,7 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path.removesuffix(".gz"))[1]
 
 
-def _reader(path: str) -> Callable[[str, str], Iterator[Row]]:
+def _reader(path: str) -> Callable[[str, str | None], Iterator[Row]]:
     readers = {".txt": _text_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
     reader = readers.get(_suffix(path))
     if reader is None or path.endswith(".parquet.gz"):
@@ -131,17 +138,19 @@ def _opened(path: str, decompress: bool = True) -> Iterator[tuple[BinaryIO, Bina
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _text_rows(path: str, text_key: str) -> Iterator[Row]:
+def _text_rows(path: str, text_key: str | None) -> Iterator[Row]:
     """The whole file as one document; one that is larger than 16 MiB is cut at a line's end."""
     with _opened(path) as (file, raw):
         line = 1
         while block := file.read(_TEXT_BLOCK):
             block += file.readline()
-            yield _checked_text(_decoded(path, line, raw.tell(), block))
+            row = _checked_text(_decoded(path, line, raw.tell(), block))
+            as_record = text_key is None and row.value is not None
+            yield row._replace(value={"text": row.value}) if as_record else row
             line += block.count(b"\n")
 
 
-def _json_rows(path: str, text_key: str) -> Iterator[Row]:
+def _json_rows(path: str, text_key: str | None) -> Iterator[Row]:
     """One JSON object a line."""
     with _opened(path) as (file, raw):
         for line, content in enumerate(file, 1):
@@ -149,18 +158,18 @@ def _json_rows(path: str, text_key: str) -> Iterator[Row]:
                 yield _parsed_json(_decoded(path, line, raw.tell(), content), text_key)
 
 
-def _parsed_json(row: Row, text_key: str) -> Row:
-    if row.text is None:
+def _parsed_json(row: Row, text_key: str | None) -> Row:
+    if row.value is None:
         return row
     try:
-        return _checked_object(row, json.loads(row.text.rstrip("\n")), text_key)
+        return _checked_object(row, json.loads(row.value.rstrip("\n")), text_key)
     except json.JSONDecodeError as error:
         return row.rejected("invalid JSON", f"{error.msg}: column {error.colno}")
     except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
         return row.rejected("invalid JSON", str(error))
 
 
-def _parquet_rows(path: str, text_key: str) -> Iterator[Row]:
+def _parquet_rows(path: str, text_key: str | None) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -169,16 +178,16 @@ def _parquet_rows(path: str, text_key: str) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_column(path, file.schema_arrow.names, text_key)
-            for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-                for value in batch.column(0):
+            for batch in file.iter_batches(batch_size=256, columns=None if text_key is None else [text_key]):
+                for i in range(batch.num_rows):
                     row += 1
                     done = size * row // file.metadata.num_rows
-                    yield _checked_cell(Row(f"{path}:{row}", done, ""), value, text_key)
+                    yield _checked_record(Row(f"{path}:{row}", done, ""), batch, i, text_key)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: the parquet file is damaged ({str(error).splitlines()[0]})") from error
 
 
-def _dataset_source(name: str, dataset: Any, text_key: str) -> Source:
+def _dataset_source(name: str, dataset: Any, text_key: str | None) -> Source:
     """A Hugging Face dataset, read as Arrow batches so that no row is decoded twice."""
     _check_column(name, dataset.column_names, text_key)
     content = xxhash.xxh3_128(f"{text_key} {len(dataset)}\n".encode())
@@ -188,14 +197,14 @@ def _dataset_source(name: str, dataset: Any, text_key: str) -> Source:
                 content.update(block)
     if not dataset.cache_files:  # held in memory only
         content.update(dataset._fingerprint.encode())
-    table = dataset.select_columns([text_key]).with_format("arrow")
+    table = (dataset if text_key is None else dataset.select_columns([text_key])).with_format("arrow")
 
     def rows() -> Iterator[Row]:
         row = 0
         for batch in table.iter(batch_size=256):
-            for value in batch.column(0):
+            for i in range(batch.num_rows):
                 row += 1
-                yield _checked_cell(Row(f"{name}:{row}", row, ""), value, text_key)
+                yield _checked_record(Row(f"{name}:{row}", row, ""), batch, i, text_key)
 
     return Source(name, content.hexdigest(), len(dataset), rows)
 
@@ -233,19 +242,25 @@ def _one_split(name: str, loaded: Any, split: str) -> Any:
     return loaded[split]
 
 
-def _synthetic_source(split: str, count: int, seed: int) -> Source:
+def _synthetic_source(name: str, split: str, text_key: str | None, count: int, seed: int) -> Source:
     from jaxllm.data import synthetic
 
+    kind = name.partition(":")[2] or "documents"
+    if kind not in _SYNTHETIC_KINDS:
+        raise DataError(f"{name!r} does not exist{_nearest(kind, _SYNTHETIC_KINDS)}")
+    write = getattr(synthetic, kind)
+
     def rows() -> Iterator[Row]:
-        for i, text in enumerate(synthetic.documents(split, count=count, seed=seed), 1):
-            yield Row(f"synthetic:{i}", i, text)
+        for i, written in enumerate(write(split, count=count, seed=seed), 1):
+            record = {"text": written} if kind == "documents" else written
+            yield _checked_object(Row(f"{name}:{i}", i, ""), record, "text" if text_key is not None else None)
 
     # Writing all the text only to hash it would take seconds at every start; what writes it says as much.
-    content = xxhash.xxh3_128(f"{split} {count} {seed}\n".encode())
+    content = xxhash.xxh3_128(f"{kind} {split} {count} {seed} {text_key is None}\n".encode())
     folder = Path(synthetic.__file__).parent
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"):
         content.update(file.read_bytes())
-    return Source("synthetic", content.hexdigest(), count, rows)
+    return Source(name, content.hexdigest(), count, rows)
 
 
 def _decoded(path: str, line: int, done: int, content: bytes) -> Row:
@@ -259,38 +274,40 @@ def _decoded(path: str, line: int, done: int, content: bytes) -> Row:
         )
 
 
-def _checked_object(row: Row, value: Any, text_key: str) -> Row:
-    """`row` with the text of a JSON value that should be an object with `text_key`."""
+def _checked_object(row: Row, value: Any, text_key: str | None) -> Row:
+    """`row` with a JSON value that should be an object, or with the text it has under `text_key`."""
     if not isinstance(value, dict):
-        return row.rejected("wrong type", f"the row is {_json_type(value)}, not an object")
+        return row.rejected("wrong type", f"the row is {json_type(value)}, not an object")
+    if text_key is None:
+        return row._replace(value=value)
     if text_key not in value:
         return row.rejected("missing key", f"no {text_key!r}{_nearest(text_key, list(value))}")
     text = value[text_key]
     if not isinstance(text, str):
-        return row.rejected("wrong type", f"{text_key!r} is {_json_type(text)}, not a string")
-    return _checked_text(row._replace(text=text))
+        return row.rejected("wrong type", f"{text_key!r} is {json_type(text)}, not a string")
+    return _checked_text(row._replace(value=text))
 
 
-def _checked_cell(row: Row, value: Any, text_key: str) -> Row:
-    """`row` with the text of an Arrow scalar."""
+def _checked_record(row: Row, table: Any, i: int, text_key: str | None) -> Row:
+    """`row` with row `i` of an Arrow table."""
     try:
-        return _checked_object(row, {text_key: value.as_py()}, text_key)
+        return _checked_object(row, table.slice(i, 1).to_pylist()[0], text_key)
     except UnicodeDecodeError as error:
         return row.rejected("invalid UTF-8", f"byte 0x{error.object[error.start]:02x}")
 
 
 def _checked_text(row: Row) -> Row:
-    if row.text is not None and not row.text.strip():
+    if row.value is not None and not row.value.strip():
         return row.rejected("empty text")
     return row
 
 
-def _check_column(where: str, names: list[str], text_key: str) -> None:
-    if text_key not in names:
+def _check_column(where: str, names: list[str], text_key: str | None) -> None:
+    if text_key is not None and text_key not in names:
         raise DataError(f"{where}: no column {text_key!r}{_nearest(text_key, names)}; set text_key")
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 

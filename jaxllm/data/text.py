@@ -9,49 +9,19 @@ import numpy as np
 import xxhash
 
 from jaxllm.batches import TokenBatch
-from jaxllm.data.sources import Source, open_source
-from jaxllm.data.token_cache import BadRowPolicy, TokenCache, cached_tokens
+from jaxllm.data.rows import DataConfig, write_bad_rows
+from jaxllm.data.token_cache import TokenCache, cached_tokens
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.data.windows import Windows, pack_documents
-from jaxllm.errors import ConfigError, DataError
+from jaxllm.errors import DataError
 
 
 @dataclass(frozen=True)
-class TextConfig:
-    """Which text to read and how to cut it.
+class TextConfig(DataConfig):
+    """Which text to read and how to cut it."""
 
-    A source is a file or glob (.txt, .jsonl, both also .gz, and .parquet), a folder saved by datasets'
-    save_to_disk, `hf:NAME[:SUBSET[:SPLIT]]` on the Hugging Face hub, or `synthetic`.
-    """
-
-    train: tuple[str, ...]  # sources to learn from
-    weights: tuple[float, ...]  # share of the batches, one a train source; empty: by their number of tokens
-    validation: tuple[str, ...]  # sources to validate on; empty: hold out a part of each train source
-    validation_fraction: float  # how much to hold out then; 0 validates on nothing
     text_key: str  # the field or column of .jsonl, .parquet and datasets that holds the text
-    synthetic_documents: int  # how many documents `synthetic` makes to learn from
-    sequence_length: int  # tokens a window
-    batch_size: int  # windows an optimiser step, over all devices
-    on_bad_row: str  # "stop" at the first row without usable text, or "skip" it and write it down
-    max_bad_fraction: float  # when skipping, a greater share of bad rows than this stops the run
     cache_dir: str  # where tokenised text is kept between runs
-
-    def __post_init__(self):
-        if not self.train:
-            raise ConfigError("data.train names no source")
-        if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
-            raise ConfigError(
-                f"data.weights={self.weights} must be one positive number for each of the {len(self.train)} "
-                f"train sources, or ()"
-            )
-        if self.on_bad_row not in ("stop", "skip"):
-            raise ConfigError(f"data.on_bad_row={self.on_bad_row!r} must be 'stop' or 'skip'")
-        for name in ("validation_fraction", "max_bad_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"data.{name}={getattr(self, name)} must lie in [0, 1)")
-        for name in ("synthetic_documents", "sequence_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -70,12 +40,13 @@ def text_documents(config: TextConfig, *, seed: int) -> Iterator[str]:
 
     Raises DataError, naming the first of them, where that leaves nothing.
     """
-    streams = [_open(config, name, "train", seed).rows() for name in config.train]
+    sources = [config.open(name, "train", text_key=config.text_key, seed=seed) for name in config.train]
+    streams = [source.rows() for source in sources]
     first_bad, usable = None, False
     for row in itertools.chain.from_iterable(itertools.zip_longest(*streams)):
-        if row is not None and row.text is not None:
+        if row is not None and row.value is not None:
             usable = True
-            yield row.text
+            yield row.value
         elif row is not None:
             first_bad = first_bad or row
     if not usable:
@@ -90,15 +61,11 @@ def load_text(
 
     Rows that were skipped are written to `bad_rows.jsonl` in `run_folder`.
     """
-    policy = BadRowPolicy(config.on_bad_row, config.max_bad_fraction)
-    roles = [(name, "train") for name in config.train] + [(name, "validation") for name in config.validation]
-    caches = [
-        cached_tokens(_open(config, name, role, seed), tokenizer, config.cache_dir, policy)
-        for name, role in roles
-    ]
+    sources = [config.open(name, role, text_key=config.text_key, seed=seed) for name, role in config.roles]
+    caches = [cached_tokens(source, tokenizer, config.cache_dir, config.bad_row_policy) for source in sources]
     if run_folder is not None:
-        _collect_bad_rows(caches, run_folder / "bad_rows.jsonl")
-    fraction = 0.0 if config.validation else config.validation_fraction
+        write_bad_rows([cache.bad_rows.read_text() for cache in caches], run_folder)
+    fraction = config.held_out_fraction
     size = {"sequence_length": config.sequence_length, "pad_id": tokenizer.pad_id}
     count = len(config.train)
     train, held_out = zip(
@@ -117,24 +84,8 @@ def load_text(
         config.weights,
         validation,
         xxhash.xxh3_128_hexdigest(fingerprint.encode()),
-        _report([name for name, _ in roles], caches, train, validation, tokenizer),
+        _report([source.name for source in sources], caches, train, validation, tokenizer),
     )
-
-
-def _open(config: TextConfig, name: str, role: str, seed: int) -> Source:
-    count = config.synthetic_documents
-    if role == "validation":
-        count = max(1, round(count * config.validation_fraction))
-    try:
-        return open_source(name, split=role, text_key=config.text_key, synthetic_documents=count, seed=seed)
-    except DataError as error:
-        raise DataError(f"data.{role}: {error}") from error
-
-
-def _collect_bad_rows(caches: list[TokenCache], path: Path) -> None:
-    if any(cache.counts.dropped for cache in caches):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(cache.bad_rows.read_text() for cache in caches))
 
 
 def _report(

@@ -10,48 +10,22 @@ import secrets
 import shutil
 import time
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from jaxllm.data.rows import ENOUGH_ROWS, BadRowPolicy, SourceCounts, bad_row_line
 from jaxllm.data.sources import Row, Source
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.errors import DataError
 
-_FORMAT = 1  # a cache written by another version of this file is not read
+_FORMAT = 2  # a cache written by another version of this file is not read
 _BATCH_CHARACTERS, _BATCH_ROWS = 4_000_000, 10_000  # what is tokenised at a time
-_ENOUGH_ROWS = 1000  # to judge a source by, while it is still being read
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # files count bytes, datasets rows
-
-
-@dataclass(frozen=True)
-class BadRowPolicy:
-    """What becomes of rows without usable text."""
-
-    on_bad_row: str  # "stop" at the first, or "skip" them and write them down
-    max_bad_fraction: float  # more than this share of bad rows stops the run all the same
-
-
-@dataclass
-class SourceCounts:
-    """What was found in a source."""
-
-    rows: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)  # by the kind of fault
-    first_bad_row: str = ""
-    documents: int = 0
-    text_bytes: int = 0
-    tokens: int = 0
-
-    def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
-        dropped = f", {sum(self.dropped.values())} dropped ({reasons})" if reasons else ""
-        return f"{self.rows:,} rows read, {self.documents:,} kept{dropped}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +55,7 @@ def cached_tokens(source: Source, tokenizer: Tokenizer, cache_dir: str, policy: 
         cache = _read(folder)
     if cache is None:
         raise DataError(f"{folder} does not hold what was just written to it; is the disk sound?")
-    _judge(source, cache.counts, policy)  # it may have been made under a more lenient policy
+    cache.counts.judge(source.name, policy)  # it may have been made under a more lenient policy
     if not cache.counts.documents:
         raise DataError(f"{source.name} holds no usable text: {cache.counts}")
     return cache
@@ -133,7 +107,7 @@ def _tokenise(
     folder: Path, source: Source, tokenizer: Tokenizer, policy: BadRowPolicy, dtype: np.dtype
 ) -> SourceCounts:
     """Write tokens, offsets, hashes and bad rows into `folder`, a batch of documents at a time."""
-    counts, dropped = SourceCounts(), Counter[str]()
+    counts = SourceCounts()
     offsets, text_hashes = array("q", [0]), array("Q")
     started = time.monotonic()
     with (
@@ -144,16 +118,13 @@ def _tokenise(
         on_terminal = not bar.disable
         for rows in _batches(source.rows()):
             for row in rows:
-                if row.text is None:
-                    dropped[row.problem] += 1
-                    counts.first_bad_row = counts.first_bad_row or _sentence(row)
-                    record = {"where": row.where, "reason": row.problem, "detail": row.detail}
-                    bad_row_file.write(json.dumps(record) + "\n")
+                if row.value is None:
+                    counts.drop(row)
+                    bad_row_file.write(bad_row_line(row))
             counts.rows += len(rows)
-            counts.dropped = dict(dropped)
-            if policy.on_bad_row == "stop" or counts.rows >= _ENOUGH_ROWS:
-                _judge(source, counts, policy)
-            texts = [row.text for row in rows if row.text is not None]
+            if policy.on_bad_row == "stop" or counts.rows >= ENOUGH_ROWS:
+                counts.judge(source.name, policy)
+            texts = [row.value for row in rows if row.value is not None]
             for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
                 content = text.encode("utf-8", "replace")
                 token_file.write(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype).tobytes())
@@ -176,25 +147,9 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     characters = 0
     for row in rows:
         batch.append(row)
-        characters += len(row.text or "")
+        characters += len(row.value or "")
         if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_ROWS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _judge(source: Source, counts: SourceCounts, policy: BadRowPolicy) -> None:
-    """Stop at the bad rows that the policy does not allow."""
-    bad = sum(counts.dropped.values())
-    if bad and policy.on_bad_row == "stop":
-        raise DataError(f"{counts.first_bad_row}; mend the row, or set data.on_bad_row=skip")
-    if bad > policy.max_bad_fraction * counts.rows:
-        raise DataError(
-            f"{source.name}: {bad} of {counts.rows} rows are bad, more than data.max_bad_fraction="
-            f"{policy.max_bad_fraction}; the first: {counts.first_bad_row}"
-        )
-
-
-def _sentence(row: Row) -> str:
-    return f"{row.where}: {row.problem}" + (f" ({row.detail})" if row.detail else "")

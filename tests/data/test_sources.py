@@ -13,19 +13,19 @@ from jaxllm.errors import DataError
 
 
 def opened(name, **options) -> Source:
-    defaults = {"split": "train", "text_key": "text", "synthetic_documents": 3, "seed": 0}
+    defaults = {"split": "train", "text_key": "text", "synthetic_rows": 3, "seed": 0}
     return open_source(str(name), **(defaults | options))
 
 
 def texts(name, **options) -> list[str | None]:
-    return [row.text for row in opened(name, **options).rows()]
+    return [row.value for row in opened(name, **options).rows()]
 
 
 def faults(name, **options) -> list[str]:
     return [
         f"{row.where}: {row.problem} {row.detail}".strip()
         for row in opened(name, **options).rows()
-        if row.text is None
+        if row.value is None
     ]
 
 
@@ -70,7 +70,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 def test_a_large_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_TEXT_BLOCK", 10)
     path = write(tmp_path / "a.txt", b"one\ntwo\nthree four\nfive\n")
-    assert [(row.where, row.text) for row in opened(path).rows()] == [
+    assert [(row.where, row.value) for row in opened(path).rows()] == [
         (f"{path}:1", "one\ntwo\nthree four\n"),
         (f"{path}:4", "five\n"),
     ]
@@ -133,7 +133,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, quiet_datasets):
     assert str(error.value) == "hf:org/name: cannot be loaded from the hub (ConnectionError: no route)"
 
 
-def test_synthetic_documents(monkeypatch, tmp_path):
+def test_synthetic_rows(monkeypatch, tmp_path):
     def documents(split, *, count, seed):
         return (f"{split} {seed} {i}" for i in range(count))
 
@@ -142,7 +142,7 @@ def test_synthetic_documents(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "jaxllm.data.synthetic", fake)
     monkeypatch.setattr("jaxllm.data.synthetic", fake, raising=False)
     assert texts("synthetic", seed=7) == ["train 7 0", "train 7 1", "train 7 2"]
-    assert texts("synthetic", split="validation", synthetic_documents=1) == ["validation 0 0"]
+    assert texts("synthetic", split="validation", synthetic_rows=1) == ["validation 0 0"]
     before = opened("synthetic").content_hash
     assert before == opened("synthetic").content_hash != opened("synthetic", seed=1).content_hash
     write(tmp_path / "words.txt", b"a new word")

@@ -21,7 +21,7 @@ def config(tmp_path, documents) -> TextConfig:
         validation=(),
         validation_fraction=0.1,
         text_key="text",
-        synthetic_documents=10,
+        synthetic_rows=10,
         sequence_length=32,
         batch_size=4,
         on_bad_row="stop",
@@ -153,7 +153,7 @@ def test_targets_are_shown_with_their_mask(tokenizer):
         ({"max_bad_fraction": -0.1}, r"max_bad_fraction=-0.1 must lie in \[0, 1\)"),
         ({"sequence_length": 0}, "sequence_length=0 must be at least 1"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"synthetic_documents": 0}, "synthetic_documents=0 must be at least 1"),
+        ({"synthetic_rows": 0}, "synthetic_rows=0 must be at least 1"),
     ],
 )
 def test_fields_that_make_no_sense_are_refused(config, fields, message):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from jaxllm.data import token_cache
+from jaxllm.data.rows import BadRowPolicy
 from jaxllm.data.sources import Row, Source
-from jaxllm.data.token_cache import BadRowPolicy, cached_tokens
+from jaxllm.data.token_cache import cached_tokens
 from jaxllm.errors import DataError
 
 SKIP = BadRowPolicy("skip", 0.5)
