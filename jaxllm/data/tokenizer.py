@@ -1,4 +1,5 @@
 """Text to token ids and back, losing nothing: a sentencepiece model, trained on the run's own text or loaded.
+A Hugging Face tokenizer (hf_tokenizer.py) has the same methods, those of `BaseTokenizer`.
 
 `decode(encode(text)) == text` for every Unicode string, except that half a surrogate pair, which is no
 character, becomes U+FFFD. What the vocabulary lacks is spelt in its UTF-8 bytes, and what looks
@@ -20,6 +21,7 @@ import numpy as np
 from jaxllm.errors import ConfigError, DataError
 
 TOKENIZER_FILE = "tokenizer.model"
+HF_TOKENIZER_FILE = "tokenizer.json"
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
@@ -44,12 +46,81 @@ _CHUNK = 20_000  # characters; encoding one piece of text slows down with its le
 class TokenizerConfig:
     """Where the tokenizer comes from."""
 
-    path: str | None  # a sentencepiece .model, or a folder that holds tokenizer.model; None trains one
+    path: str | None  # a sentencepiece .model, a tokenizer.json, or a folder with either; None trains one
     vocab_size: int  # tokens of the one that is trained; a text too small for it gets fewer
     train_bytes: int  # how much of the run's text to train it on
 
 
-class Tokenizer:
+class BaseTokenizer:
+    """What all tokenizers do alike: a token is its bytes, and a special token has none and no text gives it."""
+
+    pieces: list[str]
+    special_ids: dict[str, int]
+    special_tokens_map: dict[str, str]  # "bos_token", "eos_token": what chat templates call them
+    token_bytes: list[bytes]
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    chat_template: str | None = None  # the Jinja text that came with it
+    _prefix: str  # the space that some put before each text
+
+    def files(self) -> dict[str, bytes]:
+        """All that it is made of, by file name: a folder of these files is loaded as the same tokenizer."""
+        raise NotImplementedError
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without BOS or EOS: whoever packs adds exactly one."""
+        return self.encode_batch([text])[0]
+
+    def encode_markup(self, text: str, *, from_start: bool = True) -> list[int]:
+        """The ids of text in which the name of a special token means that token, as chat templates write it.
+
+        `from_start=False` says that the text goes on from another: its first space is then the one that
+        some models put before each text, not a second.
+        """
+        parts = self.special_pattern.split(text if from_start else text.removeprefix(self._prefix))
+        return [
+            i
+            for part in parts
+            for i in ([self.special_ids[part]] if part in self.special_ids else self.encode(part))
+        ]
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Finds each stretch of a text that `encode_markup` reads as a special token."""
+        names = sorted(self.special_ids, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names))})")
+
+    def decode(self, ids: Iterable[int], *, from_start: bool = True) -> str:
+        """The text of `ids`; special tokens are silent, and bytes that are no UTF-8 (yet) become U+FFFD.
+
+        `from_start=False` says that the ids go on from others, so that the first space is kept even by
+        a model that puts one before each text. Ids outside the vocabulary decode to U+FFFD too.
+        """
+        in_range, unknown = range(self.vocab_size), "\ufffd".encode()
+        text = b"".join(self.token_bytes[i] if i in in_range else unknown for i in map(int, ids))
+        decoded = text.decode("utf-8", errors="replace")
+        return decoded.removeprefix(self._prefix) if from_start else decoded
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    @cached_property
+    def token_byte_lengths(self) -> np.ndarray:
+        return np.array([len(token) for token in self.token_bytes], np.int32)
+
+    @cached_property
+    def hash(self) -> str:
+        """The sha256 of its files, in the order of their names."""
+        return hashlib.sha256(b"".join(content for _, content in sorted(self.files().items()))).hexdigest()
+
+
+class Tokenizer(BaseTokenizer):
     """A sentencepiece model as a pair of exact functions, `encode` and `decode`."""
 
     def __init__(self, model: bytes):
@@ -67,29 +138,30 @@ class Tokenizer:
             raise DataError(
                 "this sentencepiece model rewrites the text it reads (a normalizer), so text is lost"
             )
-        self.vocab_size: int = processor.vocab_size()
-        self.hash: str = hashlib.sha256(model).hexdigest()
         self._model = model
-        self.pieces: list[str] = [processor.id_to_piece(i) for i in range(self.vocab_size)]
-        self.special_ids: dict[str, int] = {
+        self.pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+        self.special_ids = {
             piece: i
             for i, piece in enumerate(self.pieces)
             if processor.is_control(i) or processor.is_unknown(i)
         }
-        self.token_bytes: list[bytes] = [self._bytes_of(i) for i in range(self.vocab_size)]
-        self.token_byte_lengths = np.array([len(token) for token in self.token_bytes], np.int32)
+        self.token_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
         byte_ids = {self.token_bytes[i]: i for i in range(self.vocab_size) if processor.is_byte(i)}
         if len(byte_ids) < 256 or _SPACE_MARK not in self.pieces:
             raise DataError(
                 "this sentencepiece model lacks tokens for single bytes or for the space: text is lost"
             )
         self._space_mark_ids = [byte_ids[bytes([byte])] for byte in _SPACE_MARK.encode()]
-        self.bos_id: int = processor.bos_id()
-        self.eos_id: int = processor.eos_id()
+        self.bos_id = processor.bos_id()
+        self.eos_id = processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise DataError("this sentencepiece model has no BOS or no EOS token")
         # Masks never ask for the pad id, so any valid one will do where a model has none (-1).
-        self.pad_id: int = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        self.special_tokens_map = {
+            "bos_token": self.pieces[self.bos_id],
+            "eos_token": self.pieces[self.eos_id],
+        }
 
     def _bytes_of(self, i: int) -> bytes:
         if self.pieces[i] in self.special_ids:
@@ -98,12 +170,7 @@ class Tokenizer:
             return bytes([int(self.pieces[i][3:-1], 16)])  # <0x0A>
         return self.pieces[i].replace(_SPACE_MARK, " ").encode()
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS or EOS: whoever packs adds exactly one."""
-        return self.encode_batch([text])[0]
-
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
         parts = [list(self._parts(text)) for text in texts]
         chunks = [chunk for text_parts in parts for chunk in text_parts]
         # Starting threads for a single piece would take longer than encoding it.
@@ -119,24 +186,16 @@ class Tokenizer:
             for text_parts in parts
         ]
 
-    def decode(self, ids: Iterable[int], *, from_start: bool = True) -> str:
-        """The text of `ids`; special tokens are silent, and bytes that are no UTF-8 (yet) become U+FFFD.
-
-        `from_start=False` says that the ids go on from others, so that the first space is kept even by
-        a model that puts one before each text. Ids outside the vocabulary decode to U+FFFD too.
-        """
-        in_range, unknown = range(self.vocab_size), "\ufffd".encode()
-        text = b"".join(self.token_bytes[i] if i in in_range else unknown for i in map(int, ids))
-        decoded = text.decode("utf-8", errors="replace")
-        return decoded.removeprefix(self._prefix) if from_start else decoded
+    def files(self) -> dict[str, bytes]:
+        return {TOKENIZER_FILE: self._model}
 
     def save(self, path: str | Path) -> None:
-        """Write the model; its sha256 is `hash`."""
+        """Write the model to the file `path`; its sha256 is `hash`."""
         Path(path).write_bytes(self._model)
 
     def _parts(self, text: str) -> Iterator[str]:
         """`text` in pieces that can be encoded apart; U+2581 stands alone."""
-        text = _without_lone_surrogates(text)
+        text = without_lone_surrogates(text)
         for part in re.split(f"({_SPACE_MARK})", self._prefix + text if text else ""):
             start = 0
             while len(part) - start > _CHUNK:
@@ -159,20 +218,42 @@ class Tokenizer:
         return {a + b for piece in pieces for a, b in pairwise(piece)}
 
 
-def build_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
+def build_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> BaseTokenizer:
     """The tokenizer that `config` asks for, trained on `documents` if it names no file."""
     if config.path is not None:
         return load_tokenizer(config.path)
     return train_tokenizer(documents, vocab_size=config.vocab_size, max_bytes=config.train_bytes)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a sentencepiece model from a file, or from a folder with `tokenizer.model` in it."""
+def load_tokenizer(path: str | Path) -> BaseTokenizer:
+    """Read a sentencepiece .model file, a Hugging Face tokenizer.json, or a folder with either.
+
+    A folder with both (Llama 2's) is Hugging Face's if it has a tokenizer_config.json too, which names
+    the special tokens and often brings a chat template.
+    """
     path = Path(path).expanduser()
-    file = path / TOKENIZER_FILE if path.is_dir() else path
+    model, hf_model = path / TOKENIZER_FILE, path / HF_TOKENIZER_FILE
+    if not path.is_dir():
+        file = path
+    elif hf_model.is_file() and ((path / "tokenizer_config.json").is_file() or not model.is_file()):
+        file = hf_model
+    elif not model.is_file() and (path / "merges.txt").is_file():
+        raise DataError(
+            f"tokenizer: {path} has only vocab.json and merges.txt, which do not say how text is cut into words; "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes its tokenizer.json"
+        )
+    else:
+        file = model
     if not file.is_file():
-        raise DataError(f"tokenizer: {file} does not exist; give a sentencepiece .model or a folder with one")
+        raise DataError(
+            f"tokenizer: {file} does not exist; "
+            "give a sentencepiece .model, a tokenizer.json or a folder with one"
+        )
     try:
+        if file.suffix == ".json":
+            from jaxllm.data.hf_tokenizer import read_hf_tokenizer
+
+            return read_hf_tokenizer(file)
         return Tokenizer(file.read_bytes())
     except DataError as error:
         raise DataError(f"tokenizer {file}: {error}") from error
@@ -244,7 +325,7 @@ def _training_lines(documents: Iterable[str], vocab_size: int, max_bytes: int) -
     counts: Counter[str] = Counter()
     room = max_bytes
     for document in documents:
-        for line in _without_lone_surrogates(document).translate(_TRAINER_MARKS).split("\n"):
+        for line in without_lone_surrogates(document).translate(_TRAINER_MARKS).split("\n"):
             for start in range(0, len(line), 1000):
                 lines.append(line[start : start + 1000])
                 counts.update(lines[-1])
@@ -258,7 +339,7 @@ def _training_lines(documents: Iterable[str], vocab_size: int, max_bytes: int) -
     return [part for line in lines for part in line.translate(rare).split("\n") if part] if rare else lines
 
 
-def _without_lone_surrogates(text: str) -> str:
+def without_lone_surrogates(text: str) -> str:
     try:
         text.encode()
         return text
@@ -266,7 +347,7 @@ def _without_lone_surrogates(text: str) -> str:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: BaseTokenizer, vocab_size: int) -> None:
     """A model must have a row for every token: JAX clamps an index that is too large and says nothing."""
     if tokenizer.vocab_size > vocab_size:
         raise DataError(

@@ -1,0 +1,168 @@
+"""Hugging Face tokenizers: a tokenizer.json and the files beside it, behind the methods of our own.
+
+What it does to a text is what the file says: some normalise it (Qwen's to NFC), some lack a token for a rare
+control character and drop it (SmolLM2's). Nothing else is lost, and nothing is added.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxllm.data.tokenizer import HF_TOKENIZER_FILE, BaseTokenizer, without_lone_surrogates
+from jaxllm.errors import ConfigError, DataError
+
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+
+_SPACE_MARK = "\u2581"  # how sentencepiece writes a space
+
+
+def read_hf_tokenizer(file: Path) -> "HFTokenizer":
+    """The tokenizer of a tokenizer.json, with what lies beside it."""
+    files = {name: file.parent / name for name in (CONFIG_FILE, TEMPLATE_FILE)} | {HF_TOKENIZER_FILE: file}
+    return HFTokenizer({name: path.read_bytes() for name, path in files.items() if path.is_file()})
+
+
+class HFTokenizer(BaseTokenizer):
+    """A tokenizer.json, byte-level or sentencepiece-like with byte fallback."""
+
+    def __init__(self, files: dict[str, bytes]):
+        """`files`: the contents of tokenizer.json and, where there are any, of the other two, by name."""
+        self._files = dict(files)
+        config = _read_config(files.get(CONFIG_FILE, b"{}"))
+        self.chat_template = _read_template(files, config)
+        self._backend = backend = _backend(files[HF_TOKENIZER_FILE])
+        self.special_tokens_map = _named_tokens(backend, config)
+        backend.encode_special_tokens = True  # the library's word for reading them as text
+        self._markup_backend = _backend(files[HF_TOKENIZER_FILE])
+        for each in (backend, self._markup_backend):
+            _mark_special(each, self.special_tokens_map.values())
+
+        ids = backend.get_vocab()
+        self.pieces = [backend.id_to_token(i) or "" for i in range(max(ids.values()) + 1)]
+        self._added = backend.get_added_tokens_decoder()
+        self.special_ids = {token.content: i for i, token in self._added.items() if token.special}
+        self.token_bytes = self._all_token_bytes()
+        self.eos_id = ids[self.special_tokens_map["eos_token"]]
+        self.bos_id = ids.get(self.special_tokens_map.get("bos_token"), self.eos_id)
+        self.pad_id = ids.get(self.special_tokens_map.get("pad_token"), self.eos_id)
+        first = [self.token_bytes[i] for i in self.encode("a")[:1]]
+        self._prefix = " " if first and first[0].startswith(b" ") else ""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        texts = [without_lone_surrogates(text) for text in texts]
+        if len(texts) == 1:  # starting threads would take longer
+            return [self._backend.encode(texts[0], add_special_tokens=False).ids]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_markup(self, text: str, *, from_start: bool = True) -> list[int]:
+        text = without_lone_surrogates(text if from_start else text.removeprefix(self._prefix))
+        return self._markup_backend.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        special = sorted(
+            (self._added[i] for i in self.special_ids.values()), key=lambda token: -len(token.content)
+        )
+        # Some tokens (Phi 3's) take the white space that follows them.
+        return re.compile("|".join(re.escape(token.content) + r"\s*" * token.rstrip for token in special))
+
+    def files(self) -> dict[str, bytes]:
+        return dict(self._files)
+
+    def save(self, folder: str | Path) -> None:
+        """Write its files into `folder`."""
+        for name, content in self._files.items():
+            (Path(folder) / name).write_bytes(content)
+
+    def _all_token_bytes(self) -> list[bytes]:
+        special = set(self.special_ids.values())
+        if "ByteLevel" in f"{self._backend.pre_tokenizer} {self._backend.decoder}":
+            byte_of = _byte_of_character()
+
+            def bytes_of(i: int, piece: str) -> bytes:
+                # Added tokens are written as they are.
+                return (
+                    piece.encode() if i in self._added else bytes(byte_of[character] for character in piece)
+                )
+
+        elif "<0x0A>" in self.pieces:
+
+            def bytes_of(i: int, piece: str) -> bytes:
+                if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                    return bytes([int(piece[3:-1], 16)])
+                return piece.replace(_SPACE_MARK, " ").encode()
+
+        else:
+            raise DataError("it is neither byte-level nor falls back to bytes, so text is lost")
+        return [b"" if i in special else bytes_of(i, piece) for i, piece in enumerate(self.pieces)]
+
+
+def _backend(content: bytes) -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ConfigError(
+            "tokenizer.path: a Hugging Face tokenizer needs an extra: pip install 'jaxllm[hf]'"
+        ) from error
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"not a tokenizer.json ({str(error).splitlines()[0]})") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _read_config(content: bytes) -> dict[str, Any]:
+    try:
+        config = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{CONFIG_FILE} beside it is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{CONFIG_FILE} beside it is no JSON object")
+    return config
+
+
+def _read_template(files: dict[str, bytes], config: dict[str, Any]) -> str | None:
+    """The chat template; of several that a config names, the one called "default"."""
+    if TEMPLATE_FILE in files:
+        return files[TEMPLATE_FILE].decode()
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {each["name"]: each["template"] for each in template}.get("default")
+    return template
+
+
+def _named_tokens(backend: Any, config: dict[str, Any]) -> dict[str, str]:
+    """The texts of BOS, EOS and pad, as far as there are any."""
+    named = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = config.get(name)
+        token = token["content"] if isinstance(token, dict) else token
+        if token is not None:
+            if backend.token_to_id(token) is None:
+                raise DataError(f"{CONFIG_FILE} says {name} is {token!r}, which is not in the vocabulary")
+            named[name] = token
+    special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    if "eos_token" not in named and len(special) == 1:  # GPT-2's, which has no config
+        named["eos_token"] = special[0]
+    if "eos_token" not in named:
+        raise DataError(f"it has no EOS token: name one as eos_token in {CONFIG_FILE} beside it")
+    return named
+
+
+def _mark_special(backend: Any, tokens: Sequence[str]) -> None:
+    """Make `tokens` special, if only the config says that they are."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    backend.add_special_tokens([token for token in tokens if token not in special])
+
+
+def _byte_of_character() -> dict[str, int]:
+    """How byte-level tokenizers write bytes since GPT-2: printable Latin-1 as it is, others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
