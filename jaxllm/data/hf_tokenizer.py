@@ -162,7 +162,7 @@ def _mark_special(backend: Any, tokens: Sequence[str]) -> None:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """How byte-level tokenizers write bytes since GPT-2: printable Latin-1 as it is, others from U+0100 on."""
+    """How byte-level tokenizers write bytes since GPT-2: printable Latin-1 as it is, the rest from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

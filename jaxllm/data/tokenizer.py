@@ -52,7 +52,7 @@ class TokenizerConfig:
 
 
 class BaseTokenizer:
-    """What all tokenizers do alike: a token is its bytes, and a special token has none and no text gives it."""
+    """What all tokenizers do alike: a token is its bytes; a special token has none, and no text gives it."""
 
     pieces: list[str]
     special_ids: dict[str, int]
@@ -239,8 +239,8 @@ def load_tokenizer(path: str | Path) -> BaseTokenizer:
         file = hf_model
     elif not model.is_file() and (path / "merges.txt").is_file():
         raise DataError(
-            f"tokenizer: {path} has only vocab.json and merges.txt, which do not say how text is cut into words; "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes its tokenizer.json"
+            f"tokenizer: {path} has only vocab.json and merges.txt, which do not say how to cut words; "
+            "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes its tokenizer.json"
         )
     else:
         file = model
