@@ -1,16 +1,25 @@
 """A small English world without end: text that a model of a million parameters learns in minutes.
 
-    >>> from jaxllm.data.synthetic import documents
+    >>> from jaxllm.data.synthetic import chats, documents, preferences, problems
     >>> for text in documents("train", count=3, seed=0):
     ...     print(text)
 
-`World` says what is true, `facts` puts it into words, `problems` makes sums whose answers can be checked,
-`stories` and `descriptions` write texts from them, and `documents` mixes these and keeps the splits apart.
+One function for each stage of training: `documents` to learn English from, `chats` to learn to answer,
+`preferences` to learn which of two answers is better, `problems` to learn to reason. All are about the world
+of their seed, keep their splits apart, and write each row as a function of (seed, split, index) alone.
+
+Beneath them, `World` says what is true, `facts` puts it into words, `sum_problem` and `word_problem` have
+answers that can be checked, `stories` and `descriptions` are texts, `exchanges` are questions with their
+answers. `rubric` judges any answer to the prompt of a preference: it labels the pairs and measures what came
+of training on them, and no training may see it.
 """
 
+from jaxllm.data.synthetic.chats import chat, chats
 from jaxllm.data.synthetic.documents import document, documents
 from jaxllm.data.synthetic.facts import Fact, fact
-from jaxllm.data.synthetic.problems import Problem, sum_problem, word_problem
+from jaxllm.data.synthetic.preferences import preference, preferences
+from jaxllm.data.synthetic.problems import Problem, problem_row, problems, sum_problem, word_problem
+from jaxllm.data.synthetic.rubric import rubric
 from jaxllm.data.synthetic.split import Split, split_of
 from jaxllm.data.synthetic.world import Person, Town, World, build_world
 
@@ -22,9 +31,16 @@ __all__ = [
     "Town",
     "World",
     "build_world",
+    "chat",
+    "chats",
     "document",
     "documents",
     "fact",
+    "preference",
+    "preferences",
+    "problem_row",
+    "problems",
+    "rubric",
     "split_of",
     "sum_problem",
     "word_problem",

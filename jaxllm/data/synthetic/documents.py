@@ -2,12 +2,11 @@
 
 import random
 from collections.abc import Callable, Iterator
-from typing import get_args
 
 from jaxllm.data.synthetic import descriptions
 from jaxllm.data.synthetic.language import frame
 from jaxllm.data.synthetic.problems import Problem, sum_problem, word_problem
-from jaxllm.data.synthetic.split import Split, split_of
+from jaxllm.data.synthetic.split import Split, check_split, split_of
 from jaxllm.data.synthetic.stories import story
 from jaxllm.data.synthetic.world import World, build_world
 
@@ -23,8 +22,7 @@ def document(split: Split, index: int, *, seed: int) -> str:
     Training and validation tell of the same world, but share no document and no equation that a problem
     asks for: a text that belongs to the other split is dropped and the next one written.
     """
-    if split not in get_args(Split):
-        raise ValueError(f"split {split!r} does not exist: choose one of {', '.join(get_args(Split))}")
+    check_split(split)
     world = build_world(seed)
     rng = random.Random(f"document {seed} {split} {index}")
     kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]

@@ -65,16 +65,17 @@ def passages(name: str) -> tuple[tuple[str, ...], ...]:
 
 
 def frame(title: str, rng: random.Random, **slots: object) -> str:
-    """One of the passages of `english/frames.txt` with this title, filled in."""
-    return spin(rng.choice(_frames()[title]), rng, **slots)
+    """One of the passages of `english/frames.txt` or `chats.txt` with this title, filled in."""
+    return spin(rng.choice(frames()[title]), rng, **slots)
 
 
 @cache
-def _frames() -> dict[str, list[str]]:
-    frames: dict[str, list[str]] = {}
-    for title, *lines in passages("frames"):
-        frames.setdefault(title, []).append("\n".join(lines))
-    return frames
+def frames() -> dict[str, list[str]]:
+    """The passages of both files under their titles."""
+    titled: dict[str, list[str]] = {}
+    for title, *lines in passages("frames") + passages("chats"):
+        titled.setdefault(title, []).append("\n".join(lines))
+    return titled
 
 
 @cache

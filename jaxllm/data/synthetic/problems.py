@@ -7,14 +7,14 @@ numbers, and to ask for those is always left to training, like tables learnt by 
 
 import operator
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
 
-from jaxllm.data.synthetic.language import passages, spin
+from jaxllm.data.synthetic.language import frame, passages, spin
 from jaxllm.data.synthetic.lexicon import WORDS
-from jaxllm.data.synthetic.split import Split, split_of
-from jaxllm.data.synthetic.world import Person, World
+from jaxllm.data.synthetic.split import Split, check_split, split_of
+from jaxllm.data.synthetic.world import Person, World, build_world
 
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
@@ -81,6 +81,53 @@ class Problem(NamedTuple):
     working: str
     answer: str
     equations: Equations  # what is worked out, in order
+
+    @property
+    def level(self) -> int:
+        """1: one-digit numbers, 2: longer ones, 3: two steps."""
+        if len(self.equations) > 1:
+            return 3
+        (equation,) = self.equations
+        return 1 if max(equation.a, equation.b) < 10 else 2
+
+
+def problems(split: Split, *, count: int, seed: int) -> Iterator[dict]:
+    """Rows to learn reasoning from: `{"prompt", "answer", "working", "level"}`.
+
+    `answer` is the bare number, `working` all that `chats` teaches to reply to such a prompt: the steps and
+    then `The answer is 62.`
+    """
+    return (problem_row(split, index, seed=seed) for index in range(count))
+
+
+def problem_row(split: Split, index: int, *, seed: int) -> dict:
+    """One row, whichever others are ever written; each level of the split is as likely as any other.
+
+    Level 1 is known by heart, so that only training has it.
+    """
+    check_split(split)
+    rng = random.Random(f"problem {seed} {split} {index}")
+    level = rng.choice((1, 2, 3) if split == "train" else (2, 3))
+    while True:
+        problem = any_problem(build_world(seed), rng, split)
+        if problem.level == level:
+            prompt, working = asked(problem, rng), worked_out(problem, rng)
+            return {"prompt": prompt, "answer": problem.answer, "working": working, "level": level}
+
+
+def any_problem(world: World, rng: random.Random, split: Split) -> Problem:
+    """A sum or a word problem."""
+    return sum_problem(rng, split) if rng.random() < 0.5 else word_problem(world, rng, split)
+
+
+def asked(problem: Problem, rng: random.Random) -> str:
+    """The problem as somebody puts it to a model."""
+    return frame("chat problem", rng, question=problem.question)
+
+
+def worked_out(problem: Problem, rng: random.Random) -> str:
+    """The model's reply: the working, and the answer in the one form that a reward looks for."""
+    return frame("chat answer", rng, working=problem.working, answer=problem.answer)
 
 
 def sum_problem(rng: random.Random, split: Split) -> Problem:

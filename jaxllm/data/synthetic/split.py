@@ -13,3 +13,9 @@ def split_of(key: str) -> Split:
     """The split that owns this key: a stable hash, so that the two can never share one, whatever the seed."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return "validation" if int.from_bytes(digest, "big") % _HELD_OUT == 0 else "train"
+
+
+def check_split(split: str) -> None:
+    """Refuse a split that does not exist."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} does not exist: choose one of {', '.join(SPLITS)}")

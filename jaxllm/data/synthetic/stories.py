@@ -27,13 +27,19 @@ _WILD = tuple(
 
 
 def story(world: World, rng: random.Random) -> str:
-    """One story; every plot takes what it needs from the same cast."""
+    """One story."""
+    roles = cast(world, rng)
+    return spin("\n".join(rng.choice(passages("stories"))), rng, **roles)
+
+
+def cast(world: World, rng: random.Random) -> dict[str, object]:
+    """People, things, times and places for the slots of any plot, which takes what it needs."""
     hero, friend = rng.sample(world.people, 2)
     child, other_child = rng.sample([person for person in world.children if person not in (hero, friend)], 2)
     adult, other_adult = rng.sample([person for person in world.adults if person not in (hero, friend)], 2)
     light, heavy = sorted(rng.sample(PORTABLE, 2), key=lambda thing: thing.grams)
     weekday = rng.choice(WORDS["days"])
-    cast = {
+    return {
         "hero": hero,
         "friend": friend,
         "child": child,
@@ -59,4 +65,3 @@ def story(world: World, rng: random.Random) -> str:
         "wild": rng.choice(_WILD),
         "pet": rng.choice(PETS),
     }
-    return spin("\n".join(rng.choice(passages("stories"))), rng, **cast)
