@@ -20,3 +20,17 @@ class TokenBatch(NamedTuple):
     mask: Array  # bool [B, T], True where the target counts in the loss
     segment_ids: Array  # int32 [B, T], 1, 2, ... a document within its row; 0 is padding
     positions: Array  # int32 [B, T], distance from the start of the document within its row
+
+
+class PairBatch(NamedTuple):
+    """Two answers to one prompt, the first of which was preferred (reward model, DPO).
+
+    Each side holds the prompt and its answer from position 0 on, and then padding.
+    """
+
+    tokens: Array  # int32 [B, 2, T], the chosen side first
+    prompt_lengths: Array  # int32 [B], tokens of the prompt, the same on both sides
+    lengths: Array  # int32 [B, 2], tokens of prompt and answer, its end-of-turn token included
+    margin: Array  # float32 [B], how much better the chosen answer is, in units of reward
+    weight: Array  # float32 [B], how much the pair counts; 0 for what only fills a batch
+    ref_log_probs: Array  # float32 [B, 2], the reference's log-probs of the answers, nats; 0 where unused

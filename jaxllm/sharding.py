@@ -34,7 +34,8 @@ class MeshConfig:
 # Blocks are stacked: their leading axis is the layer. Each leaf of a state matches exactly one row.
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed/table$", P("tensor", "fsdp")),
-    (r"head/kernel$", P("fsdp", "tensor")),
+    (r"(^|/)head/kernel$", P("fsdp", "tensor")),
+    (r"scalar_head/kernel$", P("fsdp", None)),
     (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor")),
     (r"attention/(query|key|value)/bias$", P(None, "tensor")),
     (r"attention/output/kernel$", P(None, "tensor", "fsdp")),
@@ -71,6 +72,15 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 def path_name(path: tuple[Any, ...]) -> str:
     """A leaf's key path as text: `params/blocks/mlp/up/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def matching(pattern: str, params: Any) -> Any:
+    """A tree like params, True where the parameter's path (`blocks/mlp/up/kernel`) matches."""
+
+    def matches(path: tuple[Any, ...], _: Any) -> bool:
+        return re.search(pattern, path_name(path)) is not None
+
+    return jax.tree_util.tree_map_with_path(matches, params)
 
 
 def rule_for(path: str) -> P:

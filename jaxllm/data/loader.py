@@ -1,4 +1,4 @@
-"""Batches from windows: which rows step N trains on is a pure function of the seed and N.
+"""Batches from rows: which of them step N trains on is a pure function of the seed and N.
 
 Grain shuffles, mixes, shards by process and reads ahead. It is imported when a batch is asked for, since
 machines that only use the losses or the models need not have it.
@@ -6,17 +6,28 @@ machines that only use the losses or the models need not have it.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-from jaxllm.batches import TokenBatch
-from jaxllm.data.windows import Windows
 from jaxllm.errors import ConfigError, DataError
+
+
+class Rows(Protocol):
+    """Rows of a batch, any of which can be made from its number alone: windows of text, chats, pairs."""
+
+    sequence_length: int
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> Any: ...
+
+    def blank(self) -> Any:
+        """A row that counts for nothing, to fill a batch with."""
+
 
 _READ_THREADS, _READ_AHEAD = 2, 4  # batches; making one takes a hundredth of a training step
 
 
 def training_batches(
-    sources: Sequence[Windows],
+    sources: Sequence[Rows],
     *,
     weights: Sequence[float] = (),
     batch_size: int,
@@ -26,16 +37,16 @@ def training_batches(
 ) -> Any:
     """An endless grain dataset whose element N is this process's rows, [B / processes, T], of step N.
 
-    Without `weights` all windows are seen once an epoch, in an order of its own; with them each source
+    Without `weights` all rows are seen once an epoch, in an order of its own; with them each source
     fills its share of every stretch of rows and runs through its own epochs. The rows of a step do
     not depend on the number of processes.
     """
     grain = _import_grain()
-    windows = sum(map(len, sources))
-    if windows < batch_size:
+    rows = sum(map(len, sources))
+    if rows < batch_size:
         raise DataError(
-            f"the text fills {windows} windows of data.sequence_length={sources[0].sequence_length}, fewer "
-            f"than data.batch_size={batch_size}: lower either of the two, or give more text"
+            f"the data makes {rows} rows of data.sequence_length={sources[0].sequence_length}, fewer than "
+            f"data.batch_size={batch_size}: lower either of the two, or give more data"
         )
     datasets = [grain.MapDataset.source(source) for source in sources]
     if weights:
@@ -47,18 +58,18 @@ def training_batches(
 
 
 def evaluation_batches(
-    sources: Sequence[Windows], *, batch_size: int, process_index: int = 0, process_count: int = 1
+    sources: Sequence[Rows], *, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Any:
-    """A grain dataset of every window once, in order; the last batch is filled up with masked rows."""
+    """A grain dataset of every row once, in order; the last batch is filled up with masked rows."""
     grain = _import_grain()
-    windows = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
-    count, blank = len(windows), sources[0].blank()
+    known = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
+    count, blank = len(known), sources[0].blank()
     padded = -(-count // batch_size) * batch_size
-    rows = grain.MapDataset.range(padded).map(lambda i: windows[i] if i < count else blank)
+    rows = grain.MapDataset.range(padded).map(lambda i: known[i] if i < count else blank)
     return _sharded(rows, batch_size, process_index, process_count)
 
 
-def device_batches(dataset: Any, sharding: Any, *, start_step: int = 0) -> Iterator[TokenBatch]:
+def device_batches(dataset: Any, sharding: Any, *, start_step: int = 0) -> Iterator[Any]:
     """The batches from `start_step` on as global arrays laid out by `sharding`.
 
     Threads read a few batches ahead, and one batch is on the device before it is asked for.
@@ -67,7 +78,7 @@ def device_batches(dataset: Any, sharding: Any, *, start_step: int = 0) -> Itera
 
     grain = _import_grain()
 
-    def placed(batch: TokenBatch) -> TokenBatch:
+    def placed(batch: Any) -> Any:
         return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)
 
     options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_AHEAD)

@@ -5,6 +5,7 @@ counted by reason and written to `bad_rows.jsonl`.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,21 @@ class DataConfig:
     @property
     def bad_row_policy(self) -> "BadRowPolicy":
         return BadRowPolicy(self.on_bad_row, self.max_bad_fraction)
+
+    def hold_out(self, parts: "list[Examples]") -> "tuple[list[list[Example]], list[list[Example]]]":
+        """What to train on, a list a train source, and to validate on. `parts`: the sources as in `roles`.
+
+        Raises DataError where something should be held out and the sources are too small.
+        """
+        count = len(self.train)
+        train, held_out = zip(*(part.split(self.held_out_fraction) for part in parts[:count]), strict=True)
+        validation = [rows for rows in (*held_out, *(part.rows for part in parts[count:])) if rows]
+        if self.held_out_fraction and not validation:
+            raise DataError(
+                f"data.validation_fraction={self.validation_fraction} of the rows is too little to validate "
+                f"on: raise it, name a validation source, or set it to 0"
+            )
+        return list(train), validation
 
     def open(self, name: str, role: str, *, text_key: str | None, seed: int) -> Source:
         """A source of this config; DataError naming the field where there is none."""
@@ -145,6 +161,11 @@ class Examples:
     counts: SourceCounts
     bad_rows: str  # lines of bad_rows.jsonl
     fingerprint: str  # of every token and number
+
+    def describe(self) -> str:
+        """Rows read, kept and left out, in which shapes, and their tokens."""
+        kinds = ", ".join(f"{n:,} of {kind}" for kind, n in Counter(row.kind for row in self.rows).items())
+        return f"{self.name}: {self.counts}: {kinds}; {self.counts.tokens:,} tokens"
 
     def split(self, held_out_fraction: float) -> tuple[list[Example], list[Example]]:
         """Those to train on and those held out, by a hash of the group, the same whatever else is read."""

@@ -10,6 +10,7 @@ import xxhash
 
 from jaxllm.batches import TokenBatch
 from jaxllm.data.rows import DataConfig, write_bad_rows
+from jaxllm.data.show import show_mask
 from jaxllm.data.token_cache import TokenCache, cached_tokens
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.data.windows import Windows, pack_documents
@@ -126,14 +127,6 @@ def _example(sources: tuple[Windows, ...]) -> TokenBatch | None:
 
 
 def show_targets(row: TokenBatch, tokenizer: Tokenizer) -> str:
-    """The targets of one row as text on one line, those outside the loss in ⟦ ⟧, special tokens by name."""
+    """The targets of one row as `show_mask` writes them."""
     real = row.segment_ids > 0
-    names = {i: piece for piece, i in tokenizer.special_ids.items()}
-    shown = ""
-    for (learnt, name), group in itertools.groupby(
-        zip(row.targets[real].tolist(), row.mask[real].tolist(), strict=True),
-        key=lambda target: (target[1], names.get(target[0])),
-    ):
-        text = name or tokenizer.decode((i for i, _ in group), from_start=False)
-        shown += text if learnt else f"⟦{text}⟧"
-    return shown.replace("\n", "\\n")
+    return show_mask(row.targets[real], row.mask[real], tokenizer)

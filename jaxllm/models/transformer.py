@@ -106,11 +106,11 @@ def build_model(config: ModelConfig) -> Model:
     """The functions of a decoder with this shape.
 
     init(key) -> params.
-    apply(params, tokens[B, T], *, positions=None, segment_ids=None, cache=None) -> (hidden[B, T, D], cache):
-        the final normed states. Tokens see earlier ones of their own segment. A cache given without
-        positions is filled from its start. With them (consecutive in each row), tokens go to the slots
-        positions[b] and see every slot up to their own: prompts of different lengths are padded on the
-        right, and the pads overwritten later.
+    apply(params, tokens[B, T], *, positions=None, segment_ids=None, cache=None, noise=None) ->
+        (hidden[B, T, D], cache): the final normed states. Tokens see earlier ones of their own segment.
+        noise[B, T, D] is added to the embedded tokens. A cache given without positions is filled from its
+        start. With them (consecutive in each row), tokens go to the slots positions[b] and see every slot up
+        to their own: prompts of different lengths are padded on the right, and the pads overwritten later.
     head(params) -> [D, V], in the compute dtype: what `linear_cross_entropy` takes.
     unembed(params, hidden[..., D]) -> float32 logits [..., V], softcapped.
     logits(params, tokens[B, T]) -> float32 [B, T, V]: the dense form, for small inputs.
@@ -140,7 +140,7 @@ def build_model(config: ModelConfig) -> Model:
             params["head"] = {"kernel": normal(head_key, (config.width, config.vocab_size))}
         return params
 
-    def apply(params, tokens, *, positions=None, segment_ids=None, cache=None):
+    def apply(params, tokens, *, positions=None, segment_ids=None, cache=None, noise=None):
         look_back = cache is not None and positions is not None
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -148,6 +148,8 @@ def build_model(config: ModelConfig) -> Model:
         # Whole rows for the lookup: split along D as it is stored, the result would have to be laid out anew.
         table = constrain(params["embed"]["table"].astype(compute_dtype), P("tensor", None))
         x = constrain(table[tokens], BATCH)
+        if noise is not None:
+            x = x + noise.astype(compute_dtype)
 
         def run_block(x, block_params):
             return block.apply({"params": block_params}, x, positions, angles, segment_ids)[0]

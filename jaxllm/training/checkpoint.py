@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from jaxllm.sharding import path_name
 PyTree = Any
 
 MANIFEST = "manifest.json"
+BEST = "best.json"
 _STEP = re.compile("0|[1-9][0-9]*")
 
 # Orbax logs each error as pages of traceback before raising it; raising is enough.
@@ -67,6 +68,7 @@ class Checkpoints:
         self._keep = keep
         self._keep_every = keep_every
         self._log = log
+        self.best_step: int | None = None  # kept as well, however old
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
@@ -127,7 +129,11 @@ class Checkpoints:
     def _delete_old(self, newest: int) -> None:
         """Delete what retention no longer wants, once the newest is read back and found whole."""
         steps = [step for step in self.steps() if step <= newest]
-        obsolete = [s for s in steps[: -self._keep] if not (self._keep_every and s % self._keep_every == 0)]
+        obsolete = [
+            s
+            for s in steps[: -self._keep]
+            if s != self.best_step and not (self._keep_every and s % self._keep_every == 0)
+        ]
         if obsolete and (what := damage(self.folder / str(newest))):
             self._failure = CheckpointError(f"{what}; older steps are kept")
             return
@@ -162,9 +168,12 @@ class Checkpoints:
 def find_checkpoint(path: str | Path) -> Path:
     """The newest valid step folder of a run folder or of a folder of checkpoints; or a step folder itself.
 
-    Damaged and unfinished ones are named on stderr and skipped.
+    RUN/best is the step that the run's `best.json` names. Damaged and unfinished ones are named on stderr and
+    skipped.
     """
     path = Path(path).expanduser().absolute()
+    if path.name == "best" and (path.parent / BEST).is_file():
+        path = path.parent / "checkpoints" / str(json.loads((path.parent / BEST).read_bytes())["step"])
     inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if _STEP.fullmatch(inside.name):
         if what := damage(inside):
@@ -182,17 +191,26 @@ def find_checkpoint(path: str | Path) -> Path:
     )
 
 
-def read_arrays(folder: Path, abstract: PyTree, prefix: str = "") -> PyTree:
+def read_arrays(folder: Path, abstract: PyTree, prefix: str = "", optional: Collection[str] = ()) -> PyTree:
     """The arrays of a step folder in the tree `abstract`, of arrays or `jax.ShapeDtypeStruct`s.
 
     Each arrives with the sharding of its leaf, whatever mesh it was saved from; on the first device where
     the leaf has none. With `prefix="params"` only what is saved under that name is read. Leaves must match
-    by name, shape and dtype (Orbax would cast in silence).
+    by name, shape and dtype (Orbax would cast in silence); but what lies under `optional` names of the tree
+    may be missing on either side, and comes back as None where it was not saved.
     """
     described = json.loads((folder / "arrays.json").read_bytes())
     if prefix:
         described = {name: text for name, text in described.items() if f"{name}/".startswith(f"{prefix}/")}
     wanted = _by_name({prefix: abstract} if prefix else abstract)
+    names = list(wanted)
+    one_sided = {
+        name
+        for name in described.keys() ^ wanted.keys()
+        if any(f"{name}/".startswith(f"{prefix}/{each}/".removeprefix("/")) for each in optional)
+    }
+    described = {name: text for name, text in described.items() if name not in one_sided}
+    wanted = {name: leaf for name, leaf in wanted.items() if name not in one_sided}
     _check_fit(folder, described, wanted)
     first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     targets = {
@@ -209,7 +227,7 @@ def read_arrays(folder: Path, abstract: PyTree, prefix: str = "") -> PyTree:
             )
     except Exception as error:
         raise CheckpointError(f"{folder}: cannot be read: {_first_line(error)}") from error
-    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays.get(name) for name in names])
 
 
 def _check_fit(folder: Path, saved: Mapping[str, str], wanted: Mapping[str, Any]) -> None:

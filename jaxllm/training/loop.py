@@ -11,6 +11,7 @@ import jax
 from tqdm import tqdm
 
 from jaxllm.errors import NumericsError, Stopped
+from jaxllm.training.best import Best
 from jaxllm.training.metrics import MetricWriter, Throughput, to_scalars
 from jaxllm.training.state import TrainState
 from jaxllm.training.watch import StopRequested, Watch
@@ -21,11 +22,13 @@ class LoopConfig:
     """How long, and what happens how often. Intervals are in optimiser steps; 0 is never."""
 
     steps: int
+    evaluate_at_start: bool  # score and sample the weights a run begins with, as step 0
     num_microbatches: int  # pieces a batch is computed in, one after another, to save memory
     log_every: int
     evaluate_every: int  # and once at the end
     sample_every: int  # and once at the end
     checkpoint_every: int  # and once at the end
+    patience: int  # evaluations in a row without a better checkpoint.best_metric that end the run; 0: none
     max_bad_steps: int  # so many steps in a row without a finite loss and gradient stop the run
     hang_timeout: float  # seconds without a step after which the run dumps its stacks and exits
 
@@ -46,11 +49,12 @@ class Loop:
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]  # compiled
     schedule: Callable[[int], Any]  # updates made -> learning rate
     hooks: tuple[Hook, ...]
-    save: Callable[[int, TrainState, dict[str, float] | None], None]  # step, state, row still to be finished
+    save: Callable[[int, TrainState, dict[str, float], bool], None]  # step, state, its row, is that finished
     wait: Callable[[], None]  # until all that was saved is on disk
     writer: MetricWriter
     throughput: Throughput
     watch: Watch
+    best: Best | None  # kept up to date here; None: nothing is compared
     resume_command: str
     profile: tuple[int, int] | None  # first and last step to trace
     profile_folder: str
@@ -69,11 +73,13 @@ class Loop:
         """
         start = int(state.step)
         self.progress = Progress(start, self.config.steps)
-        if unfinished_row is not None:
-            self._finish_step(start, state, unfinished_row)
+        if unfinished_row is not None or (start == 0 and self.config.evaluate_at_start):
+            self._finish_step(start, state, unfinished_row or {})
         late = None
         self.throughput.restart()
         for step in range(start + 1, self.config.steps + 1):
+            if self.best is not None and self.best.given_up:
+                break
             self._profile(step)
             asked = time.perf_counter()
             batch = next(batches)
@@ -113,8 +119,9 @@ class Loop:
         return row
 
     def _write(self, step: int, row: dict[str, float]) -> None:
-        row["train/learning_rate"] = float(self.schedule(step - int(row["train/skipped_steps"]) - 1))
-        row["train/tokens"] = float(step * self.throughput.tokens_per_step)
+        if step > 0:
+            row["train/learning_rate"] = float(self.schedule(step - int(row["train/skipped_steps"]) - 1))
+            row["train/tokens"] = float(step * self.throughput.tokens_per_step)
         self.writer.write(step, row)
         self.progress.show(step, row)
 
@@ -123,7 +130,7 @@ class Loop:
         last = step == self.config.steps
         due_hooks = [hook for hook in self.hooks if hook.every and (last or due(step, hook.every))]
         row |= self.throughput.read()  # before the hooks take their time
-        unfinished = None
+        finished = True
         try:
             for hook in due_hooks:
                 self.watch.check()
@@ -131,12 +138,17 @@ class Loop:
                     row = row | hook.run(step, state)
                 self.warm.add(hook)
         except StopRequested:
-            unfinished = row
-        if unfinished is None and (due_hooks or last or due(step, self.config.log_every)):
+            finished = False
+        is_best = False
+        if finished and (due_hooks or last or due(step, self.config.log_every)):
             self._write(step, row)
-        if last or self.watch.requested or due(step, self.config.checkpoint_every):
-            self.save(step, state, unfinished)
-        if self.watch.requested and not (last and unfinished is None):
+            if self.best is not None and self.best.metric in row:
+                is_best = self.best.update(step, row[self.best.metric])
+                last = last or self.best.given_up
+        stopping = self.watch.requested
+        if last or stopping or (step > 0 and (is_best or due(step, self.config.checkpoint_every))):
+            self.save(step, state, row, finished)
+        if stopping and not (last and finished):
             self.wait()
             raise Stopped(f"by a signal, saved at step {step}; resume with: {self.resume_command}")
 
@@ -166,7 +178,14 @@ class Progress:
             self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
     def show(self, step: int, row: dict[str, float]) -> None:
-        names = {"train/loss": "loss", "eval/loss": "eval loss", "eval/bits_per_byte": "eval bits/byte"}
+        names = {
+            "train/loss": "loss",
+            "eval/loss": "eval loss",
+            "eval/bits_per_byte": "eval bits/byte",
+            "eval/accuracy": "accuracy",
+            "eval/rewards/accuracies": "accuracy",
+            "eval/stopped_fraction": "answers that end",
+        }
         values = {short: f"{row[name]:.4g}" for name, short in names.items() if name in row}
         if "perf/tokens_per_second" in row:
             values["tokens/s"] = f"{row['perf/tokens_per_second']:,.0f}"

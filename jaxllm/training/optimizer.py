@@ -1,14 +1,12 @@
 """Optimisers and learning-rate schedules, by name, all from optax."""
 
-import re
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import optax
 
 from jaxllm.errors import ConfigError
-from jaxllm.sharding import path_name
+from jaxllm.sharding import matching
 
 # Embeddings and the head are looked up or compared row by row: they are no maps between features,
 # so Muon leaves them, and all vectors, to AdamW.
@@ -32,6 +30,7 @@ class OptimizerConfig:
     decay_pattern: str  # regular expression: paths of the parameters that decay
     clip_norm: float | None  # gradients are scaled down to this global norm
     muon_momentum: float
+    trainable: str  # regular expression: only parameters with it in their path are trained; "" is all
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -67,15 +66,6 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     # The first update is made at 1 / warmup_steps of the peak, not at 0, where it would be lost.
     warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
     return optax.join_schedules([warmup, after], [config.warmup_steps])
-
-
-def matching(pattern: str, params: Any) -> Any:
-    """A tree like params, True where the parameter's path (`blocks/mlp/up/kernel`) matches."""
-
-    def matches(path: tuple[Any, ...], _: Any) -> bool:
-        return re.search(pattern, path_name(path)) is not None
-
-    return jax.tree_util.tree_map_with_path(matches, params)
 
 
 def scale_by_muon(momentum: float) -> optax.GradientTransformation:

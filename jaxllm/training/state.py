@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxllm.sharding import matching
+
 
 class TrainState(NamedTuple):
     """Everything a train step reads and returns. Scalars are int32."""
@@ -19,17 +21,38 @@ class TrainState(NamedTuple):
     bad_streak: jax.Array  # of those, how many in a row just now
 
 
+def split_params(params: Any, trainable: str) -> tuple[Any, Any]:
+    """Two trees like `params`: leaves whose path (`blocks/mlp/up/kernel`) has the regular expression in it,
+    and the others. None, which is no leaf to JAX, stands for what is in the other one."""
+    found = matching(trainable, params)
+    learnt = jax.tree.map(lambda x, is_learnt: x if is_learnt else None, params, found)
+    frozen = jax.tree.map(lambda x, is_learnt: None if is_learnt else x, params, found)
+    return learnt, frozen
+
+
+def merge_params(learnt: Any, frozen: Any) -> Any:
+    """What `split_params` split."""
+    return jax.tree.map(lambda a, b: b if a is None else a, learnt, frozen, is_leaf=lambda x: x is None)
+
+
 def init_state(
-    key: jax.Array, *, init: Callable[[jax.Array], Any], optimizer: optax.GradientTransformation
+    key: jax.Array,
+    *,
+    init: Callable[[jax.Array], Any],
+    optimizer: optax.GradientTransformation,
+    trainable: str = "",
 ) -> TrainState:
-    """A fresh state. `init(key)` makes the parameters; jit this with the shardings of the whole state."""
+    """A fresh state. `init(key)` makes the parameters; jit this with the shardings of the whole state.
+
+    Optimiser state is made for the `trainable` parameters alone: those with this expression in their path.
+    """
     init_key, run_key = jax.random.split(key)
     params = init(init_key)
     # Separate arrays: a donated state must not hold one buffer twice.
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(split_params(params, trainable)[0]),
         key=run_key,
         skipped_steps=jnp.zeros((), jnp.int32),
         bad_streak=jnp.zeros((), jnp.int32),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.losses import Weighted
-from jaxllm.training.state import TrainState
+from jaxllm.training.state import TrainState, merge_params, split_params
 
 LossFn = Callable[[Any, Any, jax.Array], tuple[Weighted, dict[str, Weighted]]]
 
@@ -23,16 +23,17 @@ def split_rows(batch: Any, num_microbatches: int) -> Any:
 
 
 def gradient_sums(
-    loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, num_microbatches: int
+    loss_fn: LossFn, learnt: Any, frozen: Any, batch: Any, key: jax.Array, num_microbatches: int
 ) -> tuple[Any, Weighted, dict[str, Weighted]]:
-    """Gradient of the loss's sum, the loss and the metrics, added up over micro-batches. No division yet."""
+    """Gradient of the loss's sum by what is learnt, the loss and the metrics, added up over micro-batches. No
+    division yet."""
 
     def one(microbatch: Any, key: jax.Array) -> tuple[Any, Weighted, dict[str, Weighted]]:
-        def loss_sum(params: Any) -> tuple[jax.Array, tuple[Weighted, dict[str, Weighted]]]:
-            loss, metrics = loss_fn(params, microbatch, key)
+        def loss_sum(learnt: Any) -> tuple[jax.Array, tuple[Weighted, dict[str, Weighted]]]:
+            loss, metrics = loss_fn(merge_params(learnt, frozen), microbatch, key)
             return loss.sum, (loss, metrics)
 
-        grads, (loss, metrics) = jax.grad(loss_sum, has_aux=True)(params)
+        grads, (loss, metrics) = jax.grad(loss_sum, has_aux=True)(learnt)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), loss, metrics
 
     if num_microbatches == 1:
@@ -56,6 +57,7 @@ def train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     num_microbatches: int,
+    trainable: str = "",
 ) -> tuple[TrainState, dict[str, Weighted]]:
     """The next state, and metrics as `Weighted` sums.
 
@@ -66,21 +68,24 @@ def train_step(
     Args:
       batch: a tree of arrays [B, ...]; num_microbatches divides B.
       loss_fn: (params, microbatch, key) -> (Weighted, metrics); the key is new for every micro-batch.
+      trainable: regular expression; parameters without it in their path have no gradient, no optimiser state,
+        and do not change.
     """
     key = jax.random.fold_in(state.key, state.step)
-    grads, loss, metrics = gradient_sums(loss_fn, state.params, batch, key, num_microbatches)
+    learnt, frozen = split_params(state.params, trainable)
+    grads, loss, metrics = gradient_sums(loss_fn, learnt, frozen, batch, key, num_microbatches)
     grads = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1e-9), grads)
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer.update(grads, state.opt_state, learnt)
+    updated = optax.apply_updates(learnt, updates)
 
     finite = jnp.isfinite(loss.sum) & jnp.isfinite(grad_norm)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    updated, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (updated, opt_state), (learnt, state.opt_state)
     )
     state = TrainState(
         step=state.step + 1,
-        params=params,
+        params=merge_params(updated, frozen),
         opt_state=opt_state,
         key=state.key,
         skipped_steps=state.skipped_steps + ~finite,

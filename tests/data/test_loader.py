@@ -131,7 +131,7 @@ def test_one_batch_is_placed_before_it_is_asked_for(monkeypatch):
 
 def test_fewer_windows_than_a_batch_is_an_error_with_both_numbers():
     with pytest.raises(
-        DataError, match=r"fills 5 windows of data.sequence_length=4, fewer than data.batch_size=8"
+        DataError, match=r"makes 5 rows of data.sequence_length=4, fewer than data.batch_size=8"
     ):
         training_batches([windows_of(3), windows_of(2)], batch_size=8, seed=0)
     training_batches([windows_of(8)], batch_size=8, seed=0)

@@ -1,0 +1,245 @@
+"""Instruction data: conversations in the shapes that public datasets have, as token rows with a loss mask."""
+
+import itertools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from jaxllm.data.chat_template import ChatTemplate, Messages
+from jaxllm.data.packing import PackedRows, pack_rows
+from jaxllm.data.rows import DataConfig, Example, Examples, read_examples, write_bad_rows
+from jaxllm.data.show import show_mask
+from jaxllm.data.sources import BadRow, json_type
+from jaxllm.data.tokenizer import BaseTokenizer
+from jaxllm.errors import ConfigError
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class ChatConfig(DataConfig):
+    """Which conversations to read, what of them to learn, and how to lay them out."""
+
+    rename: tuple[str, ...]  # "theirs=ours" for columns that are called otherwise
+    template: str | None  # a Jinja chat template; None: the tokenizer's own
+    learn: str  # "assistant": its every turn, "last": its last turn, "all": every token
+    packing: bool  # several conversations a row, which do not see each other; False: one a row
+    too_long: str  # what does not fit into a row: "drop" it, or "cut" its end off
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_rename(self.rename)
+        for field, choices in {"learn": ("assistant", "last", "all"), "too_long": ("drop", "cut")}.items():
+            if getattr(self, field) not in choices:
+                raise ConfigError(
+                    f"data.{field}={getattr(self, field)!r}: choose one of {', '.join(choices)}"
+                )
+
+
+@dataclass(frozen=True)
+class ChatData:
+    """Conversations ready to be batched."""
+
+    train: tuple[PackedRows, ...]  # one a train source
+    weights: tuple[float, ...]  # their shares of the batches, or ()
+    validation: tuple[PackedRows, ...]  # may be ()
+    held_out: list[tuple[list[int], list[int]]]  # prompt and answer of each held-out conversation
+    fingerprint: str  # changes whenever a row does
+    report: str  # what was read and what became of it, for people
+
+
+def check_rename(rename: Sequence[str]) -> None:
+    """ConfigError where an entry is not "theirs=ours"."""
+    for entry in rename:
+        theirs, equals, ours = entry.partition("=")
+        if not (theirs and equals and ours):
+            raise ConfigError(f"data.rename has {entry!r}: write THEIRS=OURS, such as question=prompt")
+
+
+def renamed(record: Mapping[str, Any], rename: Sequence[str]) -> dict[str, Any]:
+    """The record with columns called as this module calls them."""
+    names = dict(entry.split("=", 1) for entry in rename)
+    return {names.get(key, key): value for key, value in record.items()}
+
+
+def conversation(record: Mapping[str, Any], rename: Sequence[str] = ()) -> tuple[str, list[dict[str, Any]]]:
+    """How a record says it, and the messages it holds.
+
+    `messages` of role and content; ShareGPT's `conversations` of from and value; `prompt` (a text or
+    messages) and `completion`; Alpaca's `instruction`, `input`, `output`, with LIMA's `history` of earlier
+    exchanges. The last two may have a `system` text. Raises BadRow for anything else.
+    """
+    record = renamed(record, rename)
+    if "messages" in record:
+        return "messages", [message(each, rename) for each in _list(record, "messages")]
+    if "conversations" in record:
+        return "conversations", [message(each, rename) for each in _list(record, "conversations")]
+    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    if "prompt" in record and "completion" in record:
+        prompt = as_messages(record["prompt"], "user", rename)
+        return "prompt, completion", system + prompt + as_messages(record["completion"], "assistant", rename)
+    if "instruction" in record and "output" in record:
+        history = [exchange(*pair) for pair in record.get("history") or []]
+        turns = itertools.chain(*history, exchange(question(record), record["output"]))
+        return "instruction, input, output", [*system, *turns]
+    raise BadRow("unknown format", f"keys {', '.join(record)}; name them by data.rename=THEIRS=OURS")
+
+
+def question(record: Mapping[str, Any]) -> str:
+    """Alpaca's `instruction`, and its `input` below it if there is one."""
+    instruction, context = record["instruction"], record.get("input") or ""
+    if not isinstance(instruction, str) or not isinstance(context, str):
+        raise BadRow("wrong type", "'instruction' and 'input' must be strings")
+    return f"{instruction}\n\n{context}" if context.strip() else instruction
+
+
+def exchange(question: Any, answer: Any) -> list[dict[str, Any]]:
+    """A user's turn and the answer to it."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def as_messages(value: Any, role: str, rename: Sequence[str]) -> list[dict[str, Any]]:
+    """A list of messages as it is, a text as one message of this role."""
+    if isinstance(value, list):
+        return [message(each, rename) for each in value]
+    return [{"role": role, "content": value}]
+
+
+def message(value: Any, rename: Sequence[str]) -> dict[str, Any]:
+    """{"role", "content"} of a message in that form or in ShareGPT's (from, value)."""
+    if not isinstance(value, Mapping):
+        raise BadRow("wrong type", f"a message is {json_type(value)}, not an object")
+    value = renamed(value, rename)
+    role, content = (
+        value.get(ours, value.get(theirs)) for ours, theirs in (("role", "from"), ("content", "value"))
+    )
+    if role is None:
+        raise BadRow("missing key", f"a message has keys {', '.join(value)}, but no role")
+    return {"role": _SHAREGPT_ROLES.get(role, role), "content": content}
+
+
+def _list(record: Mapping[str, Any], key: str) -> list[Any]:
+    if not isinstance(record[key], list):
+        raise BadRow("wrong type", f"{key!r} is {json_type(record[key])}, not a list")
+    return record[key]
+
+
+def opening(messages: Messages) -> str:
+    """What a conversation begins with: those that share it are held out together."""
+    return next((m["content"] for m in messages if m["role"] == "user"), messages[0]["content"])
+
+
+def encoder(
+    config: ChatConfig, tokenizer: BaseTokenizer, template: ChatTemplate
+) -> Callable[[Mapping[str, Any]], Example]:
+    """From records to Examples whose sequences fit into a row; a `text` is cut up, as in pretraining."""
+    fits = config.sequence_length + 1  # the last token is only a target
+
+    def encode(record: Mapping[str, Any]) -> Example:
+        record = renamed(record, config.rename)
+        if "text" in record and "messages" not in record:
+            return encode_text(record["text"], tokenizer, config.sequence_length)
+        kind, messages = conversation(record, config.rename)
+        ids, learnt = template.encode(messages, learn=config.learn)
+        answer = learnt if config.learn != "all" else template.encode(messages, learn="last").learnt
+        if len(ids) > fits and (config.too_long == "drop" or not any(learnt[1:fits])):
+            raise BadRow("longer than data.sequence_length", f"{len(ids)} tokens", fault=False)
+        row = np.array(ids[:fits], np.int32), np.array(learnt[:fits], bool)
+        return Example(*zip(row), group=opening(messages), kind=kind, numbers=(last_run(answer),))
+
+    return encode
+
+
+def encode_text(text: Any, tokenizer: BaseTokenizer, sequence_length: int) -> Example:
+    """A document, cut into pieces that fill a row; every token is a target exactly once."""
+    if not isinstance(text, str):
+        raise BadRow("wrong type", f"'text' is {json_type(text)}, not a string")
+    ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], np.int32)
+    starts = range(0, len(ids) - 1, sequence_length)
+    pieces = tuple(ids[start : start + sequence_length + 1] for start in starts)
+    return Example(pieces, tuple(np.ones(len(piece), bool) for piece in pieces), text, "text")
+
+
+def last_run(learnt: Sequence[bool]) -> int:
+    """Where the last stretch of True begins."""
+    end = len(learnt) - list(reversed(learnt)).index(True)
+    return end - next((i for i, x in enumerate(reversed(learnt[:end])) if not x), end)
+
+
+def load_chats(
+    config: ChatConfig,
+    tokenizer: BaseTokenizer,
+    template: ChatTemplate,
+    *,
+    seed: int,
+    run_folder: Path | None = None,
+) -> ChatData:
+    """Read, encode, hold out what to validate on, and lay out in rows.
+
+    Rows that were left out are written to `bad_rows.jsonl` in `run_folder`. Raises DataError where no token
+    would be learnt.
+    """
+    encode = encoder(config, tokenizer, template)
+    parts = [
+        read_examples(config.open(name, role, text_key=None, seed=seed), encode, config.bad_row_policy)
+        for name, role in config.roles
+    ]
+    if run_folder is not None:
+        write_bad_rows([part.bad_rows for part in parts], run_folder)
+    train, validation = config.hold_out(parts)
+
+    def lay_out(rows: list[Example]) -> PackedRows:
+        texts = [text for row in rows for text in zip(row.ids, row.learnt, strict=True)]
+        return pack_rows(
+            texts,
+            sequence_length=config.sequence_length,
+            pad_id=tokenizer.pad_id,
+            packing=config.packing,
+            seed=seed,
+        )
+
+    layout = (config.weights, config.held_out_fraction, config.sequence_length, config.packing, seed)
+    fingerprint = repr(([part.fingerprint for part in parts], layout, tokenizer.pad_id))
+    data = ChatData(
+        tuple(map(lay_out, train)),
+        config.weights,
+        tuple(map(lay_out, validation)),
+        [answered(row) for rows in validation for row in rows if row.kind != "text"],
+        xxhash.xxh3_128_hexdigest(fingerprint.encode()),
+        report="",
+    )
+    return replace(data, report=_report(config, parts, data, tokenizer, template))
+
+
+def answered(row: Example) -> tuple[list[int], list[int]]:
+    """The tokens before a conversation's last answer, and those of the answer."""
+    start = int(row.numbers[0])
+    return row.ids[0][:start].tolist(), row.ids[0][start:].tolist()
+
+
+def _report(
+    config: ChatConfig, parts: list[Examples], data: ChatData, tokenizer: BaseTokenizer, template: ChatTemplate
+) -> str:
+    lines = [part.describe() for part in parts]
+    for role, sources in (("train", data.train), ("validation", data.validation)):
+        if number := sum(map(len, sources)):
+            tokens = sum(rows.num_tokens for rows in sources)
+            learnt = sum(int(mask[1:].sum()) for rows in sources for _, mask in rows.texts)
+            padding = 1 - tokens / (number * config.sequence_length)
+            lines.append(
+                f"{role}: {tokens:,} tokens, {learnt / max(1, tokens):.1%} of them learnt, in "
+                f"{number:,} rows of {config.sequence_length}, {padding:.1%} padding"
+            )
+    template_name = "Jinja" if template.source else "built in"
+    stops = ", ".join(tokenizer.pieces[i] for i in template.stop_ids)
+    lines.append(f"chat template: {template_name}; answers end at {stops}")
+    rows = [row for part in parts for row in part.rows]
+    example = next((row for row in rows if row.kind != "text"), rows[0])
+    shown = show_mask(example.ids[0], example.learnt[0], tokenizer, colour=sys.stdout.isatty())
+    lines.append(f"example (what is in ⟦ ⟧ is read but not learnt): {shown}")
+    return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""How well a reward model, or a policy's own log-probs, tell the preferred answer: with standard errors, and
+beside what the lengths of the answers alone would say."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxllm.batches import PairBatch
+from jaxllm.losses import dpo_loss
+
+
+class PairScores(NamedTuple):
+    """What was found for N pairs; the chosen answer first."""
+
+    scores: np.ndarray  # float64 [N, 2], rewards or log-probs
+    answer_lengths: np.ndarray  # int [N, 2], tokens
+    margin: np.ndarray  # [N]
+    ref_log_probs: np.ndarray  # [N, 2]
+
+
+def score_pairs(
+    params: Any,
+    batches: Iterable[PairBatch],
+    score: Callable[[Any, PairBatch], jax.Array],
+    check: Callable[[], None],
+) -> PairScores:
+    """Score every pair that has weight. `score(params, batch) -> [B, 2]`; `check` is called before every batch
+    and may raise to end it early."""
+    parts = []
+    for batch in batches:
+        check()
+        scores = score(params, batch)
+        found, weight = jax.device_get(
+            (
+                PairScores(
+                    scores,
+                    batch.lengths - batch.prompt_lengths[:, None],
+                    batch.margin,
+                    batch.ref_log_probs,
+                ),
+                batch.weight,
+            )
+        )
+        parts.append(PairScores(*(column[weight > 0] for column in found)))
+    return PairScores(*(np.concatenate(column).astype(np.float64) for column in zip(*parts, strict=True)))
+
+
+def fraction(hits: np.ndarray) -> tuple[float, float]:
+    """The mean of independent zeros and ones, and its standard error; NaN where there are none."""
+    if not len(hits):
+        return float("nan"), float("nan")
+    mean = float(hits.mean())
+    return mean, float(np.sqrt(mean * (1 - mean) / len(hits)))
+
+
+def mean(values: np.ndarray) -> tuple[float, float]:
+    """The mean of independent values and its standard error."""
+    spread = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return float(values.mean()), float(spread)
+
+
+def reward_metrics(found: PairScores) -> dict[str, float]:
+    """What a reward model is worth, `eval/NAME` and `eval/NAME_se`.
+
+    `accuracy` (a tie is wrong), also where the chosen answer is the longer or the shorter one;
+    `length_baseline`, the accuracy of always choosing the longer answer (a tie counts a half); `margin`; and
+    `reward_mean` and `reward_std` over all answers, by which a policy's rewards are normalised later.
+    """
+    right = found.scores[:, 0] > found.scores[:, 1]
+    difference = found.answer_lengths[:, 0] - found.answer_lengths[:, 1]
+    parts = {
+        "accuracy": fraction(right),
+        "accuracy_longer_chosen": fraction(right[difference > 0]),
+        "accuracy_shorter_chosen": fraction(right[difference < 0]),
+        "length_baseline": mean(np.heaviside(difference, 0.5)),
+        "margin": mean(found.scores[:, 0] - found.scores[:, 1]),
+        "loss": mean(np.logaddexp(0, found.margin - found.scores[:, 0] + found.scores[:, 1])),
+    }
+    spread = {"eval/reward_mean": float(found.scores.mean()), "eval/reward_std": float(found.scores.std())}
+    return with_errors(parts) | spread
+
+
+def dpo_metrics(
+    found: PairScores, *, beta: float, variant: str, label_smoothing: float, length_normalised: bool
+) -> dict[str, float]:
+    """`eval/loss`, and the policy's implicit rewards beta (log-prob - reference's): `eval/rewards/NAME` and
+    `..._se`."""
+    lengths = dict(zip(("chosen_length", "rejected_length"), found.answer_lengths.T, strict=True))
+    loss, _ = dpo_loss(
+        *found.scores.T,
+        *found.ref_log_probs.T,
+        beta=beta,
+        variant=variant,
+        label_smoothing=label_smoothing,
+        **(lengths if length_normalised else {}),
+    )
+    rewards = beta * (found.scores - found.ref_log_probs)
+    parts = {
+        "rewards/chosen": mean(rewards[:, 0]),
+        "rewards/rejected": mean(rewards[:, 1]),
+        "rewards/margins": mean(rewards[:, 0] - rewards[:, 1]),
+        "rewards/accuracies": fraction(rewards[:, 0] > rewards[:, 1]),
+    }
+    return {"eval/loss": float(loss.mean)} | with_errors(parts)
+
+
+def with_errors(parts: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """{name: (value, standard error)} as metrics `eval/NAME` and `eval/NAME_se`."""
+    return {f"eval/{name}": value for name, (value, _) in parts.items()} | {
+        f"eval/{name}_se": error for name, (_, error) in parts.items()
+    }

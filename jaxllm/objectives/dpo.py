@@ -1,0 +1,61 @@
+"""Preference optimisation without a reward model: DPO and its relatives."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.batches import PairBatch
+from jaxllm.losses import Weighted, dpo_loss, linear_token_log_probs
+from jaxllm.objectives.reward_model import weigh_pairs
+
+
+def loss_fn(
+    params: Any,
+    batch: PairBatch,
+    key: jax.Array,
+    *,
+    model: Any,
+    beta: float,
+    variant: str,
+    label_smoothing: float,
+    length_normalised: bool,
+) -> tuple[Weighted, dict[str, Weighted]]:
+    """The variant's loss a pair. `model` is a tuple of functions as `build_model` returns; the reference's
+    log-probs come with the batch. length_normalised: `ipo` with log-probs a token instead of summed."""
+    del key  # nothing here is random
+    log_probs = answer_log_probs(params, batch, model=model)
+    return pair_loss(
+        log_probs,
+        batch,
+        beta=beta,
+        variant=variant,
+        label_smoothing=label_smoothing,
+        length_normalised=length_normalised,
+    )
+
+
+def pair_loss(
+    log_probs: jax.Array, batch: PairBatch, *, length_normalised: bool, **options: Any
+) -> tuple[Weighted, dict[str, Weighted]]:
+    """The loss of log_probs[B, 2] of the answers, whatever model gave them."""
+    answers = batch.lengths - batch.prompt_lengths[:, None]
+    lengths = {"chosen_length": answers[:, 0], "rejected_length": answers[:, 1]} if length_normalised else {}
+    sides = (log_probs[:, 0], log_probs[:, 1], batch.ref_log_probs[:, 0], batch.ref_log_probs[:, 1])
+    return weigh_pairs(partial(dpo_loss, **options), batch.weight, *sides, **lengths)
+
+
+def answer_log_probs(params: Any, batch: PairBatch, *, model: Any) -> jax.Array:
+    """Log-probs [B, 2] in nats of the answers given the prompt, end-of-turn token included: one function for
+    policy and reference."""
+    length = batch.tokens.shape[-1]
+    tokens = batch.tokens.reshape(-1, length)
+    targets = jnp.roll(tokens, -1, axis=1)  # the last position predicts nothing, nor does the mask let it
+    hidden, _ = model.apply(params, tokens)
+    log_probs, _ = linear_token_log_probs(
+        hidden, model.head(params), targets, softcap=model.config.logit_softcap
+    )
+    positions = jnp.arange(length) + 1  # of the targets
+    said = (positions >= batch.prompt_lengths[:, None, None]) & (positions < batch.lengths[:, :, None])
+    return jnp.where(said, log_probs.reshape(batch.tokens.shape), 0).sum(-1)
