@@ -174,7 +174,7 @@ class JinjaTemplate:
             raise self._fault(f"line {error.lineno}: {error.message}") from error
 
     def _probed_stop_ids(self) -> tuple[int, ...]:
-        """The token that follows what an answer says, and EOS; on the way it is seen that the template works."""
+        """The token that follows what an answer says, and EOS; and on the way, that it works at all."""
         question, answer = "What is this?", "It is a probe."
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         try:
