@@ -133,13 +133,14 @@ class JinjaTemplate:
         return whole.removeprefix(written)
 
     def _encoded(self, pieces: Sequence[str]) -> list[list[int]]:
-        """Each piece by itself; one that goes on from plain text gets no second space before it."""
+        """Each piece by itself; of those before, it matters only whether they end in a special token."""
         encoded: list[list[int]] = []
-        last = None
+        after = ""
         for piece in pieces:
-            from_start = last is None or last in self._special
-            encoded.append(self._tokenizer.encode_markup(piece, from_start=from_start))
-            last = encoded[-1][-1] if encoded[-1] else last
+            encoded.append(self._tokenizer.encode_markup(piece, after=after))
+            if encoded[-1]:
+                last = encoded[-1][-1]
+                after = self._tokenizer.pieces[last] if last in self._special else "\n"
         return encoded
 
     def _check_texts(self, messages: Messages) -> None:
@@ -166,11 +167,12 @@ class JinjaTemplate:
             raise self._fault(f"{type(error).__name__}: {error}") from error
 
     def _compiled(self, source: str) -> Any:
-        import jinja2
+        environment = _environment()
+        from jinja2 import TemplateSyntaxError
 
         try:
-            return _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
+            return environment.from_string(source)
+        except TemplateSyntaxError as error:
             raise self._fault(f"line {error.lineno}: {error.message}") from error
 
     def _probed_stop_ids(self) -> tuple[int, ...]:
@@ -179,7 +181,7 @@ class JinjaTemplate:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         try:
             prompt = self._render(messages[:1], add_generation_prompt=True)
-            written, _ = self._answer(messages, prompt)
+            written = "".join(self._answer(messages, prompt))
         except BadRow as error:
             raise self._fault(f"it refuses a question and its answer: {error}") from error
         for text, place in ((question, prompt), (answer, written)):

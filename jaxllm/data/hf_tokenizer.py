@@ -58,9 +58,8 @@ class HFTokenizer(BaseTokenizer):
             return [self._backend.encode(texts[0], add_special_tokens=False).ids]
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_markup(self, text: str, *, from_start: bool = True) -> list[int]:
-        text = without_lone_surrogates(text if from_start else text.removeprefix(self._prefix))
-        return self._markup_backend.encode(text, add_special_tokens=False).ids
+    def _parse(self, text: str) -> list[int]:
+        return self._markup_backend.encode(without_lone_surrogates(text), add_special_tokens=False).ids
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:

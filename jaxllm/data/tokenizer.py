@@ -76,13 +76,20 @@ class BaseTokenizer:
         """The ids of `text`, without BOS or EOS: whoever packs adds exactly one."""
         return self.encode_batch([text])[0]
 
-    def encode_markup(self, text: str, *, from_start: bool = True) -> list[int]:
+    def encode_markup(self, text: str, *, after: str = "") -> list[int]:
         """The ids of text in which the name of a special token means that token, as chat templates write it.
 
-        `from_start=False` says that the text goes on from another: its first space is then the one that
-        some models put before each text, not a second.
+        `after` is a special token or a newline, if the text goes on from something like it: a model that puts
+        a space before each text is then shown to what, so that it puts none where it would not in one go.
         """
-        parts = self.special_pattern.split(text if from_start else text.removeprefix(self._prefix))
+        if self._prefix and after:
+            before, ids = self._parse(after), self._parse(after + text)
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
+        return self._parse(text)
+
+    def _parse(self, text: str) -> list[int]:
+        parts = self.special_pattern.split(text)
         return [
             i
             for part in parts

@@ -145,11 +145,12 @@ def test_the_space_before_a_text_is_not_shown_unless_the_text_goes_on(sentencepi
     assert sentencepiece_like.decode(ids, from_start=False) == " Ada left"
 
 
-def test_markup_that_goes_on_gets_no_second_space(sentencepiece_like, byte_level):
-    once = sentencepiece_like.encode("Ada")
-    assert sentencepiece_like.encode_markup(" Ada", from_start=False) == once
-    assert sentencepiece_like.encode_markup(" Ada") != once
-    assert byte_level.decode(byte_level.encode_markup(" Ada", from_start=False)) == " Ada"
+def test_markup_that_goes_on_is_encoded_as_in_one_go(any_tokenizer):
+    for after in ("\n", "</s>"):
+        for text in ("Ada", " Ada", "<|end|>"):
+            pieces = any_tokenizer.encode_markup(f"Bo{after}"), any_tokenizer.encode_markup(text, after=after)
+            assert sum(pieces, []) == any_tokenizer.encode_markup(f"Bo{after}{text}")
+    assert any_tokenizer.encode_markup("\n\n", after="\n") == any_tokenizer.encode_markup("\n\n")
 
 
 def test_special_tokens_that_take_the_space_after_them_are_found_with_it(documents):
