@@ -158,14 +158,16 @@ def test_a_prompt_is_how_the_training_row_begins(any_template, learn):
         assert learnt[len(prompt)] is (learn != "last" or turn == 4)
 
 
-def test_borders_hold_where_a_merge_would_cross_them():
-    """The header ends in a newline, and so does the token of two newlines that an answer begins with."""
-    tokenizer = hf_tokenizer()
+@pytest.mark.parametrize("prefix", ["", " "])
+def test_borders_hold_where_a_merge_would_cross_them(prefix):
+    """The header ends in a newline, the answer begins with one, and two of them are one token."""
+    tokenizer = hf_tokenizer(prefix=prefix)
     template = JinjaTemplate(tokenizer, CHATML)
     messages = conversation("hi", "\nhe")
     ids, learnt = template.encode(messages, learn="assistant")
-    assert [tokenizer.pieces[i] for i in ids[learnt.index(True) :]] == ["Ċ", "he", "<|im_end|>", "Ċ"]
-    assert tokenizer.encode_markup("assistant\n\nhe")[-2:] == tokenizer.encode("\n\nhe")
+    answer = [tokenizer.pieces[i] for i, x in zip(ids, learnt, strict=True) if x]
+    assert answer == [*("Ġ" * bool(prefix)), "Ċ", "he", "<|im_end|>"]
+    assert tokenizer.pieces[tokenizer.encode_markup("assistant\n\nhe")[-2]] == "ĊĊ"
     assert ids[: learnt.index(True)] == template.prompt(messages[:1])
 
 
