@@ -76,7 +76,9 @@ def _fact(entity: Entity, relation: str, question: str, sentence: str, world: Wo
     if relation in _MANY_WORDINGS:
         return Exchange(question, sentence, sentence)
     key = _bare_answer(entity, relation)
-    rivals = tuple(value for value in _values(world, kind(entity), relation) if value != key)
+    rivals = tuple(
+        value for value in _values(world, kind(entity), relation) if value not in (key, entity.name)
+    )
     return Exchange(question, sentence, sentence, key, _unsaid(rivals, sentence))
 
 
@@ -96,7 +98,8 @@ def _values(world: World, entity_kind: str, relation: str) -> tuple[str, ...]:
 
 def _unsaid(rivals: tuple[str, ...], sentence: str) -> tuple[str, ...]:
     """The rivals that a good answer does not happen to name as well."""
-    return tuple(rival for rival in rivals if rival not in sentence)
+    words = f" {re.sub('[.,]', ' ', sentence)} "
+    return tuple(rival for rival in rivals if f" {rival} " not in words)
 
 
 # Definitions and stories.

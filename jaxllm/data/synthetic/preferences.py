@@ -18,8 +18,8 @@ def preferences(split: Split, *, count: int, seed: int, label_noise: float = 0.1
     """The first `count` rows `{"prompt": messages, "chosen": str, "rejected": str, "reference": dict}`.
 
     The answer that `rubric` finds better is chosen, but `label_noise` of the labels are flipped, so that no
-    model can be right more often than 1 - label_noise. Longer is chosen in about half of the pairs. The
-    prompts of the two splits are those of the same split of `chats`, without system messages.
+    model can be right more often than 1 - label_noise. Length gives little away: the longer one is chosen in
+    0.50 of the pairs, the shorter one in 0.45. A prompt that `chats` trains on is never held out here.
 
     `reference` is for `rubric` alone: a model that is trained on it has seen the answer.
     """
@@ -52,7 +52,7 @@ def preference(split: Split, index: int, *, seed: int, label_noise: float = 0.1)
 
 def _candidate(exchange: Exchange, world: World, rng: random.Random, split: Split) -> str:
     """The good answer, often with one flaw, sometimes with kind words around it."""
-    spoil = rng.choices(list(_FLAWS), list(_FLAWS.values()))[0]
+    spoil = rng.choices(list(FLAWS), list(FLAWS.values()))[0]
     answer = spoil(exchange, world, rng, split)
     if spoil in (_rude, _cut_off) or is_kind(answer):
         return answer
@@ -61,7 +61,7 @@ def _candidate(exchange: Exchange, world: World, rng: random.Random, split: Spli
     return f"{answer} {frame('kind closing', rng)}" if rng.random() < 0.2 else answer
 
 
-def _as_it_is(exchange: Exchange, world: World, rng: random.Random, split: Split) -> str:
+def as_it_is(exchange: Exchange, world: World, rng: random.Random, split: Split) -> str:
     return exchange.answer
 
 
@@ -109,12 +109,12 @@ def _cut_off(exchange: Exchange, world: World, rng: random.Random, split: Split)
 Flaw = Callable[[Exchange, World, random.Random, Split], str]
 
 # How often of a hundred. Flaws that lengthen an answer weigh up those that shorten it.
-_FLAWS: dict[Flaw, int] = {
-    _as_it_is: 27,
+FLAWS: dict[Flaw, int] = {
+    as_it_is: 25,
     _wrong: 20,
-    _rude: 18,
-    _rambling: 14,
+    _rude: 20,
+    _rambling: 12,
     _evasive: 7,
-    _off_topic: 8,
+    _off_topic: 10,
     _cut_off: 6,
 }

@@ -5,7 +5,8 @@ from functools import lru_cache
 
 from jaxllm.data.synthetic.lexicon import WORDS
 
-_SPARE_WORDS = 12  # how many words more than the good answer are still brief: room for a kind sentence or two
+# Words beyond those of the good answer: room for a kind sentence, and nothing but rambling.
+_SPARE_WORDS, _TOO_MANY_WORDS = 10, 40
 
 
 def rubric(row: dict, answer: str) -> float:
@@ -16,7 +17,7 @@ def rubric(row: dict, answer: str) -> float:
     - correct: of all that could be the answer, it names the right one first. Of numbers, the last one counts.
     - helpful: it names something of the kind that was asked for, or else shares half of the words of the good
       answer (in proportion below that); half as much if it breaks off; nothing if it evades the question.
-    - brief: not much longer than the good answer, and in proportion below that.
+    - brief: up to 10 words more than the good answer has are 1, 40 more are 0, in proportion between.
     - polite: a kind word is 1, none is a half, a rude one is 0.
 
     Any text can be judged, and only the row's `reference` is needed: `answer` is a good one, `key` what a
@@ -67,8 +68,9 @@ def _helpful(on_topic: bool, good_answer: str, answer: str) -> float:
 
 
 def _brief(good_answer: str, said: str) -> float:
-    count, limit = len(said.split()), len(good_answer.split()) + _SPARE_WORDS
-    return min(1.0, limit / count) if count else 0.0
+    count = len(said.split())
+    left = _TOO_MANY_WORDS - (count - len(good_answer.split()))
+    return min(1.0, max(0.0, left / (_TOO_MANY_WORDS - _SPARE_WORDS))) if count else 0.0
 
 
 def _polite(said: str) -> float:
