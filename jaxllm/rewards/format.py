@@ -1,0 +1,15 @@
+"""Does the completion think first and answer then, each in its tags?"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+
+def format(
+    example: Mapping[str, Any], completion: str, *, tags: tuple[str, ...] = ("think", "answer")
+) -> float:
+    """1.0 if the completion is `<think>...</think> <answer>...</answer>`, each tag once, and nothing else."""
+    if any(completion.count(mark) != 1 for tag in tags for mark in (f"<{tag}>", f"</{tag}>")):
+        return 0.0
+    pattern = r"\s*".join(f"<{re.escape(tag)}>.*</{re.escape(tag)}>" for tag in tags)
+    return float(re.fullmatch(pattern, completion.strip(), re.DOTALL) is not None)

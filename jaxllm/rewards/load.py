@@ -1,0 +1,98 @@
+"""A reward function by its name, or by the file that a user wrote."""
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from jaxllm.config import did_you_mean
+from jaxllm.errors import ConfigError
+
+Reward = Callable[[Mapping[str, Any], str], float | None]
+
+_NOT_REWARDS = ("load", "pool", "worker")
+
+
+def load_reward(name: str) -> Reward:
+    """The function `math_answer` (one of ours), `package.module.function` or `path/to/file.py:function`."""
+    if name.endswith(".py") or ".py:" in name:
+        path, _, function = name.rpartition(":")
+        if not path:
+            raise ConfigError(f"reward {name!r}: name the function too, as {name}:FUNCTION")
+        reward = _attribute(_module_of_file(path), function, path)
+    elif "." in name:
+        module, _, function = name.rpartition(".")
+        reward = _attribute(_import(module, name), function, module)
+    else:
+        ours = [each.name for each in pkgutil.iter_modules([str(Path(__file__).parent)])]
+        ours = [each for each in ours if each not in _NOT_REWARDS]
+        if name not in ours:
+            raise ConfigError(
+                f"reward {name!r}: unknown{did_you_mean(name, ours)} "
+                f"(there are {', '.join(ours)}, package.module.function and file.py:function)"
+            )
+        reward = getattr(_import(f"jaxllm.rewards.{name}", name), name)
+    _check_signature(reward, name)
+    return reward
+
+
+def _module_of_file(name: str) -> ModuleType:
+    path = Path(name).expanduser().resolve()
+    if not path.is_file():
+        beside = [each.name for each in path.parent.glob("*.py")]
+        raise ConfigError(f"reward file {name}: no such file{did_you_mean(path.name, beside)}")
+    spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the module of their class
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{place(error, path)}: {what(error)}") from error
+    return module
+
+
+def _import(module: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"reward {name!r}: {place(error)}: {what(error)}") from error
+
+
+def _attribute(module: ModuleType, function: str, where: str) -> Reward:
+    known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+    if not callable(getattr(module, function, None)):
+        raise ConfigError(f"{where}: no function {function!r}{did_you_mean(function, known)}")
+    return getattr(module, function)
+
+
+def _check_signature(reward: Reward, name: str) -> None:
+    try:
+        inspect.signature(reward).bind({}, "")
+    except TypeError as error:
+        raise ConfigError(f"reward {name!r}: must take (example, completion): {error}") from None
+    except ValueError:  # written in C, without a signature to look at
+        pass
+
+
+def what(error: BaseException) -> str:
+    """`KeyError: 'answer'` on one line; also of an exception that cannot even be printed."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg}"
+    return " ".join(traceback.format_exception_only(error)[-1].split())[:300]
+
+
+def place(error: BaseException, path: Path | None = None) -> str:
+    """`file:line` where the exception arose: the deepest line in `path`, or in any file."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in frames if path is None or frame.filename == str(path)] or frames
+    return f"{frames[-1].filename}:{frames[-1].lineno}"

@@ -1,0 +1,252 @@
+"""Rewards computed beside the run, in processes that can be killed.
+
+Each worker process belongs to one thread, which hands it samples and waits, with a time limit, for one
+outcome after another. Processes are started afresh, not forked, since JAX runs threads; they import no jax.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import Pipe
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxllm.config import did_you_mean
+from jaxllm.errors import ConfigError, DataError
+from jaxllm.rewards.load import load_reward
+from jaxllm.rewards.worker import Outcome
+
+_START_LIMIT = 120.0  # seconds in which a worker has imported its rewards
+_CHECK_INTERVAL = 0.1  # seconds
+_CHUNKS_PER_WORKER = 4  # so that workers end at about the same time
+_MAX_MESSAGES = 5
+
+
+class Scores(NamedTuple):
+    total: np.ndarray  # float32 [N]: weighted sum of the rewards that apply
+    by_name: dict[str, np.ndarray]  # float32 [N] each; NaN where the reward does not apply
+    counters: dict[str, int]
+    messages: list[str]  # the first few different faults
+
+
+class RewardPool:
+    """A context that scores completions by several weighted rewards.
+
+    `rewards` maps a name to what `load_reward` takes. A call that takes over `time_limit` seconds is killed;
+    such a call, one that raises and one that returns no finite number are counted and get `default`, as does
+    the total of a sample to which no reward applies. The scores do not depend on `workers`.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, str],
+        *,
+        weights: Mapping[str, float],
+        workers: int,
+        time_limit: float,
+        default: float,
+    ):
+        _check(rewards, weights, workers, time_limit, default)
+        self._rewards, self._default = dict(rewards), default
+        self._weights = [weights[name] for name in rewards]
+        self._workers = [_Worker(list(rewards.values()), time_limit) for _ in range(workers)]
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="reward")
+
+    def __enter__(self) -> "RewardPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.close()
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.reap()
+
+    def submit(self, examples: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> "Pending":
+        """Start scoring and return at once; `.result()` waits."""
+        samples = [(dict(each), text) for each, text in zip(examples, completions, strict=True)]
+        size = max(1, math.ceil(len(samples) / (len(self._workers) * _CHUNKS_PER_WORKER)))
+        chunks = [samples[start : start + size] for start in range(0, len(samples), size)]
+        try:
+            requests = [json.dumps(chunk).encode() for chunk in chunks]
+        except (TypeError, ValueError) as error:
+            raise DataError(f"a reward's example must be what JSON can hold: {error}") from None
+        futures = [
+            self._threads.submit(self._score, request, len(chunk))
+            for request, chunk in zip(requests, chunks, strict=True)
+        ]
+        return Pending(futures, self._combine)
+
+    def _score(self, request: bytes, size: int) -> list[Outcome]:
+        worker = self._idle.get()
+        try:
+            return worker.score(request, size * len(self._rewards))
+        finally:
+            self._idle.put(worker)
+
+    def _combine(self, outcomes: list[Outcome]) -> Scores:
+        names = list(self._rewards)
+        for number, outcome in enumerate(outcomes):
+            if outcome.fault == "length":
+                reward = self._rewards[names[number % len(names)]]
+                raise ConfigError(f"reward {reward!r}: {outcome.message}, must be one number a completion")
+        values = [
+            self._default if each.fault else math.nan if each.value is None else each.value
+            for each in outcomes
+        ]
+        table = np.asarray(values, np.float64).reshape(-1, len(names))
+        applies = ~np.isnan(table)
+        orphaned = ~applies.any(axis=1)
+        total = np.where(applies, table, 0.0) @ np.asarray(self._weights, np.float64)
+        messages = [
+            f"reward {names[number % len(names)]!r}: {outcome.message}"
+            for number, outcome in enumerate(outcomes)
+            if outcome.fault
+        ]
+        messages += ["no reward applies to a sample, all returned None"] * bool(orphaned.any())
+        faults = [outcome.fault for outcome in outcomes]
+        return Scores(
+            np.where(orphaned, self._default, total).astype(np.float32),
+            {name: table[:, column].astype(np.float32) for column, name in enumerate(names)},
+            {
+                "reward/timeouts": faults.count("timeout"),
+                "reward/errors": faults.count("error") + int(orphaned.sum()),
+            },
+            list(dict.fromkeys(messages))[:_MAX_MESSAGES],
+        )
+
+
+def _check(
+    rewards: Mapping[str, str],
+    weights: Mapping[str, float],
+    workers: int,
+    time_limit: float,
+    default: float,
+) -> None:
+    if not rewards:
+        raise ConfigError("rewards: name at least one")
+    for name in [*weights, *rewards]:
+        if name not in rewards:
+            raise ConfigError(f"weights.{name}: there is no such reward{did_you_mean(name, rewards)}")
+        if name not in weights or not math.isfinite(weights[name]):
+            raise ConfigError(f"weights.{name}: give the reward {name!r} a finite weight")
+    if workers < 1:
+        raise ConfigError(f"workers: must be at least 1, got {workers}")
+    if not (time_limit > 0 and math.isfinite(time_limit)):
+        raise ConfigError(f"time_limit: must be a positive number of seconds, got {time_limit}")
+    if not math.isfinite(default):
+        raise ConfigError(f"default: must be finite, got {default}")
+    for reward in rewards.values():
+        load_reward(reward)  # what cannot be loaded is found here, before anything is started
+
+
+class Pending(NamedTuple):
+    """Scores on their way."""
+
+    futures: list[concurrent.futures.Future[list[Outcome]]]
+    combine: Callable[[list[Outcome]], Scores]
+
+    def result(self, check: Callable[[], None] | None = None) -> Scores:
+        """Wait for the scores. `check` is called ten times a second while waiting, and may raise to leave."""
+        waiting = True
+        while waiting:
+            if check is not None:
+                check()
+            _, waiting = concurrent.futures.wait(
+                self.futures, _CHECK_INTERVAL, concurrent.futures.FIRST_EXCEPTION
+            )
+            for future in self.futures:
+                if future.done():
+                    future.result()  # raises what went wrong, without waiting for the others
+        return self.combine([outcome for future in self.futures for outcome in future.result()])
+
+
+class _Worker:
+    """One process at a time: started when needed, killed when a call takes too long, replaced."""
+
+    def __init__(self, rewards: list[str], time_limit: float):
+        self.rewards, self.time_limit = rewards, time_limit
+        self.process: subprocess.Popen[bytes] | None = None
+        self.lock = threading.Lock()  # between its thread, which may start a process, and close()
+        self.closed = False
+
+    def score(self, request: bytes, calls: int) -> list[Outcome]:
+        """The outcomes of all calls of a request, over as many processes as it takes."""
+        outcomes: list[Outcome] = []
+        while len(outcomes) < calls:
+            if self.process is None or self.process.poll() is not None:
+                self._start()
+            try:
+                self.connection.send_bytes(str(len(outcomes)).encode())
+                self.connection.send_bytes(request)
+                while len(outcomes) < calls:
+                    if not self.connection.poll(self.time_limit):
+                        self._kill()
+                        outcomes.append(Outcome(None, "timeout", f"took over {self.time_limit:g} s, killed"))
+                        break
+                    outcomes.append(Outcome(*json.loads(self.connection.recv_bytes())))
+            except (EOFError, OSError):
+                self._kill()
+                outcomes.append(Outcome(None, "error", "its process ended"))
+        return outcomes
+
+    def _start(self) -> None:
+        self._kill()
+        path = os.pathsep.join(os.path.abspath(each) for each in sys.path)
+        ours, theirs = Pipe()
+        command = [sys.executable, "-P", "-m", "jaxllm.rewards.worker"]
+        arguments = [str(theirs.fileno()), str(self.time_limit), json.dumps(self.rewards)]
+        with self.lock, theirs:
+            if self.closed:
+                raise RuntimeError("the reward pool is closed")
+            self.process = subprocess.Popen(
+                command + arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what a reward prints goes where messages go
+                env=os.environ | {"PYTHONPATH": path},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # out of reach of Ctrl-C; what the process starts is killed with it
+            )
+            self.connection = ours
+        try:
+            answer = ours.recv_bytes().decode() if ours.poll(_START_LIMIT) else "took too long to import"
+        except (EOFError, OSError):
+            answer = "a worker process ended while it imported its rewards"
+        if answer != "ready":
+            self._kill()
+            raise ConfigError(answer)
+
+    def _kill(self) -> None:
+        with self.lock:
+            self._signal()
+        self.reap()
+
+    def _signal(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def reap(self) -> None:
+        """Leave nothing of a process that has been killed."""
+        if self.process is not None:
+            self.process.wait()
+            self.process = None
+            self.connection.close()
+
+    def close(self) -> None:
+        """Kill the process and start no other; a thread that waits for it sees its end, and ends too."""
+        with self.lock:
+            self.closed = True
+            self._signal()
