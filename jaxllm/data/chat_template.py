@@ -161,9 +161,7 @@ class JinjaTemplate:
             )
         except BadRow:
             raise
-        except (
-            Exception
-        ) as error:  # foreign code may fail in any way; the sandbox's own refusals come here too
+        except Exception as error:  # foreign code fails in any way, and the sandbox refuses in some
             raise self._fault(f"{type(error).__name__}: {error}") from error
 
     def _compiled(self, source: str) -> Any:
@@ -315,8 +313,8 @@ def _to_json(
     )
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise BadRow("refused by the chat template", message)
+def _raise_exception(message: Any) -> NoReturn:
+    raise BadRow("refused by the chat template", " ".join(str(message).split()))
 
 
 def _strftime_now(format: str) -> str:

@@ -163,12 +163,14 @@ def test_borders_hold_where_a_merge_would_cross_them(prefix):
     """The header ends in a newline, the answer begins with one, and two of them are one token."""
     tokenizer = hf_tokenizer(prefix=prefix)
     template = JinjaTemplate(tokenizer, CHATML)
-    messages = conversation("hi", "\nhe")
+    messages = conversation("hi", "\nhe", "ho", "\nhe")
     ids, learnt = template.encode(messages, learn="assistant")
     answer = [tokenizer.pieces[i] for i, x in zip(ids, learnt, strict=True) if x]
-    assert answer == [*("Ġ" * bool(prefix)), "Ċ", "he", "<|im_end|>"]
+    assert answer == [*("Ġ" * bool(prefix)), "Ċ", "he", "<|im_end|>"] * 2
     assert tokenizer.pieces[tokenizer.encode_markup("assistant\n\nhe")[-2]] == "ĊĊ"
-    assert ids[: learnt.index(True)] == template.prompt(messages[:1])
+    for turn in (1, 3):
+        prompt = template.prompt(messages[:turn])
+        assert ids[: len(prompt)] == prompt
 
 
 def test_generation_tags_change_nothing(chatml):
@@ -291,7 +293,7 @@ def test_a_template_that_writes_earlier_turns_anew_learns_only_the_last():
             CHATML.replace("<|im_end|>", "").replace("message['content']", "'</s>' + message['content']"),
             "end in no",
         ),
-        ("{{ raise_exception('not today') }}", "refuses a question and its answer: .*not today"),
+        ("{{ raise_exception('not\ntoday') }}", "refuses a question and its answer: .*not today"),
         ("{{ ''.__class__.__mro__ }}" + CHATML, "SecurityError: .*__class__"),
         ("{% for i in range(10**9) %}{% endfor %}" + CHATML, "OverflowError: .*[Rr]ange"),
         ("{{ messages.append(messages[0]) }}" + CHATML, "SecurityError"),

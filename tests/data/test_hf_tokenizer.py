@@ -198,8 +198,11 @@ def test_its_files_are_kept_and_its_hash_covers_them(byte_level, tmp_path):
     loaded = load_tokenizer(tmp_path)
     assert loaded.hash == byte_level.hash
     assert loaded.encode("Ada 漢") == byte_level.encode("Ada 漢")
-    (tmp_path / "chat_template.jinja").write_text("J")
-    assert load_tokenizer(tmp_path).hash != byte_level.hash
+    hashes = {loaded.hash}
+    for template in ("one", "another"):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        hashes.add(load_tokenizer(tmp_path).hash)
+    assert len(hashes) == 3
 
 
 def test_a_folder_with_two_tokenizers_is_hugging_faces_if_it_has_its_config(tokenizer, byte_level, tmp_path):
