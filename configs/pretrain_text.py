@@ -28,7 +28,7 @@ RECIPES = {
 def get_config(size: str = "1m") -> ConfigDict:
     """Every field of a pretraining run."""
     config = ConfigDict()
-    config.stage = "pretrain"  # the module of jaxllm.objectives
+    config.stage = "pretrain"  # the module of experiments/stages
     config.seed = 0  # of the initial weights, the order of the data and the samples
     config.model = model(size)
     steps, batch_size, sequence_length, learning_rate = RECIPES[size]
@@ -73,25 +73,30 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.optimizer.decay_pattern = "kernel$|table$"  # matrices decay, norms and biases do not
     config.optimizer.clip_norm = 1.0  # None: no clipping
     config.optimizer.muon_momentum = 0.95
+    config.optimizer.trainable = ""  # regular expression: train only parameters with it in their path
 
     config.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
     config.mesh.data = -1  # copies of the model
     config.mesh.fsdp = 1  # parameters split, gathered when used
     config.mesh.tensor = 1  # heads and hidden units split
 
+    config.training.evaluate_at_start = True  # score and sample random weights too, as step 0
     config.training.num_microbatches = 1  # more: less memory, the same gradient
     config.training.log_every = 10
     config.training.evaluate_every = (count + 4) // 5  # 0 is never, for all of these
     config.training.sample_every = (count + 4) // 5
     config.training.checkpoint_every = (count + 4) // 5
+    config.training.patience = 0  # evaluations without a better checkpoint.best_metric that end the run
     config.training.max_bad_steps = 20  # steps in a row without a finite gradient that end the run
     config.training.hang_timeout = 1800.0  # seconds without a step that end the run
 
     config.checkpoint = ConfigDict()
     config.checkpoint.keep = 3  # the newest so many
+    config.checkpoint.best_metric = config_dict.placeholder(str)  # such as "eval/loss": kept as WORKDIR/best
+    config.checkpoint.best_is = "lowest"  # or "highest"
 
     config.evaluation = ConfigDict()
-    config.evaluation.max_windows = 500  # of the held-out text, from its start; None: all
+    config.evaluation.max_rows = 500  # of the held-out windows, from their start; None: all
 
     config.sample = ConfigDict()
     config.sample.prompts = ("",)  # what to continue; "" starts a document

@@ -1,49 +1,53 @@
-"""One training run, from its config to its last checkpoint. `experiments/train.py` is its command line."""
+"""One training run, from its config to its last checkpoint. `experiments/train.py` is its command line.
+
+What differs between stages is in experiments/stages: a module a stage, found by its name, with the same
+functions (`Config`, `build`, `batch_shapes`, `tokenizer_text`, `load`, `make_hooks`, `OPTIONAL_PARAMETERS`).
+"""
 
 import functools
 import importlib
+import json
+import math
 import os
-import pkgutil
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
-import jaxllm.objectives
 from experiments.train_config import MAY_DIFFER, TrainConfig
-from jaxllm.batches import TokenBatch
-from jaxllm.config import as_dict, nearest_multiples
+from jaxllm.config import as_dict, did_you_mean, nearest_multiples
+from jaxllm.data.chat_template import ChatTemplate, load_template
 from jaxllm.data.loader import device_batches, evaluation_batches, training_batches
-from jaxllm.data.text import TextData, load_text, text_documents
-from jaxllm.data.tokenizer import Tokenizer, build_tokenizer, check_vocabulary, load_tokenizer
-from jaxllm.errors import ConfigError
-from jaxllm.evaluation.perplexity import evaluate, row_sums
-from jaxllm.models import build_model
+from jaxllm.data.tokenizer import BaseTokenizer, build_tokenizer, check_vocabulary, load_tokenizer
+from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.models.config import flops_per_token
-from jaxllm.rollout.generate import generate
-from jaxllm.sharding import batch_sharding, make_mesh, shardings
+from jaxllm.sharding import batch_sharding, make_mesh, matching, shardings
+from jaxllm.training.best import Best
 from jaxllm.training.checkpoint import (
+    BEST,
     Checkpoints,
     checkpoint_hash,
     find_checkpoint,
     read_arrays,
     to_json,
+    write_file,
 )
-from jaxllm.training.loop import Hook, Loop
+from jaxllm.training.loop import Loop
 from jaxllm.training.metrics import MetricWriter, Throughput, parameter_count
 from jaxllm.training.optimizer import make_optimizer, make_schedule
 from jaxllm.training.run_folder import RunFolder, open_run, record_start
 from jaxllm.training.state import TrainState, init_state
 from jaxllm.training.step import train_step
 from jaxllm.training.watch import Watch
+
+TEMPLATE_FILE = "template.jinja"  # of a run whose conversations have another template than the tokenizer's
 
 
 class Program:
@@ -54,22 +58,27 @@ class Program:
 
     def __init__(self, config: TrainConfig, devices: list[jax.Device] | None = None):
         self.config = config
+        self.stage = find_stage(config.stage)
+        if not isinstance(config, self.stage.Config):
+            raise ConfigError(f"stage={config.stage!r} is not that of the config file: choose another file")
         self.mesh = make_mesh(config.mesh, devices)
         check_sizes(config, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
-        self.model = build_model(config.model)
+        self.model, loss_fn = self.stage.build(config)
         self.schedule = make_schedule(config.optimizer, config.training.steps)
-        optimizer = make_optimizer(config.optimizer, self.schedule)
-        self.init = functools.partial(init_state, init=self.model.init, optimizer=optimizer)
+        optimizer, trainable = make_optimizer(config.optimizer, self.schedule), config.optimizer.trainable
+        self.init = functools.partial(
+            init_state, init=self.model.init, optimizer=optimizer, trainable=trainable
+        )
         self.abstract_state = jax.eval_shape(self.init, jax.random.key(config.seed))
         self.shardings = shardings(self.abstract_state, self.mesh)
         self.batch_sharding = batch_sharding(self.mesh)
-        objective = find_objective(config.stage)
-        loss_fn = functools.partial(objective.loss_fn, model=self.model, z_loss=config.objective.z_loss)
+        self.trained = trained_count(self.abstract_state.params, trainable)
         self.train_step = functools.partial(
             train_step,
             loss_fn=loss_fn,
             optimizer=optimizer,
             num_microbatches=config.training.num_microbatches,
+            trainable=trainable,
         )
 
     @property
@@ -87,47 +96,57 @@ class Program:
 
     def compile(self) -> jax.stages.Compiled:
         """The train step for just these shapes, which can therefore never compile again."""
-        size = (self.config.data.batch_size, self.config.data.sequence_length)
-        batch = TokenBatch(
-            *(
-                jax.ShapeDtypeStruct(
-                    size, bool if field == "mask" else jnp.int32, sharding=self.batch_sharding
-                )
-                for field in TokenBatch._fields
-            )
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.batch_sharding),
+            self.stage.batch_shapes(self.config),
         )
         step = jax.jit(self.train_step, donate_argnums=0, out_shardings=(self.shardings, None))
         with jax.set_mesh(self.mesh):
             return step.lower(self.placed_state, batch).compile()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of all sequences of a batch."""
+        return math.prod(self.stage.batch_shapes(self.config).tokens.shape)
 
     def describe(self) -> str:
         """Devices, mesh, parameters and batch arithmetic, in a few lines."""
         config, data, mesh = self.config, self.config.data, dict(self.mesh.shape)
         parameters = parameter_count(self.abstract_state.params)
         table = parameter_count(self.abstract_state.params["embed"])
-        tokens = data.batch_size * data.sequence_length
+        trained = "" if self.trained == parameters else f", {self.trained:,} of them trained"
+        tokens, steps = self.tokens_per_step, config.training.steps
         flops = flops_per_token(config.model, data.sequence_length)
         rows = data.batch_size // (mesh["data"] * mesh["fsdp"]) // config.training.num_microbatches
         return "\n".join(
             [
                 f"devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), "
                 f"mesh {' x '.join(f'{axis}={size}' for axis, size in mesh.items())}",
-                f"model: {parameters:,} parameters ({parameters - table:,} outside the embedding), "
+                f"model: {parameters:,} parameters ({parameters - table:,} outside the embedding{trained}), "
                 f"{config.model.compute_dtype} over {config.model.param_dtype}",
-                f"batch: {data.batch_size} sequences x {data.sequence_length} tokens = {tokens:,} tokens a "
-                f"step; {rows} sequences a device at a time",
-                f"run: {config.training.steps:,} steps, {config.training.steps * tokens:,} tokens, "
-                f"{flops:.3g} FLOPs a token, {config.training.steps * tokens * flops:.3g} in all",
+                f"batch: {data.batch_size} rows, {tokens:,} tokens of {data.sequence_length} a sequence; "
+                f"{rows} rows a device at a time",
+                f"run: {steps:,} steps, {steps * tokens:,} tokens, "
+                f"{flops:.3g} FLOPs a token, {steps * tokens * flops:.3g} in all",
             ]
         )
 
 
-def find_objective(stage: str) -> ModuleType:
-    """The module of jaxllm.objectives with this name."""
-    stages = sorted(module.name for module in pkgutil.iter_modules(jaxllm.objectives.__path__))
-    if stage not in stages:
-        raise ConfigError(f"stage={stage!r}: choose one of {', '.join(stages)}")
-    return importlib.import_module(f"jaxllm.objectives.{stage}")
+def trained_count(params: Any, trainable: str) -> int:
+    """How many numbers are trained; ConfigError where none would be."""
+    found = matching(trainable, params)
+    sizes = jax.tree.map(lambda x, is_trained: x.size * is_trained, params, found)
+    if not any(jax.tree.leaves(sizes)):
+        raise ConfigError(f"optimizer.trainable={trainable!r} is found in the path of no parameter")
+    return sum(jax.tree.leaves(sizes))
+
+
+def find_stage(name: str) -> ModuleType:
+    """The module of experiments/stages with this name."""
+    stages = sorted(path.stem for path in (Path(__file__).parent / "stages").glob("*.py"))
+    if name not in stages:
+        raise ConfigError(f"stage={name!r}: choose one of {', '.join(stages)}{did_you_mean(name, stages)}")
+    return importlib.import_module(f"experiments.stages.{name}")
 
 
 def check_sizes(config: TrainConfig, row_devices: int) -> None:
@@ -166,71 +185,90 @@ def dry_run(program: Program) -> str:
     )
 
 
-def make_evaluation(
-    program: Program, data: TextData, tokenizer: Tokenizer, check: Callable[[], None]
-) -> Hook:
-    """Score the held-out windows."""
-    config = program.config
-    byte_lengths = np.zeros(config.model.vocab_size, np.int32)
-    byte_lengths[: tokenizer.vocab_size] = tokenizer.token_byte_lengths
-    score = jax.jit(functools.partial(row_sums, byte_lengths=byte_lengths, model=program.model))
+class Start(NamedTuple):
+    """The weights that a run begins, or began, with."""
+
+    parent: Path | None  # the checkpoint they are from; None: they are random
+    hash: str
+    params: Callable[[], Any]  # the weights themselves, laid out as the run's
+
+
+def starting_point(program: Program, folder: RunFolder, init_from: str | None) -> Start:
+    """From --init_from; for a run that goes on, from what it wrote down then."""
+    parent = find_checkpoint(init_from) if init_from and not folder.resuming else None
+    digest = None if parent is None else checkpoint_hash(parent)
+    if folder.resuming and (record := json.loads(folder.file("run.json").read_bytes())["parent"]):
+        parent, digest = Path(record["path"]), record["hash"]
+
+    def params() -> Any:
+        state = program.fresh_state()
+        if parent is None:
+            return state.params
+        if checkpoint_hash(find_checkpoint(parent)) != digest:
+            raise CheckpointError(
+                f"{parent} is not the checkpoint this run began with: its hash was {digest}"
+            )
+        optional = program.stage.OPTIONAL_PARAMETERS
+        read = read_arrays(parent, program.placed_state.params, prefix="params", optional=optional)
+        return jax.tree.map(
+            lambda saved, fresh: fresh if saved is None else saved,
+            read,
+            state.params,
+            is_leaf=lambda x: x is None,
+        )
+
+    return Start(parent, digest or f"seed {program.config.seed}", params)
+
+
+def held_out_batches(config: TrainConfig, validation: Sequence[Any]) -> Any:
+    """The batches to evaluate on, as many as the config wants."""
     batches = evaluation_batches(
-        data.validation,
+        validation,
         batch_size=config.data.batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    if config.evaluation.max_windows is not None:
-        batches = batches[: max(1, config.evaluation.max_windows // config.data.batch_size)]
-
-    def run(step: int, state: TrainState) -> dict[str, float]:
-        del step
-        return evaluate(state.params, device_batches(batches, program.batch_sharding), score, check)
-
-    return Hook(config.training.evaluate_every, run)
+    if config.evaluation.max_rows is not None:
+        batches = batches[: max(1, config.evaluation.max_rows // config.data.batch_size)]
+    return batches
 
 
-def make_sampling(program: Program, tokenizer: Tokenizer, folder: RunFolder) -> Hook:
-    """Continue the config's prompts into `samples/STEP.txt` and onto the terminal."""
-    config = program.config.sample
-    every = program.config.training.sample_every if config.prompts else 0
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in config.prompts]
-
-    def run(step: int, state: TrainState) -> dict[str, float]:
-        said = generate(
-            program.model,
-            state.params,
-            prompts,
-            sampling=config.sampling,
-            stop_ids=(tokenizer.eos_id,),
-            keys=jax.random.split(jax.random.fold_in(state.key, step), len(prompts)),
-        )
-        texts = [
-            prompt + tokenizer.decode(tokens, from_start=False)
-            for prompt, tokens in zip(config.prompts, said.tokens, strict=True)
-        ]
-        file = folder.file("samples", f"{step}.txt")
-        file.write_text("".join(f"{text}\n{'-' * 20}\n" for text in texts))
-        tqdm.write(f"sample at step {step} (all in {file.parent}): {texts[0]}")
-        return {}
-
-    return Hook(every, run)
+def write_samples(folder: RunFolder, step: int, texts: Sequence[str]) -> None:
+    """All into `samples/STEP.txt`, the first onto the terminal."""
+    file = folder.file("samples", f"{step}.txt")
+    file.write_text("".join(f"{text}\n{'-' * 20}\n" for text in texts))
+    tqdm.write(f"sample at step {step} (all in {file.parent}): {texts[0]}")
 
 
-def run_tokenizer(config: TrainConfig, folder: RunFolder, init_from: Path | None) -> Tokenizer:
+def run_tokenizer(config: TrainConfig, folder: RunFolder, start: Start) -> BaseTokenizer:
     """That of the run if it goes on, of the weights it begins with if there are some, else the config's."""
-    if folder.resuming or init_from is not None:
-        tokenizer = load_tokenizer((folder.path if folder.resuming else init_from) / "tokenizer.model")
+    if folder.resuming or start.parent is not None:
+        tokenizer = load_tokenizer(folder.path if folder.resuming else start.parent)
     else:
-        tokenizer = build_tokenizer(config.tokenizer, text_documents(config.data, seed=config.seed))
+        tokenizer = build_tokenizer(config.tokenizer, find_stage(config.stage).tokenizer_text(config))
     check_vocabulary(tokenizer, config.model.vocab_size)
     if not folder.resuming:
-        tokenizer.save(folder.file("tokenizer.model"))
+        for name, content in tokenizer.files().items():
+            write_file(folder.file(name), content)
     return tokenizer
 
 
+def load_run_template(
+    path: str | None, tokenizer: BaseTokenizer, folder: RunFolder, start: Start
+) -> ChatTemplate:
+    """The run's if it goes on; else the config's, that of the weights it begins with, or the tokenizer's."""
+    if folder.resuming or path is None:
+        where = folder.path if folder.resuming else start.parent
+        saved = None if where is None else where / TEMPLATE_FILE
+        path = str(saved) if saved is not None and saved.exists() else path
+    template = load_template(tokenizer, path)
+    if path is not None and not folder.resuming:
+        write_file(folder.file(TEMPLATE_FILE), template.source.encode())
+    return template
+
+
 def initial_state(
-    program: Program, folder: RunFolder, checkpoints: Checkpoints, init_from: Path | None
+    program: Program, folder: RunFolder, checkpoints: Checkpoints, start: Start
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state to train from and its checkpoint's metadata: restored, fresh, or fresh with given weights."""
     if folder.resuming:
@@ -240,9 +278,9 @@ def initial_state(
         print(f"resumed at step {step}", flush=True)
         return state, metadata
     state = program.fresh_state()
-    if init_from is not None:
-        state = state._replace(params=read_arrays(init_from, program.placed_state.params, prefix="params"))
-    print("fresh run" + (f" with the weights of {init_from}" if init_from else ""), flush=True)
+    if start.parent is not None:
+        state = state._replace(params=start.params())
+    print("fresh run" + (f" with the weights of {start.parent}" if start.parent else ""), flush=True)
     return state, {}
 
 
@@ -259,9 +297,10 @@ def train(
     enable_compilation_cache()
     program = Program(config)
     folder = open_run(workdir, as_dict(config), resume=resume, may_differ=MAY_DIFFER)
-    parent = None if init_from is None else find_checkpoint(init_from)
-    tokenizer = run_tokenizer(config, folder, parent)
-    data = load_text(config.data, tokenizer, seed=config.seed, run_folder=folder.path)
+    begin = starting_point(program, folder, init_from)
+    tokenizer = run_tokenizer(config, folder, begin)
+    with jax.set_mesh(program.mesh):
+        data = program.stage.load(program, tokenizer, folder, begin)
     batches = training_batches(
         data.train,
         weights=data.weights,
@@ -276,43 +315,52 @@ def train(
         as_dict(config),
         command=command,
         fingerprints={"data": data.fingerprint, "tokenizer": tokenizer.hash},
-        parent=None if parent is None else {"path": str(parent), "hash": checkpoint_hash(parent)},
+        parent=None if begin.parent is None else {"path": str(begin.parent), "hash": begin.hash},
     )
     with saving(Checkpoints(folder.checkpoints, keep=config.checkpoint.keep, log=tqdm.write)) as checkpoints:
-        state, metadata = initial_state(program, folder, checkpoints, parent)
+        state, metadata = initial_state(program, folder, checkpoints, begin)
         start = int(state.step)
+        best = make_best(config, metadata.get("best"))
         unfinished_row = metadata.get("unfinished_row")
-        if start > config.training.steps or (start == config.training.steps and unfinished_row is None):
+        if not folder.resuming and config.training.evaluate_at_start:
+            unfinished_row = {}
+        is_over = start >= config.training.steps or (best is not None and best.given_up)
+        if start > config.training.steps or (is_over and unfinished_row is None):
             print(f"nothing to do: {start} steps are done; for more, raise training.steps")
             return
-        files = {
-            "config.json": to_json(as_dict(config)),
-            "tokenizer.model": folder.file("tokenizer.model").read_bytes(),
-        }
+        files = {"config.json": to_json(as_dict(config)), **tokenizer.files()}
+        if (template := folder.file(TEMPLATE_FILE)).exists():
+            files[TEMPLATE_FILE] = template.read_bytes()
 
-        def save(step: int, state: TrainState, unfinished_row: dict[str, float] | None) -> None:
+        def save(step: int, state: TrainState, row: dict[str, float], finished: bool) -> None:
             metadata = {
                 "run": folder.id,
                 "tokenizer": tokenizer.hash,
                 "data": data.fingerprint,
-                "unfinished_row": unfinished_row,
+                "metrics": row if finished else None,
+                "unfinished_row": None if finished else row,
+                "best": None if best is None else asdict(best),
             }
+            checkpoints.best_step = None if best is None else best.step
             checkpoints.save(step, state, metadata, files)
+            if best is not None and best.step is not None:
+                write_file(folder.file(BEST), to_json(asdict(best)))
 
         print("compiling the train step ...", end=" ", flush=True)
         began = time.perf_counter()
         train_step = program.compile()
         print(f"{time.perf_counter() - began:.1f} s", flush=True)
-        tokens_per_step = config.data.batch_size * config.data.sequence_length
         flops = flops_per_token(config.model, config.data.sequence_length)
         with (
             jax.set_mesh(program.mesh),
             Watch(folder.path, config.training.hang_timeout) as watch,
-            closing(MetricWriter(folder.path, start, config.wandb_project, as_dict(config))) as writer,
+            closing(
+                MetricWriter(
+                    folder.path, start if folder.resuming else -1, config.wandb_project, as_dict(config)
+                )
+            ) as writer,
         ):
-            hooks = [make_sampling(program, tokenizer, folder)]
-            if data.validation:
-                hooks.append(make_evaluation(program, data, tokenizer, watch.check))
+            hooks = program.stage.make_hooks(program, data, tokenizer, folder, watch.check)
             loop = Loop(
                 config=config.training,
                 train_step=train_step,
@@ -321,15 +369,37 @@ def train(
                 save=save,
                 wait=checkpoints.wait,
                 writer=writer,
-                throughput=Throughput(tokens_per_step, tokens_per_step * flops),
+                throughput=Throughput(program.tokens_per_step, program.tokens_per_step * flops),
                 watch=watch,
+                best=best,
                 resume_command=shlex.join(command),
                 profile=profile,
                 profile_folder=str(folder.path / "profile"),
             )
             device = device_batches(batches, program.batch_sharding, start_step=start)
-            loop.run(state, device, unfinished_row)
-    print(f"done: {config.training.steps} steps, all in {folder.path}")
+            state = loop.run(state, map(data.complete, device), unfinished_row)
+    print(f"done: {describe_end(int(state.step), best)}, all in {folder.path}")
+
+
+def make_best(config: TrainConfig, saved: dict[str, Any] | None) -> Best | None:
+    """What the config compares, and what a checkpoint knows of it."""
+    if config.checkpoint.best_metric is None:
+        return None
+    best = Best(
+        config.checkpoint.best_metric, config.checkpoint.best_is == "highest", config.training.patience
+    )
+    if saved is not None:
+        best.value, best.step, best.waited = saved["value"], saved["step"], saved["waited"]
+    return best
+
+
+def describe_end(step: int, best: Best | None) -> str:
+    """How far the run came, and which step was best."""
+    text = f"{step} steps"
+    if best is not None and best.step is not None:
+        early = ", stopped early," if best.given_up else ""
+        text += f"{early} (best {best.metric} {best.value:.4g} at step {best.step})"
+    return text
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from jaxllm.errors import ConfigError
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
+    from ml_collections import ConfigDict
 
     from experiments.train_config import TrainConfig
 
@@ -34,11 +35,11 @@ def define_flags(flag_values: "FlagValues") -> None:
     flags.DEFINE_bool("dry_run", False, "compile, print sizes and memory, and exit", flag_values=flag_values)
 
 
-def config_class() -> type:
-    """Late, since it imports jax."""
-    from experiments.train_config import TrainConfig
+def config_class(config: "ConfigDict") -> type:
+    """What the stage of the config file is configured by. Late, since it imports jax."""
+    from experiments.run import find_stage
 
-    return TrainConfig
+    return find_stage(config.stage).Config
 
 
 def main(config: "TrainConfig", flags: "FlagValues") -> None:

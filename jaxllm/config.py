@@ -135,7 +135,7 @@ def nearest_divisors(value: int, of: int) -> tuple[int, ...]:
 
 def run_script(
     main: Callable[[Any, "FlagValues"], int | None],
-    config_class: Callable[[], type] | None,
+    config_class: Callable[["ConfigDict"], type] | None,
     define_flags: Callable[["FlagValues"], None],
     argv: list[str] | None = None,
 ) -> int:
@@ -179,7 +179,7 @@ def _help(script_flags: "FlagValues") -> str:
 
 
 def _read_command_line(
-    argv: list[str], script_flags: "FlagValues", config_class: Callable[[], type] | None
+    argv: list[str], script_flags: "FlagValues", config_class: Callable[["ConfigDict"], type] | None
 ) -> Any:
     from absl import flags
 
@@ -199,12 +199,13 @@ def _read_command_line(
     if script_flags.config is None:
         raise ConfigError("--config=FILE.py is missing")
     config = load_config(script_flags.config)
+    kind = config_class(config)
     for argument in arguments:
         field, equals, text = argument.lstrip("-").removeprefix("config.").partition("=")
         if not equals:
             raise ConfigError(f"config.{field}: write --config.{field}=VALUE")
-        override(config, config_class(), field, text)
-    return parse(config_class(), config)
+        override(config, kind, field, text)
+    return parse(kind, config)
 
 
 def override(section: "ConfigDict", config_class: type, field: str, text: str, path: str = "config") -> None:

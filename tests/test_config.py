@@ -225,7 +225,7 @@ def define_flags(values):
 
 
 def run(*arguments, main=lambda config, flags: print(config, flags.workdir)):
-    return run_script(main, lambda: Config, define_flags, ["train.py", *arguments])
+    return run_script(main, lambda _: Config, define_flags, ["train.py", *arguments])
 
 
 def test_main_gets_the_config_and_the_flags(config_file):
@@ -347,7 +347,7 @@ from jaxllm.config import run_script
 def define_flags(values):
     flags.DEFINE_string("workdir", None, "where outputs go", flag_values=values)
 
-run_script(None, lambda: 1 / 0, define_flags)
+run_script(None, lambda _: 1 / 0, define_flags)
 assert "jax" not in sys.modules
 """
 

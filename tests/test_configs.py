@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from configs.models import SHAPES
-from experiments.run import Program
-from experiments.train_config import MAY_DIFFER, TrainConfig
+from experiments.run import Program, find_stage
+from experiments.train_config import MAY_DIFFER
 from jaxllm.config import as_dict, load_config, override, parse
 from jaxllm.errors import ConfigError
 from jaxllm.training.metrics import parameter_count
@@ -30,8 +30,8 @@ SIZES = {
 def load(name, **changes):
     config = load_config(str(CONFIGS / name))
     for field, text in changes.items():
-        override(config, TrainConfig, field.replace("__", "."), text)
-    return parse(TrainConfig, config)
+        override(config, find_stage(config.stage).Config, field.replace("__", "."), text)
+    return parse(find_stage(config.stage).Config, config)
 
 
 @pytest.mark.parametrize("size", SHAPES)

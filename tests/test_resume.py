@@ -24,7 +24,7 @@ OVERRIDES = {
     "training.evaluate_every": 4,
     "training.sample_every": 6,
     "training.checkpoint_every": 3,
-    "evaluation.max_windows": 8,
+    "evaluation.max_rows": 8,
     "sample.sampling.max_new_tokens": 4,
     "optimizer.warmup_steps": 2,
 }

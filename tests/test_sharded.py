@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.run import Program
-from experiments.train_config import TrainConfig
+from experiments.run import Program, find_stage
 from jaxllm.batches import TokenBatch
 from jaxllm.config import load_config, override, parse
 
@@ -24,8 +23,8 @@ def make_program(optimizer, mesh):
         f"mesh.{axis}": str(size) for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)
     }
     for field, text in changes.items():
-        override(config, TrainConfig, field, text)
-    return Program(parse(TrainConfig, config), jax.devices()[: math.prod(mesh)])
+        override(config, find_stage(config.stage).Config, field, text)
+    return Program(parse(find_stage(config.stage).Config, config), jax.devices()[: math.prod(mesh)])
 
 
 def run(mesh, optimizer):

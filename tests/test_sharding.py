@@ -16,7 +16,7 @@ from configs.models import model as model_size
 from jaxllm import sharding
 from jaxllm.config import parse
 from jaxllm.errors import ConfigError
-from jaxllm.models import ModelConfig, build_model
+from jaxllm.models import ModelConfig, build_model, build_scalar_model
 from jaxllm.sharding import BATCH, MeshConfig, batch_sharding, constrain, make_mesh, rule_for, shardings
 from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxllm.training.state import init_state
@@ -46,13 +46,19 @@ def abstract_state(config, optimizer_name):
             decay_pattern="kernel$",
             clip_norm=1.0,
             muon_momentum=0.95,
+            trainable="",
         ),
         lambda count: 1e-3 * jnp.ones_like(count, jnp.float32),
     )
     key = jax.random.key(0)
     return jax.eval_shape(
-        lambda key: init_state(key, init=build_model(config).init, optimizer=optimizer), key
+        lambda key: init_state(key, init=lambda key: all_params(config, key), optimizer=optimizer), key
     )
+
+
+def all_params(config, key):
+    """Those of a decoder and those of a reward model in one tree."""
+    return build_model(config).init(key) | build_scalar_model(config).init(key)
 
 
 # The mesh

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.run import Program, dry_run, train
-from experiments.train_config import TrainConfig
+from experiments.run import Program, dry_run, find_stage, train
 from jaxllm.config import load_config, override, parse
 from jaxllm.errors import ConfigError, DataError
 from jaxllm.training.checkpoint import find_checkpoint, read_arrays
@@ -51,8 +50,8 @@ def make_config(text, **changes):
         "sample__sampling__max_new_tokens": "4",
     }
     for field, value in (fields | changes).items():
-        override(config, TrainConfig, field.replace("__", "."), value)
-    return parse(TrainConfig, config)
+        override(config, find_stage(config.stage).Config, field.replace("__", "."), value)
+    return parse(find_stage(config.stage).Config, config)
 
 
 def run(config, workdir, **changes):

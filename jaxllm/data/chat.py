@@ -1,8 +1,9 @@
 """Instruction data: conversations in the shapes that public datasets have, as token rows with a loss mask."""
 
+import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import xxhash
 
 from jaxllm.data.chat_template import ChatTemplate, Messages
 from jaxllm.data.packing import PackedRows, pack_rows
-from jaxllm.data.rows import DataConfig, Example, Examples, read_examples, write_bad_rows
+from jaxllm.data.rows import DataConfig, Dataset, Example, Examples, read_examples, write_bad_rows
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow, json_type
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -42,15 +43,10 @@ class ChatConfig(DataConfig):
 
 
 @dataclass(frozen=True)
-class ChatData:
+class ChatDataset(Dataset):
     """Conversations ready to be batched."""
 
-    train: tuple[PackedRows, ...]  # one a train source
-    weights: tuple[float, ...]  # their shares of the batches, or ()
-    validation: tuple[PackedRows, ...]  # may be ()
-    held_out: list[tuple[list[int], list[int]]]  # prompt and answer of each held-out conversation
-    fingerprint: str  # changes whenever a row does
-    report: str  # what was read and what became of it, for people
+    held_out: tuple[tuple[list[int], list[int]], ...] = ()  # prompt and answer of each held-out conversation
 
 
 def check_rename(rename: Sequence[str]) -> None:
@@ -165,6 +161,23 @@ def encode_text(text: Any, tokenizer: BaseTokenizer, sequence_length: int) -> Ex
     return Example(pieces, tuple(np.ones(len(piece), bool) for piece in pieces), text, "text")
 
 
+def chat_texts(config: ChatConfig, *, seed: int) -> Iterator[str]:
+    """What is said in the conversations to learn from: what a tokenizer is trained on."""
+    for name in config.train:
+        for row in config.open(name, "train", text_key=None, seed=seed).rows():
+            with contextlib.suppress(BadRow):
+                record = renamed(row.value or {}, config.rename)
+                if isinstance(record.get("text"), str):
+                    yield record["text"]
+                else:
+                    yield from texts(conversation(record)[1])
+
+
+def texts(messages: Messages) -> Iterator[str]:
+    """The contents that are texts."""
+    return (m["content"] for m in messages if isinstance(m["content"], str))
+
+
 def last_run(learnt: Sequence[bool]) -> int:
     """Where the last stretch of True begins."""
     end = len(learnt) - list(reversed(learnt)).index(True)
@@ -178,7 +191,7 @@ def load_chats(
     *,
     seed: int,
     run_folder: Path | None = None,
-) -> ChatData:
+) -> ChatDataset:
     """Read, encode, hold out what to validate on, and lay out in rows.
 
     Rows that were left out are written to `bad_rows.jsonl` in `run_folder`. Raises DataError where no token
@@ -205,15 +218,16 @@ def load_chats(
 
     layout = (config.weights, config.held_out_fraction, config.sequence_length, config.packing, seed)
     fingerprint = repr(([part.fingerprint for part in parts], layout, tokenizer.pad_id))
-    data = ChatData(
+    data = ChatDataset(
         tuple(map(lay_out, train)),
         config.weights,
         tuple(map(lay_out, validation)),
-        [answered(row) for rows in validation for row in rows if row.kind != "text"],
         xxhash.xxh3_128_hexdigest(fingerprint.encode()),
         report="",
+        template=template,
+        held_out=tuple(answered(row) for rows in validation for row in rows if row.kind != "text"),
     )
-    return replace(data, report=_report(config, parts, data, tokenizer, template))
+    return replace(data, report=_report(config, parts, data, tokenizer))
 
 
 def answered(row: Example) -> tuple[list[int], list[int]]:
@@ -222,9 +236,7 @@ def answered(row: Example) -> tuple[list[int], list[int]]:
     return row.ids[0][:start].tolist(), row.ids[0][start:].tolist()
 
 
-def _report(
-    config: ChatConfig, parts: list[Examples], data: ChatData, tokenizer: BaseTokenizer, template: ChatTemplate
-) -> str:
+def _report(config: ChatConfig, parts: list[Examples], data: ChatDataset, tokenizer: BaseTokenizer) -> str:
     lines = [part.describe() for part in parts]
     for role, sources in (("train", data.train), ("validation", data.validation)):
         if number := sum(map(len, sources)):
@@ -235,8 +247,8 @@ def _report(
                 f"{role}: {tokens:,} tokens, {learnt / max(1, tokens):.1%} of them learnt, in "
                 f"{number:,} rows of {config.sequence_length}, {padding:.1%} padding"
             )
-    template_name = "Jinja" if template.source else "built in"
-    stops = ", ".join(tokenizer.pieces[i] for i in template.stop_ids)
+    template_name = "Jinja" if data.template.source else "built in"
+    stops = ", ".join(tokenizer.pieces[i] for i in data.template.stop_ids)
     lines.append(f"chat template: {template_name}; answers end at {stops}")
     rows = [row for part in parts for row in part.rows]
     example = next((row for row in rows if row.kind != "text"), rows[0])

@@ -1,9 +1,10 @@
 """Preference data: pairs of answers to one prompt, in the shapes that public datasets have."""
 
+import contextlib
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import numpy as np
 import xxhash
 
 from jaxllm.batches import PairBatch
-from jaxllm.data.chat import as_messages, check_rename, last_run, opening, question, renamed
+from jaxllm.data.chat import as_messages, check_rename, last_run, opening, question, renamed, texts
 from jaxllm.data.chat_template import ChatTemplate
-from jaxllm.data.rows import DataConfig, Example, Examples, read_examples, write_bad_rows
+from jaxllm.data.rows import DataConfig, Dataset, Example, Examples, read_examples, write_bad_rows
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow, json_type
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -65,17 +66,6 @@ class PairRows:
     def blank(self) -> PairBatch:
         """A pair without weight, to fill a batch with."""
         return self[0]._replace(weight=np.float32(0))
-
-
-@dataclass(frozen=True)
-class PreferenceData:
-    """Pairs ready to be batched."""
-
-    train: tuple[PairRows, ...]  # one a train source
-    weights: tuple[float, ...]  # their shares of the batches, or ()
-    validation: tuple[PairRows, ...]  # may be ()
-    fingerprint: str  # changes whenever a pair does
-    report: str  # what was read and what became of it, for people
 
 
 def pair(record: Mapping[str, Any], rename: Sequence[str] = ()) -> tuple[str, Messages, Any, Any]:
@@ -189,7 +179,7 @@ def load_preferences(
     *,
     seed: int,
     run_folder: Path | None = None,
-) -> PreferenceData:
+) -> Dataset:
     """Read, encode and hold out what to validate on; all pairs of a prompt are on one side.
 
     Rows that were left out are written to `bad_rows.jsonl` in `run_folder`.
@@ -210,17 +200,18 @@ def load_preferences(
     fingerprint = repr(
         ([part.fingerprint for part in parts], config.weights, config.held_out_fraction, tokenizer.pad_id)
     )
-    data = PreferenceData(
+    data = Dataset(
         tuple(map(lay_out, train)),
         config.weights,
         tuple(map(lay_out, validation)),
         xxhash.xxh3_128_hexdigest(fingerprint.encode()),
         report="",
+        template=template,
     )
     return replace(data, report=_report(parts, data, tokenizer))
 
 
-def _report(parts: list[Examples], data: PreferenceData, tokenizer: BaseTokenizer) -> str:
+def _report(parts: list[Examples], data: Dataset, tokenizer: BaseTokenizer) -> str:
     lines = [part.describe() for part in parts]
     for role, sources in (("train", data.train), ("validation", data.validation)):
         if pairs := [each for rows in sources for each in rows.pairs]:
@@ -235,3 +226,12 @@ def _report(parts: list[Examples], data: PreferenceData, tokenizer: BaseTokenize
         shown = show_mask(ids, learnt, tokenizer, colour=sys.stdout.isatty())
         lines.append(f"example, {name} (the prompt in ⟦ ⟧): {shown}")
     return "\n".join(lines)
+
+
+def preference_texts(config: PreferenceConfig, *, seed: int) -> Iterator[str]:
+    """What is said in the pairs to learn from: what a tokenizer is trained on."""
+    for name in config.train:
+        for row in config.open(name, "train", text_key=None, seed=seed).rows():
+            with contextlib.suppress(BadRow):
+                _, prompt, *answers = pair(row.value or {}, config.rename)
+                yield from texts([*prompt, *answers])

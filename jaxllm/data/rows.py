@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.sources import BadRow, Row, Source, open_source
 from jaxllm.errors import ConfigError, DataError
 
@@ -140,6 +141,19 @@ class SourceCounts:
 def bad_row_line(row: Row) -> str:
     """The row's line in bad_rows.jsonl."""
     return json.dumps({"where": row.where, "reason": row.problem, "detail": row.detail}) + "\n"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a stage trains and validates on: rows, any of which can be made from its number (see `loader`)."""
+
+    train: tuple[Any, ...]  # one a train source
+    weights: tuple[float, ...]  # their shares of the batches, or ()
+    validation: tuple[Any, ...]  # may be ()
+    fingerprint: str  # changes whenever a row or a weight does
+    report: str  # what was read and what became of it, for people
+    template: ChatTemplate | None = None  # of the conversations in it
+    complete: Callable[[Any], Any] = lambda batch: batch  # fills in what only the devices can compute
 
 
 class Example(NamedTuple):

@@ -9,10 +9,10 @@ import numpy as np
 import xxhash
 
 from jaxllm.batches import TokenBatch
-from jaxllm.data.rows import DataConfig, write_bad_rows
+from jaxllm.data.rows import DataConfig, Dataset, write_bad_rows
 from jaxllm.data.show import show_mask
 from jaxllm.data.token_cache import TokenCache, cached_tokens
-from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.data.windows import Windows, pack_documents
 from jaxllm.errors import DataError
 
@@ -23,17 +23,6 @@ class TextConfig(DataConfig):
 
     text_key: str  # the field or column of .jsonl, .parquet and datasets that holds the text
     cache_dir: str  # where tokenised text is kept between runs
-
-
-@dataclass(frozen=True)
-class TextData:
-    """Text ready to be batched."""
-
-    train: tuple[Windows, ...]  # one a train source
-    weights: tuple[float, ...]  # their shares of the batches, or ()
-    validation: tuple[Windows, ...]  # may be ()
-    fingerprint: str  # changes whenever a window or a weight does
-    report: str  # what was read and what became of it, for people
 
 
 def text_documents(config: TextConfig, *, seed: int) -> Iterator[str]:
@@ -56,8 +45,8 @@ def text_documents(config: TextConfig, *, seed: int) -> Iterator[str]:
 
 
 def load_text(
-    config: TextConfig, tokenizer: Tokenizer, *, seed: int, run_folder: Path | None = None
-) -> TextData:
+    config: TextConfig, tokenizer: BaseTokenizer, *, seed: int, run_folder: Path | None = None
+) -> Dataset:
     """Tokenise what no cache holds yet, hold out what to validate on, and pack both into windows.
 
     Rows that were skipped are written to `bad_rows.jsonl` in `run_folder`.
@@ -80,7 +69,7 @@ def load_text(
             f"validation source, or set it to 0"
         )
     fingerprint = repr(([cache.key for cache in caches], config.weights, fraction, size))
-    return TextData(
+    return Dataset(
         train,
         config.weights,
         validation,
@@ -94,7 +83,7 @@ def _report(
     caches: list[TokenCache],
     train: tuple[Windows, ...],
     validation: tuple[Windows, ...],
-    tokenizer: Tokenizer,
+    tokenizer: BaseTokenizer,
 ) -> str:
     lines = []
     for name, cache in zip(names, caches, strict=True):
@@ -126,7 +115,7 @@ def _example(sources: tuple[Windows, ...]) -> TokenBatch | None:
     return TokenBatch(*(values[start : start + 40] for values in row))
 
 
-def show_targets(row: TokenBatch, tokenizer: Tokenizer) -> str:
+def show_targets(row: TokenBatch, tokenizer: BaseTokenizer) -> str:
     """The targets of one row as `show_mask` writes them."""
     real = row.segment_ids > 0
     return show_mask(row.targets[real], row.mask[real], tokenizer)

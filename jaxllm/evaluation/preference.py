@@ -26,8 +26,8 @@ def score_pairs(
     score: Callable[[Any, PairBatch], jax.Array],
     check: Callable[[], None],
 ) -> PairScores:
-    """Score every pair that has weight. `score(params, batch) -> [B, 2]`; `check` is called before every batch
-    and may raise to end it early."""
+    """Score every pair that has weight. `score(params, batch) -> [B, 2]`; `check` is called before every
+    batch and may raise to end it early."""
     parts = []
     for batch in batches:
         check()

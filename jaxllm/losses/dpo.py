@@ -65,7 +65,10 @@ def dpo_loss(
     (2.0, 0.0)
     """
     chex.assert_rank([chosen, rejected, ref_chosen, ref_rejected], 1)
-    _check(variant, label_smoothing, chosen_length, rejected_length)
+    check_dpo_options(variant, label_smoothing)
+    if (chosen_length is None) != (rejected_length is None):
+        missing = "chosen_length" if chosen_length is None else "rejected_length"
+        raise ValueError(f"{missing} is missing: give both lengths or neither")
     mask = jnp.ones(chosen.shape, bool) if mask is None else mask
 
     def log_ratio(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
@@ -102,9 +105,8 @@ def dpo_loss(
     return loss, jax.lax.stop_gradient(metrics)
 
 
-def _check(
-    variant: str, label_smoothing: float, chosen_length: jax.Array | None, rejected_length: jax.Array | None
-) -> None:
+def check_dpo_options(variant: str, label_smoothing: float) -> None:
+    """ValueError for an unknown variant, or a label_smoothing that it does not have or is out of range."""
     if variant not in VARIANTS:
         raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
     limit = {"sigmoid": 1.0, "robust": 0.5}.get(variant)
@@ -112,6 +114,3 @@ def _check(
         raise ValueError(f"label_smoothing={label_smoothing} has no meaning in {variant!r}; leave it 0")
     if limit is not None and not 0 <= label_smoothing < limit:
         raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, {limit}) for {variant!r}")
-    if (chosen_length is None) != (rejected_length is None):
-        missing = "chosen_length" if chosen_length is None else "rejected_length"
-        raise ValueError(f"{missing} is missing: give both lengths or neither")

@@ -67,14 +67,14 @@ class Loop:
         """Train from state.step to config.steps.
 
         `batches` begins at the batch of the state's step. `unfinished_row` is what a stopped run had
-        measured of that step before its evaluation was cut short.
+        measured of that step before its evaluation was cut short; {} has the weights at the start evaluated.
 
         Raises Stopped after a signal, once the state is saved; NumericsError after max_bad_steps.
         """
         start = int(state.step)
         self.progress = Progress(start, self.config.steps)
-        if unfinished_row is not None or (start == 0 and self.config.evaluate_at_start):
-            self._finish_step(start, state, unfinished_row or {})
+        if unfinished_row is not None:
+            self._finish_step(start, state, unfinished_row)
         late = None
         self.throughput.restart()
         for step in range(start + 1, self.config.steps + 1):

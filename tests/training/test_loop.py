@@ -40,11 +40,14 @@ class Run:
         start=0,
         unfinished=None,
         profile=None,
+        best=None,
         **changes,
     ):
         settings = {
             "steps": 10,
             "num_microbatches": 1,
+            "evaluate_at_start": False,
+            "patience": 0,
             "log_every": 2,
             "evaluate_every": 0,
             "sample_every": 0,
@@ -60,11 +63,14 @@ class Run:
             train_step=train_step,
             schedule=lambda count: 0.5**count,
             hooks=hooks,
-            save=lambda step, state, row: self.saved.append((step, float(state.params), row)),
+            save=lambda step, state, row, finished: self.saved.append(
+                (step, float(state.params), None if finished else row)
+            ),
             wait=lambda: self.saved.append("waited"),
             writer=self.writer,
             throughput=Throughput(tokens_per_step=100, flops_per_step=1e6),
             watch=watch,
+            best=best,
             resume_command="the same again",
             profile=profile,
             profile_folder=str(folder / "profile"),

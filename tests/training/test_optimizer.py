@@ -25,6 +25,7 @@ CONFIG = OptimizerConfig(
     decay_pattern="kernel$|table$",
     clip_norm=None,
     muon_momentum=0.95,
+    trainable="",
 )
 
 

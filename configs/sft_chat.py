@@ -1,0 +1,40 @@
+"""Teach a pretrained model to answer. The size is that of the model it begins with.
+
+    python experiments/train.py --config=configs/sft_chat.py:1m --workdir=runs/chat \
+        --init_from=runs/shakespeare --config.data.train=chats.jsonl
+
+Rows are conversations (`messages`, ShareGPT's `conversations`), `prompt` and `completion`, or Alpaca's
+`instruction`, `input`, `output`. Then talk to it: python experiments/chat.py --checkpoint=runs/chat
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from configs import finetune
+
+
+def get_config(size: str = "1m") -> ConfigDict:
+    """Every field of an instruction fine-tuning run that is not pretraining's."""
+    config = finetune.base("sft", size, steps=300, batch_size=16, learning_rate=2e-3)
+    config.objective = ConfigDict()
+    config.objective.z_loss = 0.0  # weight of logsumexp(logits)^2
+    config.objective.neftune_alpha = 0.0  # noise in the embeddings; 5 in the paper (NEFTune, 2023)
+    config.objective.dft = False  # weigh each token's loss by its probability (Dynamic Fine-Tuning, 2025)
+
+    # Add a source of {"text": ...} rows or .txt files, with weights, to replay pretraining and forget less.
+    config.data.train = ("synthetic:chats",)
+    config.data.learn = "assistant"  # its every turn; "last": its last turn; "all": every token
+    config.data.packing = True  # several conversations a row; they do not see each other
+    config.data.too_long = "drop"  # or "cut": what does not fit into sequence_length
+
+    config.checkpoint.best_metric = "eval/loss"
+
+    config.sample = ConfigDict()
+    config.sample.prompts = ("What is an LLM?",)  # to answer
+    config.sample.held_out = 32  # held-out prompts to answer too; eval/stopped_fraction: how many answers end
+    config.sample.sampling = ConfigDict()
+    config.sample.sampling.max_new_tokens = 200
+    config.sample.sampling.temperature = 0.0  # greedy
+    config.sample.sampling.top_k = config_dict.placeholder(int)
+    config.sample.sampling.top_p = config_dict.placeholder(float)
+    config.sample.sampling.min_p = config_dict.placeholder(float)
+    return config
