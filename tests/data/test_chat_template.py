@@ -294,6 +294,7 @@ def test_a_template_that_writes_earlier_turns_anew_learns_only_the_last():
             "end in no",
         ),
         ("{{ raise_exception('not\ntoday') }}", "refuses a question and its answer: .*not today"),
+        ("{{ raise_exception(**{'not\nthis': 1}) }}", "TypeError: .*'not this'"),
         ("{{ ''.__class__.__mro__ }}" + CHATML, "SecurityError: .*__class__"),
         ("{% for i in range(10**9) %}{% endfor %}" + CHATML, "OverflowError: .*[Rr]ange"),
         ("{{ messages.append(messages[0]) }}" + CHATML, "SecurityError"),
@@ -414,7 +415,7 @@ def test_a_prompt_that_calls_for_no_answer_says_why(any_template, messages, faul
 
 
 def test_a_row_that_the_template_refuses_says_why():
-    picky = "{% if messages | length > 2 %}{{ raise_exception('too many') }}{% endif %}" + CHATML
+    picky = "{% if messages | length > 2 %}{{ raise_exception('too\nmany') }}{% endif %}" + CHATML
     template = JinjaTemplate(hf_tokenizer(), picky)
     with pytest.raises(BadRow, match=r"refused by the chat template \(too many\)"):
         template.encode(TWO_TURNS, learn="assistant")
