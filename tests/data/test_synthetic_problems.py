@@ -23,7 +23,8 @@ def validation() -> list[dict]:
 
 def test_a_problem_does_not_depend_on_the_others(train):
     assert problem_row("train", 1234, seed=0) == train[1234]
-    assert problem_row("train", 1234, seed=1) != train[1234]
+    other_seed = problems("train", count=100, seed=1)
+    assert sum(row["answer"] == other["answer"] for row, other in zip(train, other_seed, strict=False)) < 20
     with pytest.raises(ValueError, match="'test' does not exist"):
         problem_row("test", 0, seed=0)
 

@@ -28,7 +28,7 @@ class Exchange(NamedTuple):
 
     question: str
     answer: str
-    sentence: str  # the answer in one sentence, "" where its working needs more
+    sentence: str  # the answer in one sentence, "" where it needs more
     key: str = ""
     rivals: tuple[str, ...] = ()
 
@@ -167,6 +167,8 @@ def _list(world: World, rng: random.Random, split: Split, turns: int) -> list[Ex
         result = words[::-1]
     else:
         numbers = rng.sample(range(1, rng.choice((10, 100))), 3)
+        if numbers == sorted(numbers):
+            numbers.reverse()
         words, result = list(map(str, numbers)), list(map(str, sorted(numbers)))
     joined, key = ", ".join(words), ", ".join(result)
     shuffled = {", ".join(rng.sample(words, len(words))) for _ in range(3)} | {joined}
@@ -217,8 +219,8 @@ def _small_talk(world: World, rng: random.Random, split: Split, turns: int) -> l
 def _told(text: str, key: str = "", rivals: tuple[str, ...] = ()) -> Exchange:
     """The exchange of a text whose last line is the answer."""
     question, reply = text.rsplit("\n", maxsplit=1)
-    first_sentence = re.split(r"(?<=[.!?]) ", reply, maxsplit=1)[0]
-    return Exchange(question, reply, first_sentence, key, rivals)
+    is_sentence = not re.search(r"[.!?] ", reply)
+    return Exchange(question, reply, reply if is_sentence else "", key, rivals)
 
 
 Kind = Callable[[World, random.Random, Split, int], list[Exchange]]

@@ -70,16 +70,14 @@ def _wrong(exchange: Exchange, world: World, rng: random.Random, split: Split) -
     if not exchange.key:
         return exchange.answer
     rival = rng.choice(exchange.rivals) if exchange.rivals else _near(int(exchange.key), rng)
-    article_and_key = rf"\b(?:([Aa])n )?\b{re.escape(exchange.key)}\b"
-    return tidy(
-        re.sub(article_and_key, lambda found: f"{found[1]} {rival}" if found[1] else rival, exchange.answer)
-    )
+    # An `an` becomes an `a`, which `tidy` mends if the rival wants it back.
+    pattern = rf"(?:\b([Aa])n )?\b{re.escape(exchange.key)}\b"
+    return tidy(re.sub(pattern, lambda found: f"{found[1]} {rival}" if found[1] else rival, exchange.answer))
 
 
 def _near(number: int, rng: random.Random) -> str:
-    return str(
-        rng.choice([other for step in (1, 2, 10) for other in (number - step, number + step) if other > 0])
-    )
+    slips = [number + slip for slip in (-10, -2, -1, 1, 2, 10)]
+    return str(rng.choice([slip for slip in slips if slip > 0]))
 
 
 def _rude(exchange: Exchange, world: World, rng: random.Random, split: Split) -> str:
