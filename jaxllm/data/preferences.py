@@ -107,6 +107,11 @@ def pair(record: Mapping[str, Any], rename: Sequence[str] = ()) -> tuple[str, Me
     return kind, chosen[:common], *(end[0] for end in ends)
 
 
+def is_pair(record: Mapping[str, Any], rename: Sequence[str] = ()) -> bool:
+    """Whether a record compares two answers."""
+    return bool({"chosen", "choice"} & renamed(record, rename).keys())
+
+
 def _by_choice(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """{"prompt", "answers": [a, b], "choice"} as {"prompt", "chosen", "rejected"}."""
     answers, choice = record.get("answers"), record["choice"]

@@ -1,0 +1,45 @@
+"""A trained model from its checkpoint: weights, tokenizer, chat template."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments.run import TEMPLATE_FILE
+from jaxllm.config import parse
+from jaxllm.data.chat_template import ChatTemplate, load_template
+from jaxllm.data.tokenizer import BaseTokenizer, load_tokenizer
+from jaxllm.errors import ConfigError
+from jaxllm.models import Model, ModelConfig, ScalarModel, build_model, build_scalar_model
+from jaxllm.training.checkpoint import find_checkpoint, read_arrays
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint holds."""
+
+    folder: Path
+    stage: str  # that trained it
+    model: Model | ScalarModel
+    params: Any
+    tokenizer: BaseTokenizer
+    metadata: dict[str, Any]
+
+
+def load_checkpoint(path: str | None) -> Loaded:
+    """The newest valid checkpoint of a run folder (RUN/best: its best), on the first device."""
+    if path is None:
+        raise ConfigError("--checkpoint=RUN_FOLDER is missing")
+    folder = find_checkpoint(path)
+    config = json.loads((folder / "config.json").read_text())
+    build = build_scalar_model if config["stage"] == "reward_model" else build_model
+    model = build(parse(ModelConfig, config["model"], "model"))
+    params = read_arrays(folder, jax.eval_shape(model.init, jax.random.key(0)), prefix="params")
+    metadata = json.loads((folder / "metadata.json").read_bytes())
+    return Loaded(folder, config["stage"], model, params, load_tokenizer(folder), metadata)
+
+
+def checkpoint_template(loaded: Loaded) -> ChatTemplate:
+    """The template that the checkpoint's conversations had."""
+    file = loaded.folder / TEMPLATE_FILE
+    return load_template(loaded.tokenizer, str(file) if file.exists() else None)
