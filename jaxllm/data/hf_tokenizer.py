@@ -129,7 +129,10 @@ def _read_config(content: bytes) -> dict[str, Any]:
 def _read_template(files: dict[str, bytes], config: dict[str, Any]) -> str | None:
     """The chat template; of several that a config names, the one called "default"."""
     if TEMPLATE_FILE in files:
-        return files[TEMPLATE_FILE].decode()
+        try:
+            return files[TEMPLATE_FILE].decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{TEMPLATE_FILE} beside it is not UTF-8 ({error})") from error
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {each["name"]: each["template"] for each in template}.get("default")

@@ -233,6 +233,10 @@ def test_files_that_are_no_tokenizer_are_named(documents, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(DataError, match=r"tokenizer_config.json beside it is not JSON"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"chat_template.jinja beside it is not UTF-8"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_that_would_lose_text_is_refused():
