@@ -83,7 +83,7 @@ class Chat:
             self.messages.append({"role": "assistant", "content": said.strip() or "..."})
 
     def fitting_prompt(self) -> tuple[list[int], int]:
-        """The prompt, with as much of the conversation as leaves room for an answer; how much was left out."""
+        """The prompt, with as much of the conversation as fits before an answer; how much was left out."""
         room = self.loaded.model.config.max_length - min(64, self.loaded.model.config.max_length // 4)
         for first in range(0, len(self.messages), 2):
             prompt = self.template.prompt([*self.system, *self.messages[first:]])

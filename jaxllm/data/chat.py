@@ -114,6 +114,9 @@ def message(value: Any, rename: Sequence[str]) -> dict[str, Any]:
     role, content = (
         value.get(ours, value.get(theirs)) for ours, theirs in (("role", "from"), ("content", "value"))
     )
+    for unread in ("tool_calls", "reasoning_content"):
+        if value.get(unread):
+            raise BadRow("part of a message that is not read", unread)
     if role is None:
         raise BadRow("missing key", f"a message has keys {', '.join(value)}, but no role")
     return {"role": _SHAREGPT_ROLES.get(role, role), "content": content}
