@@ -231,10 +231,10 @@ class _Worker:
     def _kill(self) -> None:
         with self.lock:
             self._signal()
-        self.reap()
+            self.reap()
 
     def _signal(self) -> None:
-        if self.process is not None:
+        if self.process is not None and self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 

@@ -11,6 +11,7 @@ import numbers
 import os
 import signal
 import sys
+import time
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.rewards.load import Reward, load_reward, place, what
 
 FLOAT32_MAX = 3.4028234663852886e38
+_GRACE = 5.0  # seconds over the time limit after which a worker ends itself
 
 
 class Outcome(NamedTuple):
@@ -74,15 +76,19 @@ def _answer(
     time_limit: float,
 ) -> None:
     """Send an outcome for each (sample, reward) from number `done` on."""
+    armed = -math.inf
     with open(os.devnull, "w") as nowhere:
         for number in range(done, len(samples) * len(rewards)):
-            example, completion = samples[number // len(rewards)]
             # The pool kills a call that takes too long. Where the pool itself was killed nobody would, and a
-            # call may hold Python's lock for ever: this thread does not need it.
-            faulthandler.dump_traceback_later(time_limit + 5, exit=True, file=nowhere)
+            # call may hold Python's lock for ever: this watchdog does without it. Setting it costs more than
+            # a cheap reward, so once a second will do.
+            if time.monotonic() - armed > 1:
+                faulthandler.dump_traceback_later(time_limit + _GRACE, exit=True, file=nowhere)
+                armed = time.monotonic()
+            example, completion = samples[number // len(rewards)]
             outcome = call(rewards[number % len(rewards)], dict(example), completion)
-            faulthandler.cancel_dump_traceback_later()
             connection.send_bytes(json.dumps(outcome).encode())
+        faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":
