@@ -173,6 +173,6 @@ def test_every_variant_trains(model, take_step, variant):
     params = model.init(jax.random.key(1))
     options = OPTIONS | {"variant": variant, "length_normalised": variant == "ipo"}
     loss = functools.partial(dpo.loss_fn, model=model, **options)
-    metrics, gradient = take_step(model.init, loss, with_reference(pairs(), model, params))
+    metrics, _ = take_step(model.init, loss, with_reference(pairs(), model, params))
     assert np.isfinite(metrics["loss"])
     assert metrics["grad_norm"] > 0
