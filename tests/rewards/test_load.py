@@ -1,6 +1,6 @@
 """A reward by name: what is found, and the one line that says what is not."""
 
-import importlib
+import sys
 
 import pytest
 
@@ -89,7 +89,7 @@ def test_a_missing_file_or_function_name(user_file):
 
 
 def test_a_missing_extra_is_named_with_its_command(monkeypatch):
-    monkeypatch.setitem(importlib.import_module("sys").modules, "math_verify", None)
-    monkeypatch.delitem(importlib.import_module("sys").modules, "jaxllm.rewards.math_verify", raising=False)
-    with pytest.raises(ConfigError, match=r"pip install 'jaxllm\[math\]'"):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    monkeypatch.delitem(sys.modules, "jaxllm.rewards.math_verify", raising=False)
+    with pytest.raises(ConfigError, match=r"^the reward math_verify .*pip install 'jaxllm\[math\]'$"):
         load_reward("math_verify")
