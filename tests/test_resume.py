@@ -123,9 +123,9 @@ def uninterrupted(tmp_path_factory, cache):
 def test_a_run_leaves_each_step_once_and_samples(uninterrupted):
     step, arrays, rows, samples = uninterrupted
     assert step == str(STEPS)
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert [row["step"] for row in rows if "eval/bits_per_byte" in row] == [4, 8, 12]
-    assert set(samples) == {"6.txt", "12.txt"}
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    assert [row["step"] for row in rows if "eval/bits_per_byte" in row] == [0, 4, 8, 12]
+    assert set(samples) == {"0.txt", "6.txt", "12.txt"}
     assert {"step", "key", "params/embed/table"} <= arrays.keys()
 
 
