@@ -1,10 +1,12 @@
 """Token sequences as people read them, the loss mask visible."""
 
 import itertools
+import re
 from collections.abc import Iterable
 
 from jaxllm.data.tokenizer import BaseTokenizer
 
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # they end lines, or speak to the terminal
 _DIM, _GREEN, _RESET = "\033[2m", "\033[32m", "\033[0m"
 
 
@@ -21,6 +23,7 @@ def show_mask(
         for name, part in itertools.groupby(group, key=lambda token: names.get(int(token[0]))):
             tokens = [int(i) for i, _ in part]
             text += name * len(tokens) if name else tokenizer.decode(tokens, from_start=False)
+        text = _CONTROLS.sub(lambda control: repr(control[0])[1:-1], text)
         text = text if is_learnt else f"⟦{text}⟧"
         shown += f"{_GREEN if is_learnt else _DIM}{text}{_RESET}" if colour else text
-    return shown.replace("\n", "\\n")
+    return shown

@@ -1,0 +1,37 @@
+"""People see what is learnt: everything else stands in brackets."""
+
+import pytest
+
+from jaxllm.data.chat_template import NativeTemplate
+from jaxllm.data.show import show_mask
+
+
+@pytest.fixture(scope="module")
+def row(tokenizer):
+    messages = [
+        {"role": "user", "content": "Who left\n the  ball?"},
+        {"role": "assistant", "content": "Ada, 漢."},
+    ]
+    return NativeTemplate(tokenizer).encode(messages, learn="assistant")
+
+
+def test_what_is_only_read_stands_in_brackets_and_special_tokens_by_name_on_one_line(row, tokenizer):
+    assert show_mask(*row, tokenizer) == (
+        "⟦<s><|user|>Who left\\n the  ball?<|end|><|assistant|>⟧Ada, 漢.<|end|>"
+    )
+
+
+def test_colour_dims_what_is_only_read_and_marks_what_is_learnt_green(row, tokenizer):
+    shown = show_mask(*row, tokenizer, colour=True)
+    assert shown.startswith("\033[2m⟦<s>")
+    assert shown.endswith("⟧\033[0m\033[32mAda, 漢.<|end|>\033[0m")
+
+
+def test_repeated_special_tokens_are_each_shown(tokenizer):
+    pad = tokenizer.pad_id
+    assert show_mask([pad, pad, tokenizer.eos_id], [False, False, True], tokenizer) == "⟦<pad><pad>⟧</s>"
+
+
+def test_a_text_cannot_speak_to_the_terminal(tokenizer):
+    ids = tokenizer.encode("a\r\033[31mb\x9b2J\u2028c\td")
+    assert show_mask(ids, [True] * len(ids), tokenizer) == "a\\r\\x1b[31mb\\x9b2J\\u2028c\\td"
