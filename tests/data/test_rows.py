@@ -1,0 +1,233 @@
+"""What becomes of each row of a source: an example, or a line that says why there is none."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxllm.data.rows import BadRowPolicy, DataConfig, Example, Examples, read_examples, write_bad_rows
+from jaxllm.data.sources import BadRow, Row, Source
+from jaxllm.errors import ConfigError, DataError
+
+STOP, SKIP = BadRowPolicy("stop", 0.5), BadRowPolicy("skip", 0.5)
+
+
+def config(**changes) -> DataConfig:
+    defaults = {
+        "train": ("a",),
+        "weights": (),
+        "validation": (),
+        "validation_fraction": 0.1,
+        "synthetic_rows": 10,
+        "sequence_length": 8,
+        "batch_size": 2,
+        "on_bad_row": "stop",
+        "max_bad_fraction": 0.5,
+    }
+    return DataConfig(**defaults | changes)
+
+
+def source(*values) -> Source:
+    def rows():
+        for line, value in enumerate(values, 1):
+            row = Row(f"a.jsonl:{line}", line, value)
+            yield row.rejected("invalid JSON") if value is None else row
+
+    return Source("a.jsonl", "hash", len(values), rows)
+
+
+def encode(value) -> Example:
+    """`word` becomes its letters; "long" is of no use, "wrong" a fault."""
+    if value == "long":
+        raise BadRow("longer than a row", fault=False)
+    if value == "wrong":
+        raise BadRow("wrong type", "a word")
+    ids = np.frombuffer(value.encode(), np.uint8).astype(np.int32)
+    return Example((ids,), (ids > 0,), group=value, kind="word", numbers=(1.0,))
+
+
+def read(*values, policy=SKIP, encode=encode) -> Examples:
+    return read_examples(source(*values), encode, policy)
+
+
+# Bad rows
+
+
+def test_a_fault_stops_the_run_and_names_file_line_reason_and_the_way_on():
+    with pytest.raises(DataError) as error:
+        read("one", "wrong", "two", policy=STOP)
+    assert str(error.value) == "a.jsonl:2: wrong type (a word); mend the row, or set data.on_bad_row=skip"
+
+
+def test_what_the_source_could_not_read_is_a_fault_too():
+    with pytest.raises(DataError, match=r"^a.jsonl:1: invalid JSON; mend the row"):
+        read(None, "one", policy=STOP)
+
+
+def test_a_run_stops_at_the_fault_and_reads_no_further():
+    with pytest.raises(DataError, match=r"a.jsonl:1: wrong type"):
+        read("wrong", None, policy=STOP)
+
+
+def test_rows_without_use_never_stop_a_run_and_are_no_faults():
+    found = read("one", "long", "long", "long", policy=BadRowPolicy("stop", 0.0))
+    assert found.describe() == (
+        "a.jsonl: 4 rows read, 1 kept, 3 dropped (3 longer than a row): 1 of word; 3 tokens"
+    )
+
+
+def test_skipped_rows_are_counted_by_reason_and_written_down(tmp_path):
+    found = read("one", "wrong", "long", None, "wrong", "two", "three", "four")
+    assert str(found.counts) == (
+        "8 rows read, 4 kept, 4 dropped (1 invalid JSON, 1 longer than a row, 2 wrong type)"
+    )
+    write_bad_rows([found.bad_rows, ""], tmp_path / "run")
+    lines = (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()
+    assert [tuple(json.loads(line).values()) for line in lines] == [
+        ("a.jsonl:2", "wrong type", "a word"),
+        ("a.jsonl:3", "longer than a row", ""),
+        ("a.jsonl:4", "invalid JSON", ""),
+        ("a.jsonl:5", "wrong type", "a word"),
+    ]
+
+
+def test_without_bad_rows_there_is_no_file(tmp_path):
+    write_bad_rows(["", ""], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_large_a_share_of_faults_stops_a_run_that_skips():
+    assert len(read("one", "wrong", policy=BadRowPolicy("skip", 0.5)).rows) == 1  # just as many as allowed
+    with pytest.raises(DataError) as error:
+        read("one", "two", "wrong", policy=BadRowPolicy("skip", 0.3))
+    assert str(error.value) == (
+        "a.jsonl: 1 of 3 rows are bad, more than data.max_bad_fraction=0.3; "
+        "the first: a.jsonl:3: wrong type (a word)"
+    )
+
+
+def test_a_bad_source_is_given_up_before_it_is_read_to_its_end():
+    asked = []
+
+    def encode_some(value):
+        asked.append(value)
+        return encode(value)
+
+    with pytest.raises(DataError, match=r"1000 of 1000 rows are bad"):
+        read(*["wrong"] * 5000, encode=encode_some)
+    assert len(asked) == 1000
+
+
+def test_a_source_of_which_nothing_is_left_is_an_error():
+    with pytest.raises(
+        DataError, match=r"a.jsonl holds no row that can be used: 2 rows read, 0 kept, 2 drop"
+    ):
+        read("long", "long", policy=STOP)
+
+
+# Fingerprint
+
+
+def test_the_fingerprint_follows_every_token_mask_number_and_group():
+    def changed(**changes):
+        return read("one", "two", encode=lambda value: encode(value)._replace(**changes)).fingerprint
+
+    ids, learnt = (np.arange(3, dtype=np.int32),), (np.array([False, True, True]),)
+    known = [
+        read("one", "two"),
+        read("two", "one"),
+        read("one", "two", "two"),
+        read("onet", "wo"),
+    ]
+    found = [each.fingerprint for each in known]
+    found += [changed(ids=ids), changed(learnt=learnt), changed(numbers=(2.0,)), changed(group="a")]
+    assert len(set(found)) == len(found)
+    assert read("one", "wrong", "two").fingerprint == read("one", "two").fingerprint
+
+
+# Held out
+
+
+def examples(count, group=str) -> Examples:
+    """`count` rows in as many groups."""
+    found = read(*(f"row {i}" for i in range(count)))
+    rows = [row._replace(group=group(i)) for i, row in enumerate(found.rows)]
+    return Examples("a", rows, found.counts, "", "")
+
+
+def test_rows_of_one_group_are_on_one_side_whatever_else_is_read():
+    def pairs(i):
+        return str(i // 2)
+
+    train, held_out = examples(1000, pairs).split(0.2)
+    assert not {row.group for row in train} & {row.group for row in held_out}
+    assert 150 < len(held_out) < 250
+    fewer = examples(500, pairs).split(0.2)[1]
+    assert [row.group for row in fewer] == [row.group for row in held_out if int(row.group) < 250]
+
+
+def test_more_held_out_is_the_same_and_more():
+    all_rows = examples(300)
+    few, more = ({row.group for row in all_rows.split(fraction)[1]} for fraction in (0.1, 0.3))
+    assert few < more
+
+
+def test_a_group_that_is_no_unicode_can_be_hashed():
+    train, _ = examples(1, lambda i: "\ud800").split(0.0)
+    assert len(train) == 1
+
+
+def test_named_validation_sources_are_what_is_validated_on_and_nothing_is_held_out():
+    parts = [examples(50), examples(7)]
+    train, validation = config(validation=("b",)).hold_out(parts)
+    assert [len(rows) for rows in train] == [50]
+    assert [len(rows) for rows in validation] == [7]
+
+
+def test_every_train_source_gives_its_share_to_validate_on():
+    parts = [examples(400), examples(300)]
+    train, validation = config(train=("a", "b")).hold_out(parts)
+    assert [len(a) + len(b) for a, b in zip(train, validation, strict=True)] == [400, 300]
+    assert config(validation_fraction=0.0).hold_out(parts[:1])[1] == []
+
+
+def test_too_few_rows_to_hold_any_out_is_an_error_that_names_the_ways_on():
+    with pytest.raises(
+        DataError, match=r"data.validation_fraction=0.001 .* raise it, name a validation sour"
+    ):
+        config(validation_fraction=0.001).hold_out([examples(3)])
+
+
+# The config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": ()}, "data.train names no source"),
+        ({"weights": (0.5, 0.5)}, r"data.weights=\(0.5, 0.5\) must be one positive number for each of the 1"),
+        ({"weights": (0.0,)}, r"data.weights=\(0.0,\) must be one positive"),
+        ({"on_bad_row": "ignore"}, "data.on_bad_row='ignore' must be 'stop' or 'skip'"),
+        ({"validation_fraction": 1.0}, r"data.validation_fraction=1.0 must lie in \[0, 1\)"),
+        ({"max_bad_fraction": -0.1}, r"data.max_bad_fraction=-0.1 must lie in \[0, 1\)"),
+        ({"synthetic_rows": 0}, "data.synthetic_rows=0 must be at least 1"),
+        ({"sequence_length": 0}, "data.sequence_length=0 must be at least 1"),
+        ({"batch_size": 0}, "data.batch_size=0 must be at least 1"),
+    ],
+)
+def test_an_impossible_field_is_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**changes)
+
+
+def test_a_source_that_is_not_there_is_named_with_its_field(tmp_path):
+    with pytest.raises(DataError, match=r"^data.validation: '.*/none.jsonl' does not exist"):
+        config().open(str(tmp_path / "none.jsonl"), "validation", text_key=None, seed=0)
+
+
+def test_synthetic_validation_has_its_fraction_of_the_rows():
+    sources = [
+        config(synthetic_rows=40).open("synthetic", role, text_key=None, seed=0)
+        for role in ("train", "validation")
+    ]
+    assert [len(list(source.rows())) for source in sources] == [40, 4]
