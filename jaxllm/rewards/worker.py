@@ -19,7 +19,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.rewards.load import Reward, load_reward, place, what
 
 FLOAT32_MAX = 3.4028234663852886e38
-_GRACE = 5.0  # seconds over the time limit after which a worker ends itself
+_GRACE = 3.0  # seconds over the time limit after which a worker ends itself
 
 
 class Outcome(NamedTuple):
@@ -53,6 +53,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     descriptor, time_limit, names = sys.argv[1:]
+    os.set_inheritable(int(descriptor), False)  # what a reward starts must not keep the socket open
     connection = Connection(int(descriptor))
     try:
         rewards = [load_reward(name) for name in json.loads(names)]

@@ -70,10 +70,14 @@ def score(pool, *completions):
 
 
 def is_running(pid):
+    """Whether a thread of the process still runs: one that has ended but is not yet waited for does not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except FileNotFoundError:
+        states = [
+            stat.read_text().rpartition(") ")[2][0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")
+        ]
+    except (FileNotFoundError, ProcessLookupError):
         return False
+    return any(state not in "ZX" for state in states)
 
 
 def wait_until(condition, seconds):
@@ -140,8 +144,8 @@ def test_scores_come_in_the_order_of_samples(hostile, workers):
     ],
 )
 def test_a_fault_is_counted_and_the_sample_gets_the_default(pool, completion, message):
-    scores = score(pool, "ab", completion, "abcd")
-    assert scores.total.tolist() == scores.by_name["mine"].tolist() == [2.0, -1.0, 4.0]
+    scores = score(pool, *"aaaaa", completion, *"aaaa")
+    assert scores.total.tolist() == scores.by_name["mine"].tolist() == [1.0] * 5 + [-1.0] + [1.0] * 4
     assert scores.counters == {"reward/timeouts": 0, "reward/errors": 1}
     assert re.search(message, scores.messages[0])
 
@@ -160,23 +164,31 @@ def test_a_call_over_its_time_limit_is_killed_and_the_others_stand(hostile, comp
     with pool_of(hostile, time_limit=0.5) as pool:
         score(pool, "a")  # the process has started
         began = time.monotonic()
-        scores = score(pool, "ab", completion, "abcd")
+        scores = score(pool, *"aaaaa", completion, *"aaaa")
         assert 0.5 < time.monotonic() - began < 3.0
-        assert scores.total.tolist() == [2.0, -1.0, 4.0]
+        assert scores.total.tolist() == [1.0] * 5 + [-1.0] + [1.0] * 4
         assert scores.counters == {"reward/timeouts": 1, "reward/errors": 0}
         assert scores.messages == ["reward 'mine': took over 0.5 s, killed"]
         assert score(pool, "abc").total.tolist() == [3.0]
 
 
 def test_only_the_time_of_one_call_counts(tmp_path):
-    (tmp_path / "slow.py").write_text("import time\ndef reward(*_): time.sleep(0.2); return 1\n")
-    with pool_of(f"{tmp_path}/slow.py:reward", time_limit=1.0) as pool:
-        assert score(pool, *["a"] * 8).total.tolist() == [1.0] * 8  # 1.6 s in all
+    (tmp_path / "slow.py").write_text("import time\ndef reward(*_): time.sleep(0.4); return 1\n")
+    with pool_of(f"{tmp_path}/slow.py:reward", time_limit=0.7) as pool:
+        assert score(pool, *"aaaaa").total.tolist() == [1.0] * 5  # handed out two at a time
 
 
-def test_what_a_reward_prints_or_reads_does_no_harm(pool, capfd):
-    assert score(pool, "print", "read", "a").total.tolist() == [5.0, 4.0, 1.0]
-    assert capfd.readouterr().out == ""
+def test_what_a_reward_prints_or_reads_does_no_harm(hostile, capfd):
+    terminal, (nothing_to_read, held_open) = os.dup(0), os.pipe()
+    os.dup2(nothing_to_read, 0)
+    with pool_of(hostile, time_limit=5.0) as pool:
+        assert score(pool, "print", "read", "a").total.tolist() == [5.0, 4.0, 1.0]
+    os.dup2(terminal, 0)
+    for each in (terminal, nothing_to_read, held_open):
+        os.close(each)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert len(captured.err) > 10**6
 
 
 def test_messages_are_few_and_different(pool):
@@ -237,8 +249,16 @@ def test_workers_import_no_jax(pool):
     assert score(pool, "jax?").total.tolist() == [0.0]
 
 
+def test_a_worker_outlives_a_pause_between_batches(tmp_path):
+    (tmp_path / "pid.py").write_text("import os\ndef reward(*_): return os.getpid()\n")
+    with pool_of(f"{tmp_path}/pid.py:reward", time_limit=0.1) as pool:
+        before = score(pool, "").total
+        time.sleep(3.5)  # longer than a worker without a pool would live
+        assert score(pool, "").total == before
+
+
 def test_scores_are_computed_while_the_run_goes_on(hostile):
-    with pool_of(hostile, time_limit=1.0) as pool:
+    with pool_of(hostile, time_limit=0.7) as pool:
         began = time.monotonic()
         handle = pool.submit([{}], ["hang"])
         assert time.monotonic() - began < 0.5
@@ -297,7 +317,7 @@ def test_no_worker_outlives_the_run(hostile, tmp_path, number, time_limit, secon
 
 def test_workers_leave_signals_to_the_run(hostile, tmp_path):
     file = tmp_path / "pids"
-    with pool_of(hostile, time_limit=2.0) as pool:
+    with pool_of(hostile, time_limit=1.0) as pool:
         handle = pool.submit([{"file": str(file)}], ["start a process and hang"])
         assert wait_until(lambda: file.exists() and file.read_text().endswith(" "), 20)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -307,7 +327,7 @@ def test_workers_leave_signals_to_the_run(hostile, tmp_path):
 
 def test_math_verify_is_stopped_where_it_would_not_end():
     with RewardPool(
-        {"math": "math_verify"}, weights={"math": 1.0}, workers=1, time_limit=3.0, default=0.0
+        {"math": "math_verify"}, weights={"math": 1.0}, workers=1, time_limit=2.0, default=0.0
     ) as pool:
         examples = [{"answer": r"\frac{3}{4}"}, {"answer": "#### 5"}, {"answer": "5"}, {"answer": "(1,2]"}]
         completions = [r"so $0.75$", r"\boxed{9^{9^{9^9}}}", r"\boxed{5}", r"$1<x\leq 2$ or \boxed{(1, 2]}"]
