@@ -343,7 +343,7 @@ def train(
             }
             checkpoints.best_step = None if best is None else best.step
             checkpoints.save(step, state, metadata, files)
-            if best is not None and best.step is not None:
+            if best is not None and best.step:  # step 0 is evaluated, but never saved
                 write_file(folder.file(BEST), to_json(asdict(best)))
 
         print("compiling the train step ...", end=" ", flush=True)
