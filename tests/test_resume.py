@@ -1,47 +1,72 @@
 """A run that is killed, stopped and resumed ends bit for bit like one that was left alone."""
 
+import functools
 import json
 import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
+CONFIGS = {
+    "pretrain": "pretrain_text.py",
+    "sft": "sft_chat.py",
+    "reward_model": "reward_model_pairs.py",
+    "dpo": "dpo_pairs.py",
+}
 OVERRIDES = {
     "model.num_layers": 1,
-    "data.sequence_length": 32,
     "optimizer.name": "adamw",
+    "optimizer.warmup_steps": 2,
     "training.steps": STEPS,
     "training.log_every": 1,
     "training.evaluate_every": 4,
     "training.sample_every": 6,
     "training.checkpoint_every": 3,
     "evaluation.max_rows": 8,
-    "sample.sampling.max_new_tokens": 4,
-    "optimizer.warmup_steps": 2,
+}
+STAGE_OVERRIDES = {
+    "pretrain": {"data.sequence_length": 32, "sample.sampling.max_new_tokens": 4},
+    "sft": {"data.sequence_length": 64, "sample.sampling.max_new_tokens": 4, "sample.held_out": 4},
+    "reward_model": {"data.sequence_length": 64, "data.batch_size": 8},
+    "dpo": {"data.sequence_length": 64, "data.batch_size": 8},
 }
 
 
-def command(workdir, cache, *more):
-    overrides = [f"--config.{field}={value}" for field, value in OVERRIDES.items()]
+def command(stage, shared, workdir, *more):
+    """A run on the rows in `shared`; later stages begin with the weights of the pretraining run there."""
+    overrides = OVERRIDES | STAGE_OVERRIDES[stage] | {"data.train": shared / f"{stage}.jsonl"}
+    if stage in ("pretrain", "dpo"):
+        overrides["data.cache_dir"] = cache_of(workdir)
     return [
         sys.executable,
         str(ROOT / "experiments" / "train.py"),
-        f"--config={ROOT / 'configs' / 'pretrain_text.py'}:tiny",
+        f"--config={ROOT / 'configs' / CONFIGS[stage]}:tiny",
         f"--workdir={workdir}",
-        f"--config.data.cache_dir={cache}",
-        f"--config.data.train={cache / 'text.jsonl'}",
-        *overrides,
+        *([] if stage == "pretrain" else [f"--init_from={whole(shared, 'pretrain')}"]),
+        *(f"--config.{field}={value}" for field, value in overrides.items()),
         *more,
     ]
+
+
+def whole(shared, stage):
+    """Where the run of this stage that nobody disturbs is."""
+    return shared / f"{stage}-whole"
+
+
+def cache_of(workdir):
+    """Where that run keeps what it could compute again."""
+    return workdir.with_name(f"{workdir.name}-cache")
 
 
 def start(arguments):
@@ -70,6 +95,14 @@ def interrupt(arguments, number, line):
     return process.returncode, output
 
 
+class Outcome(NamedTuple):
+    step: str
+    arrays: dict[str, bytes]
+    rows: list[dict[str, float]]
+    samples: dict[str, str]
+    best: Any  # what is known of the best step, and its arrays
+
+
 def outcome(workdir):
     """All that a run leaves behind that does not measure time."""
     from jaxllm.training.checkpoint import find_checkpoint
@@ -77,8 +110,12 @@ def outcome(workdir):
     folder = find_checkpoint(workdir)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     rows = [{k: x for k, x in row.items() if not k.startswith("perf/")} for row in rows]
-    samples = {path.name: path.read_text() for path in (workdir / "samples").iterdir()}
-    return folder.name, read_all(folder), rows, samples
+    samples = {path.name: path.read_text() for path in workdir.glob("samples/*")}
+    best = json.loads((folder / "metadata.json").read_text())["best"]
+    if (workdir / "best.json").exists():
+        assert json.loads((workdir / "best.json").read_text()) == best
+        best = best, read_all(find_checkpoint(workdir / "best"))
+    return Outcome(folder.name, read_all(folder), rows, samples, best)
 
 
 def read_all(folder):
@@ -103,25 +140,44 @@ def read_all(folder):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A folder for tokenised text, with some text in it."""
-    folder, draw = tmp_path_factory.mktemp("cache"), random.Random(0)
+def shared(tmp_path_factory):
+    """A folder with a few rows for every stage, made of words that mean nothing."""
+    folder, draw = tmp_path_factory.mktemp("runs"), random.Random(0)
     words = ["".join(draw.choices("aeiounrstlk", k=draw.randrange(2, 8))) for _ in range(300)]
-    texts = [" ".join(draw.choices(words, k=draw.randrange(5, 60))) + "." for _ in range(300)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def say(shortest, longest):
+        return " ".join(draw.choices(words, k=draw.randrange(shortest, longest))) + "."
+
+    rows = {
+        "pretrain": [{"text": say(5, 60)} for _ in range(300)],
+        "sft": [{"prompt": say(1, 5), "completion": say(1, 5)} for _ in range(150)],
+        "reward_model": [
+            {"prompt": say(1, 4), "chosen": say(1, 5), "rejected": say(1, 5)} for _ in range(80)
+        ],
+    }
+    rows["dpo"] = rows["reward_model"]
+    for stage, records in rows.items():
+        (folder / f"{stage}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, cache):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    code, output = run(command(workdir, cache))
-    assert code == 0, output
-    return outcome(workdir)
+def uninterrupted(shared):
+    """stage -> the outcome of a run of it that was left alone."""
+
+    @functools.cache
+    def leave_alone(stage):
+        if stage != "pretrain":
+            leave_alone("pretrain")
+        code, output = run(command(stage, shared, whole(shared, stage)))
+        assert code == 0, output
+        return outcome(whole(shared, stage))
+
+    return leave_alone
 
 
 def test_a_run_leaves_each_step_once_and_samples(uninterrupted):
-    step, arrays, rows, samples = uninterrupted
+    step, arrays, rows, samples, _ = uninterrupted("pretrain")
     assert step == str(STEPS)
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
     assert [row["step"] for row in rows if "eval/bits_per_byte" in row] == [0, 4, 8, 12]
@@ -129,32 +185,38 @@ def test_a_run_leaves_each_step_once_and_samples(uninterrupted):
     assert {"step", "key", "params/embed/table"} <= arrays.keys()
 
 
-def test_killed_three_times_it_ends_the_same(tmp_path, cache, uninterrupted):
-    workdir, draw = tmp_path / "killed", random.Random()
-    for first in (1, 5, 9):  # before, between and after checkpoints; just after a step's line, or a save's
+@pytest.mark.parametrize(
+    ("stage", "stretches"),  # of three steps each, in which it is killed
+    [("pretrain", (1, 5, 9)), ("sft", (7,)), ("reward_model", (7,)), ("dpo", (7,))],
+)
+def test_killed_it_ends_the_same(tmp_path, shared, uninterrupted, stage, stretches):
+    workdir, draw, expected = tmp_path / "killed", random.Random(), uninterrupted(stage)
+    for first in stretches:  # before, between and after checkpoints; just after a step's line, or a save's
         step = first + draw.randrange(3)
         line = draw.choice([f"step {step}/", f"step {step}/", f"saved step {-(-step // 3) * 3}"])
-        code, output = interrupt(command(workdir, cache), signal.SIGKILL, line)
+        code, output = interrupt(command(stage, shared, workdir), signal.SIGKILL, line)
         assert code == -signal.SIGKILL, output
-    code, output = run(command(workdir, cache, "--resume=must"))
+    if stage == "dpo":  # the reference is then computed again, from the weights that the run began with
+        shutil.rmtree(cache_of(workdir))
+    code, output = run(command(stage, shared, workdir, "--resume=must"))
     assert code == 0, output
     assert "resumed at step" in output
-    assert outcome(workdir) == uninterrupted
+    assert outcome(workdir) == expected
 
 
-def test_asked_to_stop_it_saves_exits_75_and_the_printed_command_resumes(tmp_path, cache, uninterrupted):
+def test_asked_to_stop_it_saves_exits_75_and_the_printed_command_resumes(tmp_path, shared, uninterrupted):
     workdir = tmp_path / "stopped"
-    code, output = interrupt(command(workdir, cache), signal.SIGTERM, "step 5/")
+    code, output = interrupt(command("pretrain", shared, workdir), signal.SIGTERM, "step 5/")
     assert code == 75, output
     (line,) = [line for line in output.splitlines() if "resume with: " in line]
     code, output = run(shlex.split(line.partition("resume with: ")[2]))
     assert code == 0, output
-    assert outcome(workdir) == uninterrupted
+    assert outcome(workdir) == uninterrupted("pretrain")
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, cache, uninterrupted):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, shared, uninterrupted):
     workdir = tmp_path / "damaged"
-    code, output = interrupt(command(workdir, cache), signal.SIGTERM, "step 8/")
+    code, output = interrupt(command("pretrain", shared, workdir), signal.SIGTERM, "step 8/")
     assert code == 75, output
     newest = max((path for path in (workdir / "checkpoints").iterdir()), key=lambda path: int(path.name))
     victim = max(
@@ -163,23 +225,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, cache, 
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    code, output = run(command(workdir, cache))
+    code, output = run(command("pretrain", shared, workdir))
     assert code == 0, output
     assert f"{newest.name} is damaged" in output
     assert "resumed at step 6" in output
-    assert outcome(workdir) == uninterrupted
+    assert outcome(workdir) == uninterrupted("pretrain")
 
 
-def test_another_seed_or_other_data_is_refused_and_nothing_is_lost(tmp_path, cache, uninterrupted):
+def test_another_seed_or_other_data_is_refused_and_nothing_is_lost(tmp_path, shared, uninterrupted):
     workdir = tmp_path / "foreign"
-    code, stopped = interrupt(command(workdir, cache), signal.SIGTERM, "step 5/")
+    code, stopped = interrupt(command("pretrain", shared, workdir), signal.SIGTERM, "step 5/")
     assert code == 75, stopped
     before = sorted(path for path in workdir.rglob("*"))
-    code, output = run(command(workdir, cache, "--config.seed=1"))
+    code, output = run(command("pretrain", shared, workdir, "--config.seed=1"))
     assert code == 78, output
     assert "seed 0 -> 1" in output.splitlines()[-1]
     assert sorted(path for path in workdir.rglob("*")) == before
     step = int(re.search(r"saved at step (\d+)", stopped)[1])
-    code, output = run(command(workdir, cache, f"--config.training.steps={step - 1}"))  # steps may differ
+    code, output = run(
+        command("pretrain", shared, workdir, f"--config.training.steps={step - 1}")
+    )  # steps may differ
     assert code == 0, output
     assert f"nothing to do: {step} steps are done" in output
