@@ -80,10 +80,19 @@ def conversation(record: Mapping[str, Any], rename: Sequence[str] = ()) -> tuple
         prompt = as_messages(record["prompt"], "user", rename)
         return "prompt, completion", system + prompt + as_messages(record["completion"], "assistant", rename)
     if "instruction" in record and "output" in record:
-        history = [exchange(*pair) for pair in record.get("history") or []]
-        turns = itertools.chain(*history, exchange(question(record), record["output"]))
+        history = record.get("history") or []
+        if not isinstance(history, list) or not all(isinstance(x, list) and len(x) == 2 for x in history):
+            raise BadRow("wrong type", "'history' must be a list of questions with their answers")
+        turns = itertools.chain.from_iterable(
+            exchange(*pair) for pair in [*history, (question(record), record["output"])]
+        )
         return "instruction, input, output", [*system, *turns]
     raise BadRow("unknown format", f"keys {', '.join(record)}; name them by data.rename=THEIRS=OURS")
+
+
+def is_text(record: Mapping[str, Any]) -> bool:
+    """Whether a record is a plain text. Some conversations have a `text` too, which says them once more."""
+    return "text" in record and not {"messages", "conversations", "completion", "output"} & record.keys()
 
 
 def question(record: Mapping[str, Any]) -> str:
@@ -119,6 +128,8 @@ def message(value: Any, rename: Sequence[str]) -> dict[str, Any]:
             raise BadRow("part of a message that is not read", unread)
     if role is None:
         raise BadRow("missing key", f"a message has keys {', '.join(value)}, but no role")
+    if not isinstance(role, str):
+        raise BadRow("wrong type", f"a message's role is {json_type(role)}, not a string")
     return {"role": _SHAREGPT_ROLES.get(role, role), "content": content}
 
 
@@ -141,15 +152,15 @@ def encoder(
 
     def encode(record: Mapping[str, Any]) -> Example:
         record = renamed(record, config.rename)
-        if "text" in record and "messages" not in record:
+        if is_text(record):
             return encode_text(record["text"], tokenizer, config.sequence_length)
         kind, messages = conversation(record, config.rename)
         ids, learnt = template.encode(messages, learn=config.learn)
-        answer = learnt if config.learn != "all" else template.encode(messages, learn="last").learnt
-        if len(ids) > fits and (config.too_long == "drop" or not any(learnt[1:fits])):
+        answers = learnt if config.learn != "all" else template.encode(messages, learn="assistant").learnt
+        if len(ids) > fits and (config.too_long == "drop" or not any(answers[:fits])):
             raise BadRow("longer than data.sequence_length", f"{len(ids)} tokens", fault=False)
         row = np.array(ids[:fits], np.int32), np.array(learnt[:fits], bool)
-        return Example(*zip(row), group=opening(messages), kind=kind, numbers=(last_run(answer),))
+        return Example(*zip(row), group=opening(messages), kind=kind, numbers=(last_run(answers[:fits]),))
 
     return encode
 
@@ -158,6 +169,8 @@ def encode_text(text: Any, tokenizer: BaseTokenizer, sequence_length: int) -> Ex
     """A document, cut into pieces that fill a row; every token is a target exactly once."""
     if not isinstance(text, str):
         raise BadRow("wrong type", f"'text' is {json_type(text)}, not a string")
+    if not text.strip():
+        raise BadRow("empty text")
     ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], np.int32)
     starts = range(0, len(ids) - 1, sequence_length)
     pieces = tuple(ids[start : start + sequence_length + 1] for start in starts)
@@ -170,10 +183,10 @@ def chat_texts(config: ChatConfig, *, seed: int) -> Iterator[str]:
         for row in config.open(name, "train", text_key=None, seed=seed).rows():
             with contextlib.suppress(BadRow):
                 record = renamed(row.value or {}, config.rename)
-                if isinstance(record.get("text"), str):
-                    yield record["text"]
+                if is_text(record):
+                    yield from texts([{"content": record["text"]}])
                 else:
-                    yield from texts(conversation(record)[1])
+                    yield from texts(conversation(record, config.rename)[1])
 
 
 def texts(messages: Messages) -> Iterator[str]:
@@ -219,8 +232,8 @@ def load_chats(
             seed=seed,
         )
 
-    layout = (config.weights, config.held_out_fraction, config.sequence_length, config.packing, seed)
-    fingerprint = repr(([part.fingerprint for part in parts], layout, tokenizer.pad_id))
+    layout = (len(train), config.weights, config.held_out_fraction, config.sequence_length, config.packing)
+    fingerprint = repr(([part.fingerprint for part in parts], layout, seed, tokenizer.pad_id))
     data = ChatDataset(
         tuple(map(lay_out, train)),
         config.weights,

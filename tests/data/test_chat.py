@@ -1,0 +1,338 @@
+"""Conversations as rows: every token is read and every answer learnt exactly once, its stop token too."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from jaxllm.data.chat import ChatConfig, answered, chat_texts, encoder, last_run, load_chats
+from jaxllm.data.chat_template import NativeTemplate
+from jaxllm.data.show import show_mask
+from jaxllm.data.sources import BadRow
+from jaxllm.errors import ConfigError, DataError
+
+
+def turns(*said: str) -> list[dict[str, str]]:
+    """Messages written as "role: content"."""
+    return [dict(zip(("role", "content"), each.split(": ", 1), strict=True)) for each in said]
+
+
+# One row
+
+
+@pytest.fixture(scope="module")
+def template(tokenizer):
+    return NativeTemplate(tokenizer)
+
+
+def config(*train, **changes) -> ChatConfig:
+    defaults = {
+        "train": tuple(map(str, train)) or ("none",),
+        "weights": (),
+        "validation": (),
+        "validation_fraction": 0.0,
+        "synthetic_rows": 30,
+        "sequence_length": 128,
+        "batch_size": 2,
+        "on_bad_row": "stop",
+        "max_bad_fraction": 0.5,
+        "rename": (),
+        "template": None,
+        "learn": "assistant",
+        "packing": True,
+        "too_long": "drop",
+    }
+    return ChatConfig(**defaults | changes)
+
+
+def encode(record, tokenizer, **changes):
+    template = NativeTemplate(tokenizer)
+    return encoder(config(**changes), tokenizer, template)(record)
+
+
+TWO_TURNS = {"messages": turns("user: Who?", "assistant: Ada.", "user: Then?", "assistant: Bo.")}
+
+
+@pytest.mark.parametrize(
+    ("learn", "shown"),
+    [
+        (
+            "assistant",
+            "⟦<s><|user|>Who?<|end|><|assistant|>⟧Ada.<|end|>⟦<|user|>Then?<|end|><|assistant|>⟧Bo.<|end|>",
+        ),
+        (
+            "last",
+            "⟦<s><|user|>Who?<|end|><|assistant|>Ada.<|end|><|user|>Then?<|end|><|assistant|>⟧Bo.<|end|>",
+        ),
+        (
+            "all",
+            "⟦<s>⟧<|user|>Who?<|end|><|assistant|>Ada.<|end|><|user|>Then?<|end|><|assistant|>Bo.<|end|>",
+        ),
+    ],
+)
+def test_what_is_learnt_is_answers_with_their_stop_token(tokenizer, learn, shown):
+    row = encode(TWO_TURNS, tokenizer, learn=learn)
+    assert show_mask(row.ids[0], row.learnt[0], tokenizer) == shown
+    prompt, answer = answered(row)
+    assert show_mask(answer, [True] * len(answer), tokenizer) == "Bo.<|end|>"
+    assert [*prompt, *answer] == row.ids[0].tolist()
+
+
+def test_a_row_that_fits_just_so_is_kept_and_one_token_more_is_too_long(tokenizer):
+    length = len(encode(TWO_TURNS, tokenizer).ids[0])
+    assert len(encode(TWO_TURNS, tokenizer, sequence_length=length - 1).ids[0]) == length
+    with pytest.raises(BadRow, match=rf"longer than data.sequence_length \({length} tokens\)") as error:
+        encode(TWO_TURNS, tokenizer, sequence_length=length - 2)
+    assert not error.value.fault
+
+
+@pytest.mark.parametrize("learn", ["assistant", "last", "all"])
+def test_cutting_keeps_a_row_as_long_as_some_of_an_answer_is_left(tokenizer, learn):
+    whole = encode(TWO_TURNS, tokenizer, learn=learn)
+    learnt = np.flatnonzero(
+        encode(TWO_TURNS, tokenizer, learn="last" if learn == "last" else "assistant").learnt[0]
+    )
+    for length in range(1, len(whole.ids[0])):
+        if length < learnt[0]:
+            with pytest.raises(BadRow, match=r"longer than data.sequence_length"):
+                encode(TWO_TURNS, tokenizer, learn=learn, sequence_length=length, too_long="cut")
+            continue
+        row = encode(TWO_TURNS, tokenizer, learn=learn, sequence_length=length, too_long="cut")
+        np.testing.assert_array_equal(row.ids[0], whole.ids[0][: length + 1])
+        np.testing.assert_array_equal(row.learnt[0], whole.learnt[0][: length + 1])
+        prompt, answer = answered(row)  # to generate from: ends where an answer begins
+        assert prompt[-1] == tokenizer.special_ids["<|assistant|>"]
+        assert answer
+
+
+def test_an_alpaca_row_with_a_text_of_it_all_is_a_conversation(tokenizer):
+    record = {"instruction": "Who?", "input": "", "output": "Ada.", "text": "Below is ... Who? ... Ada."}
+    assert encode(record, tokenizer).kind == "instruction, input, output"
+
+
+@pytest.mark.parametrize("text", [3, None])
+def test_a_text_that_is_none_is_a_fault(tokenizer, text):
+    with pytest.raises(BadRow, match=r"wrong type \('text' is "):
+        encode({"text": text}, tokenizer)
+
+
+def test_an_empty_text_is_a_fault(tokenizer):
+    with pytest.raises(BadRow, match=r"empty text"):
+        encode({"text": " \n"}, tokenizer)
+
+
+def test_the_last_stretch_is_found_wherever_it_lies():
+    assert [last_run(x) for x in ([0, 1, 1], [1, 1], [1, 0, 1, 0], [0, 1, 0, 0])] == [1, 0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rename": ("question",)}, "data.rename has 'question': write THEIRS=OURS, such as question=prompt"),
+        ({"rename": ("=prompt",)}, "data.rename has '=prompt'"),
+        ({"learn": "user"}, "data.learn='user': choose one of assistant, last, all"),
+        ({"too_long": "stop"}, "data.too_long='stop': choose one of drop, cut"),
+        ({"batch_size": 0}, "data.batch_size=0"),
+    ],
+)
+def test_an_impossible_field_is_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**changes)
+
+
+# Whole data sets
+
+
+def chats(count: int, first: int = 0) -> list[dict]:
+    """Conversations of one to three exchanges, all different."""
+    said = [
+        turns(
+            *(f"{role}: {i} {turn}: the  {word}\nleft." for turn in range(1 + i % 3) for role, word in WORDS)
+        )
+        for i in range(first, first + count)
+    ]
+    return [{"messages": messages} for messages in said]
+
+
+WORDS = (("user", "ball"), ("assistant", "Ada"))
+
+
+def write(path, records):
+    """In the format that the path's end asks for."""
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    elif path.suffix == "":
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.Dataset.from_list(records).save_to_disk(path)
+        datasets.enable_progress_bars()
+    else:
+        lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return path
+
+
+def load(*train, tokenizer, seed=0, **changes):
+    return load_chats(config(*train, **changes), tokenizer, NativeTemplate(tokenizer), seed=seed)
+
+
+def segments(sources):
+    """Every text of the rows: its ids, and which of them are learnt."""
+    for packed in sources:
+        for i in range(len(packed)):
+            row = packed[i]
+            for number in range(1, row.segment_ids.max() + 1):
+                here = row.segment_ids == number
+                yield [*row.tokens[here].tolist(), row.targets[here][-1]], [False, *row.mask[here]]
+            assert not row.mask[row.segment_ids == 0].any()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "saved"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_conversation_is_in_the_rows_once_and_whole(tmp_path, tokenizer, template, name, packing):
+    records = chats(20)
+    data = load(write(tmp_path / name, records), tokenizer=tokenizer, packing=packing, sequence_length=256)
+    expected = [template.encode(record["messages"], learn="assistant") for record in records]
+    found = list(segments(data.train))
+    assert sorted(found) == sorted((ids, learnt) for ids, learnt in expected)
+    assert all(ids.count(tokenizer.bos_id) == 1 for ids, _ in found)
+    assert (len(data.train[0]) < 20) == packing
+
+
+def test_too_long_ones_are_counted_and_written_down_but_stop_nothing(tmp_path, tokenizer):
+    records = [*chats(10), {"messages": turns("user: Who?", "assistant: " + "Ada " * 300)}]
+    path = write(tmp_path / "a.jsonl", records)
+    chat_config = config(path, max_bad_fraction=0.0)
+    data = load_chats(chat_config, tokenizer, NativeTemplate(tokenizer), seed=0, run_folder=tmp_path / "run")
+    assert "11 rows read, 10 kept, 1 dropped (1 longer than data.sequence_length)" in data.report
+    (line,) = (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()
+    assert json.loads(line)["where"] == f"{path}:11"
+
+
+def test_a_fault_stops_the_run_or_is_skipped_by_choice(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [*chats(3), {"messages": turns("user: Who?")}])
+    with pytest.raises(
+        DataError, match=r"a.jsonl:4: no assistant turn; mend the row, or set data.on_bad_row"
+    ):
+        load(path, tokenizer=tokenizer)
+    data = load(path, tokenizer=tokenizer, on_bad_row="skip")
+    assert "4 rows read, 3 kept, 1 dropped (1 no assistant turn)" in data.report
+    with pytest.raises(DataError, match=r"1 of 4 rows are bad, more than data.max_bad_fraction=0.1"):
+        load(path, tokenizer=tokenizer, on_bad_row="skip", max_bad_fraction=0.1)
+
+
+def openings(sources, tokenizer):
+    """The first user's message of each row, as tokens."""
+    end, user = tokenizer.special_ids["<|end|>"], tokenizer.special_ids["<|user|>"]
+    return {tokenizer.decode(ids[ids.index(user) : ids.index(end)]) for ids, _ in segments(sources)}
+
+
+def test_an_opening_is_trained_on_or_validated_on_whatever_else_is_read(tmp_path, tokenizer):
+    first = [{"messages": turns(f"user: Question {i // 2}?", f"assistant: Answer {i}.")} for i in range(80)]
+    second = [{"prompt": f"Question {i}?", "completion": "Another."} for i in range(20, 60)]
+    a, b = write(tmp_path / "a.jsonl", first), write(tmp_path / "b.jsonl", second)
+    alone = load(a, tokenizer=tokenizer, validation_fraction=0.2)
+    both = load(b, a, tokenizer=tokenizer, validation_fraction=0.2)
+    for data in (alone, both):
+        train, held_out = openings(data.train, tokenizer), openings(data.validation, tokenizer)
+        assert not train & held_out
+        assert held_out
+    assert openings(alone.validation, tokenizer) == openings(both.validation, tokenizer) & {
+        f"Question {i}?" for i in range(40)
+    }
+
+
+def test_held_out_conversations_are_kept_as_prompts_and_answers(tmp_path, tokenizer):
+    records = [*chats(4), {"text": "no answer here"}]
+    train, validation = write(tmp_path / "a.jsonl", chats(2, 9)), write(tmp_path / "b.jsonl", records)
+    data = load(train, tokenizer=tokenizer, validation=(str(validation),))
+    found = [(tokenizer.decode(prompt)[-17:], tokenizer.decode(answer)) for prompt, answer in data.held_out]
+    assert found == [
+        (f"{i} {i % 3}: the  ball\nleft."[-17:], f"{i} {i % 3}: the  Ada\nleft.") for i in range(4)
+    ]
+
+
+def test_chats_mix_with_texts_of_which_every_token_is_learnt_once(tmp_path, tokenizer):
+    texts = ["Ada left the  red ball in the garden.\n" * 9, "short"]
+    chat_file = write(tmp_path / "a.jsonl", [*chats(3), {"text": texts[0]}])
+    (tmp_path / "b.txt").write_text(texts[1])
+    data = load(chat_file, tmp_path / "b.txt", tokenizer=tokenizer, weights=(0.8, 0.2), sequence_length=90)
+    assert data.weights == (0.8, 0.2)
+    assert "4 rows read, 4 kept: 3 of messages, 1 of text;" in data.report
+    whole = [tokenizer.bos_id, *tokenizer.encode(texts[0]), tokenizer.eos_id]
+    starts = range(0, len(whole) - 1, 90)
+    pieces = [ids for ids, learnt in segments(data.train[:1]) if all(learnt[1:])]
+    assert sorted(pieces) == sorted(whole[start : start + 91] for start in starts)
+    assert sum(len(piece) - 1 for piece in pieces) == len(whole) - 1
+    ((ids, learnt),) = segments(data.train[1:])
+    assert ids == [tokenizer.bos_id, *tokenizer.encode("short"), tokenizer.eos_id]
+    assert all(learnt[1:])
+
+
+def test_named_validation_sources_are_what_is_validated_on(tmp_path, tokenizer):
+    a, b = write(tmp_path / "a.jsonl", chats(9)), write(tmp_path / "b.jsonl", chats(4, 50))
+    data = load(a, tokenizer=tokenizer, validation=(str(b),), validation_fraction=0.3)
+    assert len(list(segments(data.train))) == 9
+    assert len(list(segments(data.validation))) == len(data.held_out) == 4
+
+
+def test_the_fingerprint_follows_what_is_trained_on_and_not_where_it_lies(tmp_path, tokenizer):
+    a, b = write(tmp_path / "a.jsonl", chats(20)), write(tmp_path / "b.jsonl", chats(10, 40))
+
+    def fingerprint(*train, **changes):
+        return load(*train, tokenizer=tokenizer, **changes).fingerprint
+
+    moved = write(tmp_path / "moved.jsonl.gz", chats(20))
+    assert fingerprint(a) == fingerprint(moved) == fingerprint(a, on_bad_row="skip", max_bad_fraction=0.9)
+    found = [
+        fingerprint(a),
+        fingerprint(b),
+        fingerprint(a, b),
+        fingerprint(b, a),
+        fingerprint(a, validation=(str(b),)),
+        fingerprint(a, b, weights=(0.5, 0.5)),
+        fingerprint(a, b, weights=(0.6, 0.4)),
+        fingerprint(a, learn="last"),
+        fingerprint(a, packing=False),
+        fingerprint(a, sequence_length=127),
+        fingerprint(a, validation_fraction=0.3),
+        fingerprint(a, seed=1),
+    ]
+    assert len(set(found)) == len(found)
+
+
+def test_the_report_says_what_is_learnt_and_shows_one_row_with_its_mask(tmp_path, tokenizer, monkeypatch):
+    text = "first, but no conversation"
+    path = write(tmp_path / "a.jsonl", [{"text": text}, {"prompt": "Who?", "completion": "Ada."}])
+    text_ids, question, answer = (len(tokenizer.encode(each)) for each in (text, "Who?", "Ada."))
+    tokens, learnt = (text_ids + 1) + (question + answer + 4), (text_ids + 1) + (answer + 1)
+    report = load(path, tokenizer=tokenizer, packing=False).report
+    assert report.splitlines() == [
+        f"{path}: 2 rows read, 2 kept: 1 of text, 1 of prompt, completion; {tokens + 2} tokens",
+        f"train: {tokens} tokens, {learnt / tokens:.1%} of them learnt, in 2 rows of 128, "
+        f"{1 - tokens / 256:.1%} padding",
+        "chat template: built in; answers end at <|end|>, </s>",
+        "example (what is in ⟦ ⟧ is read but not learnt): ⟦<s><|user|>Who?<|end|><|assistant|>⟧Ada.<|end|>",
+    ]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert load(path, tokenizer=tokenizer).report.endswith("\033[32mAda.<|end|>\033[0m")
+
+
+def test_what_a_tokenizer_is_trained_on_is_what_is_said(tmp_path):
+    renamed = {"messages": [{"speaker": "user", "said": "What?"}, {"speaker": "gpt", "said": "This."}]}
+    path = write(tmp_path / "a.jsonl", [TWO_TURNS, {"text": "a text"}, {"nothing": 1}, renamed])
+    (tmp_path / "b.txt").write_text("plain")
+    chat_config = config(path, tmp_path / "b.txt", rename=("speaker=role", "said=content"))
+    found = list(chat_texts(chat_config, seed=0))
+    assert found == ["Who?", "Ada.", "Then?", "Bo.", "a text", "What?", "This.", "plain"]
+
+
+def test_the_synthetic_chats_need_no_file(tokenizer):
+    data = load("synthetic:chats", tokenizer=tokenizer, validation_fraction=0.3, sequence_length=512)
+    assert len(data.held_out) > 0
+    assert "synthetic:chats: 30 rows read, 30 kept" in data.report

@@ -1,0 +1,154 @@
+"""Every public format of instruction data becomes the messages it means, and nothing else becomes any."""
+
+import pytest
+
+from jaxllm.data.chat import conversation
+from jaxllm.data.sources import BadRow
+
+
+def turns(*said: str) -> list[dict[str, str]]:
+    """Messages written as "role: content"."""
+    return [dict(zip(("role", "content"), each.split(": ", 1), strict=True)) for each in said]
+
+
+EXCHANGE = turns("user: Who?", "assistant: Ada.")
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "messages"),
+    [
+        (
+            {"messages": turns("system: Be brief.", "user: Who?", "assistant: Ada.", "user: No.")},
+            "messages",
+            turns("system: Be brief.", "user: Who?", "assistant: Ada.", "user: No."),
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be brief."},
+                    {"from": "human", "value": "Who?"},
+                    {"from": "gpt", "value": "Ada."},
+                    {"from": "human", "value": "And?"},
+                    {"from": "bot", "value": "Bo."},
+                    {"from": "user", "value": "And?"},
+                    {"from": "chatgpt", "value": "Cleo."},
+                ]
+            },
+            "conversations",
+            turns(
+                "system: Be brief.",
+                "user: Who?",
+                "assistant: Ada.",
+                "user: And?",
+                "assistant: Bo.",
+                "user: And?",
+                "assistant: Cleo.",
+            ),
+        ),
+        ({"messages": [{"from": "human", "value": "Who?"}, *EXCHANGE[1:]]}, "messages", EXCHANGE),
+        ({"conversations": EXCHANGE}, "conversations", EXCHANGE),
+        ({"prompt": "Who?", "completion": "Ada."}, "prompt, completion", EXCHANGE),
+        ({"prompt": EXCHANGE[:1], "completion": EXCHANGE[1:]}, "prompt, completion", EXCHANGE),
+        (
+            {"system": "Be brief.", "prompt": "Who?", "completion": "Ada."},
+            "prompt, completion",
+            turns("system: Be brief.", *("user: Who?", "assistant: Ada.")),
+        ),
+        (
+            {"instruction": "Who?", "input": "Ada or Bo", "output": "Ada."},
+            "instruction, input, output",
+            turns("user: Who?\n\nAda or Bo", "assistant: Ada."),
+        ),
+        ({"instruction": "Who?", "output": "Ada."}, "instruction, input, output", EXCHANGE),
+        ({"instruction": "Who?", "input": " ", "output": "Ada."}, "instruction, input, output", EXCHANGE),
+        ({"instruction": "Who?", "input": None, "output": "Ada."}, "instruction, input, output", EXCHANGE),
+        (
+            {
+                "system": "Be brief.",
+                "history": [["One?", "1."], ["Two?", "2."]],
+                "instruction": "Who?",
+                "input": "",
+                "output": "Ada.",
+            },
+            "instruction, input, output",
+            turns(
+                "system: Be brief.",
+                "user: One?",
+                "assistant: 1.",
+                "user: Two?",
+                "assistant: 2.",
+                "user: Who?",
+                "assistant: Ada.",
+            ),
+        ),
+        (
+            {"system": "", "history": None, "instruction": "Who?", "output": "Ada."},
+            "instruction, input, output",
+            EXCHANGE,
+        ),
+    ],
+)
+def test_each_format_becomes_these_messages(record, kind, messages):
+    assert conversation(record) == (kind, messages)
+
+
+def test_columns_can_be_called_otherwise_inside_messages_too():
+    record = {"dialog": [{"speaker": "user", "said": "Who?"}, {"speaker": "gpt", "said": "Ada."}]}
+    rename = ("dialog=messages", "speaker=role", "said=content")
+    assert conversation(record, rename) == ("messages", EXCHANGE)
+    record = {"question": "Who?", "answer": "Ada.", "id": 3}
+    assert conversation(record, ("question=prompt", "answer=completion"))[1] == EXCHANGE
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        (
+            {"question": "Who?", "answer": "Ada."},
+            "unknown format (keys question, answer; name them by data.rename=THEIRS=OURS)",
+        ),
+        ({"prompt": "Who?"}, "unknown format (keys prompt; name them by data.rename=THEIRS=OURS)"),
+        ({"messages": "Who?"}, "wrong type ('messages' is a string, not a list)"),
+        ({"conversations": None}, "wrong type ('conversations' is null, not a list)"),
+        ({"messages": ["Who?"]}, "wrong type (a message is a string, not an object)"),
+        ({"messages": [{"content": "Who?"}]}, "missing key (a message has keys content, but no role)"),
+        (
+            {"messages": [{"role": ["user"], "content": "Who?"}]},
+            "wrong type (a message's role is a list, not a string)",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "find"}]}]},
+            "part of a message that is not read (tool_calls)",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "1", "reasoning_content": "0 + 1"}]},
+            "part of a message that is not read (reasoning_content)",
+        ),
+        (
+            {"instruction": ["Who?"], "output": "Ada."},
+            "wrong type ('instruction' and 'input' must be strings)",
+        ),
+        (
+            {"instruction": "Who?", "input": 3, "output": "Ada."},
+            "wrong type ('instruction' and 'input' must be strings)",
+        ),
+        (
+            {"history": [["alone"]], "instruction": "Who?", "output": "Ada."},
+            "wrong type ('history' must be a list of questions with their answers)",
+        ),
+        (
+            {"history": "before", "instruction": "Who?", "output": "Ada."},
+            "wrong type ('history' must be a list of questions with their answers)",
+        ),
+    ],
+)
+def test_a_record_of_another_shape_is_a_fault_in_words(record, problem):
+    with pytest.raises(BadRow) as error:
+        conversation(record)
+    assert str(error.value) == problem
+    assert error.value.fault
+
+
+def test_empty_tool_calls_and_other_columns_are_no_fault():
+    messages = [{**each, "tool_calls": [], "id": 7} for each in EXCHANGE]
+    assert conversation({"messages": messages, "source": "here"})[1] == EXCHANGE
