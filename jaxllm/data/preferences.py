@@ -119,7 +119,7 @@ def _by_choice(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise BadRow("wrong type", "'answers' must be a list of two, since there is a 'choice'")
     if choice in ("tie", "bad", None):
         raise BadRow("tie", fault=False)
-    if choice not in (0, 1) or isinstance(choice, bool):
+    if type(choice) is not int or choice not in (0, 1):
         raise BadRow("wrong type", f"'choice' is {choice!r}, not 0, 1, tie or bad")
     return "prompt, answers, choice", {**record, "chosen": answers[choice], "rejected": answers[1 - choice]}
 
@@ -149,6 +149,7 @@ def encoder(config: PreferenceConfig, template: ChatTemplate) -> Callable[[Mappi
     """From records to Examples of two sequences, of which neither is longer than a row."""
 
     def encode(record: Mapping[str, Any]) -> Example:
+        record = renamed(record, config.rename)
         kind, prompt, *answers = pair(record, config.rename)
         if prompt[-1]["role"] != "user" or any(answer["role"] != "assistant" for answer in answers):
             raise BadRow("wrong role order", "the answers must be an assistant's, to a user")
@@ -202,9 +203,8 @@ def load_preferences(
         empty = np.zeros((len(pairs), 2), np.float32)
         return PairRows(pairs, empty, config.sequence_length, tokenizer.pad_id)
 
-    fingerprint = repr(
-        ([part.fingerprint for part in parts], config.weights, config.held_out_fraction, tokenizer.pad_id)
-    )
+    layout = (len(train), config.weights, config.held_out_fraction)
+    fingerprint = repr(([part.fingerprint for part in parts], layout, tokenizer.pad_id))
     data = Dataset(
         tuple(map(lay_out, train)),
         config.weights,

@@ -1,0 +1,377 @@
+"""Pairs of answers: every public format says the same prompt and answers, and none is cut."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxllm.data.chat_template import NativeTemplate
+from jaxllm.data.preferences import (
+    PairRows,
+    PreferenceConfig,
+    encoder,
+    is_pair,
+    load_preferences,
+    pair,
+    preference_texts,
+)
+from jaxllm.data.rows import Example
+from jaxllm.data.show import show_mask
+from jaxllm.data.sources import BadRow
+from jaxllm.errors import DataError
+
+
+def turns(*said: str) -> list[dict[str, str]]:
+    """Messages written as "role: content"."""
+    return [dict(zip(("role", "content"), each.split(": ", 1), strict=True)) for each in said]
+
+
+WHO = turns("user: Who?")
+ADA, BO = turns("assistant: Ada.", "assistant: Bo.")
+LONGER = turns("user: One?", "assistant: 1.", "user: Who?")
+
+# Formats
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "prompt"),
+    [
+        ({"prompt": "Who?", "chosen": "Ada.", "rejected": "Bo."}, "prompt, chosen, rejected", WHO),
+        ({"prompt": LONGER, "chosen": [ADA], "rejected": [BO]}, "prompt, chosen, rejected", LONGER),
+        ({"prompt": LONGER, "chosen": "Ada.", "rejected": "Bo."}, "prompt, chosen, rejected", LONGER),
+        (
+            {"prompt": "Who?", "chosen": [*WHO, ADA], "rejected": [*WHO, BO]},
+            "prompt, chosen, rejected",
+            WHO,
+        ),
+        (
+            {"prompt": "One?", "chosen": [*LONGER[1:], ADA], "rejected": [*LONGER[1:], BO]},
+            "prompt, chosen, rejected",
+            LONGER,
+        ),
+        (
+            {"instruction": "Who", "input": "won?", "chosen": "Ada.", "rejected": "Bo."},
+            "instruction, input, chosen, rejected",
+            turns("user: Who\n\nwon?"),
+        ),
+        ({"chosen": [*LONGER, ADA], "rejected": [*LONGER, BO]}, "messages", LONGER),
+        (
+            {
+                "chosen": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Ada."}],
+                "rejected": [*WHO, BO],
+            },
+            "messages",
+            WHO,
+        ),
+        (
+            {
+                "chosen": "\n\nHuman: One?\n\nAssistant: 1.\n\nHuman: Who?\n\nAssistant: Ada.",
+                "rejected": "\n\nHuman: One?\n\nAssistant: 1.\n\nHuman: Who?\n\nAssistant: Bo.",
+            },
+            "transcripts",
+            LONGER,
+        ),
+        ({"prompt": "Who?", "answers": ["Bo.", "Ada."], "choice": 1}, "prompt, answers, choice", WHO),
+        ({"prompt": LONGER, "answers": ["Ada.", "Bo."], "choice": 0}, "prompt, answers, choice", LONGER),
+    ],
+)
+def test_each_format_becomes_this_prompt_and_the_two_answers(record, kind, prompt):
+    assert pair(record) == (kind, prompt, ADA, BO)
+    assert is_pair(record)
+
+
+def test_columns_can_be_called_otherwise_inside_messages_too():
+    said = ({"speaker": "user", "said": "Who?"}, {"speaker": "assistant", "said": "Ada."})
+    record = {"better": said[1]["said"], "worse": "Bo.", "question": [said[0]]}
+    rename = ("better=chosen", "worse=rejected", "question=prompt", "speaker=role", "said=content")
+    assert pair(record, rename) == ("prompt, chosen, rejected", WHO, ADA, BO)
+    assert is_pair(record, rename)
+    assert not is_pair(record)
+
+
+def test_a_transcript_may_hold_blank_lines_and_the_words_themselves():
+    text = "\n\nHuman: What is\n\na Human: or\n\nHumans?\n\nAssistant:"
+    ends = {"chosen": text + " Ada.", "rejected": text + " Bo."}
+    assert pair(ends)[1] == turns("user: What is\n\na Human: or\n\nHumans?")
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        (
+            {"prompt": "Who?", "chosen": "Ada."},
+            "missing key (no 'rejected' among prompt, chosen; data.rename",
+        ),
+        ({"question": "Who?"}, "missing key (no 'chosen' among question; data.rename=THEIRS=OURS)"),
+        (
+            {"prompt": "Who?", "chosen": 3, "rejected": "Bo."},
+            "wrong type (an answer is a number, neither a te",
+        ),
+        (
+            {"prompt": [3], "chosen": "Ada.", "rejected": "Bo."},
+            "wrong type (a message is a number, not an obj",
+        ),
+        (
+            {"chosen": "Ada.", "rejected": "Bo."},
+            "no prompt (a text without 'prompt' must be a transcript of H",
+        ),
+        (
+            {
+                "chosen": "Hi\n\nHuman: Who?\n\nAssistant: Ada.",
+                "rejected": "\n\nHuman: Who?\n\nAssistant: Bo.",
+            },
+            "no prompt (a text without 'prompt' must be a transcript of Human: and Assistant:)",
+        ),
+        ({"chosen": [ADA], "rejected": [BO]}, "no common prompt (the transcripts differ from the first turn"),
+        ({"prompt": "Who?", "answers": ["Ada."], "choice": 0}, "wrong type ('answers' must be a list of two"),
+        (
+            {"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": 2},
+            "wrong type ('choice' is 2, not 0, 1, t",
+        ),
+        (
+            {"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": True},
+            "wrong type ('choice' is True, not ",
+        ),
+        (
+            {"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": 1.0},
+            "wrong type ('choice' is 1.0, not 0,",
+        ),
+    ],
+)
+def test_a_record_of_another_shape_is_a_fault_in_words(record, problem):
+    with pytest.raises(BadRow) as error:
+        pair(record)
+    assert str(error.value).startswith(problem)
+    assert error.value.fault
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"prompt": "Who?", "chosen": "Ada.", "rejected": "Ada."}, "identical pair"),
+        ({"chosen": [*WHO, ADA], "rejected": [*WHO, ADA]}, "identical pair"),
+        ({"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": "tie"}, "tie"),
+        ({"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": "bad"}, "tie"),
+        ({"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": None}, "tie"),
+        (
+            {"chosen": [*WHO, ADA, *WHO, ADA], "rejected": [*WHO, BO, *WHO, BO]},
+            "answers of several turns (they part at turn 2)",
+        ),
+        ({"chosen": [*WHO, ADA], "rejected": [*WHO]}, "answers of several turns (they part at turn 2)"),
+    ],
+)
+def test_a_pair_that_says_nothing_is_no_fault(record, problem):
+    with pytest.raises(BadRow) as error:
+        pair(record)
+    assert str(error.value) == problem
+    assert not error.value.fault
+
+
+# As tokens
+
+
+def config(*train, **changes) -> PreferenceConfig:
+    defaults = {
+        "train": tuple(map(str, train)) or ("none",),
+        "weights": (),
+        "validation": (),
+        "validation_fraction": 0.0,
+        "synthetic_rows": 30,
+        "sequence_length": 64,
+        "batch_size": 2,
+        "on_bad_row": "stop",
+        "max_bad_fraction": 0.5,
+        "rename": (),
+        "template": None,
+    }
+    return PreferenceConfig(**defaults | changes)
+
+
+def encode(record, tokenizer, **changes) -> Example:
+    return encoder(config(**changes), NativeTemplate(tokenizer))(record)
+
+
+PAIR = {"prompt": "Who?", "chosen": "Ada.", "rejected": "Dan, or Eve."}
+
+
+def test_both_sides_begin_with_the_prompt_and_end_with_the_stop_token(tokenizer):
+    row = encode({"prompt": LONGER, "chosen": "Ada.", "rejected": "Bo."}, tokenizer)
+    prompt = "⟦<s><|user|>One?<|end|><|assistant|>1.<|end|><|user|>Who?<|end|><|assistant|>⟧"
+    shown = [show_mask(*side, tokenizer) for side in zip(row.ids, row.learnt, strict=True)]
+    assert shown == [prompt + "Ada.<|end|>", prompt + "Bo.<|end|>"]
+    assert row.group == "One?"
+    prompt_length, margin, weight = row.numbers
+    assert [np.flatnonzero(learnt)[0] for learnt in row.learnt] == [prompt_length] * 2
+    np.testing.assert_array_equal(*(ids[: int(prompt_length)] for ids in row.ids))
+    assert (margin, weight) == (0.0, 1.0)
+
+
+def test_a_pair_of_which_the_longer_side_does_not_fit_is_dropped_and_no_fault(tokenizer):
+    length = max(map(len, encode(PAIR, tokenizer).ids))
+    assert max(map(len, encode(PAIR, tokenizer, sequence_length=length).ids)) == length
+    with pytest.raises(BadRow, match=rf"longer than data.sequence_length \({length} tokens\)") as error:
+        encode(PAIR, tokenizer, sequence_length=length - 1)
+    assert not error.value.fault
+
+
+def test_margin_and_weight_are_read_from_columns_that_may_be_called_otherwise(tokenizer):
+    assert encode(PAIR | {"margin": 2, "weight": 0.5}, tokenizer).numbers[1:] == (2.0, 0.5)
+    assert encode(PAIR | {"margin": None, "weight": None}, tokenizer).numbers[1:] == (0.0, 1.0)
+    renamed = encode(PAIR | {"gap": 2, "votes": 3}, tokenizer, rename=("gap=margin", "votes=weight"))
+    assert renamed.numbers[1:] == (2.0, 3.0)
+
+
+@pytest.mark.parametrize("value", ["2", True, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["margin", "weight"])
+def test_a_margin_or_weight_that_is_no_number_from_0_on_is_a_fault(tokenizer, key, value):
+    with pytest.raises(BadRow, match=rf"wrong type \('{key}' is {value!r}, not a number from 0 on\)"):
+        encode(PAIR | {key: value}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": [*WHO, ADA], "chosen": "Ada.", "rejected": "Bo."},
+        {"prompt": "Who?", "chosen": turns("user: Ada."), "rejected": turns("user: Bo.")},
+    ],
+)
+def test_answers_are_an_assistant_s_to_a_user(tokenizer, record):
+    with pytest.raises(BadRow, match=r"wrong role order \(the answers must be an assistant's, to a user\)"):
+        encode(record, tokenizer)
+
+
+def test_answers_that_differ_in_nothing_a_token_shows_are_identical(tokenizer):
+    class Trimming(NativeTemplate):
+        def encode(self, messages, *, learn):
+            return super().encode(
+                [each | {"content": each["content"].strip()} for each in messages], learn=learn
+            )
+
+    encode = encoder(config(), Trimming(tokenizer))
+    with pytest.raises(BadRow, match=r"identical pair"):
+        encode({"prompt": "Who?", "chosen": "Ada.", "rejected": "Ada. "})
+
+
+def test_a_row_of_the_batch_by_hand():
+    ids = np.array([1, 5, 6, 7, 2], np.int32), np.array([1, 5, 8, 2], np.int32)
+    example = Example(ids, ids, "group", "kind", numbers=(2.0, 0.5, 3.0))
+    ref_log_probs = np.array([[-1.5, -2.5]], np.float32)
+    row = PairRows([example], ref_log_probs, sequence_length=6, pad_id=9)[0]
+    assert [field.tolist() for field in row] == [
+        [[1, 5, 6, 7, 2, 9], [1, 5, 8, 2, 9, 9]],  # tokens
+        2,  # prompt length
+        [5, 4],  # lengths
+        0.5,  # margin
+        3.0,  # weight
+        [-1.5, -2.5],  # the reference's log-probs
+    ]
+    assert [field.dtype for field in row] == [np.int32] * 3 + [np.float32] * 3
+
+
+def test_a_blank_pair_has_no_weight_and_one_that_is_not_there_is_an_index_error():
+    ids = np.array([1, 2, 3], np.int32)
+    rows = PairRows([Example((ids, ids), (), "", "", (1.0, 0.0, 3.0))], np.zeros((1, 2), np.float32), 4, 0)
+    assert rows.blank().weight == 0
+    assert rows.blank().weight.dtype == np.float32
+    with pytest.raises(IndexError, match="pair 1 of 1"):
+        rows[1]
+
+
+# Whole data sets
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def pairs(count: int, first: int = 0) -> list[dict]:
+    """Two pairs on each prompt, the chosen answer mostly the longer one."""
+    return [
+        {"prompt": f"Question {i // 2}?", "chosen": f"Yes, {i}." if i % 4 else "Y", "rejected": f"No {i}."}
+        for i in range(first, first + count)
+    ]
+
+
+def load(*train, tokenizer, run_folder=None, **changes):
+    template = NativeTemplate(tokenizer)
+    return load_preferences(config(*train, **changes), tokenizer, template, seed=0, run_folder=run_folder)
+
+
+def prompts(sources, tokenizer) -> set[str]:
+    rows = [rows[i] for rows in sources for i in range(len(rows))]
+    return {tokenizer.decode(row.tokens[0, : row.prompt_lengths]) for row in rows}
+
+
+def test_pairs_of_one_prompt_are_on_one_side(tmp_path, tokenizer):
+    data = load(write(tmp_path / "a.jsonl", pairs(100)), tokenizer=tokenizer, validation_fraction=0.2)
+    train, held_out = prompts(data.train, tokenizer), prompts(data.validation, tokenizer)
+    assert not train & held_out
+    assert train | held_out == {f"Question {i}?" for i in range(50)}
+    assert sum(map(len, data.train)) + sum(map(len, data.validation)) == 100
+
+
+def test_what_is_left_out_is_counted_and_written_down(tmp_path, tokenizer):
+    useless = [
+        {"prompt": "Who?", "chosen": "Ada.", "rejected": "Ada."},
+        {"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": "tie"},
+        {"prompt": "Who?", "chosen": "Ada. " * 99, "rejected": "Bo."},
+    ]
+    path = write(tmp_path / "a.jsonl", [*useless, *pairs(4)])
+    data = load(path, tokenizer=tokenizer, run_folder=tmp_path, max_bad_fraction=0.0)
+    assert data.report.startswith(
+        f"{path}: 7 rows read, 4 kept, 3 dropped (1 identical pair, 1 longer than data.sequence_length, "
+        "1 tie): 4 of prompt, chosen, rejected; "
+    )
+    assert len((tmp_path / "bad_rows.jsonl").read_text().splitlines()) == 3
+    write(path, [*pairs(4), {"prompt": "Who?"}])
+    with pytest.raises(DataError, match=r"a.jsonl:5: missing key \(no 'chosen'"):
+        load(path, tokenizer=tokenizer)
+
+
+def test_the_report_says_how_often_the_longer_answer_is_the_chosen_one(tmp_path, tokenizer, monkeypatch):
+    same = {"prompt": "Who?", "chosen": "12", "rejected": "34"}
+    path = write(tmp_path / "a.jsonl", [same, *[PAIR | {"chosen": "Cleo, Bo, Ada, Eve, Dan, Finn."}] * 3])
+    lines = load(path, tokenizer=tokenizer).report.splitlines()
+    assert lines[1].startswith("train: 4 pairs, ")
+    assert lines[1].endswith("the longer one is chosen in 75.0% of them, 25.0% are as long")
+    assert lines[2:] == [
+        "example, chosen (the prompt in ⟦ ⟧): ⟦<s><|user|>Who?<|end|><|assistant|>⟧12<|end|>",
+        "example, rejected (the prompt in ⟦ ⟧): ⟦<s><|user|>Who?<|end|><|assistant|>⟧34<|end|>",
+    ]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert load(path, tokenizer=tokenizer).report.endswith("\033[32m34<|end|>\033[0m")
+
+
+def test_the_fingerprint_follows_what_is_trained_on_and_not_where_it_lies(tmp_path, tokenizer):
+    a, b = write(tmp_path / "a.jsonl", pairs(20)), write(tmp_path / "b.jsonl", pairs(10, 40))
+    heavier = write(tmp_path / "c.jsonl", [row | {"weight": 2} for row in pairs(20)])
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs(20)]
+
+    def fingerprint(*train, **changes):
+        return load(*train, tokenizer=tokenizer, **changes).fingerprint
+
+    moved = write(tmp_path / "moved.jsonl", pairs(20))
+    assert fingerprint(a) == fingerprint(moved) == fingerprint(a, on_bad_row="skip", max_bad_fraction=0.9)
+    found = [
+        fingerprint(a),
+        fingerprint(heavier),
+        fingerprint(write(tmp_path / "d.jsonl", swapped)),
+        fingerprint(a, b),
+        fingerprint(b, a),
+        fingerprint(a, validation=(str(b),)),
+        fingerprint(a, b, weights=(0.5, 0.5)),
+        fingerprint(a, validation_fraction=0.3),
+    ]
+    assert len(set(found)) == len(found)
+
+
+def test_what_a_tokenizer_is_trained_on_is_what_is_said(tmp_path):
+    path = write(tmp_path / "a.jsonl", [PAIR, {"prompt": "left out"}])
+    assert list(preference_texts(config(path), seed=0)) == ["Who?", "Ada.", "Dan, or Eve."]
+
+
+def test_the_synthetic_preferences_need_no_file(tokenizer):
+    data = load("synthetic:preferences", tokenizer=tokenizer, validation_fraction=0.3, sequence_length=512)
+    assert "synthetic:preferences: 30 rows read" in data.report
+    assert data.validation
