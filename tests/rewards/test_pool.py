@@ -35,6 +35,9 @@ def reward(example, completion):
     if completion == "print": print("x" * 10**6); os.write(1, b"x" * 10**6)
     if completion == "read": sys.stdin.read()
     if completion == "jax?": return float("jax" in sys.modules)
+    if completion == "start a process and die":
+        os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "61")
+        os._exit(3)
     if completion == "start a process and hang":
         child = os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "61")
         open(example["file"], "w").write(f"{os.getpid()} {child} ")
@@ -127,6 +130,8 @@ def test_scores_come_in_the_order_of_samples(hostile, workers):
 
 # Faults
 
+AROUND = ["x" * score for score in range(10)]  # handed out three at a time
+
 
 @pytest.mark.parametrize(
     ("completion", "message"),
@@ -134,6 +139,7 @@ def test_scores_come_in_the_order_of_samples(hostile, workers):
         ("raise", r"reward 'mine': ValueError: no such luck \(.*hostile.py:14\)"),
         ("exit", "SystemExit: 3"),
         ("die", "its process ended"),
+        ("start a process and die", "its process ended"),
         ("recurse", "RecursionError"),
         ("nan", "returned nan"),
         ("inf", "returned inf"),
@@ -144,8 +150,8 @@ def test_scores_come_in_the_order_of_samples(hostile, workers):
     ],
 )
 def test_a_fault_is_counted_and_the_sample_gets_the_default(pool, completion, message):
-    scores = score(pool, *"aaaaa", completion, *"aaaa")
-    assert scores.total.tolist() == scores.by_name["mine"].tolist() == [1.0] * 5 + [-1.0] + [1.0] * 4
+    scores = score(pool, *AROUND[:4], completion, *AROUND[5:])
+    assert scores.total.tolist() == scores.by_name["mine"].tolist() == [0, 1, 2, 3, -1, 5, 6, 7, 8, 9]
     assert scores.counters == {"reward/timeouts": 0, "reward/errors": 1}
     assert re.search(message, scores.messages[0])
 
@@ -164,9 +170,9 @@ def test_a_call_over_its_time_limit_is_killed_and_the_others_stand(hostile, comp
     with pool_of(hostile, time_limit=0.5) as pool:
         score(pool, "a")  # the process has started
         began = time.monotonic()
-        scores = score(pool, *"aaaaa", completion, *"aaaa")
+        scores = score(pool, *AROUND[:4], completion, *AROUND[5:])
         assert 0.5 < time.monotonic() - began < 3.0
-        assert scores.total.tolist() == [1.0] * 5 + [-1.0] + [1.0] * 4
+        assert scores.total.tolist() == [0, 1, 2, 3, -1, 5, 6, 7, 8, 9]
         assert scores.counters == {"reward/timeouts": 1, "reward/errors": 0}
         assert scores.messages == ["reward 'mine': took over 0.5 s, killed"]
         assert score(pool, "abc").total.tolist() == [3.0]
