@@ -72,11 +72,6 @@ class HFTokenizer(BaseTokenizer):
     def files(self) -> dict[str, bytes]:
         return dict(self._files)
 
-    def save(self, folder: str | Path) -> None:
-        """Write its files into `folder`."""
-        for name, content in self._files.items():
-            (Path(folder) / name).write_bytes(content)
-
     def _all_token_bytes(self) -> list[bytes]:
         special = set(self.special_ids.values())
         if "ByteLevel" in f"{self._backend.pre_tokenizer} {self._backend.decoder}":

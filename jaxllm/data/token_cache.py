@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from jaxllm.data.rows import ENOUGH_ROWS, BadRowPolicy, SourceCounts, bad_row_line
 from jaxllm.data.sources import Row, Source
-from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import DataError
 
 _FORMAT = 2  # a cache written by another version of this file is not read
@@ -40,7 +40,9 @@ class TokenCache:
     bad_rows: Path  # one JSON object a bad row
 
 
-def cached_tokens(source: Source, tokenizer: Tokenizer, cache_dir: str, policy: BadRowPolicy) -> TokenCache:
+def cached_tokens(
+    source: Source, tokenizer: BaseTokenizer, cache_dir: str, policy: BadRowPolicy
+) -> TokenCache:
     """The tokens of `source`: from the cache if it holds them, tokenised now if not."""
     key = xxhash.xxh3_128_hexdigest(f"{_FORMAT} {source.content_hash} {tokenizer.hash}".encode())
     folder = Path(cache_dir).expanduser() / key
@@ -84,7 +86,7 @@ def _mapped(path: Path, dtype: str, size: int) -> np.ndarray:
     return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
 
 
-def _write(folder: Path, source: Source, tokenizer: Tokenizer, policy: BadRowPolicy) -> None:
+def _write(folder: Path, source: Source, tokenizer: BaseTokenizer, policy: BadRowPolicy) -> None:
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
     unfinished.mkdir(parents=True)
     try:
@@ -104,7 +106,7 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, policy: BadRowPol
 
 
 def _tokenise(
-    folder: Path, source: Source, tokenizer: Tokenizer, policy: BadRowPolicy, dtype: np.dtype
+    folder: Path, source: Source, tokenizer: BaseTokenizer, policy: BadRowPolicy, dtype: np.dtype
 ) -> SourceCounts:
     """Write tokens, offsets, hashes and bad rows into `folder`, a batch of documents at a time."""
     counts = SourceCounts()

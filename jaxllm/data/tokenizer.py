@@ -196,10 +196,6 @@ class Tokenizer(BaseTokenizer):
     def files(self) -> dict[str, bytes]:
         return {TOKENIZER_FILE: self._model}
 
-    def save(self, path: str | Path) -> None:
-        """Write the model to the file `path`; its sha256 is `hash`."""
-        Path(path).write_bytes(self._model)
-
     def _parts(self, text: str) -> Iterator[str]:
         """`text` in pieces that can be encoded apart; U+2581 stands alone."""
         text = without_lone_surrogates(text)
