@@ -9,7 +9,7 @@ B, T and S are rounded up to a few sizes and the cache grows from one to the nex
 attention reads little more than what is filled, and a run compiles a handful of programs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -58,13 +58,13 @@ def bucket(size: int) -> int:
     return power * 3 // 4 if size <= power * 3 // 4 else power
 
 
-def grow(state: DecodeState, slots: int) -> DecodeState:
-    """The same state with more slots."""
+def resize(state: DecodeState, slots: int) -> DecodeState:
+    """The same state with more slots, or with the first ones only."""
 
     def pad(array, axis):
-        widths = [(0, 0)] * array.ndim
-        widths[axis] = (0, slots - array.shape[axis])
-        return jnp.pad(array, widths)
+        edges = [(0, 0, 0)] * array.ndim
+        edges[axis] = (0, slots - array.shape[axis], 0)
+        return jax.lax.pad(array, jnp.zeros((), array.dtype), edges)
 
     return state._replace(
         tokens=pad(state.tokens, 1),
@@ -73,7 +73,7 @@ def grow(state: DecodeState, slots: int) -> DecodeState:
     )
 
 
-grow_jit = jax.jit(grow, static_argnames="slots")
+resize_jit = jax.jit(resize, static_argnames="slots")
 
 
 @partial(jax.jit, static_argnames=("model", "slots"))
@@ -90,7 +90,7 @@ def prefill(
     _, cache = model.apply(params, tokens, cache=model.init_cache(*tokens.shape))
     log_probs = jnp.zeros(tokens.shape, jnp.float32)
     done, steps = lengths >= limits, jnp.int32(0)
-    return grow(DecodeState(tokens, log_probs, lengths, lengths, limits, done, keys, steps, cache), slots)
+    return resize(DecodeState(tokens, log_probs, lengths, lengths, limits, done, keys, steps, cache), slots)
 
 
 def next_logits(
@@ -108,16 +108,18 @@ def decode(
     state: DecodeState,
     stop_ids: jax.Array,
     max_steps: jax.Array,
+    min_rows: jax.Array,
     *,
     sampling: SamplingConfig,
 ) -> DecodeState:
-    """Say tokens until every row is done, a row needs another slot, or max_steps steps were run."""
+    """Say tokens until no more than min_rows rows go on, a row needs another slot, or max_steps steps were
+    run."""
     rows, slots = jnp.arange(state.tokens.shape[0]), state.tokens.shape[1]
     last_step = state.steps + max_steps
 
     def goes_on(state):
         longest = jnp.max(jnp.where(state.done, 0, state.lengths))
-        return (longest > 0) & (longest < slots) & (state.steps < last_step)
+        return (jnp.sum(~state.done) > min_rows) & (longest < slots) & (state.steps < last_step)
 
     def decode_step(state):
         # The last token is read here and not earlier, so its keys are written now. The first step reads
@@ -140,11 +142,19 @@ def decode(
     return jax.lax.while_loop(goes_on, decode_step, state)
 
 
-def check(model: Model, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], keys: jax.Array) -> None:
+def check_prompts(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    keys: jax.Array,
+    group_size: int = 1,
+) -> None:
     """DataError, naming the prompt, where the model cannot read or continue it."""
     longest, vocab_size = model.config.max_length - 1, model.config.vocab_size
-    if keys.shape != (len(prompts),) or not len(prompts):
-        raise DataError(f"keys of shape {keys.shape} for {len(prompts)} prompts: give one key a prompt")
+    if keys.shape != (len(prompts) * group_size,) or not len(prompts):
+        raise DataError(
+            f"keys of shape {keys.shape} for {len(prompts)} prompts x {group_size}: give one key a completion"
+        )
     for name, tokens in [("stop_ids", stop_ids), *((f"prompts[{i}]", p) for i, p in enumerate(prompts))]:
         if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab_size:
             raise DataError(
@@ -158,19 +168,33 @@ def check(model: Model, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int
             )
 
 
+def pad_prompts(
+    model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tokens[N, T], lengths[N] and limits[N], as `prefill` takes them; T is one of a few sizes."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    T = min(bucket(max(int(lengths.max()), SHORTEST)), model.config.max_length)
+    tokens = np.zeros((len(prompts), T), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, lengths, np.minimum(lengths + max_new_tokens, model.config.max_length)
+
+
+def more_slots(model: Model, slots: int) -> int:
+    """The next size up, as far as the model reaches."""
+    return min(bucket(slots + 1), model.config.max_length)
+
+
 def begin(
     model: Model, params: Params, prompts: Sequence[Sequence[int]], keys: jax.Array, max_new_tokens: int
 ) -> DecodeState:
     """Prompts in rows of equal length, read, with room to write; rows beyond the prompts are done."""
-    N, B, max_length = len(prompts), bucket(len(prompts)), model.config.max_length
-    lengths = np.array([len(prompt) for prompt in prompts] + [1] * (B - N), np.int32)
-    limits = np.where(np.arange(B) < N, np.minimum(lengths + max_new_tokens, max_length), lengths)
-    T = min(bucket(max(int(lengths.max()), SHORTEST)), max_length)
-    tokens = np.zeros((B, T), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=False):
-        row[: len(prompt)] = prompt
-    slots = min(bucket(T + 1), max_length)
-    return prefill(model, params, tokens, lengths, limits, keys[np.arange(B) % N], slots)
+    N, B = len(prompts), bucket(len(prompts))
+    tokens, lengths, limits = pad_prompts(model, prompts, max_new_tokens)
+    rows = np.arange(B) % N
+    limits = np.where(np.arange(B) < N, limits[rows], lengths[rows])
+    slots = more_slots(model, tokens.shape[1])
+    return prefill(model, params, tokens[rows], lengths[rows], limits, keys[rows], slots)
 
 
 def run(
@@ -185,21 +209,35 @@ def run(
 ) -> Iterator[DecodeState]:
     """Decode to the end. Stops wherever the cache must grow, and after max_steps, to yield the state, whose
     arrays are gone once the next is asked for."""
-    check(model, prompts, stop_ids, keys)
-    max_length = model.config.max_length
+    check_prompts(model, prompts, stop_ids, keys)
     state = begin(model, params, prompts, keys, sampling.max_new_tokens)
     sampling = replace(sampling, max_new_tokens=1)  # state.limits has it: no program depends on it
     stop_ids = jnp.array(stop_ids, jnp.int32)
     params = unstack(params)
-    max_steps = max_length if max_steps is None else max_steps
+    max_steps = model.config.max_length if max_steps is None else max_steps
     while True:
-        state = decode(model, params, state, stop_ids, max_steps, sampling=sampling)
+        state = decode(model, params, state, stop_ids, max_steps, 0, sampling=sampling)
         yield state
         done, slots = np.asarray(state.done), state.tokens.shape[1]
         if done.all():
             return
         if np.asarray(state.lengths)[~done].max() == slots:
-            state = grow_jit(state, min(bucket(slots + 1), max_length))
+            state = resize_jit(state, more_slots(model, slots))
+
+
+def completions(state: DecodeState, rows: Iterable[int]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """What each of the rows has said, and the log-probs of it."""
+    tokens, log_probs, starts, ends = jax.device_get(
+        (state.tokens, state.log_probs, state.prompt_lengths, state.lengths)
+    )
+    for row in rows:
+        said = slice(starts[row], ends[row])
+        yield tokens[row, said].tolist(), log_probs[row, said].copy()
+
+
+def stop_reasons(completions: Iterable[Sequence[int]], stop_ids: Sequence[int]) -> list[str]:
+    """Why each completion ended."""
+    return ["stop" if tokens[-1] in stop_ids else "length" for tokens in completions]
 
 
 def generate(
@@ -214,16 +252,8 @@ def generate(
     """Continue each prompt with its own key of keys[N] until it says one of stop_ids, has said
     sampling.max_new_tokens, or fills model.max_length."""
     *_, state = run(model, params, prompts, sampling=sampling, stop_ids=stop_ids, keys=keys)
-    tokens, log_probs = np.asarray(state.tokens), np.asarray(state.log_probs)
-    starts, ends = np.asarray(state.prompt_lengths), np.asarray(state.lengths)
-    spans = [slice(starts[row], ends[row]) for row in range(len(prompts))]
-    said = [tokens[row, span].tolist() for row, span in enumerate(spans)]
-    return Completions(
-        tokens=said,
-        log_probs=[log_probs[row, span] for row, span in enumerate(spans)],
-        stop_reasons=["stop" if completion[-1] in stop_ids else "length" for completion in said],
-        steps=int(state.steps),
-    )
+    said, log_probs = zip(*completions(state, range(len(prompts))), strict=True)
+    return Completions(list(said), list(log_probs), stop_reasons(said, stop_ids), int(state.steps))
 
 
 def stream(

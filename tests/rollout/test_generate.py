@@ -190,7 +190,7 @@ def test_sizes_are_rounded_up_by_at_most_half(size, expected):
 
 def test_the_cache_is_donated(model, params, prompts, keys):
     state = begin(model, params, prompts, keys, max_new_tokens=2)
-    decode(model, params, state, jnp.array([], jnp.int32), 2, sampling=GREEDY)
+    decode(model, params, state, jnp.array([], jnp.int32), 2, 0, sampling=GREEDY)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
 
 
