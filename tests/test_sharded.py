@@ -1,5 +1,6 @@
 """The same run on one device and on eight: equal losses, and a state that is really split."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -8,17 +9,34 @@ import numpy as np
 import pytest
 
 from experiments.run import Program, find_stage
-from jaxllm.batches import TokenBatch
+from jaxllm.batches import PairBatch, TokenBatch
 from jaxllm.config import load_config, override, parse
 
-CONFIG = str(Path(__file__).parents[1] / "configs" / "pretrain_text.py:tiny")
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = {
+    "pretrain": "pretrain_text.py",
+    "sft": "sft_chat.py",
+    "reward_model": "reward_model_pairs.py",
+    "dpo": "dpo_pairs.py",
+}
 MESHES = {"1x1x1": (1, 1, 1), "8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
-STEPS = 5
+CASES = [
+    *(("pretrain", optimizer, mesh) for optimizer in ("adamw", "muon") for mesh in MESHES if mesh != "1x1x1"),
+    *((stage, "adamw", "2x2x2") for stage in FILES if stage != "pretrain"),
+]
+STEPS, B, T = 5, 16, 64
 
 
-def make_program(optimizer, mesh):
-    config = load_config(CONFIG)
-    changes = {"optimizer.name": optimizer, "training.num_microbatches": "2", "data.batch_size": "16"}
+def make_program(stage, optimizer, mesh):
+    config = load_config(f"{CONFIGS / FILES[stage]}:tiny")
+    changes = {
+        "optimizer.name": optimizer,
+        "training.num_microbatches": "2",
+        "data.batch_size": str(B),
+        "data.sequence_length": str(T),
+    }
+    if stage != "pretrain":  # the same blocks
+        changes["model.num_layers"] = "1"
     changes |= {
         f"mesh.{axis}": str(size) for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)
     }
@@ -27,35 +45,54 @@ def make_program(optimizer, mesh):
     return Program(parse(find_stage(config.stage).Config, config), jax.devices()[: math.prod(mesh)])
 
 
-def run(mesh, optimizer):
+def token_batch(seed):
+    """Two documents a row, some tokens not learnt."""
+    draw = np.random.default_rng(seed)
+    tokens = draw.integers(0, 512, (B, T + 1)).astype(np.int32)
+    segments = np.sort(draw.integers(1, 3, (B, T)).astype(np.int32))
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    return TokenBatch(tokens[:, :-1], tokens[:, 1:], draw.random((B, T)) < 0.8, segments, positions)
+
+
+def pair_batch(seed):
+    """Answers of all lengths, with margins and weights, and what some reference thinks of them."""
+    draw = np.random.default_rng(seed)
+    prompts = draw.integers(1, 20, B).astype(np.int32)
+    lengths = prompts[:, None] + draw.integers(1, 40, (B, 2)).astype(np.int32)
+    return PairBatch(
+        tokens=draw.integers(0, 512, (B, 2, T)).astype(np.int32),
+        prompt_lengths=prompts,
+        lengths=lengths,
+        margin=draw.random(B).astype(np.float32),
+        weight=draw.random(B).astype(np.float32),
+        ref_log_probs=-6 * (lengths - prompts[:, None]) + draw.normal(size=(B, 2)).astype(np.float32),
+    )
+
+
+def run(stage, optimizer, mesh):
     """The losses of a few steps, and the last state, on a mesh."""
-    program = make_program(optimizer, mesh)
+    program = make_program(stage, optimizer, MESHES[mesh])
+    make_batch = token_batch if stage in ("pretrain", "sft") else pair_batch
     step, state, losses = program.compile(), program.fresh_state(), []
     for i in range(STEPS):
-        draw = np.random.default_rng(i)
-        tokens = draw.integers(0, 512, (16, 65)).astype(np.int32)
-        segments = np.sort(draw.integers(1, 3, (16, 64)).astype(np.int32))
-        positions = np.broadcast_to(np.arange(64, dtype=np.int32), (16, 64))
-        batch = TokenBatch(tokens[:, :-1], tokens[:, 1:], draw.random((16, 64)) < 0.8, segments, positions)
-        state, metrics = step(state, jax.device_put(batch, program.batch_sharding))
+        state, metrics = step(state, jax.device_put(make_batch(i), program.batch_sharding))
         losses.append(float(metrics["loss"].mean))
     return losses, state
 
 
-@pytest.fixture(scope="module", params=["adamw", "muon"])
-def single(request):
-    return request.param, *run(MESHES["1x1x1"], request.param)
+run_on_one_device = functools.cache(functools.partial(run, mesh="1x1x1"))
 
 
-@pytest.mark.parametrize("name", [name for name in MESHES if name != "1x1x1"])
-def test_a_mesh_changes_neither_losses_nor_weights_and_splits_the_whole_state(single, name):
-    optimizer, losses, state = single
-    found, sharded = run(MESHES[name], optimizer)
+@pytest.mark.parametrize(("stage", "optimizer", "mesh"), CASES)
+def test_a_mesh_changes_neither_losses_nor_weights_and_splits_the_whole_state(stage, optimizer, mesh):
+    losses, state = run_on_one_device(stage, optimizer)
+    found, sharded = run(stage, optimizer, mesh)
+    assert losses[-1] != losses[0]
     np.testing.assert_allclose(found, losses, rtol=2e-5)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(sharded.params), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
-    _, fsdp, tensor = MESHES[name]
+    _, fsdp, tensor = MESHES[mesh]
     for part in (sharded.params, sharded.opt_state):
         arrays = [leaf for leaf in jax.tree.leaves(part) if leaf.ndim > 0]
         whole = sum(leaf.nbytes for leaf in arrays)
@@ -68,7 +105,7 @@ def test_the_compiler_finds_a_way_between_all_layouts(capfd):
     """It says so when it has to replicate an array for want of one: the lookup of the embedding did that."""
     jax.config.update("jax_enable_compilation_cache", False)  # it speaks only while it compiles
     try:
-        make_program("adamw", MESHES["2x2x2"]).compile()
+        make_program("pretrain", "adamw", MESHES["2x2x2"]).compile()
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
     assert "rematerialization" not in capfd.readouterr().err
