@@ -34,3 +34,20 @@ class PairBatch(NamedTuple):
     margin: Array  # float32 [B], how much better the chosen answer is, in units of reward
     weight: Array  # float32 [B], how much the pair counts; 0 for what only fills a batch
     ref_log_probs: Array  # float32 [B, 2], the reference's log-probs of the answers, nats; 0 where unused
+
+
+class RolloutBatch(NamedTuple):
+    """Completions that the policy said, and what they were worth (PPO, GRPO).
+
+    Each row holds a prompt and its completion from position 0 on, and then padding. Position t of every
+    other field is about the token said next, tokens[:, t + 1], as in TokenBatch. None where unused.
+    """
+
+    tokens: Array  # int32 [B, T]
+    mask: Array  # bool [B, T], True where the next token is the policy's and counts, its stop token included
+    old_log_probs: Array  # float32 [B, T], the policy's before the first update on this rollout, nats
+    advantages: Array  # float32 [B] (GRPO: one a completion) or [B, T] (PPO)
+    ref_log_probs: Array | None = None  # float32 [B, T], the frozen reference's
+    importance_weights: Array | None = None  # float32 [B, T], policy against sampler
+    values: Array | None = None  # float32 [B, T], the critic's before the first update
+    returns: Array | None = None  # float32 [B, T], what the critic should have said

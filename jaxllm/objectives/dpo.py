@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.batches import PairBatch
-from jaxllm.losses import Weighted, dpo_loss, linear_token_log_probs
+from jaxllm.losses import Weighted, dpo_loss
 from jaxllm.objectives.reward_model import weigh_pairs
+from jaxllm.objectives.score import next_token_log_probs
 
 
 def loss_fn(
@@ -50,12 +51,7 @@ def answer_log_probs(params: Any, batch: PairBatch, *, model: Any) -> jax.Array:
     """Log-probs [B, 2] in nats of the answers given the prompt, end-of-turn token included: one function for
     policy and reference."""
     length = batch.tokens.shape[-1]
-    tokens = batch.tokens.reshape(-1, length)
-    targets = jnp.roll(tokens, -1, axis=1)  # the last position predicts nothing, nor does the mask let it
-    hidden, _ = model.apply(params, tokens)
-    log_probs, _ = linear_token_log_probs(
-        hidden, model.head(params), targets, softcap=model.config.logit_softcap
-    )
-    positions = jnp.arange(length) + 1  # of the targets
+    log_probs, _ = next_token_log_probs(params, batch.tokens.reshape(-1, length), model=model)
+    positions = jnp.arange(length) + 1  # of the tokens that are said
     said = (positions >= batch.prompt_lengths[:, None, None]) & (positions < batch.lengths[:, :, None])
     return jnp.where(said, log_probs.reshape(batch.tokens.shape), 0).sum(-1)
