@@ -29,9 +29,10 @@ SIZES = {
 
 def load(name, **changes):
     config = load_config(str(CONFIGS / name))
+    kind = find_stage(config.stage).Config
     for field, text in changes.items():
-        override(config, find_stage(config.stage).Config, field.replace("__", "."), text)
-    return parse(find_stage(config.stage).Config, config)
+        override(config, kind, field.replace("__", "."), text)
+    return parse(kind, config)
 
 
 @pytest.mark.parametrize("size", SHAPES)
@@ -41,6 +42,29 @@ def test_every_size_of_the_dial_builds(size):
     outside = parameter_count(params["blocks"]) + parameter_count(params["final_norm"])
     if size in SIZES:
         assert outside == pytest.approx(SIZES[size], rel=0.2)
+
+
+LATER_STAGES = {
+    "sft_chat.py": "sft",
+    "reward_model_pairs.py": "reward_model",
+    "dpo_pairs.py": "dpo",
+}
+
+
+@pytest.mark.parametrize("name", LATER_STAGES)
+def test_a_later_stage_builds_and_fits_the_model_it_begins_with(name):
+    pretrained, program = Program(load("pretrain_text.py:tiny")), Program(load(f"{name}:tiny"))
+    assert program.config.stage == LATER_STAGES[name]
+    assert program.config.model == pretrained.config.model
+    assert program.config.optimizer.learning_rate < pretrained.config.optimizer.learning_rate
+    own = {"scalar_head"} if name == "reward_model_pairs.py" else set()
+    assert program.abstract_state.params.keys() == pretrained.abstract_state.params.keys() | own
+
+
+def test_no_config_is_left_untried():
+    shared = {"models.py", "finetune.py"}
+    tried = {"pretrain_text.py", "quickstart.py", *LATER_STAGES}
+    assert {path.name for path in CONFIGS.glob("*.py")} - shared == tried
 
 
 def test_quickstart_builds():
@@ -79,6 +103,54 @@ def test_an_unknown_size_names_those_there_are():
 def test_what_does_not_fit_is_refused_before_compiling_with_the_mend(changes, message):
     with pytest.raises(ConfigError, match=message):
         Program(load("pretrain_text.py", **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("sft_chat.py", {"data__learn": "user"}, "data.learn='user': choose one of assistant, last, all"),
+        ("sft_chat.py", {"data__too_long": "keep"}, "data.too_long='keep': choose one of drop, cut"),
+        ("sft_chat.py", {"data__rename": "question"}, "data.rename has 'question': write THEIRS=OURS"),
+        ("sft_chat.py", {"objective__dft": "true", "objective__z_loss": "1e-4"}, "set objective.z_loss=0"),
+        ("sft_chat.py", {"objective__neftune_alpha": "-5"}, "neftune_alpha=-5.0 must not be negative"),
+        ("sft_chat.py", {"checkpoint__best_is": "low"}, "checkpoint.best_is='low' must be 'lowest' or"),
+        (
+            "reward_model_pairs.py",
+            {"checkpoint__best_metric": "none", "training__patience": "2"},
+            "training.patience=2 waits for a better checkpoint.best_metric: name one",
+        ),
+        (
+            "reward_model_pairs.py",
+            {"stage": "dpo"},
+            "stage='dpo' is not that of the config file: choose another",
+        ),
+        (
+            "reward_model_pairs.py",
+            {"optimizer__trainable": "haed"},
+            "optimizer.trainable='haed' is found in the path of no parameter",
+        ),
+        ("dpo_pairs.py", {"objective__variant": "dpo"}, "objective.variant.*'dpo'.*sigmoid"),
+        (
+            "dpo_pairs.py",
+            {"objective__variant": "hinge", "objective__label_smoothing": "0.1"},
+            "objective.label_smoothing.*hinge",
+        ),
+        ("dpo_pairs.py", {"objective__beta": "0"}, "objective.beta=0.0 must be above 0"),
+        (
+            "dpo_pairs.py",
+            {"objective__length_normalised": "true"},
+            "objective.length_normalised has no meaning in variant 'sigmoid'",
+        ),
+        (
+            "dpo_pairs.py",
+            {"data__reference": "disk"},
+            "data.reference='disk' must be 'cached' or 'on_the_fly'",
+        ),
+    ],
+)
+def test_what_a_later_stage_cannot_do_is_refused_too(name, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Program(load(name, **changes))
 
 
 def test_every_field_that_may_differ_within_a_run_exists():
