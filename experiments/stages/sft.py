@@ -12,6 +12,7 @@ from experiments.stages.pretrain import make_evaluation, token_batch_shapes
 from experiments.train_config import SampleConfig, TrainConfig
 from jaxllm.batches import TokenBatch
 from jaxllm.data.chat import ChatConfig, ChatDataset, chat_texts, load_chats
+from jaxllm.data.show import show_mask
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import ConfigError
 from jaxllm.evaluation.preference import fraction
@@ -111,7 +112,7 @@ def make_answering(
     for prompt, answer in fitting[: config.held_out]:
         prompts.append(prompt)
         references.append(f"\n(held out; the answer given there: {tokenizer.decode(answer).strip()})")
-    shown = [tokenizer.decode(prompt).strip() for prompt in prompts]
+    shown = [show_mask(prompt, [True] * len(prompt), tokenizer) for prompt in prompts]  # roles by name
 
     def run(step: int, state: TrainState) -> dict[str, float]:
         keys = jax.random.split(jax.random.fold_in(state.key, step), len(prompts))
@@ -130,7 +131,7 @@ def make_answering(
             texts += [tokenizer.decode(tokens).strip() for tokens in said.tokens]
             stopped += [reason == "stop" for reason in said.stop_reasons]
         rows = zip(shown, texts, references, strict=True)
-        write_samples(folder, step, [f"> {prompt}\n{text}{reference}" for prompt, text, reference in rows])
+        write_samples(folder, step, [f"{prompt}\n{text}{reference}" for prompt, text, reference in rows])
         share, error = fraction(jax.numpy.array(stopped)[len(config.prompts) :])
         return {"eval/stopped_fraction": share, "eval/stopped_fraction_se": error} if config.held_out else {}
 
