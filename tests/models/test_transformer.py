@@ -250,6 +250,25 @@ def test_remat_changes_no_gradient(tiny, remat):
     assert_trees_close(rematerialised, plain, rtol=1e-5)
 
 
+def test_noise_is_added_to_the_embedded_tokens(tiny):
+    model, tokens = build_model(tiny), random_tokens(tiny, 2, 12)
+    params, other = random_params(model), random_tokens(tiny, 2, 12, seed=1)
+    table, apply = params["embed"]["table"], jax.jit(model.apply)
+    turned, _ = apply(params, tokens, noise=table[other] - table[tokens])
+    np.testing.assert_allclose(turned, apply(params, other)[0], rtol=1e-4, atol=1e-4)
+    silent, _ = apply(params, tokens, noise=jnp.zeros((2, 12, tiny.width)))
+    np.testing.assert_allclose(silent, apply(params, tokens)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_noise_keeps_the_compute_dtype(tiny):
+    model = build_model(replace(tiny, compute_dtype="bfloat16"))
+    tokens = random_tokens(tiny, 2, 12)
+    noise = jnp.ones((2, 12, tiny.width), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    hidden, _ = jax.eval_shape(lambda params: model.apply(params, tokens, noise=noise), params)
+    assert hidden.dtype == jnp.bfloat16
+
+
 def test_bfloat16_compute_keeps_float32_parameters_and_gradients(tiny):
     exact, model = build_model(tiny), build_model(replace(tiny, compute_dtype="bfloat16"))
     params, tokens = random_params(model), random_tokens(tiny, 2, 9)

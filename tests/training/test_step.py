@@ -9,7 +9,9 @@ import optax
 import pytest
 
 from jaxllm.losses import Weighted
-from jaxllm.training.state import init_state
+from jaxllm.sharding import path_name
+from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxllm.training.state import init_state, merge_params, split_params
 from jaxllm.training.step import split_rows, train_step
 
 
@@ -110,3 +112,124 @@ def test_the_state_given_away_is_gone():
     state = make_state(optimizer)
     jax.jit(step, donate_argnums=0)(state, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+
+
+# A part of the parameters
+
+
+def network_error(params, batch, key):
+    """The squared error of y = x A B C, in which every parameter counts."""
+    a, b = params["blocks"]["up"]["kernel"], params["blocks"]["down"]["kernel"]
+    error = batch["x"] @ a[0] @ b[0] @ params["head"]["kernel"] - batch["y"]
+    loss = Weighted((error**2).sum(), jnp.float32(len(error)))
+    return loss, {"loss": loss}
+
+
+def init_network(key):
+    up, down, head = (jax.random.normal(each, (4, 4)) for each in jax.random.split(key, 3))
+    blocks = {"up": {"kernel": up[None]}, "down": {"kernel": down[None]}}
+    return {"blocks": blocks, "head": {"kernel": head}}
+
+
+def named_optimizer(name):
+    config = OptimizerConfig(
+        name=name,
+        learning_rate=0.1,
+        schedule="constant",
+        warmup_steps=0,
+        decay_fraction=0.5,
+        final_learning_rate=0.1,
+        beta1=0.9,
+        beta2=0.95,
+        epsilon=1e-8,
+        weight_decay=0.1,
+        decay_pattern="kernel$",
+        clip_norm=1.0,
+        muon_momentum=0.95,
+        trainable="",
+    )
+    return make_optimizer(config, optax.constant_schedule(0.1))
+
+
+def train_network(name, trainable, num_microbatches=1, poison=0.0):
+    """State before and after a step, its metrics and its batch."""
+    optimizer, draw = named_optimizer(name), np.random.default_rng(0)
+    x, y = draw.normal(size=(2, 8, 4)).astype(np.float32)
+    batch = {"x": x, "y": y + np.float32(poison)}
+    before = init_state(jax.random.key(1), init=init_network, optimizer=optimizer, trainable=trainable)
+    step = functools.partial(
+        train_step,
+        loss_fn=network_error,
+        optimizer=optimizer,
+        num_microbatches=num_microbatches,
+        trainable=trainable,
+    )
+    after, metrics = jax.jit(step)(before, batch)
+    return before, after, metrics, batch
+
+
+def changed_paths(before, after):
+    return {
+        path_name(path)
+        for path, old in jax.tree.leaves_with_path(before)
+        if (old != functools.reduce(lambda tree, key: tree[key.key], path, after)).any()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "num_microbatches", "trainable", "learnt"),
+    [
+        ("adamw", 1, "up", {"blocks/up/kernel"}),
+        ("adamw", 4, "down|head", {"blocks/down/kernel", "head/kernel"}),
+        ("muon", 4, "up", {"blocks/up/kernel"}),
+        ("muon", 1, "^head/", {"head/kernel"}),
+        ("muon", 1, "", {"blocks/up/kernel", "blocks/down/kernel", "head/kernel"}),
+    ],
+)
+def test_only_trainable_parameters_change(name, num_microbatches, trainable, learnt):
+    before, after, _, _ = train_network(name, trainable, num_microbatches)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert changed_paths(before.params, after.params) == learnt
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_optimizer_remembers_trainable_parameters_alone(name):
+    _, after, _, _ = train_network(name, "down|head")
+    moments = [path_name(path) for path, x in jax.tree.leaves_with_path(after.opt_state) if x.ndim >= 2]
+    assert any("down" in path for path in moments)
+    assert any("head" in path for path in moments)
+    assert not any("up" in path for path in moments)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_the_gradient_norm_is_that_of_the_trainable_parameters(num_microbatches):
+    before, _, metrics, batch = train_network("adamw", "head", num_microbatches)
+    gradient = jax.grad(lambda params: network_error(params, batch, None)[0].mean)(before.params)
+    expected = jnp.linalg.norm(gradient["head"]["kernel"])
+    np.testing.assert_allclose(metrics["grad_norm"].mean, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_trainable_parameter_moves_as_if_there_were_no_others(name):
+    before, after, _, batch = train_network(name, "up")
+    gradient = jax.grad(lambda params: network_error(params, batch, None)[0].mean)(before.params)
+    alone, its_gradient = ({"blocks": {"up": tree["blocks"]["up"]}} for tree in (before.params, gradient))
+    optimizer = named_optimizer(name)  # clips the gradient, to begin with
+    updates, _ = jax.jit(optimizer.update)(its_gradient, optimizer.init(alone), alone)
+    expected = optax.apply_updates(alone, updates)["blocks"]["up"]["kernel"]
+    np.testing.assert_allclose(after.params["blocks"]["up"]["kernel"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_skipped_step_changes_neither_trained_nor_frozen_parameters():
+    before, after, _, _ = train_network("adamw", "up", poison=np.nan)
+    assert changed_paths(before.params, after.params) == set()
+    assert int(after.skipped_steps) == 1
+
+
+def test_what_is_split_is_merged_again():
+    params = init_network(jax.random.key(0))
+    learnt, frozen = split_params(params, "head")
+    assert [len(jax.tree.leaves(part)) for part in (learnt, frozen)] == [1, 2]
+    merged = merge_params(learnt, frozen)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, merged, params)
