@@ -96,7 +96,8 @@ class Checkpoints:
             self._orbax.save(folder / "state", args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
             raise _give_up_save(error, folder, size) from error
-        self._thread = threading.Thread(target=self._commit, args=(step, documents, size), name="save")
+        arguments = (step, documents, size, self.best_step)  # a best that comes later is not saved yet
+        self._thread = threading.Thread(target=self._commit, args=arguments, name="save")
         self._thread.start()
 
     def wait(self) -> None:
@@ -108,7 +109,7 @@ class Checkpoints:
         if failure is not None:
             raise failure
 
-    def _commit(self, step: int, documents: Mapping[str, bytes], size: int) -> None:
+    def _commit(self, step: int, documents: Mapping[str, bytes], size: int, best_step: int | None) -> None:
         folder = self.folder / str(step)
         try:
             self._orbax.wait_until_finished()
@@ -122,17 +123,17 @@ class Checkpoints:
             return
         try:
             self._log(f"saved step {step}")
-            self._delete_old(step)
+            self._delete_old(step, best_step)
         except OSError as error:
             self._failure = CheckpointError(f"step {step} was saved, but then: {_first_line(error)}")
 
-    def _delete_old(self, newest: int) -> None:
+    def _delete_old(self, newest: int, best: int | None) -> None:
         """Delete what retention no longer wants, once the newest is read back and found whole."""
         steps = [step for step in self.steps() if step <= newest]
         obsolete = [
             s
             for s in steps[: -self._keep]
-            if s != self.best_step and not (self._keep_every and s % self._keep_every == 0)
+            if s != best and not (self._keep_every and s % self._keep_every == 0)
         ]
         if obsolete and (what := damage(self.folder / str(newest))):
             self._failure = CheckpointError(f"{what}; older steps are kept")
@@ -172,7 +173,9 @@ def find_checkpoint(path: str | Path) -> Path:
     skipped.
     """
     path = Path(path).expanduser().absolute()
-    if path.name == "best" and (path.parent / BEST).is_file():
+    if path.name == "best" and not path.exists() and (path.parent / "checkpoints").is_dir():
+        if not (path.parent / BEST).is_file():
+            raise CheckpointError(f"{path.parent} has no {BEST}: set checkpoint.best_metric to keep the best")
         path = path.parent / "checkpoints" / str(json.loads((path.parent / BEST).read_bytes())["step"])
     inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if _STEP.fullmatch(inside.name):

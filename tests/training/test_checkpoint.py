@@ -177,6 +177,63 @@ def test_an_array_that_does_not_fit_is_named_with_both_shapes(checkpoints, targe
     assert str(caught.value).endswith(message)
 
 
+# A language model has a vocabulary head, and a reward model made of it has a scalar one instead.
+OPTIONAL = ("head", "scalar_head")
+
+
+def trunk(**heads):
+    blocks = {
+        "head": {"kernel": jnp.arange(4.0)},
+        "up": jnp.arange(6.0).reshape(2, 3),
+    }  # a head of another path
+    return {"blocks": blocks, "embed": jnp.ones((4, 2))} | heads
+
+
+def read_params(checkpoints, saved, wanted, prefix="params"):
+    checkpoints.save(1, {"params": saved, "step": jnp.int32(1)} if prefix else saved, {})
+    checkpoints.wait()
+    return read_arrays(checkpoints.folder / "1", jax.eval_shape(lambda: wanted), prefix, OPTIONAL)
+
+
+@pytest.mark.parametrize("prefix", ["params", ""])
+def test_optional_arrays_may_be_missing_on_either_side(checkpoints, prefix):
+    language_model = trunk(head={"kernel": jnp.zeros((2, 4))})
+    reward_model = trunk(scalar_head={"kernel": jnp.zeros((2, 1))})
+    found = read_params(checkpoints, language_model, reward_model, prefix)
+    assert found.pop("scalar_head") == {"kernel": None}
+    assert_same(found, trunk())
+
+
+def test_optional_arrays_on_both_sides_are_read(checkpoints):
+    reward_model = trunk(scalar_head={"kernel": jnp.full((2, 1), 3.0)})
+    assert_same(read_params(checkpoints, reward_model, reward_model), reward_model)
+
+
+def test_optional_arrays_on_both_sides_must_fit(checkpoints):
+    saved, wanted = (trunk(scalar_head={"kernel": jnp.zeros((2, n))}) for n in (1, 3))
+    with pytest.raises(
+        CheckpointError, match=r"scalar_head/kernel is float32\[2,1\] in it, float32\[2,3\] here"
+    ):
+        read_params(checkpoints, saved, wanted)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("blocks", "params/blocks/head/kernel is not in it"), ("embed", "params/embed is not in it")],
+)
+def test_all_that_is_not_optional_must_be_there(checkpoints, missing, message):
+    language_model = trunk(head={"kernel": jnp.zeros((2, 4))})
+    del language_model[missing]
+    with pytest.raises(CheckpointError, match=message):
+        read_params(checkpoints, language_model, trunk(scalar_head={"kernel": jnp.zeros((2, 1))}))
+
+
+def test_an_array_that_is_asked_for_by_no_name_is_an_error_unless_it_is_optional(checkpoints):
+    saved = trunk() | {"extra": jnp.zeros(2)}
+    with pytest.raises(CheckpointError, match="params/extra is in it, not here"):
+        read_params(checkpoints, saved, trunk())
+
+
 def test_of_many_arrays_that_do_not_fit_the_first_are_named(checkpoints):
     save(checkpoints, 1)
     with pytest.raises(CheckpointError, match=r"query is .*; and 3 more$"):
@@ -288,6 +345,25 @@ def test_find_checkpoint_takes_a_run_its_checkpoints_or_a_step(checkpoints, monk
         find_checkpoint(run / "other")
 
 
+def test_find_checkpoint_knows_the_best_of_a_run(checkpoints):
+    save(checkpoints, 1, 2, 3)
+    run = checkpoints.folder.parent
+    (run / "best.json").write_text(json.dumps({"metric": "eval/loss", "value": 0.5, "step": 2}))
+    assert find_checkpoint(run / "best") == checkpoints.folder / "2"
+    assert find_checkpoint(run) == checkpoints.folder / "3"
+    cut_file(checkpoints.folder / "2")
+    with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged"):
+        find_checkpoint(run / "best")
+
+
+def test_a_run_without_a_best_says_so(checkpoints):
+    save(checkpoints, 1)
+    with pytest.raises(
+        CheckpointError, match=r"has no best\.json: set checkpoint\.best_metric to keep the best"
+    ):
+        find_checkpoint(checkpoints.folder.parent / "best")
+
+
 def test_the_hash_of_a_checkpoint_is_that_of_its_content(checkpoints):
     save(checkpoints, 1, 2)
     shutil.copytree(checkpoints.folder / "1", checkpoints.folder / "3")
@@ -336,6 +412,24 @@ def test_retention_keeps_the_newest_and_every_so_many(tmp_path):
     save(checkpoints, *range(1, 8))
     assert checkpoints.steps() == [4, 6, 7]
     assert sorted(os.listdir(tmp_path)) == ["4", "6", "7"]
+
+
+def test_the_best_step_is_kept_beside_the_newest_however_old(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 2), (6, 5), (7, 5), (8, 5)):
+        checkpoints.best_step = best
+        save(checkpoints, step)
+        if step == 5:
+            assert checkpoints.steps() == [2, 4, 5]
+    assert checkpoints.steps() == [5, 7, 8]  # one that is no longer the best is old like any other
+
+
+def test_a_new_best_that_is_not_saved_yet_costs_the_old_one_nothing(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, log=lambda _: setattr(checkpoints, "best_step", 3))
+    for step in (1, 2):
+        checkpoints.best_step = 1
+        save(checkpoints, step)
+    assert checkpoints.steps() == [1, 2]
 
 
 def test_a_step_that_was_deleted_only_half_does_not_count(tmp_path, monkeypatch):

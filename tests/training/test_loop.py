@@ -9,6 +9,7 @@ import pytest
 
 from jaxllm.errors import NumericsError, Stopped
 from jaxllm.losses import Weighted
+from jaxllm.training.best import Best
 from jaxllm.training.loop import Hook, Loop, LoopConfig
 from jaxllm.training.metrics import MetricWriter, Throughput
 from jaxllm.training.state import TrainState
@@ -179,6 +180,88 @@ def test_a_resumed_run_repeats_no_row(tmp_path, watch):
     resumed = Run(tmp_path, watch, start=4)  # a kill at step 10 with the last checkpoint at 4
     resumed()
     assert resumed.deterministic_rows == rows
+
+
+# The best step, and the weights that a run begins with
+
+
+def scores(*values, every=1):
+    """A hook that finds these values of eval/loss one after another."""
+    values = iter(values)
+    return Hook(every, lambda step, state: {"eval/loss": next(values)})
+
+
+def lowest(patience=0):
+    return Best("eval/loss", highest=False, patience=patience)
+
+
+def test_the_best_step_is_saved_even_where_no_checkpoint_is_due(tmp_path, watch):
+    best = lowest()
+    run = Run(tmp_path, watch, hooks=(scores(5, 3, 4, 2, 9, every=2),), best=best, checkpoint_every=0)
+    run()
+    assert [step for step, *_ in run.saved] == [2, 4, 8, 10]  # the last is always
+    assert (best.step, best.value) == (8, 2)
+
+
+def test_a_step_that_is_best_and_due_is_saved_once(tmp_path, watch):
+    run = Run(tmp_path, watch, hooks=(scores(*range(10, 0, -1), every=4),), best=lowest())
+    run()
+    assert [step for step, *_ in run.saved] == [4, 8, 10]
+
+
+def test_a_best_that_is_never_measured_saves_nothing_more(tmp_path, watch):
+    hooks = (Hook(2, lambda step, state: {"eval/accuracy": 1.0}),)
+    run = Run(tmp_path, watch, hooks=hooks, best=lowest(patience=1), checkpoint_every=0)
+    assert int(run().step) == 10
+    assert [step for step, *_ in run.saved] == [10]
+
+
+def test_a_run_out_of_patience_ends_early_with_its_last_step_saved(tmp_path, watch):
+    run = Run(tmp_path, watch, hooks=(scores(3, 2, 4, float("nan")),), best=lowest(2), checkpoint_every=0)
+    assert int(run().step) == 4
+    assert run.saved == [(1, 1.0, None), (2, 2.0, None), (4, 4.0, None)]
+    assert run.rows[-1]["step"] == 4
+
+
+def test_a_run_that_had_lost_patience_takes_no_step_when_resumed(tmp_path, watch):
+    best = lowest(2)
+    best.value, best.step, best.waited = 2.0, 2, 2
+    run = Run(tmp_path, watch, best=best, start=4)
+    assert int(run().step) == 4
+    assert run.saved == []
+
+
+def test_the_weights_at_the_start_are_evaluated_as_step_0(tmp_path, watch):
+    run = Run(tmp_path, watch, hooks=(Hook(5, lambda step, state: {"eval/loss": 7.0 - step}),), unfinished={})
+    run()
+    assert run.rows[0] == {"step": 0, "eval/loss": 7.0}  # no update was made, so there is no rate
+    assert [row["step"] for row in run.rows] == [0, 2, 4, 5, 6, 8, 10]
+    assert [step for step, *_ in run.saved] == [4, 8, 10]
+
+
+def test_weights_that_are_never_bettered_are_saved_as_the_best(tmp_path, watch):
+    best = lowest(patience=2)
+    run = Run(tmp_path, watch, hooks=(scores(1, 2, 3),), best=best, unfinished={}, checkpoint_every=0)
+    assert int(run().step) == 2
+    assert best.step == 0
+    assert run.saved == [(0, 0.0, None), (2, 2.0, None)]
+
+
+def test_a_signal_while_the_start_is_evaluated_leaves_that_to_the_resumed_run(tmp_path, watch):
+    def interrupted(step, state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        watch.check()
+
+    first = Run(tmp_path, watch, hooks=(Hook(5, interrupted),), unfinished={})
+    with pytest.raises(Stopped, match="saved at step 0"):
+        first()
+    assert first.saved == [(0, 0.0, {}), "waited"]
+    assert first.rows == []
+    watch.requested = False
+    second = Run(tmp_path, watch, hooks=(scores(3, 2, 1, every=5),), unfinished=first.saved[0][2])
+    second()
+    assert [row["step"] for row in second.rows] == [0, 2, 4, 5, 6, 8, 10]
+    assert second.rows[0]["eval/loss"] == 3
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, watch):
