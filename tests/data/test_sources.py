@@ -133,6 +133,61 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, quiet_datasets):
     assert str(error.value) == "hf:org/name: cannot be loaded from the hub (ConnectionError: no route)"
 
 
+def test_without_a_text_key_rows_are_whole_records(tmp_path, quiet_datasets):
+    records = [{"messages": [{"role": "user", "content": "Hi"}], "id": 1}, {"messages": [], "id": 2}]
+    write(tmp_path / "a.jsonl", json_lines(*records))
+    save_parquet(tmp_path / "a.parquet", {name: [each[name] for each in records] for name in records[0]})
+    quiet_datasets.Dataset.from_list(records).save_to_disk(tmp_path / "saved")
+    for name in ("a.jsonl", "a.parquet", "saved"):
+        assert texts(tmp_path / name, text_key=None) == records
+    assert texts(write(tmp_path / "b.txt", b"Hi\n"), text_key=None) == [{"text": "Hi\n"}]
+
+
+def test_records_need_no_key_but_must_be_objects_and_no_file_an_empty_one(tmp_path):
+    path = write(tmp_path / "a.jsonl", json_lines({}, {"text": 3}, ["Hi"]))
+    assert texts(path, text_key=None) == [{}, {"text": 3}, None]
+    assert faults(path, text_key=None) == [f"{path}:3: wrong type the row is a list, not an object"]
+    path = write(tmp_path / "a.txt", b" \n")
+    assert faults(path, text_key=None) == [f"{path}:1: empty text"]
+
+
+def test_a_source_of_records_has_another_hash_than_one_of_texts(tmp_path):
+    path = write(tmp_path / "a.jsonl", json_lines({"text": "one"}))
+    assert opened(path).content_hash != opened(path, text_key=None).content_hash
+    assert opened("synthetic").content_hash != opened("synthetic", text_key=None).content_hash
+
+
+def test_what_the_source_rejects_is_a_fault_unless_it_is_said_otherwise(tmp_path):
+    (row,) = opened(write(tmp_path / "a.jsonl", b"{")).rows()
+    assert row.fault
+    kept = Row("a.jsonl:3", 7, "value")
+    rejected = kept.rejected("too long", "9 tokens", fault=False)
+    assert str(rejected) == "a.jsonl:3: too long (9 tokens)"
+    assert (rejected.value, rejected.done, rejected.fault) == (None, 7, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [("documents", {"text"}), ("chats", {"messages"}), ("preferences", {"chosen", "rejected"})],
+)
+def test_each_kind_of_synthetic_record_has_its_keys(kind, keys):
+    rows = list(opened(f"synthetic:{kind}", text_key=None).rows())
+    assert [row.where for row in rows] == [f"synthetic:{kind}:{i}" for i in (1, 2, 3)]
+    assert all(keys <= row.value.keys() for row in rows)
+    assert texts("synthetic") == texts("synthetic:documents")
+
+
+def test_an_unknown_kind_of_synthetic_rows_says_what_is_near():
+    with pytest.raises(DataError, match=r"'synthetic:chat' does not exist; did you mean 'chats'\?"):
+        opened("synthetic:chat")
+    with pytest.raises(DataError, match=r"there is 'documents', 'chats', 'preferences', 'problems'"):
+        opened("synthetic:xyz")
+
+
+def test_synthetic_records_without_a_text_say_what_they_have():
+    assert faults("synthetic:chats")[0].startswith("synthetic:chats:1: missing key no 'text'; there is ")
+
+
 def test_synthetic_rows(monkeypatch, tmp_path):
     def documents(split, *, count, seed):
         return (f"{split} {seed} {i}" for i in range(count))

@@ -62,6 +62,16 @@ def test_rows_after_the_resumed_step_are_dropped_from_file_and_tensorboard(tmp_p
     assert tensorboard_scalars(tmp_path / "tb") == [("train/loss", *row) for row in rows]
 
 
+@pytest.mark.parametrize(("last_step", "steps"), [(-1, []), (0, [0]), (1, [0, 1])])
+def test_a_new_run_keeps_no_row_and_one_resumed_at_the_start_keeps_that_of_step_0(tmp_path, last_step, steps):
+    writer = MetricWriter(tmp_path, -1, None, {})
+    for step in (0, 1, 2):
+        writer.write(step, {"eval/loss": 1.0})
+    writer.close()
+    MetricWriter(tmp_path, last_step, None, {}).close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == steps
+
+
 def test_a_value_that_is_not_finite_is_null_in_the_file(tmp_path):
     writer = MetricWriter(tmp_path, 0, None, {})
     writer.write(1, {"train/loss": float("nan"), "train/grad_norm": 2.0})
