@@ -146,7 +146,7 @@ class Loop:
                 is_best = self.best.update(step, row[self.best.metric])
                 last = last or self.best.given_up
         stopping = self.watch.requested
-        if last or stopping or is_best or (step > 0 and due(step, self.config.checkpoint_every)):
+        if last or stopping or (step > 0 and (is_best or due(step, self.config.checkpoint_every))):
             self.save(step, state, row, finished)
         if stopping and not (last and finished):
             self.wait()

@@ -239,12 +239,12 @@ def test_the_weights_at_the_start_are_evaluated_as_step_0(tmp_path, watch):
     assert [step for step, *_ in run.saved] == [4, 8, 10]
 
 
-def test_weights_that_are_never_bettered_are_saved_as_the_best(tmp_path, watch):
+def test_weights_that_are_never_bettered_end_the_run_and_are_not_saved_anew(tmp_path, watch):
     best = lowest(patience=2)
     run = Run(tmp_path, watch, hooks=(scores(1, 2, 3),), best=best, unfinished={}, checkpoint_every=0)
     assert int(run().step) == 2
     assert best.step == 0
-    assert run.saved == [(0, 0.0, None), (2, 2.0, None)]
+    assert run.saved == [(2, 2.0, None)]
 
 
 def test_a_signal_while_the_start_is_evaluated_leaves_that_to_the_resumed_run(tmp_path, watch):
