@@ -326,7 +326,8 @@ def train(
             unfinished_row = {}
         is_over = start >= config.training.steps or (best is not None and best.given_up)
         if start > config.training.steps or (is_over and unfinished_row is None):
-            print(f"nothing to do: {start} steps are done; for more, raise training.steps")
+            field = "patience" if start < config.training.steps else "steps"
+            print(f"nothing to do: {start} steps are done; for more, raise training.{field}")
             return
         files = {"config.json": to_json(as_dict(config)), **tokenizer.files()}
         if (template := folder.file(TEMPLATE_FILE)).exists():
@@ -397,7 +398,7 @@ def describe_end(step: int, best: Best | None) -> str:
     """How far the run came, and which step was best."""
     text = f"{step} steps"
     if best is not None and best.step is not None:
-        early = ", stopped early," if best.given_up else ""
+        early = ", stopped early" if best.given_up else ""
         text += f"{early} (best {best.metric} {best.value:.4g} at step {best.step})"
     return text
 

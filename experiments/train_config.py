@@ -74,6 +74,7 @@ MAY_DIFFER = (
     "training.evaluate_every",
     "training.sample_every",
     "training.checkpoint_every",
+    "training.patience",
     "training.max_bad_steps",
     "training.hang_timeout",
     "checkpoint.keep",
