@@ -1,5 +1,7 @@
 """A whole run in this process: what it says, what it leaves, and what it never does twice."""
 
+import contextlib
+import io
 import json
 import random
 import re
@@ -15,7 +17,13 @@ from jaxllm.errors import ConfigError, DataError
 from jaxllm.training.checkpoint import find_checkpoint, read_arrays
 from jaxllm.training.metrics import read_metrics
 
-CONFIG = str(Path(__file__).parents[1] / "configs" / "pretrain_text.py:tiny")
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = {
+    "pretrain": ("pretrain_text.py", "good.jsonl"),
+    "sft": ("sft_chat.py", "chats.jsonl"),
+    "reward_model": ("reward_model_pairs.py", "pairs.jsonl"),
+    "dpo": ("dpo_pairs.py", "pairs.jsonl"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +36,30 @@ def text(tmp_path_factory):
     ]
     (folder / "good.jsonl").write_text("\n".join(rows))
     (folder / "bad.jsonl").write_text("\n".join([*rows, '{"txt": "lost"}']))
+    seen = [("cat", "ball"), ("cat", "tree"), ("dog", "ball"), ("dog", "moon"), ("bird", "tree")] * 12
+    chats = [
+        {"prompt": f"What did the {a} see? {i}", "completion": f"The {b}."} for i, (a, b) in enumerate(seen)
+    ]
+    question, answer = {"role": "user", "content": "And?"}, {"role": "assistant", "content": "A moon."}
+    chats += [
+        {"messages": [{"role": "user", "content": f"{i}?"}, answer, question, answer]} for i in range(20)
+    ]
+    pairs = [
+        {"prompt": f"What did the {a} see? {i}", "chosen": f"The {b}.", "rejected": f"No {b}."}
+        for i, (a, b) in enumerate(seen)
+    ]
+    for name, records in (("chats", chats), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
-def make_config(text, **changes):
-    config = load_config(CONFIG)
+def make_config(text, stage="pretrain", **changes):
+    file, rows = FILES[stage]
+    config = load_config(f"{CONFIGS / file}:tiny")
     fields = {
-        "data__train": str(text / "good.jsonl"),
-        "data__cache_dir": str(text / "cache"),
-        "data__sequence_length": "32",
+        "data__train": str(text / rows),
+        "data__sequence_length": "32" if stage == "pretrain" else "64",
+        "data__batch_size": "8",
         "model__num_layers": "1",
         "model__width": "32",
         "training__steps": "8",
@@ -47,11 +70,15 @@ def make_config(text, **changes):
         "optimizer__warmup_steps": "2",
         "optimizer__name": "adamw",
         "optimizer__schedule": "constant",
-        "sample__sampling__max_new_tokens": "4",
     }
+    if stage in ("pretrain", "dpo"):
+        fields["data__cache_dir"] = str(text / "cache")
+    if stage in ("pretrain", "sft"):
+        fields["sample__sampling__max_new_tokens"] = "4"
+    kind = find_stage(stage).Config
     for field, value in (fields | changes).items():
-        override(config, find_stage(config.stage).Config, field.replace("__", "."), value)
-    return parse(find_stage(config.stage).Config, config)
+        override(config, kind, field.replace("__", "."), value)
+    return parse(kind, config)
 
 
 def run(config, workdir, **changes):
@@ -74,22 +101,24 @@ def test_it_learns(finished):
     assert last["train/loss"] < np.log(500) - 0.5
 
 
-def test_more_steps_mean_no_more_compilations(finished, text, tmp_path):
-    compilations = []
+@pytest.mark.parametrize("stage", FILES)
+def test_a_run_compiles_only_at_its_beginning(finished, text, tmp_path, stage):
+    compiled_after = []  # the last step whose metrics were written
 
     def listen(event, _, **__):
         if event == "/jax/core/compile/backend_compile_duration":
-            compilations[-1] += 1
+            rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+            compiled_after.append(rows[-1]["step"] if rows else -1)
 
+    config = make_config(text, stage, training__steps="16")
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        for steps in ("8", "16"):  # not the first run of the process, which compiles its odds and ends
-            compilations.append(0)
-            run(make_config(text, training__steps=steps), tmp_path / steps)
+        run(config, tmp_path / "run", init_from=None if stage == "pretrain" else str(finished))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert read_metrics(tmp_path / "16" / "metrics.jsonl")[-1]["step"] == 16
-    assert compilations[0] == compilations[1] > 0
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 16
+    assert compiled_after.count(-1) >= 2  # the train step and an evaluation
+    assert max(compiled_after) < 8  # by then it has trained, evaluated and saved
 
 
 def test_the_checkpoint_knows_all_that_is_needed_to_use_it(finished, text):
@@ -162,3 +191,129 @@ def test_a_dry_run_says_what_a_step_takes(text):
     assert float(held) == pytest.approx(state / 1e9, abs=0.001)  # weights and Adam's two moments
     assert "FLOPs a token" in report
     assert "training.num_microbatches" in report
+
+
+# The stages that follow
+
+
+@pytest.fixture(scope="module")
+def chat_run(finished, text, tmp_path_factory):
+    """The folder of a model that learnt to answer, and what its run said."""
+    workdir, said = tmp_path_factory.mktemp("chat") / "sft", io.StringIO()
+    with contextlib.redirect_stdout(said):
+        run(make_config(text, "sft", sample__held_out="4"), workdir, init_from=str(finished))
+    return workdir, said.getvalue()
+
+
+def params_of(workdir, program):
+    return read_arrays(find_checkpoint(workdir), program.abstract_state.params, prefix="params")
+
+
+def test_fine_tuning_says_what_it_reads_and_learns_and_what_comes_of_it(chat_run):
+    workdir, printed = chat_run
+    for line in (
+        r"chats.jsonl: 80 rows read, 80 kept: 60 of prompt, completion, 20 of messages; [\d,]+ tokens",
+        r"train: [\d,]+ tokens, 2\d\.\d% of them learnt, in \d+ rows of 64",
+        r"validation: [\d,]+ tokens",
+        r"chat template: built in; answers end at <\|end\|>, </s>",
+        r"example .*: ⟦<s><\|user\|>What did the cat see\? 0<\|end\|><\|assistant\|>⟧The ball\.<\|end\|>\n",
+        r"fresh run with the weights of .*/first/checkpoints/8\n",
+        r"step 8/8 .*eval loss .*answers that end",
+        r"done: 8 steps \(best eval/loss [\d.]+ at step 8\)",
+    ):
+        assert re.search(line, printed), line
+    first, *_, last = read_metrics(workdir / "metrics.jsonl")
+    assert first["step"] == 0
+    assert last["eval/loss"] < first["eval/loss"] - 0.3
+    assert 0 <= last["eval/stopped_fraction"] <= 1
+    sample = (workdir / "samples" / "8.txt").read_text()
+    assert "What is an LLM?" in sample
+    assert sample.count("held out; the answer given there: ") == 4
+
+
+def test_a_run_that_gets_no_better_ends_and_goes_on_only_with_more_patience(chat_run, text, tmp_path, capsys):
+    still, workdir = {"optimizer__learning_rate": "0.0", "training__steps": "100"}, tmp_path / "still"
+    for patience, steps in ((2, 8), (2, 8), (3, 12)):
+        config = make_config(text, "sft", training__patience=str(patience), **still)
+        run(config, workdir, init_from=str(chat_run[0]))
+        assert read_metrics(workdir / "metrics.jsonl")[-1]["step"] == steps
+    printed = capsys.readouterr().out
+    assert "done: 8 steps, stopped early (best eval/loss" in printed
+    assert "nothing to do: 8 steps are done; for more, raise training.patience" in printed
+    assert not (workdir / "best.json").exists()  # the best are the weights it began with
+
+
+def test_a_chat_template_of_one_s_own_stays_with_the_weights(finished, text, tmp_path):
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    few = {"training__steps": "3"}
+    run(
+        make_config(text, "sft", data__template=str(template), **few),
+        tmp_path / "sft",
+        init_from=str(finished),
+    )
+    source = template.read_bytes()
+    template.unlink()
+    run(make_config(text, "reward_model", **few), tmp_path / "reward", init_from=str(tmp_path / "sft"))
+    for name in ("sft", "reward"):
+        assert (find_checkpoint(tmp_path / name) / "template.jinja").read_bytes() == source
+
+
+@pytest.fixture(scope="module")
+def reward_run(chat_run, text, tmp_path_factory):
+    workdir, said = tmp_path_factory.mktemp("reward") / "reward", io.StringIO()
+    config = make_config(text, "reward_model", optimizer__learning_rate="0.01", training__steps="12")
+    with contextlib.redirect_stdout(said):
+        run(config, workdir, init_from=str(chat_run[0]))
+    return workdir, said.getvalue()
+
+
+def test_a_reward_model_starts_from_a_chat_model_and_learns(reward_run):
+    workdir, printed = reward_run
+    for line in (
+        r"pairs.jsonl: 60 rows read, 60 kept: 60 of prompt, chosen, rejected",
+        r"train: \d+ pairs, \d+ tokens the chosen .*; the longer one is chosen in [\d.]+% of them",
+        r"example, chosen .*: ⟦.*<\|assistant\|>⟧The ball\.<\|end\|>\n",
+        r"example, rejected .*: ⟦.*<\|assistant\|>⟧No ball\.<\|end\|>\n",
+    ):
+        assert re.search(line, printed), line
+    first, *_, last = read_metrics(workdir / "metrics.jsonl")
+    assert first["eval/loss"] == pytest.approx(np.log(2))  # all rewards are 0
+    assert last["eval/accuracy"] == 1.0
+    known = json.loads((find_checkpoint(workdir) / "metadata.json").read_text())["metrics"]
+    assert known["eval/reward_mean"] == last["eval/reward_mean"]
+    assert known["eval/reward_std"] == last["eval/reward_std"] > 0
+
+
+def test_a_reward_model_starts_from_a_reward_model_and_can_train_its_head_alone(
+    reward_run, text, tmp_path, capsys
+):
+    config = make_config(text, "reward_model", training__steps="3", optimizer__trainable="^scalar_head")
+    run(config, tmp_path / "head", init_from=str(reward_run[0]))
+    program = Program(config)
+    before, after = params_of(reward_run[0], program), params_of(tmp_path / "head", program)
+    assert not np.array_equal(before.pop("scalar_head")["kernel"], after.pop("scalar_head")["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert "32 of them trained" in capsys.readouterr().out
+    first = read_metrics(tmp_path / "head" / "metrics.jsonl")[0]
+    assert first["eval/accuracy"] == 1.0  # step 0 has the head that was given
+
+
+def test_both_kinds_of_reference_begin_at_log_2_and_train_alike(chat_run, text, tmp_path):
+    rows = {}
+    for reference in ("cached", "on_the_fly"):
+        config = make_config(text, "dpo", data__reference=reference, training__log_every="1")
+        run(config, tmp_path / reference, init_from=str(chat_run[0]))
+        rows[reference] = read_metrics(tmp_path / reference / "metrics.jsonl")
+        first = rows[reference][0]
+        assert first["eval/loss"] == pytest.approx(np.log(2), abs=1e-6)
+        assert first["eval/rewards/margins"] == first["eval/rewards/chosen"] == 0
+        assert rows[reference][-1]["eval/rewards/margins"] > 0
+    for name in ("train/loss", "train/rewards/margins"):
+        cached, on_the_fly = ([row[name] for row in rows[kind] if name in row] for kind in rows)
+        assert len(cached) == 8
+        np.testing.assert_allclose(cached, on_the_fly, rtol=1e-5, atol=1e-6)
