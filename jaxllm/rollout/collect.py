@@ -38,6 +38,7 @@ from jaxllm.rollout.generate import (
 from jaxllm.rollout.sampling import SamplingConfig
 
 REFILLS = 8  # a refill is this share of the rows: fewer would idle less and stop the loop more often
+TAIL = 4  # once nothing waits and so small a share of the rows goes on, only that share decodes further
 STRETCH = 64  # decode steps, at most, from one call of `check` to the next
 
 
@@ -62,6 +63,12 @@ def refill(
         return old.at[rows, *map(slice, new.shape[1:])].set(new, mode="drop") if old.ndim else old
 
     return jax.tree.map(put, state, new)
+
+
+@jax.jit
+def keep_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
+    """The same state with these rows only."""
+    return jax.tree.map(lambda array: array[rows] if array.ndim else array, state)
 
 
 class Block(NamedTuple):
@@ -103,7 +110,7 @@ def run(
     state, whose arrays are gone once the next is asked for, and which completion each row says (-1: none)."""
     number = len(keys)
     B = min(max_rows, bucket(number))
-    R = B if number <= B else -(-B // REFILLS)
+    R, tail = B if number <= B else -(-B // REFILLS), B // TAIL
     params = unstack(params)
     padded = pad_prompts(model, prompts, sampling.max_new_tokens)
     blocks, first_slots = read_blocks(model, params, padded, keys, R), more_slots(model, padded[0].shape[1])
@@ -121,7 +128,13 @@ def run(
             nowhere = np.full(R - len(rows), B)
             state = refill(state, block.prompts, np.append(rows, nowhere), block.sources, block.keys)
             owners[rows], begun = block.completions, block.completions.stop
-        min_rows = B - R if begun < number else 0
+        if begun == number and 0 < np.sum(owners >= 0) <= tail < len(owners):
+            rows = np.argsort(owners < 0, stable=True)[:tail]
+            state, owners = keep_rows(state, rows), owners[rows]
+        if begun < number:
+            min_rows = B - R
+        else:
+            min_rows = tail if len(owners) > tail else 0
         state = decode(model, params, state, stop_ids, STRETCH, min_rows, sampling=sampling)
         yield state, owners
         done, lengths = jax.device_get((state.done, state.lengths))

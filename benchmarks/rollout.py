@@ -1,0 +1,161 @@
+"""Rollout speed: continuous batching beside static batches, ours and Hugging Face's where torch is installed.
+
+    python benchmarks/rollout.py [--config=FILE] [--prompts=32] [--group=8] [--rows=64] [--rounds=3] [--peer]
+
+Random weights, whose draws are close to uniform, so a share of the vocabulary as stop ids makes lengths
+geometric: their mean is a quarter of --new, where they are cut. `equal` has no stop ids. The contestants
+take turns in each round; tokens a second are medians over the rounds, and the ratio is the median of the
+rounds' ratios. No contestant draws what another does, so each is counted by its own tokens.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from jaxllm.config import load_config, parse
+from jaxllm.models import ModelConfig, build_model
+from jaxllm.rollout.collect import collect
+from jaxllm.rollout.generate import generate
+from jaxllm.rollout.sampling import SamplingConfig
+
+Run = Callable[[list[list[int]], Sequence[int]], int]  # prompts and stop ids -> how many tokens were said
+
+
+def our_runs(config: ModelConfig, group: int, rows: int, new_tokens: int) -> dict[str, Run]:
+    model = build_model(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+    sampling = SamplingConfig(1.0, top_k=None, top_p=None, min_p=None, max_new_tokens=new_tokens)
+
+    def continuous(prompts, stop_ids):
+        keys = jax.random.split(jax.random.key(1), len(prompts) * group)
+        said = collect(
+            model,
+            params,
+            prompts,
+            group_size=group,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            keys=keys,
+            max_rows=rows,
+        )
+        return sum(map(len, said.tokens))
+
+    def static(prompts, stop_ids):
+        repeated = [prompt for prompt in prompts for _ in range(group)]
+        keys = jax.random.split(jax.random.key(1), len(repeated))
+        total = 0
+        for start in range(0, len(repeated), rows):
+            batch = slice(start, start + rows)
+            said = generate(
+                model, params, repeated[batch], sampling=sampling, stop_ids=stop_ids, keys=keys[batch]
+            )
+            total += sum(map(len, said.tokens))
+        return total
+
+    return {"collect": continuous, "generate, static batches": static}
+
+
+def transformers_run(config: ModelConfig, group: int, rows: int, new_tokens: int) -> dict[str, Run]:
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_length,
+            tie_word_embeddings=config.tie_embeddings,
+        )
+    ).eval()
+
+    def run(prompts, stop_ids):
+        generation = GenerationConfig(
+            max_new_tokens=new_tokens,
+            do_sample=True,
+            top_k=0,
+            pad_token_id=0,
+            eos_token_id=list(stop_ids) or None,
+        )
+        repeated = [prompt for prompt in prompts for _ in range(group)]
+        total = 0
+        for start in range(0, len(repeated), rows):
+            with torch.inference_mode():
+                batch = torch.tensor(repeated[start : start + rows])
+                out = llama.generate(batch, generation_config=generation)[:, batch.shape[1] :]
+            stopped = torch.isin(out, torch.tensor(stop_ids, dtype=torch.long)).int()
+            total += int((stopped.cumsum(1) - stopped == 0).sum())  # up to the first stop, and with it
+        return total
+
+    return {"transformers, static batches": run}
+
+
+def compare(runs: dict[str, Run], prompts: list[list[int]], stop_ids: Sequence[int], rounds: int) -> None:
+    compilations = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compilations.append(seconds) if "backend_compile" in event else None
+    )
+    rates, cpu_rates = {name: [] for name in runs}, {name: [] for name in runs}
+    for turn in range(rounds + 1):  # the first compiles and warms up
+        for name, run in runs.items():
+            compilations.clear()
+            start, cpu_start = time.perf_counter(), time.process_time()
+            said = run(prompts, stop_ids)
+            rates[name].append(said / (time.perf_counter() - start))
+            cpu_rates[name].append(said / (time.process_time() - cpu_start))
+            if turn == 0:
+                print(f"  {name}: {said} tokens, {len(compilations)} programs in {sum(compilations):.1f} s")
+            else:
+                assert not compilations, f"{name}: {len(compilations)} programs after warm-up"
+    ours = next(iter(runs))
+    for name in runs:
+        ratios = [
+            statistics.median(
+                our / their for our, their in zip(table[ours][1:], table[name][1:], strict=True)
+            )
+            for table in (rates, cpu_rates)
+        ]
+        print(
+            f"  {name:30s} {statistics.median(rates[name][1:]):8.0f} tokens/s; "
+            f"{ours} is {ratios[0]:.2f}x as fast, {ratios[1]:.2f}x by CPU time",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", default=Path(__file__).with_name("model_s.py"), help="its model is used")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--group", type=int, default=8, help="completions a prompt")
+    parser.add_argument("--rows", type=int, default=64, help="rows decoded at a time")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--new", type=int, default=128, help="tokens, at most")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer", action="store_true", help="transformers too")
+    parser.add_argument("--lengths", nargs="+", default=["geometric", "equal"])
+    flags = parser.parse_args()
+    config = parse(ModelConfig, load_config(str(flags.config)).model)
+    shape = config, flags.group, flags.rows, flags.new
+    runs = {**our_runs(*shape), **(transformers_run(*shape) if flags.peer else {})}
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, config.vocab_size, (flags.prompts, flags.prompt)).tolist()
+    for lengths in flags.lengths:
+        stops = 4 * config.vocab_size // flags.new if lengths == "geometric" else 0
+        print(f"{lengths} lengths, {flags.prompts} prompts x {flags.group}, {flags.rows} rows at a time")
+        compare(runs, prompts, range(stops), flags.rounds)
+
+
+if __name__ == "__main__":
+    main()

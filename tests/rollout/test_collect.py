@@ -1,0 +1,184 @@
+"""What a completion says does not depend on what decodes beside it, and no row waits for a longer one."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.errors import ConfigError, DataError, Stopped
+from jaxllm.rollout import collect as module
+from jaxllm.rollout.collect import STRETCH, collect
+from jaxllm.rollout.generate import generate
+from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.sharding import MeshConfig, make_mesh, shardings
+
+SAMPLED = SamplingConfig(temperature=1.0, top_k=None, top_p=0.95, min_p=None, max_new_tokens=40)
+GREEDY = replace(SAMPLED, temperature=0.0, top_p=None)
+STOP_IDS = tuple(range(40))  # a twelfth of the vocabulary
+
+
+def random_prompts(tiny, seed):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, tiny.vocab_size, length).tolist() for length in rng.integers(1, 30, 21)]
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    return random_prompts(tiny, 0)
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return jax.random.split(jax.random.key(0), 63)
+
+
+@pytest.fixture(scope="module")
+def expected(model, params, prompts, keys):
+    """Of 3 completions of each prompt, all in one batch; for 1 a prompt take every third."""
+    repeated = [prompt for prompt in prompts for _ in range(3)]
+    return {
+        sampling: generate(model, params, repeated, sampling=sampling, stop_ids=STOP_IDS, keys=keys)
+        for sampling in (GREEDY, SAMPLED)
+    }
+
+
+def rollout(model, params, prompts, keys, **changed):
+    """A call of collect, one completion a prompt in 8 rows unless changed."""
+    usual = {"group_size": 1, "sampling": SAMPLED, "stop_ids": STOP_IDS, "max_rows": 8}
+    return collect(model, params, prompts, keys=keys, **{**usual, **changed})
+
+
+def assert_same(completions, tokens, log_probs, stop_reasons):
+    assert completions.tokens == tokens
+    assert completions.stop_reasons == stop_reasons
+    for ours, theirs in zip(completions.log_probs, log_probs, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+# What is said
+
+
+@pytest.mark.parametrize(("sampling", "max_rows"), [(GREEDY, 8), (SAMPLED, 3)])
+def test_each_row_says_what_generate_says(model, params, prompts, keys, expected, sampling, max_rows):
+    collected = rollout(model, params, prompts, keys[::3], sampling=sampling, max_rows=max_rows)
+    static = expected[sampling]
+    assert_same(collected, static.tokens[::3], static.log_probs[::3], static.stop_reasons[::3])
+    assert len(set(map(len, collected.tokens))) > 8, "equal lengths would show nothing"
+    assert set(collected.stop_reasons) == {"stop", "length"}
+
+
+@pytest.mark.parametrize("max_rows", [2, 8, 64])
+def test_completions_of_a_prompt_stand_together_each_with_its_key(
+    model, params, prompts, keys, expected, max_rows
+):
+    collected = rollout(model, params, prompts, keys, group_size=3, max_rows=max_rows)
+    static = expected[SAMPLED]
+    assert_same(collected, static.tokens, static.log_probs, static.stop_reasons)
+
+
+def test_a_mesh_changes_no_token(model, params, prompts, keys, expected):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(params, shardings(params, mesh))
+        collected = rollout(model, split, prompts, keys, group_size=3, sampling=GREEDY, max_rows=16)
+    assert collected.tokens == expected[GREEDY].tokens
+
+
+# What it costs
+
+
+def test_a_prompt_is_read_once_for_all_its_completions(model, params, prompts, keys, monkeypatch):
+    read = []
+
+    def recorded(model, params, tokens, lengths, *rest):
+        read.extend(row[:length].tolist() for row, length in zip(tokens, lengths, strict=True))
+        return prefill(model, params, tokens, lengths, *rest)
+
+    prefill = module.prefill
+    monkeypatch.setattr(module, "prefill", recorded)
+    few = replace(SAMPLED, max_new_tokens=2)
+    rollout(model, params, prompts, keys, group_size=3, sampling=few)
+    assert read == prompts
+
+
+def test_short_rows_pass_beside_a_long_one(model, params, tiny, keys):
+    short, long = [1] * (tiny.max_length - 2), [1]
+    sampling = replace(SAMPLED, max_new_tokens=16)
+    prompts = [long, *[short] * 8]
+    collected = rollout(model, params, prompts, keys[:9], sampling=sampling, stop_ids=(), max_rows=2)
+    assert list(map(len, collected.tokens)) == [16] + [2] * 8
+    assert collected.steps == 16  # batches of two would take 16 + 2 + 2 + 2 + 2
+
+
+def test_the_last_rows_decode_in_a_smaller_batch(model, params, tiny, keys, monkeypatch):
+    sizes = []
+
+    def recorded(model, params, state, *rest, **kwargs):
+        sizes.append(len(state.done))
+        return decode(model, params, state, *rest, **kwargs)
+
+    decode = module.decode
+    monkeypatch.setattr(module, "decode", recorded)
+    prompts = [[1] * (tiny.max_length - left) for left in (1, 2, 3, 1, 8, 1, 2, 3)]
+    collected = rollout(model, params, prompts, keys[:8], stop_ids=())
+    assert list(map(len, collected.tokens)) == [1, 2, 3, 1, 8, 1, 2, 3]
+    assert sizes == [8, 2]
+
+
+def test_a_second_round_compiles_nothing(model, params, tiny, prompts, keys):
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if "backend_compile" in event:
+            compiled.append(seconds)
+
+    traced = []
+
+    def counted(params, tokens, **kwargs):
+        traced.append(tokens.shape)
+        return model.apply(params, tokens, **kwargs)
+
+    counting = model._replace(apply=counted)
+    rollout(counting, params, prompts, keys, group_size=3)
+    # Prompts are read in one shape; 8 rows, and the last 2, decode in 48, 64 and 96 slots.
+    assert traced.count((1, 32)) == 1
+    assert len(traced) <= 7
+    others, other_keys = [random_prompts(tiny, seed) for seed in (1, 2)], keys[::-1]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for other in others:
+        rollout(counting, params, other, other_keys, group_size=3)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+
+
+# Being stopped, and bad input
+
+
+def test_check_is_called_between_stretches_and_may_end_it(model, params, keys):
+    calls = []
+
+    def check():
+        calls.append(1)
+        if len(calls) == 2:
+            raise Stopped("enough")
+
+    long = replace(SAMPLED, max_new_tokens=2 * STRETCH + 10)
+    with pytest.raises(Stopped, match="enough"):
+        rollout(model, params, [[1]], keys[:1], sampling=long, stop_ids=(), check=check)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ({"group_size": 0}, ConfigError, "group_size=0 must be at least 1"),
+        ({"max_rows": 0}, ConfigError, "max_rows=0 must be at least 1"),
+        ({"group_size": 3}, DataError, r"keys of shape \(4,\) for 2 prompts x 3: give one key a completion"),
+        ({"prompts": []}, DataError, r"keys of shape \(4,\) for 0 prompts x 2"),
+        ({"prompts": [[1], []]}, DataError, r"prompts\[1\] has 0 tokens; give 1 to 255"),
+    ],
+)
+def test_calls_that_cannot_be_met_are_refused(model, params, keys, bad, error, message):
+    good = {"prompts": [[1, 2], [3]], "keys": keys[:4], "group_size": 2}
+    with pytest.raises(error, match=message):
+        rollout(model, params, **{**good, **bad})
