@@ -96,8 +96,8 @@ def test_columns_can_be_called_otherwise_inside_messages_too():
     record = {"dialog": [{"speaker": "user", "said": "Who?"}, {"speaker": "gpt", "said": "Ada."}]}
     rename = ("dialog=messages", "speaker=role", "said=content")
     assert conversation(record, rename) == ("messages", EXCHANGE)
-    record = {"question": "Who?", "answer": "Ada.", "id": 3}
-    assert conversation(record, ("question=prompt", "answer=completion"))[1] == EXCHANGE
+    record = {"question": record["dialog"][:1], "answer": "Ada.", "id": 3}
+    assert conversation(record, ("question=prompt", "answer=completion", *rename[1:]))[1] == EXCHANGE
 
 
 @pytest.mark.parametrize(

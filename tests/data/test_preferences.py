@@ -82,7 +82,7 @@ def test_each_format_becomes_this_prompt_and_the_two_answers(record, kind, promp
 
 def test_columns_can_be_called_otherwise_inside_messages_too():
     said = ({"speaker": "user", "said": "Who?"}, {"speaker": "assistant", "said": "Ada."})
-    record = {"better": said[1]["said"], "worse": "Bo.", "question": [said[0]]}
+    record = {"better": [said[1]], "worse": "Bo.", "question": [said[0]]}
     rename = ("better=chosen", "worse=rejected", "question=prompt", "speaker=role", "said=content")
     assert pair(record, rename) == ("prompt, chosen, rejected", WHO, ADA, BO)
     assert is_pair(record, rename)
@@ -90,9 +90,9 @@ def test_columns_can_be_called_otherwise_inside_messages_too():
 
 
 def test_a_transcript_may_hold_blank_lines_and_the_words_themselves():
-    text = "\n\nHuman: What is\n\na Human: or\n\nHumans?\n\nAssistant:"
+    text = "\n\nHuman: What is\n\na Human: or\nHuman: or\n\nHumans?\n\nAssistant:"
     ends = {"chosen": text + " Ada.", "rejected": text + " Bo."}
-    assert pair(ends)[1] == turns("user: What is\n\na Human: or\n\nHumans?")
+    assert pair(ends)[1] == turns("user: What is\n\na Human: or\nHuman: or\n\nHumans?")
 
 
 @pytest.mark.parametrize(

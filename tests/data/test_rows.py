@@ -65,8 +65,15 @@ def test_what_the_source_could_not_read_is_a_fault_too():
 
 
 def test_a_run_stops_at_the_fault_and_reads_no_further():
-    with pytest.raises(DataError, match=r"a.jsonl:1: wrong type"):
-        read("wrong", None, policy=STOP)
+    asked = []
+
+    def encode_some(value):
+        asked.append(value)
+        return encode(value)
+
+    with pytest.raises(DataError, match=r"a.jsonl:2: wrong type"):
+        read("one", "wrong", "two", policy=STOP, encode=encode_some)
+    assert asked == ["one", "wrong"]
 
 
 def test_rows_without_use_never_stop_a_run_and_are_no_faults():
