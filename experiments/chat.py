@@ -55,10 +55,15 @@ class Chat:
         """What the model says to this, piece by piece. However it ends, it is part of the conversation."""
         import jax
 
+        from jaxllm.data.sources import BadRow
         from jaxllm.rollout.generate import stream
 
         self.messages.append({"role": "user", "content": text})
-        prompt, forgotten = self.fitting_prompt()
+        try:
+            prompt, forgotten = self.fitting_prompt()
+        except (BadRow, ConfigError) as error:
+            self.messages.pop()
+            raise ConfigError(str(error)) from None
         if forgotten:
             print(f"(the first {forgotten} messages no longer fit and are forgotten)", file=sys.stderr)
         self.answers += 1
@@ -77,8 +82,8 @@ class Chat:
                 tokens += more
                 whole = printable(self.loaded.tokenizer.decode(tokens, from_start=False)).lstrip()
                 ready = whole.rstrip("\ufffd")  # the rest of that character is still to come
-                yield ready[len(said) :]
-                said = ready
+                piece, said = ready[len(said) :], ready
+                yield piece
         finally:
             self.messages.append({"role": "assistant", "content": said.strip() or "..."})
 
@@ -90,7 +95,6 @@ class Chat:
             if len(prompt) <= room:
                 self.messages = self.messages[first:]
                 return prompt, first
-        self.messages.pop()
         raise ConfigError(
             f"the message is too long: {len(prompt)} tokens with its system message, and model.max_length="
             f"{self.loaded.model.config.max_length} must leave room for an answer"
@@ -128,6 +132,7 @@ def main(_: None, flags: "FlagValues") -> None:
     chat = Chat(loaded, sampling, flags.system, flags.seed)
     if loaded.stage == "pretrain":
         print("note: this model is only pretrained and has not learnt to answer", file=sys.stderr)
+    sys.stdin.reconfigure(errors="replace")
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
