@@ -81,6 +81,8 @@ def main(_: None, flags: "FlagValues") -> None:
 
     if flags.input is None:
         raise ConfigError("--input=FILE is missing")
+    if flags.output is not None and not Path(flags.output).expanduser().parent.is_dir():
+        raise ConfigError(f"--output={flags.output}: there is no such folder")
     check_rename(flags.rename)
     enable_compilation_cache()
     loaded = load_checkpoint(flags.checkpoint)
