@@ -1,0 +1,87 @@
+"""Tiny checkpoints for the scripts that use them, and a way to run a script."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def train_stage(name, workdir, init_from=None, **changes):
+    from experiments.run import find_stage, train
+    from jaxllm.config import load_config, override, parse
+
+    config = load_config(f"{ROOT / 'configs' / name}.py:tiny")
+    kind = find_stage(config.stage).Config
+    fields = {
+        "data.sequence_length": "64",
+        "data.batch_size": "8",
+        "data.validation_fraction": "0.3",
+        "model.num_layers": "1",
+        "model.width": "32",
+        "model.max_length": "64",
+        "training.steps": "30",
+        "training.evaluate_every": "30",
+        "training.checkpoint_every": "30",
+        "optimizer.learning_rate": "0.02",
+    }
+    for field, value in (fields | changes).items():
+        override(config, kind, field, value)
+    arguments = {"resume": "auto", "init_from": init_from, "profile": None, "command": []}
+    train(parse(kind, config), workdir=str(workdir), **arguments)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """A folder with chats.jsonl and pairs.jsonl."""
+    folder = tmp_path_factory.mktemp("rows")
+    pairs = [
+        {"prompt": f"{a} and {b}?", "chosen": f"Yes, {a}.", "rejected": f"No, never {b}."}
+        for a in NUMBERS
+        for b in NUMBERS
+    ]
+    chats = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+    for name, records in (("pairs", pairs), ("chats", chats)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_model(rows, tmp_path_factory):
+    """The run folder of a model that answers."""
+    workdir = tmp_path_factory.mktemp("models") / "chat"
+    train_stage(
+        "sft_chat", workdir, **{"data.train": str(rows / "chats.jsonl"), "training.sample_every": "0"}
+    )
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def reward_model(rows, chat_model):
+    """The run folder of a model that scores."""
+    workdir = chat_model.with_name("reward")
+    train_stage("reward_model_pairs", workdir, str(chat_model), **{"data.train": str(rows / "pairs.jsonl")})
+    return workdir
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """(script, *flags, said="") -> exit code, stdout, stderr, of a process in an empty folder."""
+
+    def run(script, *flags, said=""):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "experiments" / script), *flags],
+            input=said if isinstance(said, bytes) else said.encode(),
+            capture_output=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+            timeout=120,
+        )
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    return run
