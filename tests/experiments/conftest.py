@@ -70,7 +70,7 @@ def reward_model(rows, chat_model):
 
 
 @pytest.fixture
-def run_script(tmp_path):
+def run_process(tmp_path):
     """(script, *flags, said="") -> exit code, stdout, stderr, of a process in an empty folder."""
 
     def run(script, *flags, said=""):

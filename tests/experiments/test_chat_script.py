@@ -7,6 +7,7 @@ import pytest
 from experiments import chat as chat_script
 from experiments.chat import Chat, printable
 from experiments.loading import load_checkpoint
+from jaxllm.config import run_script
 from jaxllm.data.chat import conversation
 from jaxllm.data.chat_template import load_template
 from jaxllm.errors import ConfigError
@@ -20,11 +21,11 @@ def chat(chat_model):
     return Chat(load_checkpoint(str(chat_model)), GREEDY, "Be brief.", seed=0)
 
 
-def test_it_answers_saves_and_forgets(chat_model, run_script, tmp_path):
+def test_it_answers_saves_and_forgets(chat_model, run_process, tmp_path):
     said = (
         "one and two?\nsix and one?\n/save talk.jsonl\n/reset\n/save talk.jsonl\n/laugh\n/exit\nnever read\n"
     )
-    code, output, errors = run_script("chat.py", f"--checkpoint={chat_model}", "--temperature=0", said=said)
+    code, output, errors = run_process("chat.py", f"--checkpoint={chat_model}", "--temperature=0", said=said)
     assert (code, errors) == (0, "")
     first, second, saved, empty, commands = output.splitlines()
     assert saved == "saved to talk.jsonl"
@@ -38,26 +39,29 @@ def test_it_answers_saves_and_forgets(chat_model, run_script, tmp_path):
     assert first.startswith("Yes")  # what it was taught
 
 
-def test_bytes_that_are_no_text_end_nothing(chat_model, run_script):
-    code, output, errors = run_script("chat.py", f"--checkpoint={chat_model}", said=b"\xff?\none and two?\n")
+def test_bytes_that_are_no_text_end_nothing(chat_model, run_process):
+    code, output, errors = run_process("chat.py", f"--checkpoint={chat_model}", said=b"\xff?\none and two?\n")
     assert (code, errors) == (0, "")
     assert len(output.splitlines()) == 3  # two answers, and the end of the input
 
 
-def test_greedy_answers_are_the_same_whatever_the_seed(chat_model, run_script):
-    flags = (f"--checkpoint={chat_model}", "--temperature=0", "--max_new_tokens=8")
-    outputs = {run_script("chat.py", *flags, f"--seed={seed}", said="three and four?\n") for seed in (0, 1)}
+def test_greedy_answers_are_the_same_whatever_the_seed(chat_model, run_process):
+    flags = (f"--checkpoint={chat_model}", "--temperature=0", "--max_new_tokens=30")
+    outputs = {
+        run_process("chat.py", *flags, f"--seed={seed}", said="A zebra of 77 islands, why not?\n")
+        for seed in (0, 1)
+    }
     assert len(outputs) == 1
 
 
-def test_what_cannot_talk_is_refused_in_one_line(chat_model, reward_model, run_script):
+def test_what_cannot_talk_is_refused_in_one_line(chat_model, reward_model, capsys):
     for checkpoint, code, line in (
         (reward_model, 78, "is a reward model, which writes nothing"),
         (chat_model.with_name("gone"), 1, "gone does not exist"),
     ):
-        found, output, errors = run_script("chat.py", f"--checkpoint={checkpoint}", said="Hello\n")
-        assert (found, output) == (code, "")
-        (message,) = errors.splitlines()
+        arguments = ["chat.py", f"--checkpoint={checkpoint}"]
+        assert run_script(chat_script.main, None, chat_script.define_flags, arguments) == code
+        (message,) = capsys.readouterr().err.splitlines()
         assert line in message
 
 

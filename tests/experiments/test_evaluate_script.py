@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import evaluate
 from experiments.loading import checkpoint_template, load_checkpoint
+from jaxllm.config import run_script
 
 PAIRS = [
     {"prompt": "one and two?", "chosen": "Yes, one.", "rejected": "No, never two.", "id": 7},
@@ -38,14 +40,14 @@ def reward_of(reward_model):
     return reward
 
 
-def test_pairs_are_scored_compared_and_written(reward_model, reward_of, run_script, tmp_path):
+def test_pairs_are_scored_compared_and_written(reward_model, reward_of, run_process, tmp_path):
     bad = [
         '{"prompt": "cut',
         {"prompt": "a", "chosen": "b", "rejected": "b"},
         PAIRS[0] | {"prompt": "seven " * 99},
     ]
     file = write(tmp_path / "pairs.jsonl", [*PAIRS, *bad])
-    code, output, errors = run_script(
+    code, output, errors = run_process(
         "evaluate.py", f"--checkpoint={reward_model}", f"--input={file}", "--output=scores.jsonl"
     )
     assert code == 0, errors
@@ -70,9 +72,9 @@ def test_pairs_are_scored_compared_and_written(reward_model, reward_of, run_scri
         assert why in line
 
 
-def test_conversations_are_scored_by_their_last_answer(reward_model, reward_of, run_script, tmp_path):
+def test_conversations_are_scored_by_their_last_answer(reward_model, reward_of, run_process, tmp_path):
     file = write(tmp_path / "chats.jsonl", CHATS)
-    code, output, errors = run_script(
+    code, output, errors = run_process(
         "evaluate.py", f"--checkpoint={reward_model}", f"--input={file}", "--output=scores.jsonl"
     )
     assert code == 0, errors
@@ -86,21 +88,21 @@ def test_conversations_are_scored_by_their_last_answer(reward_model, reward_of, 
     )
 
 
-def test_columns_called_otherwise_are_renamed(reward_model, run_script, tmp_path):
+def test_columns_called_otherwise_are_renamed(reward_model, run_process, tmp_path):
     file = write(tmp_path / "theirs.jsonl", [{"question": "one and two?", "good": "Yes, one.", "bad": "No."}])
     flags = f"--checkpoint={reward_model}", f"--input={file}"
-    code, output, errors = run_script(
+    code, output, errors = run_process(
         "evaluate.py", *flags, "--rename=question=prompt,good=chosen,bad=rejected"
     )
     assert (code, errors) == (0, "")
     assert "accuracy 1.000" in output
-    code, _, errors = run_script("evaluate.py", *flags)
+    code, _, errors = run_process("evaluate.py", *flags)
     assert code == 78
     assert "theirs.jsonl:1: unknown format" in errors.splitlines()[0]
     assert errors.splitlines()[-1].endswith("no row can be scored")
 
 
-def test_what_cannot_be_scored_is_refused_in_one_line(reward_model, chat_model, run_script, tmp_path):
+def test_what_cannot_be_scored_is_refused_in_one_line(reward_model, chat_model, tmp_path, capsys):
     file = write(tmp_path / "chats.jsonl", CHATS)
     for flags, code, line in (
         ((f"--checkpoint={reward_model}",), 78, "--input=FILE is missing"),
@@ -110,7 +112,6 @@ def test_what_cannot_be_scored_is_refused_in_one_line(reward_model, chat_model, 
         ((f"--checkpoint={reward_model}", f"--input={file}", "--rename=a"), 78, "write THEIRS=OURS"),
         ((f"--checkpoint={reward_model}", f"--input={file}", "--output=no/x"), 78, "no/x"),
     ):
-        found, output, errors = run_script("evaluate.py", *flags)
-        assert (found, output) == (code, ""), errors
-        (message,) = errors.splitlines()
+        assert run_script(evaluate.main, None, evaluate.define_flags, ["evaluate.py", *flags]) == code
+        (message,) = capsys.readouterr().err.splitlines()
         assert line in message
