@@ -31,6 +31,7 @@ from jaxllm.rollout.generate import (
     more_slots,
     pad_prompts,
     prefill,
+    resize,
     resize_jit,
     stop_reasons,
     unstack,
@@ -65,10 +66,15 @@ def refill(
     return jax.tree.map(put, state, new)
 
 
-@jax.jit
-def keep_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
-    """The same state with these rows only."""
-    return jax.tree.map(lambda array: array[rows] if array.ndim else array, state)
+@partial(jax.jit, static_argnames="slots")
+def keep_rows(state: DecodeState, rows: jax.Array, slots: int) -> DecodeState:
+    """The same state with these rows only, and so many slots."""
+    return resize(jax.tree.map(lambda array: array[rows] if array.ndim else array, state), slots)
+
+
+def tail_slots(slots: int, last_slots: int) -> int:
+    """All that could be needed, if that takes no more memory than before: one size is one program."""
+    return max(slots, last_slots) if last_slots <= TAIL * slots else slots
 
 
 class Block(NamedTuple):
@@ -112,8 +118,10 @@ def run(
     B = min(max_rows, bucket(number))
     R, tail = B if number <= B else -(-B // REFILLS), B // TAIL
     params = unstack(params)
-    padded = pad_prompts(model, prompts, sampling.max_new_tokens)
-    blocks, first_slots = read_blocks(model, params, padded, keys, R), more_slots(model, padded[0].shape[1])
+    padded = tokens, _, limits = pad_prompts(model, prompts, sampling.max_new_tokens)
+    blocks = read_blocks(model, params, padded, keys, R)
+    first_slots = more_slots(model, tokens.shape[1])
+    last_slots = min(bucket(limits.max().item()), model.config.max_length)
     sampling = replace(sampling, max_new_tokens=1)  # state.limits has it: no program depends on it
     stop_ids = jnp.array(stop_ids, jnp.int32)
     state = idle(model, keys[np.zeros(B, int)], first_slots)
@@ -130,7 +138,10 @@ def run(
             owners[rows], begun = block.completions, block.completions.stop
         if begun == number and 0 < np.sum(owners >= 0) <= tail < len(owners):
             rows = np.argsort(owners < 0, stable=True)[:tail]
-            state, owners = keep_rows(state, rows), owners[rows]
+            state, owners = (
+                keep_rows(state, rows, tail_slots(state.tokens.shape[1], last_slots)),
+                owners[rows],
+            )
         if begun < number:
             min_rows = B - R
         else:
