@@ -51,7 +51,8 @@ def test_greedy_answers_are_the_same_whatever_the_seed(chat_model, run_process):
         run_process("chat.py", *flags, f"--seed={seed}", said="A zebra of 77 islands, why not?\n")
         for seed in (0, 1)
     }
-    assert len(outputs) == 1
+    ((code, _, errors),) = outputs
+    assert (code, errors) == (0, "")
 
 
 def test_what_cannot_talk_is_refused_in_one_line(chat_model, reward_model, capsys):
