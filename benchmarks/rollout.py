@@ -94,7 +94,9 @@ def transformers_run(config: ModelConfig, group: int, rows: int, new_tokens: int
         for start in range(0, len(repeated), rows):
             with torch.inference_mode():
                 batch = torch.tensor(repeated[start : start + rows])
-                out = llama.generate(batch, generation_config=generation)[:, batch.shape[1] :]
+                out = llama.generate(
+                    batch, attention_mask=torch.ones_like(batch), generation_config=generation
+                )[:, batch.shape[1] :]
             stopped = torch.isin(out, torch.tensor(stop_ids, dtype=torch.long)).int()
             total += int((stopped.cumsum(1) - stopped == 0).sum())  # up to the first stop, and with it
         return total
