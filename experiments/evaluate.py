@@ -39,13 +39,14 @@ def define_flags(flag_values: "FlagValues") -> None:
 def encoded(record: dict[str, Any], template: Any, rename: list[str]) -> tuple[list[Any], int]:
     """The sequences of a record's answers, and how long their prompt is."""
     from jaxllm.data.chat import conversation, last_run
-    from jaxllm.data.preferences import is_pair, pair
+    from jaxllm.data.preferences import answered, is_pair, pair
 
     if is_pair(record, rename):
         _, prompt, *answers = pair(record, rename)
-        found = [template.encode([*prompt, answer], learn="last") for answer in answers]
     else:
-        found = [template.encode(conversation(record, rename)[1], learn="last")]
+        *prompt, answer = conversation(record, rename)[1]
+        answers = [answer]
+    found = [answered(template, prompt, answer) for answer in answers]
     return [each.ids for each in found], last_run(found[0].learnt)
 
 

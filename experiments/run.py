@@ -31,7 +31,6 @@ from jaxllm.models.config import flops_per_token
 from jaxllm.sharding import batch_sharding, make_mesh, matching, shardings
 from jaxllm.training.best import Best
 from jaxllm.training.checkpoint import (
-    BEST,
     Checkpoints,
     checkpoint_hash,
     find_checkpoint,
@@ -301,6 +300,11 @@ def train(
     tokenizer = run_tokenizer(config, folder, begin)
     with jax.set_mesh(program.mesh):
         data = program.stage.load(program, tokenizer, folder, begin)
+    if config.checkpoint.best_metric is not None and not data.validation:
+        raise ConfigError(
+            f"checkpoint.best_metric={config.checkpoint.best_metric} needs held-out data: raise "
+            f"data.validation_fraction, name data.validation, or set checkpoint.best_metric=none"
+        )
     batches = training_batches(
         data.train,
         weights=data.weights,
@@ -344,8 +348,6 @@ def train(
             }
             checkpoints.best_step = None if best is None else best.step
             checkpoints.save(step, state, metadata, files)
-            if best is not None and best.step:  # step 0 is evaluated, but never saved
-                write_file(folder.file(BEST), to_json(asdict(best)))
 
         print("compiling the train step ...", end=" ", flush=True)
         began = time.perf_counter()

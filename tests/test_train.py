@@ -13,7 +13,7 @@ import pytest
 
 from experiments.run import Program, dry_run, find_stage, train
 from jaxllm.config import load_config, override, parse
-from jaxllm.errors import ConfigError, DataError
+from jaxllm.errors import CheckpointError, ConfigError, DataError
 from jaxllm.training.checkpoint import find_checkpoint, read_arrays
 from jaxllm.training.metrics import read_metrics
 
@@ -240,7 +240,8 @@ def test_a_run_that_gets_no_better_ends_and_goes_on_only_with_more_patience(chat
     printed = capsys.readouterr().out
     assert "done: 8 steps, stopped early (best eval/loss" in printed
     assert "nothing to do: 8 steps are done; for more, raise training.patience" in printed
-    assert not (workdir / "best.json").exists()  # the best are the weights it began with
+    with pytest.raises(CheckpointError, match="the best are the weights that its run began with"):
+        find_checkpoint(workdir / "best")
 
 
 def test_a_chat_template_of_one_s_own_stays_with_the_weights(finished, text, tmp_path):

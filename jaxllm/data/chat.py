@@ -68,14 +68,13 @@ def conversation(record: Mapping[str, Any], rename: Sequence[str] = ()) -> tuple
 
     `messages` of role and content; ShareGPT's `conversations` of from and value; `prompt` (a text or
     messages) and `completion`; Alpaca's `instruction`, `input`, `output`, with LIMA's `history` of earlier
-    exchanges. The last two may have a `system` text. Raises BadRow for anything else.
+    exchanges. All may have a `system` text besides. Raises BadRow for anything else.
     """
     record = renamed(record, rename)
-    if "messages" in record:
-        return "messages", [message(each, rename) for each in _list(record, "messages")]
-    if "conversations" in record:
-        return "conversations", [message(each, rename) for each in _list(record, "conversations")]
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    for key in ("messages", "conversations"):
+        if key in record:
+            return key, system + [message(each, rename) for each in _list(record, key)]
     if "prompt" in record and "completion" in record:
         prompt = as_messages(record["prompt"], "user", rename)
         return "prompt, completion", system + prompt + as_messages(record["completion"], "assistant", rename)

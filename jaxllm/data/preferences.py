@@ -14,7 +14,7 @@ import xxhash
 
 from jaxllm.batches import PairBatch
 from jaxllm.data.chat import as_messages, check_rename, last_run, opening, question, renamed, texts
-from jaxllm.data.chat_template import ChatTemplate
+from jaxllm.data.chat_template import ChatTemplate, Encoded
 from jaxllm.data.rows import DataConfig, Dataset, Example, Examples, read_examples, write_bad_rows
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow, json_type
@@ -153,7 +153,7 @@ def encoder(config: PreferenceConfig, template: ChatTemplate) -> Callable[[Mappi
         kind, prompt, *answers = pair(record, config.rename)
         if prompt[-1]["role"] != "user" or any(answer["role"] != "assistant" for answer in answers):
             raise BadRow("wrong role order", "the answers must be an assistant's, to a user")
-        sides = [template.encode([*prompt, answer], learn="last") for answer in answers]
+        sides = [answered(template, prompt, answer) for answer in answers]
         longest = max(len(side.ids) for side in sides)
         if longest > config.sequence_length:
             raise BadRow("longer than data.sequence_length", f"{longest} tokens", fault=False)
@@ -169,6 +169,14 @@ def encoder(config: PreferenceConfig, template: ChatTemplate) -> Callable[[Mappi
         )
 
     return encode
+
+
+def answered(template: ChatTemplate, prompt: Messages, answer: Mapping[str, Any]) -> Encoded:
+    """A prompt and its answer up to the token that ends it, where a policy would stop too; some templates
+    write a newline after it."""
+    ids, learnt = template.encode([*prompt, answer], learn="last")
+    end = len(learnt) - learnt[::-1].index(True)
+    return Encoded(ids[:end], learnt[:end])
 
 
 def _number(record: Mapping[str, Any], key: str, default: float) -> float:

@@ -36,7 +36,6 @@ from jaxllm.sharding import path_name
 PyTree = Any
 
 MANIFEST = "manifest.json"
-BEST = "best.json"
 _STEP = re.compile("0|[1-9][0-9]*")
 
 # Orbax logs each error as pages of traceback before raising it; raising is enough.
@@ -169,14 +168,13 @@ class Checkpoints:
 def find_checkpoint(path: str | Path) -> Path:
     """The newest valid step folder of a run folder or of a folder of checkpoints; or a step folder itself.
 
-    RUN/best is the step that the run's `best.json` names. Damaged and unfinished ones are named on stderr and
-    skipped.
+    RUN/best is the step that the newest one calls the best. Damaged and unfinished ones are named on stderr
+    and skipped.
     """
     path = Path(path).expanduser().absolute()
     if path.name == "best" and not path.exists() and (path.parent / "checkpoints").is_dir():
-        if not (path.parent / BEST).is_file():
-            raise CheckpointError(f"{path.parent} has no {BEST}: set checkpoint.best_metric to keep the best")
-        path = path.parent / "checkpoints" / str(json.loads((path.parent / BEST).read_bytes())["step"])
+        newest = find_checkpoint(path.parent)
+        path = newest.with_name(str(_best_step(newest)))
     inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if _STEP.fullmatch(inside.name):
         if what := damage(inside):
@@ -192,6 +190,17 @@ def find_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(
         f"{path}: no valid checkpoint here; to begin anew, choose another --workdir or move this one away"
     )
+
+
+def _best_step(newest: Path) -> int:
+    best = json.loads((newest / "metadata.json").read_bytes()).get("best")
+    if best is None:
+        raise CheckpointError(f"{newest}: its run kept no best step; set checkpoint.best_metric for that")
+    if not best["step"]:
+        raise CheckpointError(
+            f"{newest}: by {best['metric']} the best are the weights that its run began with"
+        )
+    return best["step"]
 
 
 def read_arrays(folder: Path, abstract: PyTree, prefix: str = "", optional: Collection[str] = ()) -> PyTree:

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from jaxllm.errors import NumericsError, Stopped
+from jaxllm.config import did_you_mean
+from jaxllm.errors import ConfigError, NumericsError, Stopped
 from jaxllm.training.best import Best
 from jaxllm.training.metrics import MetricWriter, Throughput, to_scalars
 from jaxllm.training.state import TrainState
@@ -142,8 +143,8 @@ class Loop:
         is_best = False
         if finished and (due_hooks or last or due(step, self.config.log_every)):
             self._write(step, row)
-            if self.best is not None and self.best.metric in row:
-                is_best = self.best.update(step, row[self.best.metric])
+            if self.best is not None:
+                is_best = self._compare(step, row, due_hooks)
                 last = last or self.best.given_up
         stopping = self.watch.requested
         if last or stopping or (step > 0 and (is_best or due(step, self.config.checkpoint_every))):
@@ -151,6 +152,17 @@ class Loop:
         if stopping and not (last and finished):
             self.wait()
             raise Stopped(f"by a signal, saved at step {step}; resume with: {self.resume_command}")
+
+    def _compare(self, step: int, row: dict[str, float], hooks: list[Hook]) -> bool:
+        """Whether the step is the best yet; ConfigError where all hooks have run and nothing was measured."""
+        if self.best.metric in row:
+            return self.best.update(step, row[self.best.metric])
+        if hooks == [hook for hook in self.hooks if hook.every]:
+            raise ConfigError(
+                f"checkpoint.best_metric={self.best.metric} is not measured"
+                f"{did_you_mean(self.best.metric, row)}; choose another, or none"
+            )
+        return False
 
     def _profile(self, step: int) -> None:
         """Trace from the first wanted step that this process takes to the last one."""

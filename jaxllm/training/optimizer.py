@@ -1,5 +1,6 @@
 """Optimisers and learning-rate schedules, by name, all from optax."""
 
+import re
 from dataclasses import dataclass
 
 import jax
@@ -31,6 +32,13 @@ class OptimizerConfig:
     clip_norm: float | None  # gradients are scaled down to this global norm
     muon_momentum: float
     trainable: str  # regular expression: only parameters with it in their path are trained; "" is all
+
+    def __post_init__(self):
+        for name in ("decay_pattern", "trainable"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)!r}: {error}") from None
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

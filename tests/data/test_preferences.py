@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxllm.data.chat_template import NativeTemplate
+from jaxllm.data.chat_template import JinjaTemplate, NativeTemplate
 from jaxllm.data.preferences import (
     PairRows,
     PreferenceConfig,
@@ -375,3 +375,14 @@ def test_the_synthetic_preferences_need_no_file(tokenizer):
     data = load("synthetic:preferences", tokenizer=tokenizer, validation_fraction=0.3, sequence_length=512)
     assert "synthetic:preferences: 30 rows read" in data.report
     assert data.validation
+
+
+def test_an_answer_ends_at_the_token_that_ends_it_whatever_a_template_writes_after(tokenizer):
+    source = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    row = {"prompt": "Hello", "chosen": "Hi there", "rejected": "Go away"}
+    encoded = encoder(config(), JinjaTemplate(tokenizer, source))(row)
+    assert [ids[-1] for ids in encoded.ids] == [tokenizer.eos_id] * 2
+    assert all(learnt[-1] for learnt in encoded.learnt)

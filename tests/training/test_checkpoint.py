@@ -346,9 +346,10 @@ def test_find_checkpoint_takes_a_run_its_checkpoints_or_a_step(checkpoints, monk
 
 
 def test_find_checkpoint_knows_the_best_of_a_run(checkpoints):
-    save(checkpoints, 1, 2, 3)
+    save(checkpoints, 1, 2)
     run = checkpoints.folder.parent
-    (run / "best.json").write_text(json.dumps({"metric": "eval/loss", "value": 0.5, "step": 2}))
+    checkpoints.save(3, make_state(3), {"best": {"metric": "eval/loss", "value": 0.5, "step": 2}})
+    checkpoints.wait()
     assert find_checkpoint(run / "best") == checkpoints.folder / "2"
     assert find_checkpoint(run) == checkpoints.folder / "3"
     cut_file(checkpoints.folder / "2")
@@ -358,8 +359,12 @@ def test_find_checkpoint_knows_the_best_of_a_run(checkpoints):
 
 def test_a_run_without_a_best_says_so(checkpoints):
     save(checkpoints, 1)
+    with pytest.raises(CheckpointError, match=r"kept no best step; set checkpoint\.best_metric for that"):
+        find_checkpoint(checkpoints.folder.parent / "best")
+    checkpoints.save(2, make_state(2), {"best": {"metric": "eval/loss", "value": 0.5, "step": 0}})
+    checkpoints.wait()
     with pytest.raises(
-        CheckpointError, match=r"has no best\.json: set checkpoint\.best_metric to keep the best"
+        CheckpointError, match="by eval/loss the best are the weights that its run began with"
     ):
         find_checkpoint(checkpoints.folder.parent / "best")
 

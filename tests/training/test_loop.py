@@ -7,7 +7,7 @@ import signal
 import jax.numpy as jnp
 import pytest
 
-from jaxllm.errors import NumericsError, Stopped
+from jaxllm.errors import ConfigError, NumericsError, Stopped
 from jaxllm.losses import Weighted
 from jaxllm.training.best import Best
 from jaxllm.training.loop import Hook, Loop, LoopConfig
@@ -209,13 +209,6 @@ def test_a_step_that_is_best_and_due_is_saved_once(tmp_path, watch):
     assert [step for step, *_ in run.saved] == [4, 8, 10]
 
 
-def test_a_best_that_is_never_measured_saves_nothing_more(tmp_path, watch):
-    hooks = (Hook(2, lambda step, state: {"eval/accuracy": 1.0}),)
-    run = Run(tmp_path, watch, hooks=hooks, best=lowest(patience=1), checkpoint_every=0)
-    assert int(run().step) == 10
-    assert [step for step, *_ in run.saved] == [10]
-
-
 def test_a_run_out_of_patience_ends_early_with_its_last_step_saved(tmp_path, watch):
     run = Run(tmp_path, watch, hooks=(scores(3, 2, 4, float("nan")),), best=lowest(2), checkpoint_every=0)
     assert int(run().step) == 4
@@ -299,3 +292,10 @@ def test_a_trace_that_was_begun_is_ended(tmp_path, watch, monkeypatch, profile, 
     monkeypatch.setattr("jax.profiler.stop_trace", lambda: calls.append(f"stop {steps[-1]}"))
     run()
     assert calls == traced
+
+
+def test_a_best_metric_that_nothing_measures_is_an_error_as_soon_as_all_is_measured(tmp_path, watch):
+    best = Best("eval/los", highest=False, patience=0)
+    hook = Hook(5, lambda step, state: {"eval/loss": 1.0})
+    with pytest.raises(ConfigError, match="best_metric=eval/los is not measured, did you mean 'eval/loss'"):
+        Run(tmp_path, watch, hooks=(hook,), best=best, unfinished={}, evaluate_every=5)()

@@ -140,3 +140,9 @@ def test_clipping_keeps_the_direction_and_bounds_the_length():
     clipped = updates(replace(CONFIG, clip_norm=0.5, epsilon=1.0), grads)
     unclipped = updates(replace(CONFIG, epsilon=1.0), plain)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), clipped, unclipped)
+
+
+@pytest.mark.parametrize("field", ["trainable", "decay_pattern"])
+def test_a_pattern_that_is_no_regular_expression_is_named(field):
+    with pytest.raises(ConfigError, match=rf"optimizer\.{field}='\(': missing \)"):
+        replace(CONFIG, **{field: "("})
