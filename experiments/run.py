@@ -1,7 +1,8 @@
 """One training run, from its config to its last checkpoint. `experiments/train.py` is its command line.
 
 What differs between stages is in experiments/stages: a module a stage, found by its name, with the same
-functions (`Config`, `build`, `batch_shapes`, `tokenizer_text`, `load`, `make_hooks`, `OPTIONAL_PARAMETERS`).
+names (`Config`, `build`, `batch_shapes`, `tokenizer_text`, `load`, `make_feed`, `make_hooks`,
+`OPTIONAL_PARAMETERS`).
 """
 
 import functools
@@ -25,6 +26,7 @@ from experiments.train_config import MAY_DIFFER, TrainConfig
 from jaxllm.config import as_dict, did_you_mean, nearest_multiples
 from jaxllm.data.chat_template import ChatTemplate, load_template
 from jaxllm.data.loader import device_batches, evaluation_batches, training_batches
+from jaxllm.data.rows import Dataset
 from jaxllm.data.tokenizer import BaseTokenizer, build_tokenizer, check_vocabulary, load_tokenizer
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.models.config import flops_per_token
@@ -38,6 +40,7 @@ from jaxllm.training.checkpoint import (
     to_json,
     write_file,
 )
+from jaxllm.training.feed import Feed
 from jaxllm.training.loop import Loop
 from jaxllm.training.metrics import MetricWriter, Throughput, parameter_count
 from jaxllm.training.optimizer import make_optimizer, make_schedule
@@ -283,6 +286,30 @@ def initial_state(
     return state, {}
 
 
+class RowFeed(Feed):
+    """Rows of files, in an order that is the seed's."""
+
+    def __init__(self, program: Program, data: Dataset):
+        self.program, self.data = program, data
+        self.rows = training_batches(
+            data.train,
+            weights=data.weights,
+            batch_size=program.config.data.batch_size,
+            seed=program.config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def batches(self, state: TrainState, check: Callable[[], None]) -> Iterator[Any]:
+        placed = device_batches(self.rows, self.program.batch_sharding, start_step=int(state.step))
+        return map(self.data.complete, placed)
+
+
+def row_feed(program: Program, data: Dataset, tokenizer: BaseTokenizer, start: Start) -> Feed:
+    """The feed of every stage that learns from rows of files."""
+    return RowFeed(program, data)
+
+
 def train(
     config: TrainConfig,
     *,
@@ -300,88 +327,107 @@ def train(
     tokenizer = run_tokenizer(config, folder, begin)
     with jax.set_mesh(program.mesh):
         data = program.stage.load(program, tokenizer, folder, begin)
-    if config.checkpoint.best_metric is not None and not data.validation:
-        raise ConfigError(
-            f"checkpoint.best_metric={config.checkpoint.best_metric} needs held-out data: raise "
-            f"data.validation_fraction, name data.validation, or set checkpoint.best_metric=none"
-        )
-    batches = training_batches(
-        data.train,
-        weights=data.weights,
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    check_best_metric(config, data)
     print(f"{program.describe()}\n{data.report}\nrun folder: {folder.path}", flush=True)
-    record_start(
-        folder,
-        as_dict(config),
-        command=command,
-        fingerprints={"data": data.fingerprint, "tokenizer": tokenizer.hash},
-        parent=None if begin.parent is None else {"path": str(begin.parent), "hash": begin.hash},
-    )
-    with saving(Checkpoints(folder.checkpoints, keep=config.checkpoint.keep, log=tqdm.write)) as checkpoints:
+    with (
+        closing(program.stage.make_feed(program, data, tokenizer, begin)) as feed,
+        saving(Checkpoints(folder.checkpoints, keep=config.checkpoint.keep, log=tqdm.write)) as checkpoints,
+    ):
+        record_start(
+            folder,
+            as_dict(config),
+            command=command,
+            fingerprints={"data": data.fingerprint, "tokenizer": tokenizer.hash},
+            parent=None if begin.parent is None else {"path": str(begin.parent), "hash": begin.hash},
+        )
         state, metadata = initial_state(program, folder, checkpoints, begin)
-        start = int(state.step)
+        feed.restore(metadata)
         best = make_best(config, metadata.get("best"))
         unfinished_row = metadata.get("unfinished_row")
         if not folder.resuming and config.training.evaluate_at_start:
             unfinished_row = {}
-        is_over = start >= config.training.steps or (best is not None and best.given_up)
-        if start > config.training.steps or (is_over and unfinished_row is None):
-            field = "patience" if start < config.training.steps else "steps"
-            print(f"nothing to do: {start} steps are done; for more, raise training.{field}")
+        if is_over(config, int(state.step), best, unfinished_row):
             return
-        files = {"config.json": to_json(as_dict(config)), **tokenizer.files()}
-        if (template := folder.file(TEMPLATE_FILE)).exists():
-            files[TEMPLATE_FILE] = template.read_bytes()
-
-        def save(step: int, state: TrainState, row: dict[str, float], finished: bool) -> None:
-            metadata = {
-                "run": folder.id,
-                "tokenizer": tokenizer.hash,
-                "data": data.fingerprint,
-                "metrics": row if finished else None,
-                "unfinished_row": None if finished else row,
-                "best": None if best is None else asdict(best),
-            }
-            checkpoints.best_step = None if best is None else best.step
-            checkpoints.save(step, state, metadata, files)
-
         print("compiling the train step ...", end=" ", flush=True)
         began = time.perf_counter()
         train_step = program.compile()
         print(f"{time.perf_counter() - began:.1f} s", flush=True)
-        flops = flops_per_token(config.model, config.data.sequence_length)
+        flops = program.tokens_per_step * flops_per_token(config.model, config.data.sequence_length)
+        last_row = int(state.step) if folder.resuming else -1
         with (
             jax.set_mesh(program.mesh),
             Watch(folder.path, config.training.hang_timeout) as watch,
-            closing(
-                MetricWriter(
-                    folder.path, start if folder.resuming else -1, config.wandb_project, as_dict(config)
-                )
-            ) as writer,
+            closing(MetricWriter(folder.path, last_row, config.wandb_project, as_dict(config))) as writer,
         ):
-            hooks = program.stage.make_hooks(program, data, tokenizer, folder, watch.check)
             loop = Loop(
                 config=config.training,
                 train_step=train_step,
+                feed=feed,
                 schedule=program.schedule,
-                hooks=tuple(hooks),
-                save=save,
+                hooks=tuple(program.stage.make_hooks(program, data, tokenizer, folder, watch.check)),
+                save=make_save(config, folder, checkpoints, tokenizer, data, feed, best),
                 wait=checkpoints.wait,
                 writer=writer,
-                throughput=Throughput(program.tokens_per_step, program.tokens_per_step * flops),
+                throughput=Throughput(program.tokens_per_step, flops),
                 watch=watch,
                 best=best,
                 resume_command=shlex.join(command),
                 profile=profile,
                 profile_folder=str(folder.path / "profile"),
             )
-            device = device_batches(batches, program.batch_sharding, start_step=start)
-            state = loop.run(state, map(data.complete, device), unfinished_row)
+            state = loop.run(state, unfinished_row)
     print(f"done: {describe_end(int(state.step), best)}, all in {folder.path}")
+
+
+def check_best_metric(config: TrainConfig, data: Dataset) -> None:
+    """ConfigError where there is nothing to measure it on."""
+    if config.checkpoint.best_metric is not None and not data.validation:
+        raise ConfigError(
+            f"checkpoint.best_metric={config.checkpoint.best_metric} needs held-out data: raise "
+            f"data.validation_fraction, name data.validation, or set checkpoint.best_metric=none"
+        )
+
+
+def is_over(
+    config: TrainConfig, step: int, best: Best | None, unfinished_row: dict[str, float] | None
+) -> bool:
+    """Whether there is nothing left to do, which is then said."""
+    given_up = best is not None and best.given_up
+    left = step < config.training.steps and not given_up
+    if left or ((step == config.training.steps or given_up) and unfinished_row is not None):
+        return False
+    field = "patience" if step < config.training.steps else "steps"
+    print(f"nothing to do: {step} steps are done; for more, raise training.{field}")
+    return True
+
+
+def make_save(
+    config: TrainConfig,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    tokenizer: BaseTokenizer,
+    data: Dataset,
+    feed: Feed,
+    best: Best | None,
+) -> Callable[[int, TrainState, dict[str, float], bool], None]:
+    """What saves a step of this run: its state, and all that a resumption or a user of the weights needs."""
+    files = {"config.json": to_json(as_dict(config)), **tokenizer.files()}
+    if (template := folder.file(TEMPLATE_FILE)).exists():
+        files[TEMPLATE_FILE] = template.read_bytes()
+
+    def save(step: int, state: TrainState, row: dict[str, float], finished: bool) -> None:
+        metadata = {
+            "run": folder.id,
+            "tokenizer": tokenizer.hash,
+            "data": data.fingerprint,
+            "metrics": row if finished else None,
+            "unfinished_row": None if finished else row,
+            "best": None if best is None else asdict(best),
+        }
+        checkpoints.best_step = None if best is None else best.step
+        checkpoints.save(step, state, metadata | feed.metadata(), files)
+
+    return save
 
 
 def make_best(config: TrainConfig, saved: dict[str, Any] | None) -> Best | None:

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from experiments.run import Program, Start, held_out_batches, load_run_template
+from experiments.run import Program, Start, held_out_batches, load_run_template, row_feed
 from experiments.stages.reward_model import pair_batch_shapes
 from experiments.train_config import TrainConfig
 from jaxllm.batches import PairBatch
@@ -33,6 +33,7 @@ from jaxllm.training.loop import Hook
 from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import TrainState
 
+make_feed = row_feed
 OPTIONAL_PARAMETERS = ()
 
 

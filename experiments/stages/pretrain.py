@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.run import Program, Start, held_out_batches, write_samples
+from experiments.run import Program, Start, held_out_batches, row_feed, write_samples
 from experiments.train_config import SampleConfig, TrainConfig
 from jaxllm.batches import TokenBatch
 from jaxllm.data.loader import device_batches
@@ -23,6 +23,7 @@ from jaxllm.training.loop import Hook
 from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import TrainState
 
+make_feed = row_feed
 OPTIONAL_PARAMETERS = ()
 
 

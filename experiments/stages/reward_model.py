@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.run import Program, Start, held_out_batches, load_run_template
+from experiments.run import Program, Start, held_out_batches, load_run_template, row_feed
 from experiments.train_config import TrainConfig
 from jaxllm.batches import PairBatch
 from jaxllm.data.loader import device_batches
@@ -22,6 +22,7 @@ from jaxllm.training.loop import Hook
 from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import TrainState
 
+make_feed = row_feed
 OPTIONAL_PARAMETERS = ("head", "scalar_head")  # a language model has the first, and lacks the second
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from experiments.run import Program, Start, load_run_template, write_samples
+from experiments.run import Program, Start, load_run_template, row_feed, write_samples
 from experiments.stages.pretrain import make_evaluation, token_batch_shapes
 from experiments.train_config import SampleConfig, TrainConfig
 from jaxllm.batches import TokenBatch
@@ -23,6 +23,7 @@ from jaxllm.training.loop import Hook
 from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import TrainState
 
+make_feed = row_feed
 OPTIONAL_PARAMETERS = ()
 
 

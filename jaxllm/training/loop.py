@@ -2,10 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from tqdm import tqdm
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from jaxllm.config import did_you_mean
 from jaxllm.errors import ConfigError, NumericsError, Stopped
 from jaxllm.training.best import Best
+from jaxllm.training.feed import Feed
 from jaxllm.training.metrics import MetricWriter, Throughput, to_scalars
 from jaxllm.training.state import TrainState
 from jaxllm.training.watch import StopRequested, Watch
@@ -48,6 +49,7 @@ class Loop:
 
     config: LoopConfig
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]  # compiled
+    feed: Feed  # of batches
     schedule: Callable[[int], Any]  # updates made -> learning rate
     hooks: tuple[Hook, ...]
     save: Callable[[int, TrainState, dict[str, float], bool], None]  # step, state, its row, is that finished
@@ -60,15 +62,14 @@ class Loop:
     profile: tuple[int, int] | None  # first and last step to trace
     profile_folder: str
     tracing: bool = False
+    row: dict[str, float] = field(default_factory=dict)  # of the last step that was finished
     warm: set[Hook] = field(default_factory=set)  # hooks that have run, and so are compiled
 
-    def run(
-        self, state: TrainState, batches: Iterator[Any], unfinished_row: dict[str, float] | None = None
-    ) -> TrainState:
+    def run(self, state: TrainState, unfinished_row: dict[str, float] | None = None) -> TrainState:
         """Train from state.step to config.steps.
 
-        `batches` begins at the batch of the state's step. `unfinished_row` is what a stopped run had
-        measured of that step before its evaluation was cut short; {} has the weights at the start evaluated.
+        `unfinished_row` is what a stopped run had measured of its last step before its evaluation was cut
+        short; {} has the weights at the start evaluated.
 
         Raises Stopped after a signal, once the state is saved; NumericsError after max_bad_steps.
         """
@@ -77,15 +78,22 @@ class Loop:
         if unfinished_row is not None:
             self._finish_step(start, state, unfinished_row)
         late = None
+        batches = self.feed.batches(state, self.watch.check)
         self.throughput.restart()
         for step in range(start + 1, self.config.steps + 1):
             if self.best is not None and self.best.given_up:
                 break
             self._profile(step)
             asked = time.perf_counter()
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except StopRequested:  # while a batch was made, which no step has seen
+                if late is not None:
+                    self._finish_step(step - 1, state, self._read(*late))
+                self._stop(step - 1, state, self.row)
             self.throughput.waited += time.perf_counter() - asked
             state, metrics = self.train_step(state, batch)
+            self.feed.observe(state)
             if late is not None:  # the device is busy with this step: reading the one before costs nothing
                 row = self._read(*late)
                 if due(step - 1, self.config.log_every):
@@ -104,12 +112,14 @@ class Loop:
     def _is_boundary(self, step: int) -> bool:
         intervals = (self.config.checkpoint_every, *(hook.every for hook in self.hooks))
         return (
-            self.watch.requested or step == self.config.steps or any(due(step, every) for every in intervals)
+            (self.watch.requested and self.feed.may_stop(step))
+            or step == self.config.steps
+            or any(due(step, every) for every in intervals)
         )
 
     def _read(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
         """One step's metrics as numbers. Waits for that step."""
-        row = to_scalars(metrics, "train")
+        row = to_scalars(metrics, "train") | self.feed.metrics(step)
         streak = int(row.pop("train/bad_streak"))
         if streak >= self.config.max_bad_steps:
             raise NumericsError(
@@ -147,11 +157,17 @@ class Loop:
                 is_best = self._compare(step, row, due_hooks)
                 last = last or self.best.given_up
         stopping = self.watch.requested
-        if last or stopping or (step > 0 and (is_best or due(step, self.config.checkpoint_every))):
-            self.save(step, state, row, finished)
+        self.row = row
         if stopping and not (last and finished):
-            self.wait()
-            raise Stopped(f"by a signal, saved at step {step}; resume with: {self.resume_command}")
+            self._stop(step, state, row, finished)
+        if last or (step > 0 and (is_best or due(step, self.config.checkpoint_every))):
+            self.save(step, state, row, finished)
+
+    def _stop(self, step: int, state: TrainState, row: dict[str, float], finished: bool = True) -> NoReturn:
+        """Save, and end the run in good order."""
+        self.save(step, state, row, finished)
+        self.wait()
+        raise Stopped(f"by a signal, saved at step {step}; resume with: {self.resume_command}")
 
     def _compare(self, step: int, row: dict[str, float], hooks: list[Hook]) -> bool:
         """Whether the step is the best yet; ConfigError where all hooks have run and nothing was measured."""

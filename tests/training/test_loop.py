@@ -1,5 +1,6 @@
 """The host loop, around a step that costs nothing: it adds 1 to a number."""
 
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 from jaxllm.errors import ConfigError, NumericsError, Stopped
 from jaxllm.losses import Weighted
 from jaxllm.training.best import Best
+from jaxllm.training.feed import Feed
 from jaxllm.training.loop import Hook, Loop, LoopConfig
 from jaxllm.training.metrics import MetricWriter, Throughput
 from jaxllm.training.state import TrainState
@@ -29,6 +31,13 @@ def make_state(step=0):
     return TrainState(jnp.int32(step), jnp.float32(step), (), jnp.zeros(2), jnp.int32(0), jnp.int32(0))
 
 
+class Numbers(Feed):
+    """Batch i is the number 100 + i."""
+
+    def batches(self, state, check):
+        return (100.0 + step for step in itertools.count(int(state.step)))
+
+
 class Run:
     """A loop in a folder, with what it saved."""
 
@@ -42,6 +51,7 @@ class Run:
         unfinished=None,
         profile=None,
         best=None,
+        feed=None,
         **changes,
     ):
         settings = {
@@ -62,6 +72,7 @@ class Run:
         self.loop = Loop(
             config=config,
             train_step=train_step,
+            feed=feed or Numbers(),
             schedule=lambda count: 0.5**count,
             hooks=hooks,
             save=lambda step, state, row, finished: self.saved.append(
@@ -76,12 +87,11 @@ class Run:
             profile=profile,
             profile_folder=str(folder / "profile"),
         )
-        self.batches = (100.0 + step for step in range(start, config.steps))
         self.start, self.unfinished = start, unfinished
 
     def __call__(self):
         try:
-            return self.loop.run(make_state(self.start), self.batches, self.unfinished)
+            return self.loop.run(make_state(self.start), self.unfinished)
         finally:
             self.writer.close()
 
