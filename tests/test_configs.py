@@ -48,6 +48,7 @@ LATER_STAGES = {
     "sft_chat.py": "sft",
     "reward_model_pairs.py": "reward_model",
     "dpo_pairs.py": "dpo",
+    "grpo_problems.py": "grpo",
 }
 
 

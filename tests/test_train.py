@@ -314,7 +314,7 @@ def test_both_kinds_of_reference_begin_at_log_2_and_train_alike(chat_run, text, 
         assert first["eval/loss"] == pytest.approx(np.log(2), abs=1e-6)
         assert first["eval/rewards/margins"] == first["eval/rewards/chosen"] == 0
         assert rows[reference][-1]["eval/rewards/margins"] > 0
-    for name in ("train/loss", "train/rewards/margins"):
+    for name in ("train/loss", "rewards/margins"):
         cached, on_the_fly = ([row[name] for row in rows[kind] if name in row] for kind in rows)
         assert len(cached) == 8
         np.testing.assert_allclose(cached, on_the_fly, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,7 @@ counted by reason and written to `bad_rows.jsonl`.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,6 +164,7 @@ class Example(NamedTuple):
     group: str  # rows that share it are held out together, such as those with one prompt
     kind: str  # how the row was understood, for the report
     numbers: tuple[float, ...] = ()
+    row: Mapping[str, Any] | None = None  # the record itself, where something else will want to read it
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,8 @@ def read_examples(source: Source, encode: Callable[[Any], Example], policy: BadR
         for array in (*example.ids, *example.learnt, np.array([len(example.ids), *example.numbers])):
             content.update(np.ascontiguousarray(array).tobytes())
         content.update(example.group.encode("utf-8", "replace"))
+        if example.row is not None:
+            content.update(json.dumps(example.row, sort_keys=True, default=str).encode())
     counts.documents = len(rows)
     counts.judge(source.name, policy)
     if not rows:

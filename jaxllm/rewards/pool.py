@@ -68,6 +68,10 @@ class RewardPool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all processes."""
         for worker in self._workers:
             worker.close()
         self._threads.shutdown(cancel_futures=True)

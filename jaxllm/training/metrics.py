@@ -24,11 +24,11 @@ PEAK_FLOPS = {
 
 
 def to_scalars(metrics: dict[str, Any], area: str) -> dict[str, float]:
-    """`Weighted` sums on the device to named Python floats (one transfer): `loss` to `area/loss`."""
+    """`Weighted` sums on the device to named Python floats (one transfer): `loss` to `area/loss`, while
+    `policy/loss` has an area already."""
     fetched = jax.device_get(metrics)
-    return {
-        f"{area}/{name}": float(w.sum) / float(w.weight) if w.weight else 0.0 for name, w in fetched.items()
-    }
+    means = {name: float(w.sum) / float(w.weight) if w.weight else 0.0 for name, w in fetched.items()}
+    return {name if "/" in name else f"{area}/{name}": mean for name, mean in means.items()}
 
 
 def parameter_count(params: Any) -> int:
