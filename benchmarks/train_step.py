@@ -23,6 +23,7 @@ from jaxllm.config import run_script
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
+    from ml_collections import ConfigDict
 
     from experiments.train_config import TrainConfig
 
@@ -40,11 +41,11 @@ def define_flags(flag_values: "FlagValues") -> None:
     )
 
 
-def config_class() -> type:
+def config_class(config: "ConfigDict") -> type:
     """Late, since it imports jax."""
-    from experiments.train_config import TrainConfig
+    from experiments.program import find_stage
 
-    return TrainConfig
+    return find_stage(config.stage).Config
 
 
 def matmul_rate() -> float:
@@ -72,7 +73,7 @@ def our_step(config: "TrainConfig") -> Callable[[], None]:
     import jax
     import jax.numpy as jnp
 
-    from experiments.run import Program
+    from experiments.program import Program
     from jaxllm.batches import TokenBatch
 
     program = Program(config)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.run import Program
+from experiments.program import Program
 from jaxllm.batches import RolloutBatch
 from jaxllm.config import nearest_multiples
 from jaxllm.data.prompts import Prompt

@@ -37,14 +37,15 @@ def define_flags(flag_values: "FlagValues") -> None:
 
 def config_class(config: "ConfigDict") -> type:
     """What the stage of the config file is configured by. Late, since it imports jax."""
-    from experiments.run import find_stage
+    from experiments.program import find_stage
 
     return find_stage(config.stage).Config
 
 
 def main(config: "TrainConfig", flags: "FlagValues") -> None:
     """Train, or say what training would take."""
-    from experiments.run import Program, dry_run, enable_compilation_cache, train
+    from experiments.program import Program, dry_run
+    from experiments.run import enable_compilation_cache, train
 
     if flags.dry_run:
         enable_compilation_cache()

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from configs.models import SHAPES
-from experiments.run import Program, find_stage
+from experiments.program import Program, find_stage
 from experiments.train_config import MAY_DIFFER
 from jaxllm.config import as_dict, load_config, override, parse
 from jaxllm.errors import ConfigError

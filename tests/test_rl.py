@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.run import Program, find_stage, train
+from experiments.program import Program, find_stage
+from experiments.run import train
 from jaxllm.config import load_config, override, parse
 from jaxllm.errors import ConfigError
 from jaxllm.training.checkpoint import find_checkpoint, read_arrays

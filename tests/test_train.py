@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.run import Program, dry_run, find_stage, train
+from experiments.program import Program, dry_run, find_stage
+from experiments.run import train
 from jaxllm.config import load_config, override, parse
 from jaxllm.errors import CheckpointError, ConfigError, DataError
 from jaxllm.training.checkpoint import find_checkpoint, read_arrays

@@ -11,7 +11,8 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from experiments.run import Program, Start, held_out_batches, load_run_template, row_feed
+from experiments.program import Program
+from experiments.run import Start, held_out_batches, load_run_template, row_feed
 from experiments.stages.reward_model import pair_batch_shapes
 from experiments.train_config import TrainConfig
 from jaxllm.batches import PairBatch

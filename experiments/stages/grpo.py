@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.program import Program
 from experiments.rl import (
     RewardConfig,
     Rollout,
@@ -17,7 +18,7 @@ from experiments.rl import (
     check_steps,
     difference_metrics,
 )
-from experiments.run import Program, Start, load_run_template, write_samples
+from experiments.run import Start, load_run_template, write_samples
 from experiments.train_config import SampleConfig, TrainConfig
 from jaxllm.batches import RolloutBatch
 from jaxllm.data.prompts import PromptConfig, load_prompts, prompt_texts

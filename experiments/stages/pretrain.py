@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.run import Program, Start, held_out_batches, row_feed, write_samples
+from experiments.program import Program
+from experiments.run import Start, held_out_batches, row_feed, write_samples
 from experiments.train_config import SampleConfig, TrainConfig
 from jaxllm.batches import TokenBatch
 from jaxllm.data.loader import device_batches

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.run import Program, Start, held_out_batches, load_run_template, row_feed
+from experiments.program import Program
+from experiments.run import Start, held_out_batches, load_run_template, row_feed
 from experiments.train_config import TrainConfig
 from jaxllm.batches import PairBatch
 from jaxllm.data.loader import device_batches

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from experiments.run import Program, Start, load_run_template, row_feed, write_samples
+from experiments.program import Program
+from experiments.run import Start, load_run_template, row_feed, write_samples
 from experiments.stages.pretrain import make_evaluation, token_batch_shapes
 from experiments.train_config import SampleConfig, TrainConfig
 from jaxllm.batches import TokenBatch
