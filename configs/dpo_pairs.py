@@ -21,6 +21,7 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.objective.label_smoothing = 0.0  # share of the choices taken for wrong (sigmoid, robust)
     config.objective.length_normalised = False  # ipo: log-probs a token, as TRL has it
     config.data.train = ("synthetic:preferences",)
+    config.data.synthetic_rows = 4000
     config.data.reference = "cached"  # computed once, before training; "on_the_fly": with each batch
     config.data.cache_dir = "~/.cache/jaxllm"  # where they are kept between runs
     config.checkpoint.best_metric = "eval/loss"

@@ -29,6 +29,6 @@ def base(stage: str, size: str, *, steps: int, batch_size: int, learning_rate: f
     config.data.synthetic_rows = 20_000  # how many a synthetic source writes
     config.data.sequence_length = 256  # tokens
     config.data.batch_size = batch_size  # rows an optimizer step, over all devices
-    config.data.on_bad_row = "stop"  # or "skip": write it to bad_rows.jsonl and go on
-    config.data.max_bad_fraction = 0.01  # more bad rows than this stop the run even so
+    config.data.on_bad_row = "skip"  # write it to bad_rows.jsonl and go on; or "stop"
+    config.data.max_bad_fraction = 0.02  # more bad rows than this stop the run even so
     return config

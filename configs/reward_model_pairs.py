@@ -18,5 +18,6 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.objective = ConfigDict()
     config.objective.center_coefficient = 0.01  # keeps rewards around 0 (Eisenstein et al. 2023)
     config.data.train = ("synthetic:preferences",)
+    config.data.synthetic_rows = 4000
     config.checkpoint.best_metric = "eval/loss"
     return config

@@ -152,7 +152,7 @@ def dry_run(program: Program) -> str:
     return "\n".join(
         [
             program.describe(),
-            f"compiled in {time.perf_counter() - start:.1f} s",
+            f"compiled in {time.perf_counter() - start:.1f} s (data and weights were not looked at)",
             f"memory a device: {(state + temporary) / 1e9:.3f} GB = {state / 1e9:.3f} GB state and batch + "
             f"{temporary / 1e9:.3f} GB temporaries",
             "to lower temporaries: training.num_microbatches, model.remat (attention, dots, full), "

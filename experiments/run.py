@@ -53,6 +53,8 @@ def starting_point(program: Program, folder: RunFolder, init_from: str | None) -
     """From --init_from; for a run that goes on, from what it wrote down then."""
     parent = find_checkpoint(init_from) if init_from and not folder.resuming else None
     digest = None if parent is None else checkpoint_hash(parent)
+    if parent is not None:
+        check_parent(program.config, init_from, parent)
     if folder.resuming and (record := json.loads(folder.file("run.json").read_bytes())["parent"]):
         parent, digest = Path(record["path"]), record["hash"]
 
@@ -74,6 +76,24 @@ def starting_point(program: Program, folder: RunFolder, init_from: str | None) -
         )
 
     return Start(parent, digest or f"seed {program.config.seed}", params)
+
+
+SHAPE = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
+
+
+def check_parent(config: TrainConfig, init_from: str, parent: Path) -> None:
+    """ConfigError where the weights to begin with are of another size, or of a model that says nothing."""
+    given = json.loads((parent / "config.json").read_bytes())
+    here = as_dict(config)["model"]
+    pairs = [(name, given["model"][name], here[name]) for name in SHAPE]
+    found = [f"{name} {theirs} -> {ours}" for name, theirs, ours in pairs if theirs != ours]
+    if found:
+        raise ConfigError(
+            f"--init_from={init_from} is a model of another size: {', '.join(found)}; give the config that "
+            f"size (--config=FILE.py:SIZE)"
+        )
+    if given["stage"] == "reward_model" != config.stage:
+        raise ConfigError(f"--init_from={init_from} is a reward model, which says nothing: give another")
 
 
 def held_out_batches(config: TrainConfig, validation: Sequence[Any]) -> Any:
@@ -179,10 +199,11 @@ def train(
     folder = open_run(workdir, as_dict(config), resume=resume, may_differ=MAY_DIFFER)
     begin = starting_point(program, folder, init_from)
     tokenizer = run_tokenizer(config, folder, begin)
+    print(program.describe(), flush=True)
     with jax.set_mesh(program.mesh):
         data = program.stage.load(program, tokenizer, folder, begin)
+    print(f"{data.report}\nrun folder: {folder.path}", flush=True)
     check_best_metric(config, data)
-    print(f"{program.describe()}\n{data.report}\nrun folder: {folder.path}", flush=True)
     with (
         closing(program.stage.make_feed(program, data, tokenizer, begin)) as feed,
         saving(Checkpoints(folder.checkpoints, keep=config.checkpoint.keep, log=tqdm.write)) as checkpoints,

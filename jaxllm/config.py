@@ -165,6 +165,9 @@ def run_script(
     except RunError as error:
         print(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # before or after the part of a run that saves what it has
+        print("stopped: interrupted", file=sys.stderr)
+        return RunError.exit_code
 
 
 def _help(script_flags: "FlagValues") -> str:

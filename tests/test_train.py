@@ -319,3 +319,24 @@ def test_both_kinds_of_reference_begin_at_log_2_and_train_alike(chat_run, text, 
         cached, on_the_fly = ([row[name] for row in rows[kind] if name in row] for kind in rows)
         assert len(cached) == 8
         np.testing.assert_allclose(cached, on_the_fly, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stage", "begin", "changes", "message"),
+    [
+        (
+            "sft",
+            "pretrain",
+            {"model__num_layers": "3"},
+            r"of another size: num_layers \d -> 3; give the config",
+        ),
+        ("sft", "reward_model", {}, "is a reward model, which says nothing"),
+        ("dpo", None, {}, "--init_from=RUN is missing: DPO begins with its weights"),
+    ],
+)
+def test_weights_that_cannot_begin_a_run_are_refused(
+    stage, begin, changes, message, finished, reward_run, text, tmp_path
+):
+    parents = {"pretrain": str(finished), "reward_model": str(reward_run[0]), None: None}
+    with pytest.raises(ConfigError, match=message):
+        run(make_config(text, stage, **changes), tmp_path / "run", init_from=parents[begin])

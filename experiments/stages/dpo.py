@@ -103,6 +103,8 @@ def scorer(program: Program) -> Callable[[Any, PairBatch], jax.Array]:
 def load(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: Start) -> Dataset:
     """Pairs to train and to validate on, with the log-probs of the weights that the run began with."""
     config = program.config
+    if start.parent is None:
+        raise ConfigError("--init_from=RUN is missing: DPO begins with its weights, and holds on to them")
     template = load_run_template(config.data.template, tokenizer, folder, start)
     data = load_preferences(config.data, tokenizer, template, seed=config.seed, run_folder=folder.path)
     score = scorer(program)
@@ -133,6 +135,7 @@ def reference_log_probs(
     program: Program, sources: tuple[PairRows, ...], params: Any, score: Callable[..., jax.Array]
 ) -> list[np.ndarray]:
     """Log-probs [pairs, 2] of every source under the reference."""
+    print(f"scoring {sum(map(len, sources)):,} pairs with the reference, once ...", flush=True)
     found = []
     for rows in sources:
         batches = evaluation_batches([rows], batch_size=program.config.data.batch_size)

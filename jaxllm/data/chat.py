@@ -13,7 +13,7 @@ import xxhash
 
 from jaxllm.data.chat_template import ChatTemplate, Messages
 from jaxllm.data.packing import PackedRows, pack_rows
-from jaxllm.data.rows import DataConfig, Dataset, Example, Examples, read_examples, write_bad_rows
+from jaxllm.data.rows import TOO_LONG, DataConfig, Dataset, Example, Examples, read_examples, write_bad_rows
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow, json_type
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -86,7 +86,14 @@ def conversation(record: Mapping[str, Any], rename: Sequence[str] = ()) -> tuple
             exchange(*pair) for pair in [*history, (question(record), record["output"])]
         )
         return "instruction, input, output", [*system, *turns]
-    raise BadRow("unknown format", f"keys {', '.join(record)}; name them by data.rename=THEIRS=OURS")
+    if "chosen" in record:
+        raise BadRow(
+            "unknown format",
+            "pairs of answers are for reward models and DPO; here set data.rename=chosen=completion",
+        )
+    raise BadRow(
+        "unknown format", f"no answer among the keys {', '.join(record)}; set data.rename=THEIRS=OURS"
+    )
 
 
 def is_text(record: Mapping[str, Any]) -> bool:
@@ -157,7 +164,7 @@ def encoder(
         ids, learnt = template.encode(messages, learn=config.learn)
         answers = learnt if config.learn != "all" else template.encode(messages, learn="assistant").learnt
         if len(ids) > fits and (config.too_long == "drop" or not any(answers[:fits])):
-            raise BadRow("longer than data.sequence_length", f"{len(ids)} tokens", fault=False)
+            raise BadRow(TOO_LONG, f"{len(ids)} tokens", fault=False)
         row = np.array(ids[:fits], np.int32), np.array(learnt[:fits], bool)
         return Example(*zip(row), group=opening(messages), kind=kind, numbers=(last_run(answers[:fits]),))
 

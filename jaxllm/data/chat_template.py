@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from jaxllm.data.sources import BadRow
+from jaxllm.data.sources import BadRow, json_type
 from jaxllm.data.tokenizer import CHAT_TOKENS, BaseTokenizer
 from jaxllm.errors import ConfigError
 
@@ -235,7 +235,7 @@ def check_messages(messages: Messages, *, answered: bool) -> None:
                 "unknown role", f"message {i}: {role!r}, not {near[0] if near else ', '.join(ROLES)}"
             )
         if not isinstance(content, str):
-            raise BadRow("wrong type", f"message {i}: the content is {type(content).__name__}, not a string")
+            raise BadRow("wrong type", f"message {i}: the content is {json_type(content)}, not a string")
         if not content.strip() and role in ("user", "assistant"):
             raise BadRow("empty text", f"message {i}, of the {role}")
         before = messages[i - 2]["role"] if i > 1 else None

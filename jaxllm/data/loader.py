@@ -46,7 +46,7 @@ def training_batches(
     if rows < batch_size:
         raise DataError(
             f"the data makes {rows} rows of data.sequence_length={sources[0].sequence_length}, fewer than "
-            f"data.batch_size={batch_size}: lower either of the two, or give more data"
+            f"data.batch_size={batch_size}: lower data.batch_size, or give more data"
         )
     datasets = [grain.MapDataset.source(source) for source in sources]
     if weights:

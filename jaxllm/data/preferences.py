@@ -15,7 +15,7 @@ import xxhash
 from jaxllm.batches import PairBatch
 from jaxllm.data.chat import as_messages, check_rename, last_run, opening, question, renamed, texts
 from jaxllm.data.chat_template import ChatTemplate, Encoded
-from jaxllm.data.rows import DataConfig, Dataset, Example, Examples, read_examples, write_bad_rows
+from jaxllm.data.rows import TOO_LONG, DataConfig, Dataset, Example, Examples, read_examples, write_bad_rows
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow, json_type
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -99,11 +99,11 @@ def pair(record: Mapping[str, Any], rename: Sequence[str] = ()) -> tuple[str, Me
     common = 0
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
         common += 1
+    if not common:
+        raise BadRow("no common prompt", "the two sides differ from the first turn on")
     ends = chosen[common:], rejected[common:]
     if any(len(end) != 1 for end in ends):
         raise BadRow("answers of several turns", f"they part at turn {common + 1}", fault=False)
-    if not common:
-        raise BadRow("no common prompt", "the transcripts differ from the first turn on")
     return kind, chosen[:common], *(end[0] for end in ends)
 
 
@@ -156,7 +156,7 @@ def encoder(config: PreferenceConfig, template: ChatTemplate) -> Callable[[Mappi
         sides = [answered(template, prompt, answer) for answer in answers]
         longest = max(len(side.ids) for side in sides)
         if longest > config.sequence_length:
-            raise BadRow("longer than data.sequence_length", f"{longest} tokens", fault=False)
+            raise BadRow(TOO_LONG, f"{longest} tokens", fault=False)
         if sides[0].ids == sides[1].ids:
             raise BadRow("identical pair", fault=False)
         start = last_run(sides[0].learnt)

@@ -18,6 +18,7 @@ from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.sources import BadRow, Row, Source, open_source
 from jaxllm.errors import ConfigError, DataError
 
+TOO_LONG = "longer than data.sequence_length"
 ENOUGH_ROWS = 1000  # to judge a source by, while it is still being read
 
 
@@ -129,7 +130,7 @@ class SourceCounts:
         if self.faults > policy.max_bad_fraction * self.rows:
             raise DataError(
                 f"{name}: {self.faults} of {self.rows} rows are bad, more than data.max_bad_fraction="
-                f"{policy.max_bad_fraction}; the first: {self.first_fault}"
+                f"{policy.max_bad_fraction}: mend them or raise it; the first: {self.first_fault}"
             )
 
     def __str__(self) -> str:
@@ -180,7 +181,11 @@ class Examples:
     def describe(self) -> str:
         """Rows read, kept and left out, in which shapes, and their tokens."""
         kinds = ", ".join(f"{n:,} of {kind}" for kind, n in Counter(row.kind for row in self.rows).items())
-        return f"{self.name}: {self.counts}: {kinds}; {self.counts.tokens:,} tokens"
+        text = f"{self.name}: {self.counts}: {kinds}; {self.counts.tokens:,} tokens"
+        too_long = sum(n for reason, n in self.counts.dropped.items() if reason.startswith(TOO_LONG))
+        if too_long > 0.2 * self.counts.rows:
+            text += f"\nwarning: {too_long / self.counts.rows:.0%} of {self.name} is {TOO_LONG}: raise it"
+        return text
 
     def split(self, held_out_fraction: float) -> tuple[list[Example], list[Example]]:
         """Those to train on and those held out, by a hash of the group, the same whatever else is read."""

@@ -211,6 +211,8 @@ class Progress:
             "eval/loss": "eval loss",
             "eval/bits_per_byte": "eval bits/byte",
             "eval/accuracy": "accuracy",
+            "eval/length_baseline": "by length",
+            "eval/pass@1": "pass@1",
             "eval/rewards/accuracies": "accuracy",
             "eval/stopped_fraction": "answers that end",
         }

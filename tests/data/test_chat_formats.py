@@ -100,14 +100,20 @@ def test_columns_can_be_called_otherwise_inside_messages_too():
     assert conversation(record, ("question=prompt", "answer=completion", *rename[1:]))[1] == EXCHANGE
 
 
+PAIR_GIVEN = (
+    "unknown format (pairs of answers are for reward models and DPO; here set data.rename=chosen=completion)"
+)
+
+
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
         (
             {"question": "Who?", "answer": "Ada."},
-            "unknown format (keys question, answer; name them by data.rename=THEIRS=OURS)",
+            "unknown format (no answer among the keys question, answer; set data.rename=THEIRS=OURS)",
         ),
-        ({"prompt": "Who?"}, "unknown format (keys prompt; name them by data.rename=THEIRS=OURS)"),
+        ({"prompt": "Who?"}, "unknown format (no answer among the keys prompt; set data.rename=THEIRS=OURS)"),
+        ({"prompt": "Who?", "chosen": "A", "rejected": "B"}, PAIR_GIVEN),
         ({"messages": "Who?"}, "wrong type ('messages' is a string, not a list)"),
         ({"conversations": None}, "wrong type ('conversations' is null, not a list)"),
         ({"messages": ["Who?"]}, "wrong type (a message is a string, not an object)"),

@@ -122,7 +122,7 @@ def test_a_transcript_may_hold_blank_lines_and_the_words_themselves():
             },
             "no prompt (a text without 'prompt' must be a transcript of Human: and Assistant:)",
         ),
-        ({"chosen": [ADA], "rejected": [BO]}, "no common prompt (the transcripts differ from the first turn"),
+        ({"chosen": [ADA], "rejected": [BO]}, "no common prompt (the two sides differ from the first turn"),
         ({"prompt": "Who?", "answers": ["Ada."], "choice": 0}, "wrong type ('answers' must be a list of two"),
         (
             {"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": 2},

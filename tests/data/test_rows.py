@@ -108,8 +108,8 @@ def test_too_large_a_share_of_faults_stops_a_run_that_skips():
     with pytest.raises(DataError) as error:
         read("one", "two", "wrong", policy=BadRowPolicy("skip", 0.3))
     assert str(error.value) == (
-        "a.jsonl: 1 of 3 rows are bad, more than data.max_bad_fraction=0.3; "
-        "the first: a.jsonl:3: wrong type (a word)"
+        "a.jsonl: 1 of 3 rows are bad, more than data.max_bad_fraction=0.3: "
+        "mend them or raise it; the first: a.jsonl:3: wrong type (a word)"
     )
 
 

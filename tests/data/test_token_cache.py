@@ -196,7 +196,7 @@ def test_skipped_rows_are_counted_and_written_down(tokens_of):
     [
         (
             BadRowPolicy("skip", 0.3),
-            r"1 of 3 rows are bad, more than data.max_bad_fraction=0.3; the first: a.jsonl:2",
+            r"1 of 3 rows are bad, more than data.max_bad_fraction=0.3: .*; the first: a.jsonl:2",
         ),
         (STOP, r"a.jsonl:2: missing key"),
     ],
