@@ -14,7 +14,7 @@ from configs import finetune
 
 def get_config(size: str = "1m") -> ConfigDict:
     """Every field of a DPO run that is not pretraining's."""
-    config = finetune.base("dpo", size, steps=200, batch_size=16, learning_rate=1e-4)
+    config = finetune.base("dpo", size, steps=120, batch_size=16, learning_rate=1e-4)
     config.objective = ConfigDict()
     config.objective.beta = 0.1  # how far from the reference: small is far (Rafailov et al. 2023)
     config.objective.variant = "sigmoid"  # or robust, hinge, ipo, apo_zero, sppo
@@ -22,6 +22,7 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.objective.length_normalised = False  # ipo: log-probs a token, as TRL has it
     config.data.train = ("synthetic:preferences",)
     config.data.synthetic_rows = 4000
+    config.data.sequence_length = 192  # every pair is padded to it; longer ones are left out
     config.data.reference = "cached"  # computed once, before training; "on_the_fly": with each batch
     config.data.cache_dir = "~/.cache/jaxllm"  # where they are kept between runs
     config.checkpoint.best_metric = "eval/loss"

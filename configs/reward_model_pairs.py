@@ -14,10 +14,11 @@ from configs import finetune
 
 def get_config(size: str = "1m") -> ConfigDict:
     """Every field of a reward model's run that is not pretraining's."""
-    config = finetune.base("reward_model", size, steps=200, batch_size=16, learning_rate=5e-4)
+    config = finetune.base("reward_model", size, steps=150, batch_size=16, learning_rate=5e-4)
     config.objective = ConfigDict()
     config.objective.center_coefficient = 0.01  # keeps rewards around 0 (Eisenstein et al. 2023)
     config.data.train = ("synthetic:preferences",)
     config.data.synthetic_rows = 4000
+    config.data.sequence_length = 192  # every pair is padded to it; longer ones are left out
     config.checkpoint.best_metric = "eval/loss"
     return config
