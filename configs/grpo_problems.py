@@ -49,7 +49,6 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.rollout.max_rows = 64  # answers decoded at a time
     config.rollout.mask_truncated = False  # leave answers that did not end out of the loss
     config.rollout.refills = 0  # times groups without signal are replaced (DAPO's dynamic sampling)
-    config.rollout.difference_limit = 0.1  # nats a token between sampler and trainer that are alarming
     config.rollout.sampling = sampling(128, 1.0)
 
     config.reward = ConfigDict()

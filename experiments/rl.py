@@ -17,6 +17,7 @@ import numpy as np
 from experiments.program import Program
 from jaxllm.batches import RolloutBatch
 from jaxllm.config import nearest_multiples
+from jaxllm.data.loader import shuffled_rows
 from jaxllm.data.prompts import Prompt
 from jaxllm.data.rows import Dataset
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -41,10 +42,7 @@ class RolloutConfig:
     minibatches: int  # updates an epoch
     max_rows: int  # answers decoded at a time
     mask_truncated: bool  # leave answers that did not end out of the loss
-    refills: (
-        int  # how often groups whose rewards are all equal may be replaced by other prompts' (DAPO); 0: not
-    )
-    difference_limit: float  # nats a token between sampler and trainer, above which the run warns
+    refills: int  # times groups whose rewards are all equal are replaced by other prompts' (DAPO)
     sampling: SamplingConfig
 
     def __post_init__(self):
@@ -128,11 +126,10 @@ class Rollouts(Feed):
         tokenizer: BaseTokenizer,
         pool: RewardPool,
         worth: Worth,
-        policy: Callable[[Any], Any] = lambda params: params,
     ):
-        """`policy` takes the policy's parameters out of the state's."""
         self.program, self.data, self.tokenizer, self.pool = program, data, tokenizer, pool
-        self.worth, self.policy = worth, policy
+        self.worth = worth
+        self.prompts = shuffled_rows(data.train, data.weights, program.config.seed)
         self.config = program.config.rollout
         self.consumed = 0  # prompts, since the run began
         self.row: dict[str, float] = {}
@@ -175,19 +172,6 @@ class Rollouts(Feed):
                     batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], fields)
                     yield jax.device_put(batch, self.program.batch_sharding)
 
-    def prompt(self, number: int) -> Prompt:
-        """Prompt `number` of an endless stream: every epoch has all prompts, in an order of its own."""
-        sources = self.data.train
-        sizes = [len(source) for source in sources]
-        epoch, place = divmod(number, sum(sizes))
-        order = np.random.default_rng((self.program.config.seed, epoch)).permutation(sum(sizes))
-        i = int(order[place])
-        for source, size in zip(sources, sizes, strict=True):
-            if i < size:
-                return source[i]
-            i -= size
-        raise AssertionError("a place is below the sum of the sizes")
-
     def roll_out(self, state: TrainState, iteration: int) -> tuple[Rollout, dict[str, float]]:
         """Answers with rewards; groups without signal replaced as often as the config allows."""
         config = self.config
@@ -195,7 +179,7 @@ class Rollouts(Feed):
         timing = {"time/rollout": 0.0, "time/reward": 0.0}
         wanted = config.prompts
         for attempt in range(config.refills + 1):
-            prompts = [self.prompt(self.consumed + i) for i in range(wanted)]
+            prompts = [self.prompts[self.consumed + i] for i in range(wanted)]
             self.consumed += wanted
             rollout = self.answer(state, prompts, (iteration, attempt), timing)
             kept.append(rollout)
@@ -216,7 +200,7 @@ class Rollouts(Feed):
         began = time.perf_counter()
         said = collect(
             program.model,
-            self.policy(state.params),
+            state.params,
             [prompt.ids for prompt in prompts],
             group_size=config.group_size,
             sampling=config.sampling,
@@ -232,10 +216,8 @@ class Rollouts(Feed):
         timing["time/rollout"] += sampled - began
         timing["time/reward"] += time.perf_counter() - sampled
         T = program.config.data.sequence_length
-        tokens, mask = (
-            np.full((len(asked), T), self.tokenizer.pad_id, np.int32),
-            np.zeros((len(asked), T), bool),
-        )
+        tokens = np.full((len(asked), T), self.tokenizer.pad_id, np.int32)
+        mask = np.zeros((len(asked), T), bool)
         log_probs = np.zeros((len(asked), T), np.float32)
         for i, (prompt, ids) in enumerate(zip(asked, said.tokens, strict=True)):
             start, end = len(prompt.ids), len(prompt.ids) + len(ids)

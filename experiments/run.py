@@ -35,7 +35,7 @@ from jaxllm.training.feed import Feed
 from jaxllm.training.loop import Loop
 from jaxllm.training.metrics import MetricWriter, Throughput
 from jaxllm.training.run_folder import RunFolder, open_run, record_start
-from jaxllm.training.state import TrainState
+from jaxllm.training.state import TrainState, merge_params
 from jaxllm.training.watch import Watch
 
 TEMPLATE_FILE = "template.jinja"  # of a run whose conversations have another template than the tokenizer's
@@ -59,21 +59,17 @@ def starting_point(program: Program, folder: RunFolder, init_from: str | None) -
         parent, digest = Path(record["path"]), record["hash"]
 
     def params() -> Any:
-        state = program.fresh_state()
         if parent is None:
-            return state.params
-        if checkpoint_hash(find_checkpoint(parent)) != digest:
+            return program.fresh_state().params
+        if folder.resuming and checkpoint_hash(find_checkpoint(parent)) != digest:
             raise CheckpointError(
                 f"{parent} is not the checkpoint this run began with: its hash was {digest}"
             )
-        optional = program.stage.OPTIONAL_PARAMETERS
-        read = read_arrays(parent, program.placed_state.params, prefix="params", optional=optional)
-        return jax.tree.map(
-            lambda saved, fresh: fresh if saved is None else saved,
-            read,
-            state.params,
-            is_leaf=lambda x: x is None,
-        )
+        wanted, optional = program.placed_state.params, program.stage.OPTIONAL_PARAMETERS
+        read = read_arrays(parent, wanted, prefix="params", optional=optional)
+        if jax.tree.structure(read) == jax.tree.structure(wanted):
+            return read
+        return merge_params(read, program.fresh_state().params)  # new ones, such as a reward model's head
 
     return Start(parent, digest or f"seed {program.config.seed}", params)
 

@@ -1,7 +1,7 @@
 """Preference optimisation without a reward model: pairs, a frozen reference, implicit rewards."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,11 @@ import xxhash
 from tqdm import tqdm
 
 from experiments.program import Program
-from experiments.run import Start, held_out_batches, load_run_template, row_feed
-from experiments.stages.reward_model import pair_batch_shapes
+from experiments.run import Start, held_out_batches, row_feed
+from experiments.stages import reward_model
 from experiments.train_config import TrainConfig
-from jaxllm.batches import PairBatch
 from jaxllm.data.loader import device_batches, evaluation_batches
-from jaxllm.data.preferences import (
-    PairRows,
-    PreferenceConfig,
-    load_preferences,
-    preference_texts,
-)
+from jaxllm.data.preferences import PairRows, PreferenceConfig
 from jaxllm.data.rows import Dataset
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import ConfigError
@@ -35,7 +29,12 @@ from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import TrainState
 
 make_feed = row_feed
+batch_shapes = reward_model.batch_shapes
+tokenizer_text = reward_model.tokenizer_text
 OPTIONAL_PARAMETERS = ()
+
+# For reference and evaluation alike, so that it is compiled once, and both are equal to the bit.
+score_batch = jax.jit(answer_log_probs, static_argnames="model")
 
 
 @dataclass(frozen=True)
@@ -85,33 +84,16 @@ def build(config: Config) -> tuple[Model, Callable[..., Any]]:
     return model, functools.partial(loss_fn, model=model, **asdict(config.objective))
 
 
-def batch_shapes(config: Config) -> PairBatch:
-    """Shape and dtype of every field of a batch."""
-    return pair_batch_shapes(config.data.batch_size, config.data.sequence_length)
-
-
-def tokenizer_text(config: Config) -> Iterator[str]:
-    """What is said in the pairs."""
-    return preference_texts(config.data, seed=config.seed)
-
-
-def scorer(program: Program) -> Callable[[Any, PairBatch], jax.Array]:
-    """The one function that scores for reference and evaluation, compiled once."""
-    return jax.jit(functools.partial(answer_log_probs, model=program.model))
-
-
 def load(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: Start) -> Dataset:
     """Pairs to train and to validate on, with the log-probs of the weights that the run began with."""
     config = program.config
     if start.parent is None:
         raise ConfigError("--init_from=RUN is missing: DPO begins with its weights, and holds on to them")
-    template = load_run_template(config.data.template, tokenizer, folder, start)
-    data = load_preferences(config.data, tokenizer, template, seed=config.seed, run_folder=folder.path)
-    score = scorer(program)
+    data = reward_model.load(program, tokenizer, folder, start)
+    score = functools.partial(score_batch, model=program.model)
     if config.data.reference == "on_the_fly":
         params = start.params()
-        complete = lambda batch: batch._replace(ref_log_probs=score(params, batch))  # noqa: E731
-        return replace(data, complete=complete)
+        return replace(data, complete=lambda batch: batch._replace(ref_log_probs=score(params, batch)))
     key = xxhash.xxh3_128_hexdigest(
         repr((start.hash, data.fingerprint, config.model, config.data.sequence_length)).encode()
     )
@@ -161,7 +143,7 @@ def make_hooks(
     if not data.validation:
         return []
     batches = held_out_batches(program.config, data.validation)
-    score = scorer(program)
+    score = functools.partial(score_batch, model=program.model)
 
     def run(step: int, state: TrainState) -> dict[str, float]:
         del step

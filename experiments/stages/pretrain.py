@@ -50,13 +50,9 @@ def build(config: Config) -> tuple[Model, Callable[..., Any]]:
     return model, functools.partial(loss_fn, model=model, z_loss=config.objective.z_loss)
 
 
-def batch_shapes(config: Config) -> TokenBatch:
+def batch_shapes(config: Any) -> TokenBatch:
     """Shape and dtype of every field of a batch."""
-    return token_batch_shapes(config.data.batch_size, config.data.sequence_length)
-
-
-def token_batch_shapes(*shape: int) -> TokenBatch:
-    """A TokenBatch of shapes instead of arrays."""
+    shape = (config.data.batch_size, config.data.sequence_length)
     ids = jax.ShapeDtypeStruct(shape, np.int32)
     return TokenBatch(ids, ids, jax.ShapeDtypeStruct(shape, bool), ids, ids)
 

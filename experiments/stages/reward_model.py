@@ -50,20 +50,14 @@ def build(config: Config) -> tuple[ScalarModel, Callable[..., Any]]:
     )
 
 
-def batch_shapes(config: Config) -> PairBatch:
+def batch_shapes(config: Any) -> PairBatch:
     """Shape and dtype of every field of a batch."""
-    return pair_batch_shapes(config.data.batch_size, config.data.sequence_length)
-
-
-def pair_batch_shapes(batch_size: int, length: int) -> PairBatch:
-    """A PairBatch of shapes instead of arrays."""
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+        return jax.ShapeDtypeStruct((config.data.batch_size, *shape), dtype)
 
-    ints = functools.partial(array, np.int32)
-    floats = functools.partial(array, np.float32)
-    return PairBatch(ints(2, length), ints(), ints(2), floats(), floats(), floats(2))
+    ints, floats = functools.partial(array, np.int32), functools.partial(array, np.float32)
+    return PairBatch(ints(2, config.data.sequence_length), ints(), ints(2), floats(), floats(), floats(2))
 
 
 def tokenizer_text(config: Config) -> Iterator[str]:

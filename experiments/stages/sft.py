@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments.program import Program
 from experiments.run import Start, load_run_template, row_feed, write_samples
-from experiments.stages.pretrain import make_evaluation, token_batch_shapes
+from experiments.stages import pretrain
 from experiments.train_config import SampleConfig, TrainConfig
-from jaxllm.batches import TokenBatch
 from jaxllm.data.chat import ChatConfig, ChatDataset, chat_texts, load_chats
 from jaxllm.data.show import show_mask
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -25,6 +25,7 @@ from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import TrainState
 
 make_feed = row_feed
+batch_shapes = pretrain.batch_shapes
 OPTIONAL_PARAMETERS = ()
 
 
@@ -67,11 +68,6 @@ def build(config: Config) -> tuple[Model, Callable[..., Any]]:
     )
 
 
-def batch_shapes(config: Config) -> TokenBatch:
-    """Shape and dtype of every field of a batch."""
-    return token_batch_shapes(config.data.batch_size, config.data.sequence_length)
-
-
 def tokenizer_text(config: Config) -> Iterator[str]:
     """What is said in the conversations."""
     return chat_texts(config.data, seed=config.seed)
@@ -94,7 +90,7 @@ def make_hooks(
     """Answers, and the loss of the held-out rows."""
     hooks = [make_answering(program, data, tokenizer, folder, check)]
     if data.validation:
-        hooks.append(make_evaluation(program, data.validation, tokenizer, check))
+        hooks.append(pretrain.make_evaluation(program, data.validation, tokenizer, check))
     return hooks
 
 
@@ -134,7 +130,7 @@ def make_answering(
             stopped += [reason == "stop" for reason in said.stop_reasons]
         rows = zip(shown, texts, references, strict=True)
         write_samples(folder, step, [f"{prompt}\n{text}{reference}" for prompt, text, reference in rows])
-        share, error = fraction(jax.numpy.array(stopped)[len(config.prompts) :])
+        share, error = fraction(np.array(stopped)[len(config.prompts) :])
         return {"eval/stopped_fraction": share, "eval/stopped_fraction_se": error} if config.held_out else {}
 
     return Hook(program.config.training.sample_every if prompts else 0, run)

@@ -13,7 +13,7 @@ import xxhash
 
 from jaxllm.data.chat_template import ChatTemplate, Messages
 from jaxllm.data.packing import PackedRows, pack_rows
-from jaxllm.data.rows import TOO_LONG, DataConfig, Dataset, Example, Examples, read_examples, write_bad_rows
+from jaxllm.data.rows import TOO_LONG, DataConfig, Dataset, Example, Examples, read_sources
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow, json_type
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -219,13 +219,7 @@ def load_chats(
     Rows that were left out are written to `bad_rows.jsonl` in `run_folder`. Raises DataError where no token
     would be learnt.
     """
-    encode = encoder(config, tokenizer, template)
-    parts = [
-        read_examples(config.open(name, role, text_key=None, seed=seed), encode, config.bad_row_policy)
-        for name, role in config.roles
-    ]
-    if run_folder is not None:
-        write_bad_rows([part.bad_rows for part in parts], run_folder)
+    parts = read_sources(config, encoder(config, tokenizer, template), seed=seed, run_folder=run_folder)
     train, validation = config.hold_out(parts)
 
     def lay_out(rows: list[Example]) -> PackedRows:

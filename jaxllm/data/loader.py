@@ -41,20 +41,23 @@ def training_batches(
     fills its share of every stretch of rows and runs through its own epochs. The rows of a step do
     not depend on the number of processes.
     """
-    grain = _import_grain()
     rows = sum(map(len, sources))
     if rows < batch_size:
         raise DataError(
             f"the data makes {rows} rows of data.sequence_length={sources[0].sequence_length}, fewer than "
             f"data.batch_size={batch_size}: lower data.batch_size, or give more data"
         )
+    return _sharded(shuffled_rows(sources, weights, seed), batch_size, process_index, process_count)
+
+
+def shuffled_rows(sources: Sequence[Any], weights: Sequence[float], seed: int) -> Any:
+    """An endless grain dataset of rows, one by one, drawn as `training_batches` says."""
+    grain = _import_grain()
     datasets = [grain.MapDataset.source(source) for source in sources]
     if weights:
         shuffled = [dataset.seed(seed + i).shuffle().repeat() for i, dataset in enumerate(datasets)]
-        rows = grain.MapDataset.mix(shuffled, weights)
-    else:
-        rows = grain.MapDataset.concatenate(datasets).seed(seed).shuffle().repeat()
-    return _sharded(rows, batch_size, process_index, process_count)
+        return grain.MapDataset.mix(shuffled, weights)
+    return grain.MapDataset.concatenate(datasets).seed(seed).shuffle().repeat()
 
 
 def evaluation_batches(

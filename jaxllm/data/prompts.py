@@ -10,7 +10,7 @@ import xxhash
 
 from jaxllm.data.chat import as_messages, check_rename, message, opening, renamed
 from jaxllm.data.chat_template import ChatTemplate
-from jaxllm.data.rows import DataConfig, Dataset, Example, read_examples, write_bad_rows
+from jaxllm.data.rows import DataConfig, Dataset, Example, read_sources
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -63,10 +63,8 @@ def question_messages(record: Mapping[str, Any], config: PromptConfig) -> tuple[
         return "prompt", system + as_messages(record["prompt"], "user", config.rename)
     if "messages" in record and isinstance(record["messages"], list):
         messages = [message(each, config.rename) for each in record["messages"]]
-        if (
-            messages and messages[-1]["role"] == "assistant"
-        ):  # a row of SFT: its last answer is the model's now
-            messages.pop()
+        if messages and messages[-1]["role"] == "assistant":
+            messages.pop()  # a row of SFT: its last answer is the model's to give now
         return "messages", system + messages
     raise BadRow(
         "missing key", f"no 'prompt' or 'messages' among {', '.join(record)}; data.rename=THEIRS=OURS"
@@ -100,13 +98,7 @@ def load_prompts(
     run_folder: Path | None = None,
 ) -> Dataset:
     """Read, encode and hold out what to evaluate on. `Dataset.train` and `.validation` hold `Prompts`."""
-    encode = encoder(config, template, max_new_tokens)
-    parts = [
-        read_examples(config.open(name, role, text_key=None, seed=seed), encode, config.bad_row_policy)
-        for name, role in config.roles
-    ]
-    if run_folder is not None:
-        write_bad_rows([part.bad_rows for part in parts], run_folder)
+    parts = read_sources(config, encoder(config, template, max_new_tokens), seed=seed, run_folder=run_folder)
     train, validation = config.hold_out(parts)
     fingerprint = repr(([part.fingerprint for part in parts], config.weights, config.held_out_fraction))
     first = parts[0].rows[0]

@@ -234,3 +234,16 @@ def write_bad_rows(lines: Sequence[str], folder: Path) -> None:
     if any(lines):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "bad_rows.jsonl").write_text("".join(lines))
+
+
+def read_sources(
+    config: DataConfig, encode: Callable[[Any], Example], *, seed: int, run_folder: Path | None
+) -> list[Examples]:
+    """`read_examples` of every source of the config; what was left out is written to `run_folder`."""
+    parts = [
+        read_examples(config.open(name, role, text_key=None, seed=seed), encode, config.bad_row_policy)
+        for name, role in config.roles
+    ]
+    if run_folder is not None:
+        write_bad_rows([part.bad_rows for part in parts], run_folder)
+    return parts
