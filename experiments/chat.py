@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without bei
 
 from experiments.sampling_flags import define_sampling_flags, read_sampling
 from jaxllm.config import run_script
+from jaxllm.data.show import printable
 from jaxllm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -112,11 +113,6 @@ class Chat:
         except OSError as error:
             return f"{name}: {error.strerror}"
         return f"saved to {name}"
-
-
-def printable(text: str) -> str:
-    """Without control characters: a model must not be able to drive the terminal."""
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
 def main(_: None, flags: "FlagValues") -> None:

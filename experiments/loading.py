@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments.run import TEMPLATE_FILE
+from experiments.weights import read_policy
 from jaxllm.config import parse
 from jaxllm.data.chat_template import ChatTemplate, load_template
 from jaxllm.data.tokenizer import BaseTokenizer, load_tokenizer
 from jaxllm.errors import ConfigError
 from jaxllm.models import Model, ModelConfig, ScalarModel, build_model, build_scalar_model
-from jaxllm.training.checkpoint import find_checkpoint, read_arrays
+from jaxllm.sharding import placed
+from jaxllm.training.checkpoint import find_checkpoint
 
 
 class Loaded(NamedTuple):
@@ -26,15 +28,17 @@ class Loaded(NamedTuple):
     metadata: dict[str, Any]
 
 
-def load_checkpoint(path: str | None) -> Loaded:
-    """The newest valid checkpoint of a run folder (RUN/best: its best), on the first device."""
+def load_checkpoint(path: str | None, mesh: jax.sharding.Mesh | None = None) -> Loaded:
+    """The newest valid checkpoint of a run folder (RUN/best: its best), on a mesh or the first device. PPO's
+    are of two models: this is the one that speaks."""
     if path is None:
         raise ConfigError("--checkpoint=RUN_FOLDER is missing")
     folder = find_checkpoint(path)
     config = json.loads((folder / "config.json").read_text())
     build = build_scalar_model if config["stage"] == "reward_model" else build_model
     model = build(parse(ModelConfig, config["model"], "model"))
-    params = read_arrays(folder, jax.eval_shape(model.init, jax.random.key(0)), prefix="params")
+    wanted = jax.eval_shape(model.init, jax.random.key(0))
+    params = read_policy(folder, wanted if mesh is None else placed(wanted, mesh))
     metadata = json.loads((folder / "metadata.json").read_bytes())
     return Loaded(folder, config["stage"], model, params, load_tokenizer(folder), metadata)
 

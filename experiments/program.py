@@ -1,8 +1,7 @@
 """What a training run puts on the devices: model, sharded state and compiled step, from the config alone.
 
 What differs between stages is in experiments/stages: a module a stage, found by its name, with the same names
-(`Config`, `build`, `batch_shapes`, `tokenizer_text`, `load`, `make_feed`, `make_hooks`,
-`OPTIONAL_PARAMETERS`).
+(`Config`, `build`, `batch_shapes`, `tokenizer_text`, `initial_params`, `load`, `make_feed`, `make_hooks`).
 """
 
 import functools
@@ -19,7 +18,7 @@ from experiments.train_config import TrainConfig
 from jaxllm.config import did_you_mean, nearest_multiples
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import flops_per_token
-from jaxllm.sharding import batch_sharding, make_mesh, matching, shardings
+from jaxllm.sharding import batch_sharding, make_mesh, matching, placed, shardings
 from jaxllm.training.metrics import parameter_count
 from jaxllm.training.optimizer import make_optimizer, make_schedule
 from jaxllm.training.state import TrainState, init_state
@@ -60,11 +59,7 @@ class Program:
     @property
     def placed_state(self) -> TrainState:
         """The state's shapes with their shardings: what a checkpoint is restored into."""
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            self.abstract_state,
-            self.shardings,
-        )
+        return placed(self.abstract_state, self.mesh)
 
     def fresh_state(self) -> TrainState:
         """Random weights, every array made where it belongs."""
@@ -85,14 +80,25 @@ class Program:
         """Positions of all sequences of a batch."""
         return math.prod(self.stage.batch_shapes(self.config).tokens.shape)
 
+    @property
+    def models(self) -> list[Any]:
+        """The parameters of each model that is trained: one, but for an actor with its critic."""
+        params = self.abstract_state.params
+        return [params] if "embed" in params else list(params.values())
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of training, for all models."""
+        return len(self.models) * flops_per_token(self.config.model, self.config.data.sequence_length)
+
     def describe(self) -> str:
         """Devices, mesh, parameters and batch arithmetic, in a few lines."""
         config, data, mesh = self.config, self.config.data, dict(self.mesh.shape)
         parameters = parameter_count(self.abstract_state.params)
-        table = parameter_count(self.abstract_state.params["embed"])
+        table = sum(parameter_count(params["embed"]) for params in self.models)
         trained = "" if self.trained == parameters else f", {self.trained:,} of them trained"
         tokens, steps = self.tokens_per_step, config.training.steps
-        flops = flops_per_token(config.model, data.sequence_length)
+        flops = self.flops_per_token
         rows = data.batch_size // (mesh["data"] * mesh["fsdp"]) // config.training.num_microbatches
         return "\n".join(
             [

@@ -1,95 +1,36 @@
 """One training run, from its config to its last checkpoint. `experiments/train.py` is its command line."""
 
-import json
 import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from experiments.program import Program, find_stage
 from experiments.train_config import MAY_DIFFER, TrainConfig
+from experiments.weights import Start, starting_point
 from jaxllm.config import as_dict
 from jaxllm.data.chat_template import ChatTemplate, load_template
 from jaxllm.data.loader import device_batches, evaluation_batches, training_batches
 from jaxllm.data.rows import Dataset
+from jaxllm.data.show import printable
 from jaxllm.data.tokenizer import BaseTokenizer, build_tokenizer, check_vocabulary, load_tokenizer
-from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.models.config import flops_per_token
+from jaxllm.errors import ConfigError
 from jaxllm.training.best import Best
-from jaxllm.training.checkpoint import (
-    Checkpoints,
-    checkpoint_hash,
-    find_checkpoint,
-    read_arrays,
-    to_json,
-    write_file,
-)
+from jaxllm.training.checkpoint import Checkpoints, to_json, write_file
 from jaxllm.training.feed import Feed
 from jaxllm.training.loop import Loop
 from jaxllm.training.metrics import MetricWriter, Throughput
 from jaxllm.training.run_folder import RunFolder, open_run, record_start
-from jaxllm.training.state import TrainState, merge_params
+from jaxllm.training.state import TrainState
 from jaxllm.training.watch import Watch
 
 TEMPLATE_FILE = "template.jinja"  # of a run whose conversations have another template than the tokenizer's
-
-
-class Start(NamedTuple):
-    """The weights that a run begins, or began, with."""
-
-    parent: Path | None  # the checkpoint they are from; None: they are random
-    hash: str
-    params: Callable[[], Any]  # the weights themselves, laid out as the run's
-
-
-def starting_point(program: Program, folder: RunFolder, init_from: str | None) -> Start:
-    """From --init_from; for a run that goes on, from what it wrote down then."""
-    parent = find_checkpoint(init_from) if init_from and not folder.resuming else None
-    digest = None if parent is None else checkpoint_hash(parent)
-    if parent is not None:
-        check_parent(program.config, init_from, parent)
-    if folder.resuming and (record := json.loads(folder.file("run.json").read_bytes())["parent"]):
-        parent, digest = Path(record["path"]), record["hash"]
-
-    def params() -> Any:
-        if parent is None:
-            return program.fresh_state().params
-        if folder.resuming and checkpoint_hash(find_checkpoint(parent)) != digest:
-            raise CheckpointError(
-                f"{parent} is not the checkpoint this run began with: its hash was {digest}"
-            )
-        wanted, optional = program.placed_state.params, program.stage.OPTIONAL_PARAMETERS
-        read = read_arrays(parent, wanted, prefix="params", optional=optional)
-        if jax.tree.structure(read) == jax.tree.structure(wanted):
-            return read
-        return merge_params(read, program.fresh_state().params)  # new ones, such as a reward model's head
-
-    return Start(parent, digest or f"seed {program.config.seed}", params)
-
-
-SHAPE = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
-
-
-def check_parent(config: TrainConfig, init_from: str, parent: Path) -> None:
-    """ConfigError where the weights to begin with are of another size, or of a model that says nothing."""
-    given = json.loads((parent / "config.json").read_bytes())
-    here = as_dict(config)["model"]
-    pairs = [(name, given["model"][name], here[name]) for name in SHAPE]
-    found = [f"{name} {theirs} -> {ours}" for name, theirs, ours in pairs if theirs != ours]
-    if found:
-        raise ConfigError(
-            f"--init_from={init_from} is a model of another size: {', '.join(found)}; give the config that "
-            f"size (--config=FILE.py:SIZE)"
-        )
-    if given["stage"] == "reward_model" != config.stage:
-        raise ConfigError(f"--init_from={init_from} is a reward model, which says nothing: give another")
 
 
 def held_out_batches(config: TrainConfig, validation: Sequence[Any]) -> Any:
@@ -105,11 +46,12 @@ def held_out_batches(config: TrainConfig, validation: Sequence[Any]) -> Any:
     return batches
 
 
-def write_samples(folder: RunFolder, step: int, texts: Sequence[str]) -> None:
-    """All into `samples/STEP.txt`, the first onto the terminal."""
+def write_samples(folder: RunFolder, step: int, texts: Sequence[str], width: int | None = None) -> None:
+    """All into `samples/STEP.txt`, the first onto the terminal, with its lines cut to `width` characters."""
     file = folder.file("samples", f"{step}.txt")
     file.write_text("".join(f"{text}\n{'-' * 20}\n" for text in texts))
-    tqdm.write(f"sample at step {step} (all in {file.parent}): {texts[0]}")
+    first = "\n".join(line[:width] for line in texts[0].splitlines())
+    tqdm.write(printable(f"sample at step {step} (all in {file.parent}): {first}"))
 
 
 def run_tokenizer(config: TrainConfig, folder: RunFolder, start: Start) -> BaseTokenizer:
@@ -208,7 +150,7 @@ def train(
             folder,
             as_dict(config),
             command=command,
-            fingerprints={"data": data.fingerprint, "tokenizer": tokenizer.hash},
+            fingerprints={"data": data.fingerprint, "tokenizer": tokenizer.hash, **feed.fingerprints},
             parent=None if begin.parent is None else {"path": str(begin.parent), "hash": begin.hash},
         )
         state, metadata = initial_state(program, folder, checkpoints, begin)
@@ -223,7 +165,7 @@ def train(
         began = time.perf_counter()
         train_step = program.compile()
         print(f"{time.perf_counter() - began:.1f} s", flush=True)
-        flops = program.tokens_per_step * flops_per_token(config.model, config.data.sequence_length)
+        tokens = program.tokens_per_step
         last_row = int(state.step) if folder.resuming else -1
         with (
             jax.set_mesh(program.mesh),
@@ -235,11 +177,11 @@ def train(
                 train_step=train_step,
                 feed=feed,
                 schedule=program.schedule,
-                hooks=tuple(program.stage.make_hooks(program, data, tokenizer, folder, watch.check)),
+                hooks=tuple(program.stage.make_hooks(program, data, tokenizer, folder, watch.check, feed)),
                 save=make_save(config, folder, checkpoints, tokenizer, data, feed, best),
                 wait=checkpoints.wait,
                 writer=writer,
-                throughput=Throughput(program.tokens_per_step, flops),
+                throughput=Throughput(tokens, tokens * program.flops_per_token),
                 watch=watch,
                 best=best,
                 resume_command=shlex.join(command),

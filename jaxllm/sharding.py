@@ -114,6 +114,24 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(resolve, tree)
 
 
+def placed(tree: Any, mesh: Mesh) -> Any:
+    """The shapes of a tree, each with its sharding: what a checkpoint is read into."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
+def whole(tree: Any, mesh: Mesh) -> Any:
+    """Shardings that keep every leaf whole, but for `tensor`: no parameter is gathered when it is used."""
+
+    def without_fsdp(sharding: NamedSharding) -> NamedSharding:
+        return NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in sharding.spec)))
+
+    return jax.tree.map(without_fsdp, shardings(tree, mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)

@@ -49,6 +49,7 @@ LATER_STAGES = {
     "reward_model_pairs.py": "reward_model",
     "dpo_pairs.py": "dpo",
     "grpo_problems.py": "grpo",
+    "ppo_preferences.py": "ppo",
 }
 
 
@@ -58,12 +59,13 @@ def test_a_later_stage_builds_and_fits_the_model_it_begins_with(name):
     assert program.config.stage == LATER_STAGES[name]
     assert program.config.model == pretrained.config.model
     assert program.config.optimizer.learning_rate < pretrained.config.optimizer.learning_rate
-    own = {"scalar_head"} if name == "reward_model_pairs.py" else set()
-    assert program.abstract_state.params.keys() == pretrained.abstract_state.params.keys() | own
+    names = pretrained.abstract_state.params.keys()
+    own = {"reward_model_pairs.py": names | {"scalar_head"}, "ppo_preferences.py": {"policy", "critic"}}
+    assert program.abstract_state.params.keys() == own.get(name, names)
 
 
 def test_no_config_is_left_untried():
-    shared = {"models.py", "finetune.py"}
+    shared = {"models.py", "finetune.py", "reinforcement.py"}
     tried = {"pretrain_text.py", "quickstart.py", *LATER_STAGES}
     assert {path.name for path in CONFIGS.glob("*.py")} - shared == tried
 

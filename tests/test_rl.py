@@ -117,7 +117,7 @@ def test_a_run_in_two_parts_is_one_run(rewards, whole, tmp_path):
         ({"training__steps": "7"}, r"training.steps=7 must be a multiple of .* = 2: use 6 or 8"),
         ({"rollout__sampling__temperature": "0"}, "a greedy policy does not explore"),
         ({"reward__weights": "1.0,2.0"}, "reward.weights has 2 entries for 1 reward.functions"),
-        ({"objective__advantage": "gae"}, "objective.advantage='gae': choose group or leave_one_out"),
+        ({"objective__advantage": "gae"}, "objective.advantage='gae': choose one of group, leave_one_out"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_mend(rewards, changes, message):

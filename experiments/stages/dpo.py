@@ -11,8 +11,9 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from experiments import weights
 from experiments.program import Program
-from experiments.run import Start, held_out_batches, row_feed
+from experiments.run import held_out_batches, row_feed
 from experiments.stages import reward_model
 from experiments.train_config import TrainConfig
 from jaxllm.data.loader import device_batches, evaluation_batches
@@ -24,6 +25,7 @@ from jaxllm.evaluation.preference import dpo_metrics, score_pairs
 from jaxllm.losses.dpo import check_dpo_options
 from jaxllm.models import Model, build_model
 from jaxllm.objectives.dpo import answer_log_probs, loss_fn
+from jaxllm.training.feed import Feed
 from jaxllm.training.loop import Hook
 from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import TrainState
@@ -31,7 +33,7 @@ from jaxllm.training.state import TrainState
 make_feed = row_feed
 batch_shapes = reward_model.batch_shapes
 tokenizer_text = reward_model.tokenizer_text
-OPTIONAL_PARAMETERS = ()
+initial_params = weights.initial_params
 
 # For reference and evaluation alike, so that it is compiled once, and both are equal to the bit.
 score_batch = jax.jit(answer_log_probs, static_argnames="model")
@@ -84,7 +86,7 @@ def build(config: Config) -> tuple[Model, Callable[..., Any]]:
     return model, functools.partial(loss_fn, model=model, **asdict(config.objective))
 
 
-def load(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: Start) -> Dataset:
+def load(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: weights.Start) -> Dataset:
     """Pairs to train and to validate on, with the log-probs of the weights that the run began with."""
     config = program.config
     if start.parent is None:
@@ -138,6 +140,7 @@ def make_hooks(
     tokenizer: BaseTokenizer,
     folder: RunFolder,
     check: Callable[[], None],
+    feed: Feed,
 ) -> list[Hook]:
     """Implicit rewards of the held-out pairs."""
     if not data.validation:

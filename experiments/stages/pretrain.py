@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import weights
 from experiments.program import Program
-from experiments.run import Start, held_out_batches, row_feed, write_samples
+from experiments.run import held_out_batches, row_feed, write_samples
 from experiments.train_config import SampleConfig, TrainConfig
 from jaxllm.batches import TokenBatch
 from jaxllm.data.loader import device_batches
@@ -20,12 +21,13 @@ from jaxllm.evaluation.perplexity import evaluate, row_sums
 from jaxllm.models import Model, build_model
 from jaxllm.objectives.pretrain import loss_fn
 from jaxllm.rollout.generate import generate
+from jaxllm.training.feed import Feed
 from jaxllm.training.loop import Hook
 from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import TrainState
 
 make_feed = row_feed
-OPTIONAL_PARAMETERS = ()
+initial_params = weights.initial_params
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def tokenizer_text(config: Config) -> Any:
     return text_documents(config.data, seed=config.seed)
 
 
-def load(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: Start) -> Dataset:
+def load(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: weights.Start) -> Dataset:
     """Windows to train and to validate on."""
     return load_text(program.config.data, tokenizer, seed=program.config.seed, run_folder=folder.path)
 
@@ -73,6 +75,7 @@ def make_hooks(
     tokenizer: BaseTokenizer,
     folder: RunFolder,
     check: Callable[[], None],
+    feed: Feed,
 ) -> list[Hook]:
     """Samples, and bits per byte of the held-out windows."""
     hooks = [make_sampling(program, tokenizer, folder)]

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import weights
 from experiments.program import Program
-from experiments.run import Start, held_out_batches, load_run_template, row_feed
+from experiments.run import held_out_batches, load_run_template, row_feed
 from experiments.train_config import TrainConfig
 from jaxllm.batches import PairBatch
 from jaxllm.data.loader import device_batches
@@ -19,12 +20,14 @@ from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.evaluation.preference import reward_metrics, score_pairs
 from jaxllm.models import ScalarModel, build_scalar_model
 from jaxllm.objectives.reward_model import loss_fn
+from jaxllm.training.feed import Feed
 from jaxllm.training.loop import Hook
 from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import TrainState
 
 make_feed = row_feed
-OPTIONAL_PARAMETERS = ("head", "scalar_head")  # a language model has the first, and lacks the second
+# A language model has the first, and lacks the second.
+initial_params = functools.partial(weights.initial_params, optional=("head", "scalar_head"))
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def tokenizer_text(config: Config) -> Iterator[str]:
     return preference_texts(config.data, seed=config.seed)
 
 
-def load(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: Start) -> Dataset:
+def load(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: weights.Start) -> Dataset:
     """Pairs to train and to validate on."""
     config = program.config
     template = load_run_template(config.data.template, tokenizer, folder, start)
@@ -78,6 +81,7 @@ def make_hooks(
     tokenizer: BaseTokenizer,
     folder: RunFolder,
     check: Callable[[], None],
+    feed: Feed,
 ) -> list[Hook]:
     """Accuracy on the held-out pairs."""
     if not data.validation:

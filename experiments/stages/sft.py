@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import weights
 from experiments.program import Program
-from experiments.run import Start, load_run_template, row_feed, write_samples
+from experiments.run import load_run_template, row_feed, write_samples
 from experiments.stages import pretrain
 from experiments.train_config import SampleConfig, TrainConfig
 from jaxllm.data.chat import ChatConfig, ChatDataset, chat_texts, load_chats
@@ -20,13 +21,14 @@ from jaxllm.evaluation.preference import fraction
 from jaxllm.models import Model, build_model
 from jaxllm.objectives.sft import loss_fn
 from jaxllm.rollout.generate import generate
+from jaxllm.training.feed import Feed
 from jaxllm.training.loop import Hook
 from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import TrainState
 
 make_feed = row_feed
 batch_shapes = pretrain.batch_shapes
-OPTIONAL_PARAMETERS = ()
+initial_params = weights.initial_params
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def tokenizer_text(config: Config) -> Iterator[str]:
     return chat_texts(config.data, seed=config.seed)
 
 
-def load(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: Start) -> ChatDataset:
+def load(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: weights.Start) -> ChatDataset:
     """Conversations to train and to validate on."""
     config = program.config
     template = load_run_template(config.data.template, tokenizer, folder, start)
@@ -86,6 +88,7 @@ def make_hooks(
     tokenizer: BaseTokenizer,
     folder: RunFolder,
     check: Callable[[], None],
+    feed: Feed,
 ) -> list[Hook]:
     """Answers, and the loss of the held-out rows."""
     hooks = [make_answering(program, data, tokenizer, folder, check)]

@@ -10,6 +10,7 @@ import xxhash
 
 from jaxllm.data.chat import as_messages, check_rename, message, opening, renamed
 from jaxllm.data.chat_template import ChatTemplate
+from jaxllm.data.preferences import is_pair, pair
 from jaxllm.data.rows import DataConfig, Dataset, Example, read_sources
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow
@@ -66,6 +67,9 @@ def question_messages(record: Mapping[str, Any], config: PromptConfig) -> tuple[
         if messages and messages[-1]["role"] == "assistant":
             messages.pop()  # a row of SFT: its last answer is the model's to give now
         return "messages", system + messages
+    if is_pair(record, config.rename):
+        kind, prompt, *_ = pair(record, config.rename)
+        return kind, system + prompt
     raise BadRow(
         "missing key", f"no 'prompt' or 'messages' among {', '.join(record)}; data.rename=THEIRS=OURS"
     )

@@ -10,6 +10,11 @@ _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # they end lines, o
 _DIM, _GREEN, _RESET = "\033[2m", "\033[32m", "\033[0m"
 
 
+def printable(text: str) -> str:
+    """Without control characters: a model must not be able to drive the terminal."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+
+
 def show_mask(
     ids: Iterable[int], learnt: Iterable[bool], tokenizer: BaseTokenizer, *, colour: bool = False
 ) -> str:

@@ -62,7 +62,8 @@ def grpo_loss(
     Args:
       log_probs: [B, T], of the policy, nats, at the sampler's temperature.
       old_log_probs: [B, T], of the policy that the update began with; constants.
-      advantages: [B], of each answer, see `group_relative_advantages`; constants.
+      advantages: [B], of each answer, see `group_relative_advantages`; or [B, T], of each token, as
+        REINFORCE++ has them; constants.
       mask: [B, T], bool or number; non-zero counts. Leaves out prompt, pads, tool output.
       variant: one of the five above.
       clip_low, clip_high: how far the ratio may fall below and rise above 1; gspo wants 3e-4 and 4e-4. For
@@ -95,7 +96,7 @@ def grpo_loss(
     >>> float(loss.mean)  # four tokens count the same
     -0.5
     """
-    chex.assert_rank([log_probs, old_log_probs, advantages, mask], [2, 2, 1, 2])
+    chex.assert_rank([log_probs, old_log_probs, advantages, mask], [2, 2, {1, 2}, 2])
     chex.assert_equal_shape([log_probs, old_log_probs, mask])
     if variant not in MODES:
         raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(MODES)}")
@@ -105,7 +106,8 @@ def grpo_loss(
         raise ValueError(f"kl_coefficient={kl_coefficient} needs ref_log_probs")
     if entropy is None and entropy_coefficient != 0:
         raise ValueError(f"entropy_coefficient={entropy_coefficient} needs entropy")
-    log_probs, advantages = zero_masked(log_probs, mask), constant(advantages[:, None], mask)
+    advantages = advantages[:, None] if advantages.ndim == 1 else advantages
+    log_probs, advantages = zero_masked(log_probs, mask), constant(advantages, mask)
     log_ratio = log_probs - constant(old_log_probs, mask)
     ratio = bounded_exp(_per_sequence(log_ratio, mask) if variant == "gspo" else log_ratio)
     if variant == "cispo":

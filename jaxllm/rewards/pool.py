@@ -38,6 +38,20 @@ class Scores(NamedTuple):
     messages: list[str]  # the first few different faults
 
 
+def gather(parts: Sequence[Scores], rows: Sequence[int]) -> Scores:
+    """Scores of these rows of all parts, one after another."""
+
+    def pick(columns: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(columns)[rows]
+
+    return Scores(
+        pick([part.total for part in parts]),
+        {name: pick([part.by_name[name] for part in parts]) for name in parts[0].by_name},
+        {name: sum(part.counters[name] for part in parts) for name in parts[0].counters},
+        list(dict.fromkeys(message for part in parts for message in part.messages))[:_MAX_MESSAGES],
+    )
+
+
 class RewardPool:
     """A context that scores completions by several weighted rewards.
 

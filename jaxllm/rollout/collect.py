@@ -165,11 +165,13 @@ def collect(
     keys: jax.Array,
     max_rows: int,
     check: Callable[[], None] = lambda: None,
+    on_done: Callable[[list[int], list[list[int]]], None] = lambda numbers, tokens: None,
 ) -> Completions:
     """Continue each prompt group_size times: completion g of prompt p uses keys[p * group_size + g], says
     what `generate` says with that key, and stands at that place in the result.
 
-    At most max_rows decode together. `check` is called between stretches of decoding, and may raise.
+    At most max_rows decode together. Between stretches of decoding `check` is called, and may raise, and
+    `on_done`, with the numbers and the tokens of the completions that have just ended.
     """
     for name, value in (("group_size", group_size), ("max_rows", max_rows)):
         if value < 1:
@@ -181,6 +183,9 @@ def collect(
     ):
         check()
         rows = np.flatnonzero((owners >= 0) & np.asarray(state.done))
-        for owner, completion in zip(owners[rows], completions(state, rows), strict=True):
+        ended = owners[rows].tolist()
+        for owner, completion in zip(ended, completions(state, rows), strict=True):
             said[owner], log_probs[owner] = completion
+        if ended:
+            on_done(ended, [said[owner] for owner in ended])
     return Completions(said, log_probs, stop_reasons(said, stop_ids), int(state.steps))

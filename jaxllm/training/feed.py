@@ -9,6 +9,8 @@ from jaxllm.training.state import TrainState
 class Feed:
     """Batches, step by step. Rows of files know nothing of the run; rollouts need its parameters."""
 
+    fingerprints: Mapping[str, str] = {}  # of what must not change within a run, besides data and tokenizer
+
     def batches(self, state: TrainState, check: Callable[[], None]) -> Iterator[Any]:
         """An endless stream, from the batch of step state.step + 1 on. `check` may raise, to end the making
         of one that takes long."""
@@ -17,9 +19,10 @@ class Feed:
     def observe(self, state: TrainState) -> None:
         """Told the state after every step."""
 
-    def metrics(self, step: int) -> dict[str, float]:
-        """What is known on the host about the batch of a step, for its row."""
-        return {}
+    def complete(self, step: int, row: dict[str, float]) -> dict[str, float]:
+        """The row of a step, with what is known on the host about its batch. Called once for every step, in
+        order; may raise where the row shows that something is wrong."""
+        return row
 
     def may_stop(self, step: int) -> bool:
         """Whether the stream can go on from a checkpoint of this step."""

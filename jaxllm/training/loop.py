@@ -119,7 +119,7 @@ class Loop:
 
     def _read(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
         """One step's metrics as numbers. Waits for that step."""
-        row = to_scalars(metrics, "train") | self.feed.metrics(step)
+        row = to_scalars(metrics, "train")
         streak = int(row.pop("train/bad_streak"))
         if streak >= self.config.max_bad_steps:
             raise NumericsError(
@@ -127,7 +127,7 @@ class Loop:
                 f"(training.max_bad_steps); the parameters are those before them. Lower "
                 f"optimizer.learning_rate or set optimizer.clip_norm"
             )
-        return row
+        return self.feed.complete(step, row)
 
     def _write(self, step: int, row: dict[str, float]) -> None:
         if step > 0:
@@ -212,6 +212,9 @@ class Progress:
             "eval/bits_per_byte": "eval bits/byte",
             "eval/accuracy": "accuracy",
             "eval/length_baseline": "by length",
+            "reward/mean": "reward",
+            "kl/reference": "KL",
+            "eval/reward": "held-out reward",
             "eval/pass@1": "pass@1",
             "eval/rewards/accuracies": "accuracy",
             "eval/stopped_fraction": "answers that end",

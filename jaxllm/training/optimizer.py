@@ -11,7 +11,7 @@ from jaxllm.sharding import matching
 
 # Embeddings and the head are looked up or compared row by row: they are no maps between features,
 # so Muon leaves them, and all vectors, to AdamW.
-MUON_MATRICES = r"^blocks/.*kernel$"
+MUON_MATRICES = r"(^|/)blocks/.*kernel$"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,39 @@
+"""Follow a reward model that learnt what people prefer. The size is that of the model it begins with.
+
+    python experiments/train.py --config=configs/ppo_preferences.py:1m --workdir=runs/preferred \\
+        --init_from=runs/chat --config.reward.model=runs/reward
+
+Rows have a `prompt` or `messages`, or are the pairs that the reward model learnt from.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from configs import reinforcement
+
+
+def get_config(size: str = "1m") -> ConfigDict:
+    """Every field of a PPO run. The objective's numbers are those of InstructGPT and its open copies."""
+    config = reinforcement.base("ppo", size, steps=160, batch_size=32, learning_rate=1e-4, max_new_tokens=128)
+    config.objective = ConfigDict()
+    config.objective.clip = 0.2
+    config.objective.value_clip = 0.2
+    config.objective.value_coefficient = 0.1
+    config.objective.entropy_coefficient = 0.0
+    config.objective.discount = 1.0
+    config.objective.lambda_ = 0.95  # of GAE
+    config.objective.whiten = True  # advantages
+    config.objective.kl_coefficient = 0.05  # reward that a nat away from the weights it begins with costs
+    config.objective.kl_target = config_dict.placeholder(float)  # nats an answer to adapt it to, such as 6
+    config.objective.kl_horizon = 2000.0  # answers in which the coefficient may change by the factor e
+    config.objective.critic_warmup = 2  # rollouts at the start from which only the critic learns
+
+    config.data.train = ("synthetic:preferences",)
+    config.data.validation = ("synthetic:preferences",)
+    config.rollout.prompts = 64
+    config.rollout.group_size = 1
+    config.rollout.epochs = 4
+    config.rollout.minibatches = 2
+    config.reward.model = "runs/reward"
+    config.reward.missing_stop = -1.0
+    config.training.log_every = 8  # once a rollout
+    return config

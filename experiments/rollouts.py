@@ -1,0 +1,505 @@
+"""Rollouts: prompts answered by the policy, judged, and made into the batches of its next few updates.
+
+An iteration is a rollout and rollout.epochs x rollout.minibatches updates on it. What it samples is a
+function of the seed, the iteration and the parameters it begins with, and checkpoints lie between iterations,
+so that a run killed anywhere says, scores and learns the same again.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments.program import Program
+from experiments.rewards import InBatches, Judge, RewardConfig
+from experiments.run import load_run_template
+from experiments.train_config import SampleConfig, TrainConfig
+from experiments.weights import Start
+from jaxllm.batches import RolloutBatch
+from jaxllm.config import nearest_multiples
+from jaxllm.data.loader import shuffled_rows
+from jaxllm.data.prompts import Prompt, PromptConfig, load_prompts, prompt_texts
+from jaxllm.data.rows import Dataset
+from jaxllm.data.tokenizer import BaseTokenizer
+from jaxllm.errors import ConfigError, NumericsError
+from jaxllm.losses import overlong_penalty, truncated_importance_weights
+from jaxllm.models import Model, build_model
+from jaxllm.objectives.score import next_token_log_probs
+from jaxllm.rewards.pool import Scores, gather
+from jaxllm.rollout.collect import collect
+from jaxllm.rollout.generate import Completions, bucket
+from jaxllm.rollout.health import Health
+from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.sharding import whole
+from jaxllm.training.feed import Feed
+from jaxllm.training.run_folder import RunFolder
+from jaxllm.training.state import TrainState
+from jaxllm.training.watch import StopRequested
+
+RATIO_LIMIT = 0.01  # from 1, of the first update's mean ratio; float32 has 1e-6, bfloat16 1e-3
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the policy is asked, and how often it learns from its answers."""
+
+    prompts: int  # in a rollout
+    group_size: int  # answers to each
+    epochs: int  # times every answer is learnt from
+    minibatches: int  # updates an epoch
+    max_rows: int  # answers decoded at a time
+    mask_truncated: bool  # leave answers that did not end out of the loss
+    refills: int  # times groups whose rewards are all equal are replaced by other prompts' (DAPO)
+    dtype: str | None  # the sampler computes in, such as "bfloat16"; None: model.compute_dtype
+    gather: bool  # copy the weights whole to every device before decoding (tensor-parallel parts excepted)
+    importance: str | None  # "token" or "sequence": weigh the loss by policy / sampler; None: not
+    importance_limit: float  # at most
+    difference_limit: float  # nats a token between sampler and trainer, above which the run warns
+    sampling: SamplingConfig
+
+    def __post_init__(self):
+        for name in ("prompts", "group_size", "epochs", "minibatches", "max_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"rollout.{name}={getattr(self, name)} must be at least 1")
+        if self.rows % self.minibatches:
+            sizes = " or ".join(map(str, nearest_multiples(self.rows, self.minibatches)))
+            raise ConfigError(
+                f"rollout.prompts x rollout.group_size = {self.rows} does not divide into "
+                f"rollout.minibatches={self.minibatches}: make it {sizes}"
+            )
+        if self.sampling.temperature == 0:
+            raise ConfigError("rollout.sampling.temperature=0: a greedy policy does not explore; use 1.0")
+        if self.importance not in (None, "token", "sequence"):
+            raise ConfigError(f"rollout.importance={self.importance!r}: choose token, sequence or none")
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise ConfigError(f"rollout.dtype={self.dtype!r}: choose float32, bfloat16 or none")
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group_size
+
+    @property
+    def steps(self) -> int:
+        """Updates of an iteration."""
+        return self.epochs * self.minibatches
+
+
+@dataclass(frozen=True)
+class AskConfig(SampleConfig):
+    """Answers to `prompts` and to held-out ones: one each as `sampling` says, and several as in a rollout."""
+
+    group_size: int  # answers as in a rollout to each held-out prompt, for pass@k; 0: none
+
+    def __post_init__(self):
+        if self.group_size < 0:
+            raise ConfigError(f"sample.group_size={self.group_size} must not be negative")
+
+
+@dataclass(frozen=True)
+class RolloutTrainConfig(TrainConfig):
+    """What PPO and GRPO are both configured by."""
+
+    data: PromptConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    sample: AskConfig
+
+    def __post_init__(self):
+        super().__post_init__()
+        rollout = self.rollout
+        for name in ("steps", "log_every", "evaluate_every", "sample_every", "checkpoint_every"):
+            value = getattr(self.training, name)
+            if value % rollout.steps:  # it would happen in the middle of an iteration
+                sizes = " or ".join(map(str, nearest_multiples(value, rollout.steps)))
+                raise ConfigError(
+                    f"training.{name}={value} must be a multiple of rollout.epochs x rollout.minibatches = "
+                    f"{rollout.steps}: use {sizes}"
+                )
+        if self.data.batch_size != rollout.rows // rollout.minibatches:
+            raise ConfigError(
+                f"data.batch_size={self.data.batch_size} must be rollout.prompts x rollout.group_size / "
+                f"rollout.minibatches = {rollout.rows // rollout.minibatches}"
+            )
+        if rollout.sampling.max_new_tokens >= self.data.sequence_length:
+            raise ConfigError(
+                f"data.sequence_length={self.data.sequence_length} leaves no room for a prompt before "
+                f"rollout.sampling.max_new_tokens={rollout.sampling.max_new_tokens}: raise the first"
+            )
+
+
+class Rollout(NamedTuple):
+    """N answers, the answers to one prompt beside each other."""
+
+    prompts: list[Prompt]  # N
+    tokens: np.ndarray  # int32 [N, T]
+    mask: np.ndarray  # bool [N, T], as in RolloutBatch
+    sampler_log_probs: np.ndarray  # float32 [N, T], at the positions of mask
+    lengths: np.ndarray  # int [N], tokens of the answers
+    truncated: np.ndarray  # bool [N]
+    texts: list[str]
+    rewards: np.ndarray  # float32 [N]
+    scores: Scores
+    decode_steps: int
+
+
+def load_run_prompts(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: Start) -> Dataset:
+    """Prompts to learn from and to be tested on."""
+    config = program.config
+    return load_prompts(
+        config.data,
+        tokenizer,
+        load_run_template(config.data.template, tokenizer, folder, start),
+        seed=config.seed,
+        max_new_tokens=config.rollout.sampling.max_new_tokens,
+        run_folder=folder.path,
+    )
+
+
+def batch_shapes(config: RolloutTrainConfig) -> RolloutBatch:
+    """Shape and dtype of what every batch of rollouts has."""
+    shape = (config.data.batch_size, config.data.sequence_length)
+    floats = jax.ShapeDtypeStruct(shape, np.float32)
+    return RolloutBatch(
+        tokens=jax.ShapeDtypeStruct(shape, np.int32),
+        mask=jax.ShapeDtypeStruct(shape, bool),
+        old_log_probs=floats,
+        advantages=floats,
+        importance_weights=floats if config.rollout.importance else None,
+    )
+
+
+def tokenizer_text(config: RolloutTrainConfig) -> Iterator[str]:
+    """What is asked."""
+    return prompt_texts(config.data, seed=config.seed)
+
+
+class Sampler:
+    """The policy as it speaks: perhaps in another dtype than it learns in, perhaps laid out otherwise."""
+
+    def __init__(self, program: Program, model: Model, params: Any):
+        """`params` has the shapes of the policy's."""
+        config = program.config.rollout
+        self.model, self.max_rows, self.place = model, config.max_rows, None
+        if config.dtype is not None:
+            self.model = build_model(
+                replace(program.config.model, compute_dtype=config.dtype, param_dtype=config.dtype)
+            )
+        if config.dtype is not None or config.gather:
+            self.place = jax.jit(
+                lambda params: jax.tree.map(lambda x: x.astype(config.dtype or x.dtype), params),
+                out_shardings=whole(params, program.mesh) if config.gather else None,
+            )
+
+    def __call__(self, params: Any, prompts: Sequence[Prompt], **options: Any) -> Completions:
+        """`collect` with these parameters and options."""
+        if self.place is not None:
+            params = self.place(params)
+        ids = [prompt.ids for prompt in prompts]
+        return collect(self.model, params, ids, max_rows=self.max_rows, **options)
+
+
+class Answers(NamedTuple):
+    """N answers to N prompts, with their rewards."""
+
+    said: Completions
+    texts: list[str]
+    tokens: np.ndarray  # int32 [N, T], prompts and answers
+    prompt_lengths: np.ndarray  # int [N]
+    lengths: np.ndarray  # int [N], tokens of the answers
+    truncated: np.ndarray  # bool [N]
+    rewards: np.ndarray  # float32 [N]: scores.total, and what an answer's length costs
+    scores: Scores
+    seconds: float  # spent on waiting for rewards when all was said
+
+
+class Rollouts(Feed):
+    """The batches of PPO and GRPO, which say what an answer is worth and which of the parameters speak."""
+
+    def __init__(
+        self,
+        program: Program,
+        model: Model,
+        data: Dataset,
+        tokenizer: BaseTokenizer,
+        judge: Judge,
+        reference: Any | None,
+    ):
+        """`reference` is the parameters of the frozen policy; None: no KL is wanted."""
+        self.program, self.data, self.tokenizer, self.judge = program, data, tokenizer, judge
+        self.model, self.reference = model, reference
+        self.config = config = program.config.rollout
+        self.prompts = shuffled_rows(data.train, data.weights, program.config.seed)
+        self.sampler = Sampler(program, model, self.policy(program.abstract_state.params))
+        self.log_probs = InBatches(
+            lambda params, tokens: next_token_log_probs(
+                params, tokens, model=model, temperature=config.sampling.temperature
+            )[0],
+            program,
+        )
+        self.consumed = 0  # prompts, since the run began
+        self.health = Health(config.difference_limit)
+        self.rows: dict[
+            int, dict[str, float]
+        ] = {}  # of the last steps of iterations, until they are asked for
+        self.last: tuple[Rollout, np.ndarray] | None = None  # with advantages, [N] or [N, T]
+        self.fingerprints = {} if judge.model is None else {"reward model": judge.model.hash}
+
+    def policy(self, params: Any) -> Any:
+        """The parameters that speak."""
+        return params
+
+    def worth(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, dict[str, float]]:
+        """Fields [N, ...] of the batches to learn from, and metrics."""
+        raise NotImplementedError
+
+    def observe(self, state: TrainState) -> None:
+        self.state = state
+
+    def may_stop(self, step: int) -> bool:
+        return step % self.config.steps == 0
+
+    def metadata(self) -> dict[str, Any]:
+        return {"prompts_consumed": self.consumed, "health": self.health.first}
+
+    def restore(self, metadata: Mapping[str, Any]) -> None:
+        self.consumed = metadata.get("prompts_consumed", 0)
+        self.health.first = metadata.get("health", {})
+
+    def close(self) -> None:
+        self.judge.close()
+
+    def complete(self, step: int, row: dict[str, float]) -> dict[str, float]:
+        if (step - 1) % self.config.steps == 0:
+            check_first_update(row)
+        if step not in self.rows:
+            return row
+        row = row | self.updated(step)
+        del self.rows[step]
+        for line in self.health.lines(row):
+            tqdm.write(f"step {step}: {line}")
+        return row
+
+    def updated(self, step: int) -> dict[str, float]:
+        """The row of a step that is over, with the time that updating took."""
+        row = self.rows[step]
+        row.setdefault("time/update", time.perf_counter() - self.updating)
+        return row
+
+    def batches(self, state: TrainState, check: Callable[[], None]) -> Iterator[RolloutBatch]:
+        self.state, self.check = state, check
+        for iteration in itertools.count(int(state.step) // self.config.steps):
+            last_step = (iteration + 1) * self.config.steps
+            before = self.metadata()
+            try:
+                rollout, row = self.roll_out(self.state, iteration)
+                began = time.perf_counter()
+                fields, worth_row = self.worth(self.state, rollout)
+            except StopRequested:
+                self.restore(before)  # this rollout is made anew when the run goes on
+                raise
+            self.last = rollout, fields.advantages
+            self.updating = time.perf_counter()
+            self.rows[last_step] = row | worth_row | {"time/score": self.updating - began}
+            for epoch in range(self.config.epochs):
+                draw = np.random.default_rng((self.program.config.seed, iteration, epoch))
+                for rows in np.split(draw.permutation(self.config.rows), self.config.minibatches):
+                    batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], fields)
+                    yield jax.device_put(batch, self.program.batch_sharding)
+            if last_step in self.rows:
+                jax.block_until_ready(self.state.step)
+                self.updated(last_step)
+
+    def roll_out(self, state: TrainState, iteration: int) -> tuple[Rollout, dict[str, float]]:
+        """Answers with rewards; groups without signal replaced as often as the config allows."""
+        config = self.config
+        params = self.policy(state.params)
+        began = time.perf_counter()
+        kept: list[Rollout] = []
+        waited, wanted = 0.0, config.prompts
+        for attempt in range(config.refills + 1):
+            prompts = [self.prompts[self.consumed + i] for i in range(wanted)]
+            self.consumed += wanted
+            key = jax.random.key(self.program.config.seed)
+            for number in (iteration, attempt):
+                key = jax.random.fold_in(key, number)
+            answers = self.answer(
+                params,
+                prompts,
+                group_size=config.group_size,
+                sampling=config.sampling,
+                keys=jax.random.split(key, wanted * config.group_size),
+                check=self.check,
+            )
+            waited += answers.seconds
+            kept.append(self.rollout(prompts, answers))
+            wanted = config.prompts - sum(int(has_signal(each, config.group_size).sum()) for each in kept)
+            if wanted <= 0:
+                break
+        rollout = join(kept, config)
+        timing = {"time/rollout": time.perf_counter() - began - waited, "time/reward": waited}
+        return rollout, timing | rollout_metrics(rollout, config)
+
+    def answer(
+        self,
+        params: Any,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        sampling: SamplingConfig,
+        keys: jax.Array,
+        check: Callable[[], None],
+    ) -> Answers:
+        """Answers to prompts, group_size to each, and what they are paid."""
+        asked = [prompt for prompt in prompts for _ in range(group_size)]
+        judging = self.judge.judging([prompt.row for prompt in asked])
+        texts = [""] * len(asked)
+
+        def said(numbers: list[int], completions: list[list[int]]) -> None:
+            for i, tokens in zip(numbers, completions, strict=True):
+                texts[i] = self.tokenizer.decode(tokens, from_start=False)
+            judging.add(numbers, [texts[i] for i in numbers])
+
+        completions = self.sampler(
+            params,
+            prompts,
+            group_size=group_size,
+            sampling=sampling,
+            stop_ids=self.data.template.stop_ids,
+            keys=keys,
+            check=check,
+            on_done=said,
+        )
+        began = time.perf_counter()
+        prompt_lengths = np.array([len(prompt.ids) for prompt in asked])
+        lengths = np.array([len(tokens) for tokens in completions.tokens])
+        T = self.program.config.data.sequence_length
+        if (longest := (prompt_lengths + lengths).max()) > T:
+            T = bucket(int(longest))  # answers that are only looked at may be longer than those learnt from
+        tokens = np.full((len(asked), T), self.tokenizer.pad_id, np.int32)
+        for i, (prompt, ids) in enumerate(zip(asked, completions.tokens, strict=True)):
+            tokens[i, : prompt_lengths[i] + lengths[i]] = [*prompt.ids, *ids]
+        scores = judging.result(tokens, prompt_lengths + lengths, check)
+        config = self.program.config.reward
+        truncated = np.array([reason != "stop" for reason in completions.stop_reasons])
+        rewards = scores.total + np.float32(config.missing_stop) * truncated
+        if config.overlong_buffer:
+            limit = sampling.max_new_tokens
+            rewards += np.asarray(overlong_penalty(lengths, limit=limit, buffer=config.overlong_buffer))
+        seconds = time.perf_counter() - began
+        return Answers(
+            completions, texts, tokens, prompt_lengths, lengths, truncated, rewards, scores, seconds
+        )
+
+    def rollout(self, prompts: Sequence[Prompt], answers: Answers) -> Rollout:
+        """Answers as something to learn from."""
+        positions = np.arange(answers.tokens.shape[1])
+        starts = answers.prompt_lengths[:, None] - 1
+        mask = (positions >= starts) & (positions < starts + answers.lengths[:, None])
+        log_probs = np.zeros(mask.shape, np.float32)
+        log_probs[mask] = np.concatenate(answers.said.log_probs)
+        if self.config.mask_truncated:
+            mask = mask & ~answers.truncated[:, None]
+        return Rollout(
+            prompts=[prompt for prompt in prompts for _ in range(self.config.group_size)],
+            tokens=answers.tokens,
+            mask=mask,
+            sampler_log_probs=log_probs,
+            lengths=answers.lengths,
+            truncated=answers.truncated,
+            texts=answers.texts,
+            rewards=answers.rewards,
+            scores=answers.scores,
+            decode_steps=answers.said.steps,
+        )
+
+    def kl(self, old_log_probs: np.ndarray, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+        """The reference's log-probs and the k1 estimate of the KL to it of each token, [N, T] both."""
+        ref_log_probs = self.log_probs(self.reference, rollout.tokens)
+        return ref_log_probs, np.where(rollout.mask, old_log_probs - ref_log_probs, 0)
+
+    def importance_weights(self, old_log_probs: np.ndarray, rollout: Rollout) -> np.ndarray | None:
+        """What makes up for a sampler that is not quite the policy."""
+        if self.config.importance is None:
+            return None
+        weights = truncated_importance_weights(
+            old_log_probs,
+            rollout.sampler_log_probs,
+            rollout.mask,
+            level=self.config.importance,
+            maximum=self.config.importance_limit,
+        )
+        return np.asarray(weights)
+
+
+def check_first_update(row: Mapping[str, float]) -> None:
+    """NumericsError where the train step and the scoring before it disagree: nothing has been learnt from a
+    rollout at its first update, so that the policy's ratio must be 1 (it is 0 where no token counts)."""
+    ratio = row["policy/ratio"]
+    if ratio and not abs(ratio - 1) <= RATIO_LIMIT:
+        raise NumericsError(
+            f"the first update of a rollout has policy/ratio={ratio:.4g}, which must be 1: the train step "
+            f"and the scoring before it disagree; try model.compute_dtype=float32"
+        )
+
+
+def has_signal(rollout: Rollout, group_size: int) -> np.ndarray:
+    """Of each group, whether its rewards differ."""
+    groups = rollout.rewards.reshape(-1, group_size)
+    return groups.max(1) > groups.min(1)
+
+
+def join(parts: list[Rollout], config: RolloutConfig) -> Rollout:
+    """One rollout of config.prompts groups: those with signal first, in the order they came."""
+    if len(parts) == 1:
+        return parts[0]
+    signal = np.concatenate([has_signal(part, config.group_size) for part in parts])
+    chosen = np.sort(np.argsort(~signal, kind="stable")[: config.prompts])
+    rows = (chosen[:, None] * config.group_size + np.arange(config.group_size)).ravel()
+
+    def pick(columns: Sequence[Any]) -> Any:
+        if isinstance(columns[0], np.ndarray):
+            return np.concatenate(columns)[rows]
+        together = list(itertools.chain(*columns))
+        return [together[i] for i in rows]
+
+    *columns, scores, decode_steps = zip(*parts, strict=True)
+    return Rollout(*map(pick, columns), gather(scores, rows), sum(decode_steps))
+
+
+def rollout_metrics(rollout: Rollout, config: RolloutConfig) -> dict[str, float]:
+    """What a rollout was like, by the names of its area."""
+    row = {
+        "reward/mean": float(rollout.rewards.mean()),
+        "reward/std": float(rollout.rewards.std()),
+        "completion/mean_length": float(rollout.lengths.mean()),
+        "completion/max_length": float(rollout.lengths.max()),
+        "completion/truncated_fraction": float(rollout.truncated.mean()),
+        "rollout/decode_steps": float(rollout.decode_steps),
+    }
+    if config.group_size > 1:
+        row["reward/zero_std_fraction"] = float((~has_signal(rollout, config.group_size)).mean())
+    for name, values in rollout.scores.by_name.items():
+        row[f"reward/{name}"] = float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+    return row | {name: float(count) for name, count in rollout.scores.counters.items()}
+
+
+def difference_metrics(rollout: Rollout, old_log_probs: np.ndarray) -> dict[str, float]:
+    """How far trainer and sampler are apart on what was said, nats a token."""
+    gaps = np.abs(old_log_probs - rollout.sampler_log_probs)[rollout.mask]
+    return {
+        "sampler/log_prob_difference_mean": float(gaps.mean()) if gaps.size else 0.0,
+        "sampler/log_prob_difference_max": float(gaps.max()) if gaps.size else 0.0,
+    }
+
+
+def kl_metrics(kl: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    """How far the policy is from its reference: nats an answer, and nats a token."""
+    return {
+        "kl/reference": float(kl.sum() / max(1, mask.any(1).sum())),
+        "kl/reference_token": float(kl.sum() / max(1, mask.sum())),
+    }
