@@ -17,7 +17,17 @@ from jaxllm import sharding
 from jaxllm.config import parse
 from jaxllm.errors import ConfigError
 from jaxllm.models import ModelConfig, build_model, build_scalar_model
-from jaxllm.sharding import BATCH, MeshConfig, batch_sharding, constrain, make_mesh, rule_for, shardings
+from jaxllm.sharding import (
+    BATCH,
+    MeshConfig,
+    batch_sharding,
+    constrain,
+    make_mesh,
+    placed,
+    rule_for,
+    shardings,
+    whole,
+)
 from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxllm.training.state import init_state
 
@@ -150,6 +160,25 @@ def test_an_axis_that_does_not_divide_is_dropped_and_said_once(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "embed/table: 61 does not divide over tensor=2; kept whole"
     ]
+
+
+def test_what_a_checkpoint_is_read_into_has_shapes_dtypes_and_shardings(every_leaf):
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    state = abstract_state(every_leaf, "adamw")
+    leaves = jax.tree.leaves(placed(state, mesh))
+    assert [(x.shape, x.dtype) for x in leaves] == [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
+    assert [x.sharding for x in leaves] == jax.tree.leaves(shardings(state, mesh))
+
+
+def test_whole_keeps_tensor_parallel_parts_and_nothing_else_apart(every_leaf):
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    params = jax.eval_shape(lambda: all_params(every_leaf, jax.random.key(0)))
+    layout = whole(params, mesh)
+    kernels = layout["blocks"]["attention"]["query"]["kernel"], layout["blocks"]["mlp"]["down"]["kernel"]
+    assert [tuple(kernel.spec) for kernel in kernels] == [(None, None, "tensor"), (None, "tensor", None)]
+    assert tuple(layout["embed"]["table"].spec) == ("tensor", None)
+    for ours, split in zip(jax.tree.leaves(layout), jax.tree.leaves(shardings(params, mesh)), strict=True):
+        assert tuple(ours.spec) == tuple(None if axis == "fsdp" else axis for axis in split.spec)
 
 
 # What it must not change

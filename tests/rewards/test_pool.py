@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxllm.errors import ConfigError, DataError
-from jaxllm.rewards.pool import RewardPool
+from jaxllm.rewards.pool import RewardPool, Scores, gather
 
 # A completion names what the reward does; any other is worth its length.
 HOSTILE = """
@@ -126,6 +126,25 @@ def test_scores_come_in_the_order_of_samples(hostile, workers):
         second, first = handles[1].result(), handles[0].result()
     assert first.total.tolist() == [len(each) for each in completions]
     assert second.total.tolist() == [len(each) for each in completions[50:] + completions[:50]]
+
+
+def scores_of(*total, errors=0, messages=()):
+    """Of one reward that is half the total."""
+    total = np.float32(total)
+    return Scores(total, {"half": total / 2}, {"reward/errors": errors}, list(messages))
+
+
+def test_rows_of_several_scores_are_gathered_in_the_order_wanted():
+    parts = [scores_of(1, 2, errors=1, messages="ab"), scores_of(), scores_of(3, errors=2, messages="bc")]
+    gathered = gather(parts, [2, 0, 0])
+    np.testing.assert_array_equal(gathered.total, np.float32([3, 1, 1]))
+    np.testing.assert_array_equal(gathered.by_name["half"], np.float32([1.5, 0.5, 0.5]))
+    assert gathered.counters == {"reward/errors": 3}  # of all calls, also of rows that are left out
+    assert gathered.messages == ["a", "b", "c"]
+
+
+def test_of_many_messages_the_first_few_are_kept():
+    assert gather([scores_of(messages="abc"), scores_of(messages="defg")], []).messages == list("abcde")
 
 
 # Faults
@@ -294,7 +313,7 @@ def test_waiting_can_be_left_and_leaves_nothing_running(hostile, tmp_path):
 
 SCRIPT = """
 import sys
-from jaxllm.rewards.pool import RewardPool
+from jaxllm.rewards.pool import RewardPool, Scores, gather
 
 if __name__ == "__main__":
     fields = dict(weights={"mine": 1.0}, workers=1, time_limit=float(sys.argv[3]), default=0.0)

@@ -85,6 +85,27 @@ def test_a_mesh_changes_no_token(model, params, prompts, keys, expected):
     assert collected.tokens == expected[GREEDY].tokens
 
 
+@pytest.mark.parametrize("max_rows", [8, 64])
+def test_every_completion_is_announced_once_with_the_tokens_that_are_returned(
+    model, params, prompts, keys, max_rows
+):
+    announced = []
+
+    def on_done(numbers, tokens):
+        announced.extend(zip(numbers, map(list, tokens), strict=True))
+
+    collected = rollout(model, params, prompts, keys, group_size=3, max_rows=max_rows, on_done=on_done)
+    assert len(announced) == 63
+    assert dict(announced) == dict(enumerate(collected.tokens))
+
+
+def test_completions_are_announced_while_others_go_on(model, params, prompts, keys):
+    batches = []
+    rollout(model, params, prompts, keys[::3], on_done=lambda numbers, _: batches.append(numbers))
+    assert len(batches) > 5  # 21 completions in 8 rows, refilled one at a time
+    assert all(batches)
+
+
 # What it costs
 
 
