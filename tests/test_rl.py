@@ -1,125 +1,258 @@
-"""Reinforcement learning end to end: a reward is followed, and a run that is cut in two is one run."""
+"""GRPO in whole runs: a reward is followed, every option runs, and what is written down is what happened."""
 
 import json
-from pathlib import Path
+import re
 
-import jax
 import numpy as np
 import pytest
+from rl_runs import arrays_of, make_config, make_policy, metadata_of, rows_of, run
 
-from experiments.program import Program, find_stage
-from experiments.run import train
-from jaxllm.config import load_config, override, parse
+from experiments import rollouts
+from experiments.rollouts import Rollout
+from experiments.stages import grpo
 from jaxllm.errors import ConfigError
-from jaxllm.training.checkpoint import find_checkpoint, read_arrays
-from jaxllm.training.metrics import read_metrics
 
-CONFIG = str(Path(__file__).parents[1] / "configs" / "grpo_problems.py:tiny")
-SMALL = {
-    "model.num_layers": "1",
-    "data.synthetic_rows": "40",
-    "data.sequence_length": "80",
-    "data.batch_size": "16",
-    "rollout.prompts": "8",
-    "rollout.group_size": "4",
-    "rollout.minibatches": "2",
-    "rollout.sampling.max_new_tokens": "6",
-    "sample.sampling.max_new_tokens": "6",
-    "training.steps": "8",
-    "training.log_every": "2",
-    "training.evaluate_every": "4",
-    "training.sample_every": "0",
-    "training.checkpoint_every": "4",
-    "evaluation.max_rows": "4",
-    "optimizer.warmup_steps": "0",
-    "optimizer.learning_rate": "1e-2",
-    "mesh.data": "1",
-    "mesh.fsdp": "8",
-}
+REWARDS = """
+calls = -1
 
+def counted(example, completion):
+    global calls
+    calls += 1
+    return calls
 
-def make_config(rewards, **changes):
-    config = load_config(CONFIG)
-    small = SMALL | {"reward.functions": f"{rewards}:digits"}
-    for field, text in (small | {name.replace("__", "."): x for name, x in changes.items()}).items():
-        override(config, find_stage("grpo").Config, field, text)
-    return parse(find_stage("grpo").Config, config)
+def even(example, completion):
+    return float(len(completion) % 2 == 0)
 
-
-def run(config, workdir):
-    train(config, workdir=str(workdir), resume="auto", init_from=None, profile=None, command=["train.py"])
+def of_odd(example, completion):
+    return int(example["answer"]) % 2 * len(completion)
+"""
 
 
 @pytest.fixture(scope="module")
-def rewards(tmp_path_factory):
-    """A file with a reward that random weights can learn to please: the share of digits."""
-    file = tmp_path_factory.mktemp("rewards") / "mine.py"
-    file.write_text(
-        "def digits(example, completion):\n"
-        "    assert 'answer' in example\n"
-        "    return sum(c.isdigit() for c in completion) / max(1, len(completion))\n"
-    )
-    return file
+def folder(tmp_path_factory):
+    """Rows, rewards, a policy that answers."""
+    folder = tmp_path_factory.mktemp("grpo")
+    make_policy(folder)
+    (folder / "more.py").write_text(REWARDS)
+    return folder
+
+
+def configure(folder, reward="mine.py:vowels", **changes):
+    usual = {"data__train": folder / "prompts.jsonl", "reward__functions": f"{folder}/{reward}"}
+    return make_config("grpo", **(usual | changes))
+
+
+def learn(folder, workdir, devices=1, **changes):
+    """A run that begins with the policy."""
+    return run(configure(folder, **changes), workdir, init_from=folder / "policy", devices=devices)
 
 
 @pytest.fixture(scope="module")
-def whole(rewards, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("rl") / "whole"
-    run(make_config(rewards), workdir)
-    return workdir
+def whole(folder):
+    return learn(folder, folder / "whole", training__sample_every=4)
 
 
-def rows_of(workdir):
-    timed = ("perf/", "time/")
-    return [
-        {k: x for k, x in row.items() if not k.startswith(timed)}
-        for row in read_metrics(workdir / "metrics.jsonl")
+# What it learns
+
+
+def test_the_first_update_of_a_rollout_has_the_ratio_1_and_sampler_and_trainer_agree(folder, tmp_path):
+    changes = {"rollout__prompts": 2, "rollout__minibatches": 1, "training__steps": 2}
+    changes |= {f"training__{name}_every": 1 for name in ("log", "evaluate", "checkpoint")}
+    rows = rows_of(learn(folder, tmp_path / "r", **changes))
+    for step in (1, 2):
+        assert rows[step]["policy/ratio"] == pytest.approx(1, abs=1e-5)
+        assert rows[step]["policy/approx_kl"] == pytest.approx(0, abs=1e-9)
+        assert rows[step]["sampler/log_prob_difference_max"] < 1e-4
+        assert {"reward/mean", "reward/zero_std_fraction", "completion/mean_length"} <= rows[step].keys()
+
+
+def test_a_reward_is_followed(folder, tmp_path):
+    steps = {"training__steps": 40, "training__evaluate_every": 0, "training__checkpoint_every": 0}
+    means = [
+        row["reward/mean"] for step, row in rows_of(learn(folder, tmp_path / "r", **steps)).items() if step
     ]
+    assert np.mean(means[-3:]) > np.mean(means[:2]) + 0.2
 
 
-def test_the_first_update_of_a_rollout_has_the_ratio_1_and_sampler_and_trainer_agree(rewards, tmp_path):
-    run(
-        make_config(rewards, rollout__minibatches="1", data__batch_size="32", training__steps="2"),
-        tmp_path / "r",
+def test_a_run_in_two_parts_is_one_run(folder, whole, tmp_path):
+    parts, sampling = tmp_path / "parts", {"training__sample_every": 4}
+    learn(folder, parts, **sampling, training__steps=4)
+    learn(folder, parts, **sampling)
+    assert rows_of(parts) == rows_of(whole)
+    assert arrays_of(parts) == arrays_of(whole)
+    kept = ("prompts_consumed", "health")
+    assert [metadata_of(parts)[name] for name in kept] == [metadata_of(whole)[name] for name in kept]
+    assert metadata_of(whole)["prompts_consumed"] == 4 * 4
+    first = rows_of(whole)[2]
+    assert metadata_of(whole)["health"] == {name: first[name] for name in metadata_of(whole)["health"]}
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        ("grpo", {"objective__kl_coefficient": 0.1}),
+        ("dr_grpo", {"objective__advantage_scale": "none"}),
+        ("dapo", {"objective__advantage": "reinforce_plus_plus"}),
+        ("gspo", {"objective__advantage": "leave_one_out"}),
+        ("cispo", {"objective__clip_high": 2.0, "objective__entropy_coefficient": 0.01}),
+    ],
+)
+def test_every_variant_learns(folder, tmp_path, variant, changes):
+    changes |= {"training__steps": 2, "training__evaluate_every": 0, "training__checkpoint_every": 0}
+    row = rows_of(learn(folder, tmp_path / "r", objective__variant=variant, **changes))[2]
+    assert row["train/skipped_steps"] == 0
+    assert 0 < row["train/grad_norm"] < 100
+    assert all(value is not None for value in row.values())
+    moved = arrays_of(tmp_path / "r", "params/"), arrays_of(folder / "policy", "params/")
+    assert moved[0].keys() == moved[1].keys()
+    assert moved[0] != moved[1]
+
+
+# What an answer is worth
+
+
+def answers(rewards, lengths):
+    """A rollout of answers with these rewards and lengths, four positions long."""
+    nothing = Rollout(**dict.fromkeys(Rollout._fields))
+    return nothing._replace(
+        rewards=np.float32(rewards), mask=np.arange(4) < np.array(lengths)[:, None], prompts=[]
     )
-    for row in rows_of(tmp_path / "r")[1:]:
-        assert row["policy/ratio"] == pytest.approx(1, abs=1e-5)
-        assert row["policy/approx_kl"] == pytest.approx(0, abs=1e-9)
-        assert row["sampler/log_prob_difference_max"] < 1e-4
-        assert {"reward/mean", "reward/zero_std_fraction", "completion/mean_length"} <= row.keys()
 
 
-def test_a_reward_is_followed(rewards, tmp_path):
-    run(make_config(rewards, training__steps="24", training__evaluate_every="0"), tmp_path / "r")
-    means = [row["reward/mean"] for row in rows_of(tmp_path / "r") if "reward/mean" in row]
-    assert np.mean(means[-3:]) > 2 * means[0]
+def test_an_answer_further_from_the_reference_is_worth_less(folder):
+    kl = np.float32([[0.3, 0.1, 0, 0], [0, 0, 0, 0], [0.1, 0.1, 0.2, -0.4], [0, 0, 0, 0]])
+    rollout, group = answers([1, 1, 0, 1], [2, 3, 4, 1]), {"rollout__group_size": 2, "rollout__prompts": 8}
+    in_reward = {"objective__kl_in": "reward", "objective__kl_coefficient": 0.5}
+    scale = {"objective__advantage_scale": "none"}
+    found = grpo.advantages(configure(folder, **group, **in_reward, **scale), rollout, kl)
+    np.testing.assert_allclose(found, [-0.1, 0.1, -0.5, 0.5], atol=1e-6)  # the first costs 0.5 x 0.4
+    leave_one_out = configure(folder, **group, **in_reward, objective__advantage="leave_one_out")
+    np.testing.assert_allclose(grpo.advantages(leave_one_out, rollout, kl), [-0.2, 0.2, -1, 1], atol=1e-6)
+    in_loss = configure(folder, **group, **scale, objective__kl_coefficient=0.5)
+    np.testing.assert_allclose(grpo.advantages(in_loss, rollout, kl), [0, 0, -0.5, 0.5], atol=1e-6)
 
 
-def test_a_run_in_two_parts_is_one_run(rewards, whole, tmp_path):
-    workdir = tmp_path / "parts"
-    run(make_config(rewards, training__steps="4"), workdir)
-    run(make_config(rewards), workdir)
-    assert rows_of(workdir) == rows_of(whole)
-    for folder in (workdir, whole):
-        metadata = json.loads((find_checkpoint(folder) / "metadata.json").read_text())
-        assert metadata["prompts_consumed"] == 4 * 8
-    params = Program(make_config(rewards)).abstract_state.params
-    a, b = (read_arrays(find_checkpoint(folder), params, prefix="params") for folder in (workdir, whole))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+def test_an_answer_without_a_counted_token_is_no_part_of_its_group(folder):
+    rollout = answers([1, 0, 5, 0], [2, 3, 0, 1])
+    config = configure(folder, objective__advantage_scale="none")
+    found = grpo.advantages(config, rollout, np.zeros((4, 4), np.float32))
+    np.testing.assert_allclose(found, [2 / 3, -1 / 3, 0, -1 / 3], atol=1e-6)
+
+
+def test_reinforce_plus_plus_whitens_what_comes_of_every_token(folder):
+    kl = np.float32([[0.3, 0.1, 0, 0], [0, -0.2, 0.1, 0]])
+    options = {"objective__advantage": "reinforce_plus_plus", "objective__kl_in": "reward"}
+    config = configure(folder, **options, objective__kl_coefficient=0.5)
+    found = grpo.advantages(config, answers([1, 0], [2, 3]), kl)
+    to_come = np.array([1 - 0.2, 1 - 0.05, 0.05, 0.05, -0.05])  # 1, 2 and 3 tokens
+    expected = (to_come - to_come.mean()) / to_come.std(ddof=1)
+    np.testing.assert_allclose(np.asarray(found)[np.arange(4) < [[2], [3]]], expected, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(found)[np.arange(4) >= [[2], [3]]], 0)
+
+
+def test_importance_weights_reach_the_loss(folder, tmp_path, monkeypatch):
+    changes = {"rollout__importance": "token", "rollout__dtype": "bfloat16", "training__steps": 2}
+    changes |= {"training__evaluate_every": 0, "training__checkpoint_every": 0}
+    row = rows_of(learn(folder, tmp_path / "r", **changes))[2]
+    assert 1e-4 < row["sampler/log_prob_difference_mean"] < 0.1
+    assert arrays_of(tmp_path / "r", "params/") != arrays_of(folder / "policy", "params/")
+    monkeypatch.setattr(rollouts, "truncated_importance_weights", lambda old, *_, **__: np.zeros_like(old))
+    learn(folder, tmp_path / "weightless", **changes)
+    assert arrays_of(tmp_path / "weightless", "params/") == arrays_of(folder / "policy", "params/")
+
+
+def test_groups_without_signal_are_replaced(folder, tmp_path):
+    changes = {"reward": "more.py:of_odd", "training__evaluate_at_start": False, "training__sample_every": 2}
+    left = learn(folder, tmp_path / "left", **changes)
+    refilled = learn(folder, tmp_path / "refilled", **changes, rollout__refills=9)
+    assert max(row["reward/zero_std_fraction"] for row in rows_of(left).values()) > 0.2
+    assert {row["reward/zero_std_fraction"] for row in rows_of(refilled).values()} == {0.0}
+    assert metadata_of(refilled)["prompts_consumed"] > metadata_of(left)["prompts_consumed"] == 16
+    for workdir in (left, refilled):
+        assert len(table(workdir, 2)) == 16
+
+
+# What is written down
+
+
+def table(workdir, step):
+    """Reward and advantage of every answer in the table of a rollout."""
+    text = (workdir / "samples" / f"{step}.txt").read_text()
+    lines = re.findall(r"^ *(-?[\d.e-]+) +(-?[\d.e-]+) +\d+  ", text, re.MULTILINE)
+    return np.array(lines, float)
+
+
+def test_the_last_rollout_is_shown_with_rewards_and_advantages(whole):
+    rewards, advantages = table(whole, 4).T
+    assert rewards.mean() == pytest.approx(rows_of(whole)[4]["reward/mean"], abs=1e-3)
+    groups = rewards.reshape(4, 4)
+    expected = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, keepdims=True, ddof=1) + 1e-4)
+    np.testing.assert_allclose(advantages, expected.ravel(), atol=0.02)  # shown with three digits
+    assert np.abs(advantages).max() > 0.5
+
+
+def test_held_out_prompts_are_answered_once_and_several_times(folder, tmp_path):
+    steps = {"training__steps": 2, "training__evaluate_every": 2, "training__checkpoint_every": 2}
+    workdir = learn(folder, tmp_path / "r", reward="more.py:even", sample__group_size=4, **steps)
+    for step, row in rows_of(workdir).items():
+        lines = [json.loads(line) for line in (workdir / "evals" / f"{step}.jsonl").read_text().splitlines()]
+        assert len(lines) == 4
+        right = [line["reward"] for line in lines]
+        assert right == [float(len(line["answer"]) % 2 == 0) for line in lines]
+        assert row["eval/pass@1"] == row["eval/reward"] == np.mean(right)
+        assert row["eval/pass@1_se"] == pytest.approx(np.std(right, ddof=1) / 2)
+        assert "eval/pass@2" not in row
+    found = [row[f"eval/sampled_pass@{k}"] for k in (1, 2, 4)]
+    assert found == sorted(found)
+    assert 0 < found[0] < found[2]
+
+
+def test_every_row_has_the_rollout_of_its_own_step(folder, tmp_path):
+    changes = {"reward": "more.py:counted", "training__evaluate_at_start": False}
+    changes |= {"training__evaluate_every": 0, "training__checkpoint_every": 8}
+    rows = rows_of(learn(folder, tmp_path / "r", **changes))
+    means = {step: row["reward/mean"] for step, row in rows.items()}
+    assert means == {2: 7.5, 4: 23.5, 6: 39.5, 8: 55.5}  # of the calls 0 to 15, 16 to 31, ...
+
+
+# On a mesh
+
+
+def test_a_mesh_gives_the_same_answers_and_the_same_parameters(folder, tmp_path):
+    changes = {"optimizer__epsilon": 1e-3, "training__steps": 4, "training__sample_every": 2}
+    split = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "devices": 8}
+    kinds = {"one": {}, "split": split, "gathered": split | {"rollout__gather": True}}
+    runs = [learn(folder, tmp_path / name, **changes, **kind) for name, kind in kinds.items()]
+    for step in (2, 4):
+        (text,) = {(workdir / "samples" / f"{step}.txt").read_text() for workdir in runs}
+        assert "advantage" in text
+    one, *others = (arrays_of(workdir, "params/") for workdir in runs)
+    for params in others:
+        for name, x in params.items():
+            expected = np.frombuffer(one[name], np.float32)
+            np.testing.assert_allclose(np.frombuffer(x, np.float32), expected, atol=1e-4, err_msg=name)
+
+
+# Refusals
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollout__group_size": "1"}, r"rollout.group_size=1: answers are compared with others"),
-        ({"rollout__minibatches": "3"}, r"= 32 does not divide into rollout.minibatches=3: make it 30 or 33"),
-        ({"data__batch_size": "8"}, r"data.batch_size=8 must be .* = 16"),
-        ({"training__steps": "7"}, r"training.steps=7 must be a multiple of .* = 2: use 6 or 8"),
-        ({"rollout__sampling__temperature": "0"}, "a greedy policy does not explore"),
+        ({"rollout__group_size": 1}, r"rollout.group_size=1: answers are compared with others"),
+        ({"rollout__minibatches": 3}, r"= 16 does not divide into rollout.minibatches=3: make it 15 or 18"),
+        ({"data__batch_size": 4}, r"data.batch_size=4 must be .* = 8"),
+        ({"training__steps": 7}, r"training.steps=7 must be a multiple of .* = 2: use 6 or 8"),
+        ({"rollout__sampling__temperature": 0}, "a greedy policy does not explore"),
+        ({"rollout__sampling__max_new_tokens": 32}, "data.sequence_length=32 leaves no room for a prompt"),
         ({"reward__weights": "1.0,2.0"}, "reward.weights has 2 entries for 1 reward.functions"),
         ({"objective__advantage": "gae"}, "objective.advantage='gae': choose one of group, leave_one_out"),
+        ({"objective__kl_in": "advantage"}, "objective.kl_in='advantage': choose loss or reward"),
+        ({"rollout__importance": "row"}, "rollout.importance='row': choose token, sequence or none"),
+        ({"rollout__dtype": "float16"}, "rollout.dtype='float16': choose float32, bfloat16 or none"),
+        ({"sample__group_size": -1}, "sample.group_size=-1 must not be negative"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_mend(rewards, changes, message):
+def test_what_does_not_fit_is_refused_with_the_mend(folder, changes, message):
     with pytest.raises(ConfigError, match=message):
-        make_config(rewards, **changes)
+        configure(folder, **changes)

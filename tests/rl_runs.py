@@ -1,0 +1,148 @@
+"""Small runs in this process, for the tests of reinforcement learning: how to make them, what they leave."""
+
+import json
+import random
+from functools import partial
+from pathlib import Path
+
+import jax
+import pytest
+from test_resume import read_all
+
+from experiments import run as run_module
+from experiments.program import Program, find_stage
+from jaxllm.config import load_config, override, parse
+from jaxllm.training.checkpoint import find_checkpoint
+from jaxllm.training.metrics import read_metrics
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = {
+    "sft": "sft_chat.py",
+    "reward_model": "reward_model_pairs.py",
+    "ppo": "ppo_preferences.py",
+    "grpo": "grpo_problems.py",
+}
+TINY = {
+    "model.num_layers": 1,
+    "data.sequence_length": 32,
+    "optimizer.warmup_steps": 0,
+    "mesh.data": -1,
+}
+STAGES = {
+    "sft": {
+        "training.steps": 30,
+        "training.evaluate_every": 0,
+        "training.sample_every": 0,
+        "training.checkpoint_every": 0,
+        "checkpoint.best_metric": None,
+    },
+    "reward_model": {
+        "data.batch_size": 8,
+        "training.steps": 4,
+        "training.evaluate_every": 4,
+        "training.checkpoint_every": 4,
+        "optimizer.learning_rate": 1e-2,
+    },
+}
+ROLLOUTS = {  # 4 iterations of 2 updates on 16 answers
+    "data.batch_size": 8,
+    "rollout.prompts": 4,
+    "rollout.group_size": 4,
+    "rollout.epochs": 1,
+    "rollout.minibatches": 2,
+    "rollout.sampling.max_new_tokens": 6,
+    "sample.sampling.max_new_tokens": 6,
+    "training.steps": 8,
+    "training.log_every": 2,
+    "training.evaluate_every": 4,
+    "training.sample_every": 0,
+    "training.checkpoint_every": 4,
+    "evaluation.max_rows": 4,
+    "optimizer.learning_rate": 1e-2,
+}
+STAGES |= {"ppo": ROLLOUTS | {"data.validation": ()}, "grpo": ROLLOUTS | {"data.validation": ()}}
+
+
+REWARDS = """
+def vowels(example, completion):
+    assert "prompt" in example
+    return sum(c in "aeiou" for c in completion) / max(1, len(completion))
+"""
+
+
+def settings(stage, **changes):
+    """Fields of a small run and their values, as on a command line; `a__b=c` changes the field a.b."""
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    return {name: str(value) for name, value in (TINY | STAGES[stage] | changes).items()}
+
+
+def make_config(stage, **changes):
+    """The config of a small run."""
+    config, Config = load_config(f"{CONFIGS / FILES[stage]}:tiny"), find_stage(stage).Config
+    for field, text in settings(stage, **changes).items():
+        override(config, Config, field, text)
+    return parse(Config, config)
+
+
+def run(config, workdir, *, init_from=None, devices=1):
+    """Train, on the first so many devices; returns the run folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "Program", partial(Program, devices=jax.devices()[:devices]))
+        run_module.train(
+            config,
+            workdir=str(workdir),
+            resume="auto",
+            init_from=init_from and str(init_from),
+            profile=None,
+            command=["train.py"],
+        )
+    return workdir
+
+
+def rows_of(workdir):
+    """All that was measured but times, by step."""
+    return {
+        row.pop("step"): {name: x for name, x in row.items() if not name.startswith(("perf/", "time/"))}
+        for row in read_metrics(workdir / "metrics.jsonl")
+    }
+
+
+def arrays_of(workdir, prefix="", step=None):
+    """name -> bytes, of what is saved under a name, at a step or at last."""
+    saved = read_all(checkpoint_of(workdir, step))
+    return {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
+
+
+def metadata_of(workdir, step=None):
+    """What a checkpoint says beside its arrays."""
+    return json.loads((checkpoint_of(workdir, step) / "metadata.json").read_text())
+
+
+def checkpoint_of(workdir, step=None):
+    return find_checkpoint(workdir if step is None else workdir / "checkpoints" / str(step))
+
+
+def write_rows(folder):
+    """Files of rows for every stage, made of words that mean nothing, and a file of rewards."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("aeiounrstlk", k=draw.randrange(2, 8))) for _ in range(60)]
+
+    def say(shortest, longest):
+        return " ".join(draw.choices(words, k=draw.randrange(shortest, longest)))
+
+    rows = {
+        "sft": [{"prompt": say(1, 5), "completion": say(1, 3)} for _ in range(150)],
+        "reward_model": [
+            {"prompt": say(1, 4), "chosen": say(1, 3), "rejected": say(3, 5)} for _ in range(60)
+        ],
+        "prompts": [{"prompt": say(1, 5), "answer": str(i)} for i in range(60)],
+    }
+    (folder / "mine.py").write_text(REWARDS)
+    for name, records in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def make_policy(folder):
+    """In this folder: rows, rewards, and the run of a model that has seen how answers end."""
+    write_rows(folder)
+    return run(make_config("sft", data__train=folder / "sft.jsonl"), folder / "policy")

@@ -1,0 +1,234 @@
+"""PPO in whole runs: what it begins with, what it is paid, what moves when, what it goes on with."""
+
+import jax
+import numpy as np
+import pytest
+from rl_runs import arrays_of, checkpoint_of, make_config, make_policy, metadata_of, rows_of, run
+
+from experiments.loading import load_checkpoint
+from experiments.program import Program
+from experiments.stages import ppo
+from jaxllm.errors import ConfigError
+
+TARGET, HORIZON = 0.05, 100.0  # of the KL
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Rows, rewards, a policy that answers and a reward model."""
+    folder = tmp_path_factory.mktemp("ppo")
+    make_policy(folder)
+    train_reward_model(folder, "reward")
+    return folder
+
+
+def train_reward_model(folder, name, init_from="policy", **changes):
+    config = make_config("reward_model", data__train=folder / "reward_model.jsonl", **changes)
+    return run(config, folder / name, init_from=init_from and folder / init_from)
+
+
+def configure(folder, **changes):
+    """Paid by the reward model and for ending, with the share of vowels beside it."""
+    usual = {
+        "data__train": folder / "prompts.jsonl",
+        "rollout__group_size": 1,
+        "rollout__prompts": 16,
+        "reward__model": folder / "reward",
+        "reward__functions": f"{folder}/mine.py:vowels",
+        "reward__weights": 0.0,
+        "reward__missing_stop": -1.0,
+        "objective__kl_target": TARGET,
+        "objective__kl_horizon": HORIZON,
+        "objective__critic_warmup": 1,
+        "training__checkpoint_every": 2,
+        "checkpoint__keep": 9,
+    }
+    return make_config("ppo", **(usual | changes))
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run of four rollouts, each learnt from in two updates."""
+    return run(configure(folder), folder / "whole", init_from=folder / "policy")
+
+
+# What it begins with
+
+
+def test_nothing_is_learnt_before_the_first_update_of_a_rollout(folder, tmp_path, monkeypatch):
+    batches, worth = [], ppo.ActorCriticRollouts.worth
+
+    def recorded(self, state, rollout):
+        batch, row = worth(self, state, rollout)
+        batches.append(batch)
+        return batch, row
+
+    monkeypatch.setattr(ppo.ActorCriticRollouts, "worth", recorded)
+    once = {"rollout__prompts": 8, "rollout__minibatches": 1, "objective__kl_target": None}
+    every = {f"training__{name}_every": 1 for name in ("log", "evaluate", "checkpoint")}
+    config = configure(folder, **once, **every, objective__critic_warmup=0, training__steps=3)
+    rows = rows_of(run(config, tmp_path / "r", init_from=folder / "policy"))
+    assert rows[1]["kl/reference"] == rows[1]["kl/reference_token"] == 0.0
+    assert rows[2]["kl/reference"] != 0.0
+    for step, batch in enumerate(batches, 1):
+        assert rows[step]["policy/ratio"] == pytest.approx(1, abs=1e-5)
+        assert rows[step]["policy/approx_kl"] == pytest.approx(0, abs=1e-9)
+        assert rows[step]["kl/coefficient"] == 0.05
+        returns, values = batch.returns[batch.mask], batch.values[batch.mask]
+        explained = 1 - np.var(returns - values) / np.var(returns)
+        assert rows[step]["value/explained_variance"] == pytest.approx(explained, abs=1e-3)
+
+
+def test_the_critic_begins_as_the_reward_model_in_the_units_that_answers_are_paid_in(folder):
+    config = configure(folder, reward__model_weight=3.0)
+    program = Program(config, jax.devices()[:1])
+    begun = ppo.initial_params(program, checkpoint_of(folder / "policy"))
+    reward_model = load_checkpoint(folder / "reward")
+    head = reward_model.params.pop("scalar_head")["kernel"]
+    critic = dict(begun["critic"])
+    scale = 3.0 / reward_model.metadata["metrics"]["eval/reward_std"]
+    np.testing.assert_allclose(critic.pop("scalar_head")["kernel"], head * scale, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, critic, reward_model.params)
+    jax.tree.map(np.testing.assert_array_equal, begun["policy"], load_checkpoint(folder / "policy").params)
+
+
+def test_without_a_reward_model_the_critic_is_the_policy_with_a_head_of_zeros(folder):
+    config = configure(folder, reward__model=None)
+    begun = ppo.initial_params(Program(config, jax.devices()[:1]), checkpoint_of(folder / "policy"))
+    assert not np.any(begun["critic"].pop("scalar_head")["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, begun["critic"], begun["policy"])
+    pairs = zip(jax.tree.leaves(begun["critic"]), jax.tree.leaves(begun["policy"]), strict=True)
+    assert not any(a is b for a, b in pairs)  # the step could not donate one buffer twice
+
+
+# What moves when
+
+
+def test_only_the_critic_learns_during_its_warm_up(folder, whole):
+    begun = arrays_of(folder / "policy")
+    begun = {name: begun[f"params/{name}"] for name in arrays_of(whole, "params/policy/")}
+    assert arrays_of(whole, "params/policy/", 2) == begun
+    assert arrays_of(whole, "params/policy/", 4) != begun
+    critics = [arrays_of(whole, "params/critic/", step) for step in (2, 4)]
+    reward_model = arrays_of(folder / "reward", "params/")
+    assert critics[0].keys() == reward_model.keys()
+    assert all(critics[0][name] != reward_model[name] for name in critics[0] if "kernel" in name)
+    assert critics[0] != critics[1]
+
+
+def test_the_reference_stays_what_the_run_began_with(folder, tmp_path, monkeypatch):
+    feeds, make_feed = [], ppo.make_feed
+    monkeypatch.setattr(ppo, "make_feed", lambda *args: feeds.append(make_feed(*args)) or feeds[-1])
+    run(configure(folder, objective__critic_warmup=0, training__steps=4), tmp_path / "r",
+        init_from=folder / "policy")  # fmt: skip
+    begun = load_checkpoint(folder / "policy").params
+    jax.tree.map(np.testing.assert_array_equal, feeds[0].reference, begun)
+    assert not np.array_equal(
+        load_checkpoint(tmp_path / "r").params["embed"]["table"], begun["embed"]["table"]
+    )
+
+
+def test_the_kl_coefficient_falls_below_the_target_and_rises_above_it(whole):
+    rows = rows_of(whole)
+    kls = [rows[step]["kl/reference"] for step in (2, 4, 6, 8)]
+    coefficients = [rows[step]["kl/coefficient"] for step in (2, 4, 6, 8)]
+    coefficients.append(metadata_of(whole)["kl_coefficient"])
+    expected = [0.05, 0.05]  # it waits for the critic
+    for kl in kls[1:]:
+        expected.append(expected[-1] * (1 + np.clip(kl / TARGET - 1, -0.2, 0.2) * 16 / HORIZON))
+    np.testing.assert_allclose(coefficients, expected, rtol=1e-6)
+    assert expected[2] < expected[1]
+    assert expected[4] > expected[3] > expected[2]
+
+
+# What it is paid
+
+
+def test_it_is_paid_by_the_model_and_for_ending_and_not_by_what_only_measures(folder, whole):
+    known = metadata_of(folder / "reward")["metrics"]
+    fractions = []
+    for step in (2, 4, 6, 8):
+        row = rows_of(whole)[step]
+        model = (row["reward/model"] - known["eval/reward_mean"]) / known["eval/reward_std"]
+        fractions.append(row["completion/truncated_fraction"])
+        assert row["reward/mean"] == pytest.approx(model - fractions[-1], abs=1e-4)
+        assert row["reward/vowels"] > 0
+    assert any(0 < fraction < 1 for fraction in fractions)
+
+
+def test_a_function_alone_is_followed(folder, tmp_path):
+    changes = {"reward__model": None, "reward__weights": 1.0, "reward__missing_stop": 0.0}
+    changes |= {"objective__kl_target": None, "objective__kl_coefficient": 0.0, "objective__value_clip": None}
+    config = configure(folder, **changes, training__steps=40, training__checkpoint_every=0)
+    rows = rows_of(run(config, tmp_path / "r", init_from=folder / "policy"))
+    means = [row["reward/mean"] for step, row in rows.items() if step]
+    assert np.mean(means[-3:]) > np.mean(means[:2]) + 0.2
+
+
+# What goes on
+
+
+def test_a_run_in_two_parts_is_one_run(folder, whole, tmp_path):
+    parts = tmp_path / "parts"
+    run(configure(folder, training__steps=4), parts, init_from=folder / "policy")
+    run(configure(folder), parts)
+    assert rows_of(parts) == rows_of(whole)
+    assert arrays_of(parts) == arrays_of(whole)
+    kept = ("prompts_consumed", "kl_coefficient", "health")
+    assert [metadata_of(parts)[name] for name in kept] == [metadata_of(whole)[name] for name in kept]
+    assert metadata_of(whole)["prompts_consumed"] == 4 * 16
+
+
+def test_a_checkpoint_is_its_policy_for_others(folder, whole, tmp_path):
+    policy = arrays_of(whole, "params/policy/")
+    loaded = load_checkpoint(whole).params
+    assert np.asarray(loaded["embed"]["table"]).tobytes() == policy["embed/table"]
+    config = make_config(
+        "grpo",
+        data__train=folder / "prompts.jsonl",
+        reward__functions=f"{folder}/mine.py:vowels",
+        optimizer__learning_rate=0.0,
+        training__steps=2,
+        training__checkpoint_every=2,
+        training__evaluate_every=2,
+    )
+    run(config, tmp_path / "grpo", init_from=whole)
+    assert arrays_of(tmp_path / "grpo", "params/") == policy
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward__functions": (), "reward__weights": (), "reward__model": None}, "both empty: name one"),
+        ({"reward__functions": "length,a.py:length", "reward__weights": "1,1"}, "two of the name 'length'"),
+        ({"reward__functions": "a.py:model"}, "two of the name 'model'"),
+        ({"reward__missing_stop": 1.0}, r"reward.missing_stop=1.0 must not pay for going on: 0 or less"),
+        ({"objective__entropy_coefficient": 0.1}, r"objective.entropy_coefficient=0.1 would move the policy"),
+        ({"optimizer__weight_decay": 0.1}, r"optimizer.weight_decay=0.1 would move .*critic_warmup=0"),
+        ({"objective__kl_target": 0.0}, r"objective.kl_target=0.0 must be above 0, or none"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_with_the_mend(folder, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        configure(folder, **changes)
+
+
+def test_a_reward_model_that_does_not_fit_is_refused_with_the_mend(folder, tmp_path):
+    def refused(model, message):
+        with pytest.raises(ConfigError, match=rf"reward.model=\S*{model}.*{message}"):
+            run(
+                configure(folder, reward__model=folder / model), tmp_path / model, init_from=folder / "policy"
+            )
+
+    refused("policy", "is of stage sft, not a reward model")
+    never = {"training__evaluate_every": 0, "training__steps": 2, "checkpoint__best_metric": None}
+    train_reward_model(folder, "unmeasured", **never)
+    refused("unmeasured", r"without an evaluation.*set reward.normalise=False")
+    train_reward_model(folder, "foreign", init_from=None)
+    refused("foreign", "another tokenizer than the policy: train it from the same model")
+    larger = {"model__num_layers": 2, "tokenizer__path": folder / "policy" / "tokenizer.model"}
+    train_reward_model(folder, "larger", init_from=None, **larger)
+    refused("larger", "a model of another size: num_layers 2 -> 1")
