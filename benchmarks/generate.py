@@ -19,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.peers import llama_config
 from jaxllm.config import load_config, parse
 from jaxllm.models import ModelConfig, build_model
 from jaxllm.rollout.generate import generate
@@ -44,22 +45,10 @@ def transformers_runs(config: ModelConfig) -> dict[str, Run]:
     """Nothing where torch or transformers is missing."""
     try:
         import torch
-        from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+        from transformers import GenerationConfig, LlamaForCausalLM
     except ImportError:
         return {}
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=config.mlp_width,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_length,
-            tie_word_embeddings=config.tie_embeddings,
-        )
-    ).eval()
+    llama = LlamaForCausalLM(llama_config(config)).eval()
 
     def run_with(cache: str) -> Run:
         def run(prompts, new_tokens):

@@ -20,6 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.peers import llama_config
 from jaxllm.config import load_config, parse
 from jaxllm.models import ModelConfig, build_model
 from jaxllm.rollout.collect import collect
@@ -65,21 +66,9 @@ def our_runs(config: ModelConfig, group: int, rows: int, new_tokens: int) -> dic
 
 def transformers_run(config: ModelConfig, group: int, rows: int, new_tokens: int) -> dict[str, Run]:
     import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig, LlamaForCausalLM
 
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=config.mlp_width,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_length,
-            tie_word_embeddings=config.tie_embeddings,
-        )
-    ).eval()
+    llama = LlamaForCausalLM(llama_config(config)).eval()
 
     def run(prompts, stop_ids):
         generation = GenerationConfig(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.peers import llama_config
 from jaxllm.config import run_script
 
 if TYPE_CHECKING:
@@ -101,20 +102,10 @@ def our_step(config: "TrainConfig") -> Callable[[], None]:
 def peer_steps(config: "TrainConfig") -> dict[str, Callable[[], None]]:
     """transformers' Llama with torch's AdamW, eager and compiled, in the config's shape."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     shape, data = config.model, config.data
-    llama = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp_width,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tie_embeddings,
-        use_cache=False,
-    )
+    llama = llama_config(shape, use_cache=False)
     tokens = torch.randint(0, shape.vocab_size, (data.batch_size, data.sequence_length))
 
     def make(compiled: bool) -> Callable[[], None]:
