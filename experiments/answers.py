@@ -1,86 +1,102 @@
-"""What a policy answers while it learns by reinforcement: held-out prompts, samples, its own rollouts."""
+"""Prompts answered and the answers judged: for rollouts, for evaluation, and by experiments/answer.py."""
 
-import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from experiments.program import Program
-from experiments.rollouts import Answers, Rollout, Rollouts
-from experiments.run import write_samples
+from experiments.rewards import Judge
 from jaxllm.data.prompts import Prompt
-from jaxllm.data.rows import Dataset
-from jaxllm.data.show import show_mask
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.evaluation.pass_at_k import pass_at_k
 from jaxllm.evaluation.preference import mean
+from jaxllm.losses import overlong_penalty
+from jaxllm.rewards.pool import Scores
+from jaxllm.rollout.generate import Completions, bucket
 from jaxllm.rollout.sampling import SamplingConfig
-from jaxllm.training.loop import Hook
-from jaxllm.training.run_folder import RunFolder
-from jaxllm.training.state import TrainState
 
 
-def make_hooks(
-    program: Program,
-    data: Dataset,
-    tokenizer: BaseTokenizer,
-    folder: RunFolder,
-    check: Callable[[], None],
-    feed: Rollouts,
-) -> list[Hook]:
-    """Evaluation on held-out prompts; samples, and the last rollout as a table."""
-    config = program.config
-    held_out = [rows[i] for rows in data.validation for i in range(len(rows))][: config.evaluation.max_rows]
-    prompts = [
-        Prompt(data.template.prompt([{"role": "user", "content": text}]), {})
-        for text in config.sample.prompts
-    ]
+class Answers(NamedTuple):
+    """N answers to N prompts, with their rewards."""
 
-    def evaluate(step: int, state: TrainState) -> dict[str, float]:
-        def ask(group_size: int, sampling: SamplingConfig) -> Answers:
-            key = jax.random.fold_in(jax.random.fold_in(state.key, step), group_size)
-            return feed.answer(
-                feed.policy(state.params),
-                held_out,
-                group_size=group_size,
-                sampling=sampling,
-                keys=jax.random.split(key, len(held_out) * group_size),
-                check=check,
-            )
+    said: Completions
+    texts: list[str]
+    tokens: np.ndarray  # int32 [N, T], prompts and answers
+    prompt_lengths: np.ndarray  # int [N]
+    lengths: np.ndarray  # int [N], tokens of the answers
+    truncated: np.ndarray  # bool [N]
+    rewards: np.ndarray  # float32 [N]: scores.total, and what an answer's length costs
+    scores: Scores
+    seconds: float  # spent on waiting for rewards when all was said
 
-        answers = ask(1, config.sample.sampling)
-        write_answers(folder, step, [tokenizer.decode(prompt.ids) for prompt in held_out], answers)
-        row = answer_metrics(answers, 1, "eval/")
-        if config.sample.group_size:
-            sampled = ask(config.sample.group_size, config.rollout.sampling)
-            row |= answer_metrics(sampled, config.sample.group_size, "eval/sampled_")
-        return row
 
-    def show(step: int, state: TrainState) -> dict[str, float]:
-        texts = []
-        if prompts:
-            said = feed.sampler(
-                feed.policy(state.params),
-                prompts,
-                group_size=1,
-                sampling=config.sample.sampling,
-                stop_ids=data.template.stop_ids,
-                keys=jax.random.split(jax.random.fold_in(state.key, step), len(prompts)),
-                check=check,
-            )
-            texts = [
-                f"{show_mask(prompt.ids, [True] * len(prompt.ids), tokenizer)}\n{tokenizer.decode(tokens)}"
-                for prompt, tokens in zip(prompts, said.tokens, strict=True)
-            ]
-        if feed.last is not None:
-            texts = rollout_tables(*feed.last, feed.config.group_size, tokenizer) + texts
-        if texts:
-            write_samples(folder, step, texts, width=160)
-        return {}
+class Answering(NamedTuple):
+    """All that it takes to answer, but for the parameters."""
 
-    evaluation = [Hook(config.training.evaluate_every, evaluate)] if held_out else []
-    return [*evaluation, Hook(config.training.sample_every, show)]
+    sample: Callable[..., Completions]  # (params, prompts, **options of `collect`)
+    tokenizer: BaseTokenizer
+    stop_ids: Sequence[int]
+    judge: Judge
+    length: int  # T; more where a prompt with its answer is longer
+
+    def __call__(
+        self,
+        params: Any,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        sampling: SamplingConfig,
+        keys: jax.Array,
+        check: Callable[[], None],
+    ) -> Answers:
+        """group_size answers to each prompt, one beside another."""
+        asked = [prompt for prompt in prompts for _ in range(group_size)]
+        judging = self.judge.judging([prompt.row for prompt in asked])
+        texts = [""] * len(asked)
+
+        def said(numbers: list[int], completions: list[list[int]]) -> None:
+            for i, tokens in zip(numbers, completions, strict=True):
+                texts[i] = self.tokenizer.decode(tokens, from_start=False)
+            judging.add(numbers, [texts[i] for i in numbers])
+
+        completions = self.sample(
+            params,
+            [prompt.ids for prompt in prompts],
+            group_size=group_size,
+            sampling=sampling,
+            stop_ids=self.stop_ids,
+            keys=keys,
+            check=check,
+            on_done=said,
+        )
+        began = time.perf_counter()
+        prompt_lengths = np.array([len(prompt.ids) for prompt in asked])
+        lengths = np.array([len(tokens) for tokens in completions.tokens])
+        longest = int((prompt_lengths + lengths).max())
+        T = self.length if longest <= self.length else bucket(longest)
+        tokens = np.full((len(asked), T), self.tokenizer.pad_id, np.int32)
+        for i, (prompt, ids) in enumerate(zip(asked, completions.tokens, strict=True)):
+            tokens[i, : prompt_lengths[i] + lengths[i]] = [*prompt.ids, *ids]
+        scores = judging.result(tokens, prompt_lengths + lengths, check)
+        truncated = np.array([reason != "stop" for reason in completions.stop_reasons])
+        config = self.judge.config
+        rewards = scores.total + np.float32(config.missing_stop) * truncated
+        if config.overlong_buffer:
+            limit, buffer = sampling.max_new_tokens, config.overlong_buffer
+            rewards += np.asarray(overlong_penalty(lengths, limit=limit, buffer=buffer))
+        return Answers(
+            said=completions,
+            texts=texts,
+            tokens=tokens,
+            prompt_lengths=prompt_lengths,
+            lengths=lengths,
+            truncated=truncated,
+            rewards=rewards,
+            scores=scores,
+            seconds=time.perf_counter() - began,
+        )
 
 
 def answer_metrics(answers: Answers, group_size: int, prefix: str) -> dict[str, float]:
@@ -90,9 +106,11 @@ def answer_metrics(answers: Answers, group_size: int, prefix: str) -> dict[str, 
     `reward`, `reward/NAME` of each reward, `length`, `stopped_fraction`; and `pass@k` for k of 1, 2, 4, ...
     if there is a reward function: an answer is right where the first one gives 1.
     """
-    columns = {"reward": answers.rewards, "length": answers.lengths, "stopped_fraction": ~answers.truncated}
-    columns |= {f"reward/{name}": values for name, values in answers.scores.by_name.items()}
-    columns = {name: np.nanmean(values.reshape(-1, group_size), 1) for name, values in columns.items()}
+    columns = dict(answers.scores.by_name)
+    if columns:
+        columns = {"reward": answers.rewards} | {f"reward/{name}": x for name, x in columns.items()}
+    columns |= {"length": answers.lengths, "stopped_fraction": ~answers.truncated}
+    columns = {name: group_means(values.reshape(-1, group_size)) for name, values in columns.items()}
     first = next(iter(answers.scores.by_name), "model")
     if first != "model":
         right = answers.scores.by_name[first].reshape(-1, group_size) == 1
@@ -102,33 +120,24 @@ def answer_metrics(answers: Answers, group_size: int, prefix: str) -> dict[str, 
             k *= 2
     row = {}
     for name, values in columns.items():
-        row[f"{prefix}{name}"], row[f"{prefix}{name}_se"] = mean(values.astype(np.float64))
+        row[f"{prefix}{name}"], row[f"{prefix}{name}_se"] = mean(values)
     return row
 
 
-def write_answers(folder: RunFolder, step: int, prompts: list[str], answers: Answers) -> None:
-    """A line for every held-out prompt in `evals/STEP.jsonl`."""
-    lines = []
-    for i, prompt in enumerate(prompts):
-        rewards = {name: float(values[i]) for name, values in answers.scores.by_name.items()}
-        row = {"prompt": prompt, "answer": answers.texts[i], "tokens": int(answers.lengths[i])}
-        row |= {"ended": not answers.truncated[i], "reward": float(answers.rewards[i]), "rewards": rewards}
-        lines.append(json.dumps(row) + "\n")
-    folder.file("evals", f"{step}.jsonl").write_text("".join(lines))
+def group_means(values: np.ndarray) -> np.ndarray:
+    """The mean of each row's numbers; rows of NaN alone, to which a reward does not apply, are left out."""
+    applies = ~np.isnan(values.astype(np.float64))
+    values, applies = values[applies.any(1)], applies[applies.any(1)]
+    return np.where(applies, values, 0.0).sum(1) / applies.sum(1)
 
 
-def rollout_tables(
-    rollout: Rollout, advantages: np.ndarray, group_size: int, tokenizer: BaseTokenizer
-) -> list[str]:
-    """A text for every prompt of a rollout: each answer with its reward and its advantage."""
-    if advantages.ndim == 2:  # one a token: their mean over the answer
-        counted = np.maximum(rollout.mask.sum(1), 1)
-        advantages = np.where(rollout.mask, advantages, 0).sum(1) / counted
-    tables = []
-    for first in range(0, len(rollout.texts), group_size):
-        lines = [tokenizer.decode(rollout.prompts[first].ids), "  reward  advantage  tokens  answer"]
-        for i in range(first, first + group_size):
-            text = " ".join(rollout.texts[i].split()) + (" [cut]" if rollout.truncated[i] else "")
-            lines.append(f"{rollout.rewards[i]:8.3g} {advantages[i]:10.3g} {rollout.lengths[i]:7}  {text}")
-        tables.append("\n".join(lines))
-    return tables
+def answer_rows(answers: Answers) -> Iterator[dict[str, Any]]:
+    """What was found out about each answer, as JSON."""
+    for i, text in enumerate(answers.texts):
+        yield {
+            "answer": text,
+            "tokens": int(answers.lengths[i]),
+            "ended": not answers.truncated[i],
+            "reward": float(answers.rewards[i]),
+            "rewards": {name: float(values[i]) for name, values in answers.scores.by_name.items()},
+        }

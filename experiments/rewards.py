@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.loading import checkpoint_template, load_checkpoint
-from experiments.program import Program
 from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import ConfigError
 from jaxllm.rewards.pool import Pending, RewardPool, Scores, gather
+from jaxllm.sharding import batch_sharding
 from jaxllm.training.checkpoint import checkpoint_hash
 
 
@@ -38,8 +39,6 @@ class RewardConfig:
             raise ConfigError(
                 f"reward.weights has {len(self.weights)} entries for {len(self.functions)} reward.functions"
             )
-        if not self.functions and self.model is None:
-            raise ConfigError("reward.functions and reward.model are both empty: name one")
         if self.missing_stop > 0:
             raise ConfigError(f"reward.missing_stop={self.missing_stop} must not pay for going on: 0 or less")
         if self.overlong_buffer < 0:
@@ -58,12 +57,10 @@ class RewardConfig:
 
 
 class InBatches:
-    """A function of parameters and rows, of any number of rows: as many at a time as the train step has, so
-    that it is compiled once."""
+    """A function of parameters and any number of rows: so many at a time, so that it is compiled once."""
 
-    def __init__(self, function: Callable[..., jax.Array], program: Program):
-        self.function, self.rows = jax.jit(function), program.config.data.batch_size
-        self.sharding = program.batch_sharding
+    def __init__(self, function: Callable[..., jax.Array], rows: int, mesh: Mesh):
+        self.function, self.rows, self.sharding = jax.jit(function), rows, batch_sharding(mesh)
 
     def __call__(self, params: Any, *columns: np.ndarray) -> np.ndarray:
         """The function of every row, on the host."""
@@ -94,12 +91,21 @@ def critic_scale(config: RewardConfig, folder: Path) -> float:
 
 
 class RewardModel:
-    """A trained reward model, laid out over the devices of a run."""
+    """A trained reward model, laid out over the devices."""
 
-    def __init__(self, program: Program, tokenizer: BaseTokenizer, template: ChatTemplate):
-        config = program.config.reward
+    def __init__(
+        self,
+        config: RewardConfig,
+        tokenizer: BaseTokenizer,
+        template: ChatTemplate,
+        *,
+        rows: int,
+        length: int,
+        mesh: Mesh,
+    ):
+        """To read `rows` sequences of `length` tokens at a time, written with this tokenizer and template."""
         name = f"reward.model={config.model}"
-        loaded = load_checkpoint(config.model, program.mesh)
+        loaded = load_checkpoint(config.model, mesh)
         if loaded.stage != "reward_model":
             raise ConfigError(f"{name} is of stage {loaded.stage}, not a reward model")
         if loaded.tokenizer.hash != tokenizer.hash:
@@ -108,15 +114,15 @@ class RewardModel:
             raise ConfigError(
                 f"{name} has another chat template than the policy: train it from the same model"
             )
-        if program.config.data.sequence_length > loaded.model.config.max_length:
+        if length > loaded.model.config.max_length:
             raise ConfigError(
                 f"{name} reads {loaded.model.config.max_length} tokens at most: lower "
-                f"data.sequence_length={program.config.data.sequence_length}"
+                f"data.sequence_length={length}"
             )
         self.mean, self.std = statistics(config, loaded.folder)
         self.hash = checkpoint_hash(loaded.folder)
         self.params = loaded.params
-        self.rewards = InBatches(loaded.model.rewards, program)
+        self.rewards = InBatches(loaded.model.rewards, rows, mesh)
 
     def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Float32 [N] for tokens [N, T], not normalised."""
@@ -143,7 +149,14 @@ class Judge:
                 default=config.default,
             )
 
+    def __enter__(self) -> "Judge":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
+        """End the processes."""
         if self.pool is not None:
             self.pool.close()
 

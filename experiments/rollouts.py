@@ -8,33 +8,32 @@ so that a run killed anywhere says, scores and learns the same again.
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from experiments.answers import Answering, Answers
 from experiments.program import Program
-from experiments.rewards import InBatches, Judge, RewardConfig
+from experiments.rewards import InBatches, Judge, RewardModel
+from experiments.rollout_config import RolloutConfig, RolloutTrainConfig
 from experiments.run import load_run_template
-from experiments.train_config import SampleConfig, TrainConfig
 from experiments.weights import Start
 from jaxllm.batches import RolloutBatch
-from jaxllm.config import nearest_multiples
 from jaxllm.data.loader import shuffled_rows
-from jaxllm.data.prompts import Prompt, PromptConfig, load_prompts, prompt_texts
+from jaxllm.data.prompts import Prompt, load_prompts, prompt_texts
 from jaxllm.data.rows import Dataset
 from jaxllm.data.tokenizer import BaseTokenizer
-from jaxllm.errors import ConfigError, NumericsError
-from jaxllm.losses import overlong_penalty, truncated_importance_weights
+from jaxllm.errors import NumericsError
+from jaxllm.losses import truncated_importance_weights
 from jaxllm.models import Model, build_model
 from jaxllm.objectives.score import next_token_log_probs
 from jaxllm.rewards.pool import Scores, gather
 from jaxllm.rollout.collect import collect
-from jaxllm.rollout.generate import Completions, bucket
+from jaxllm.rollout.generate import Completions
 from jaxllm.rollout.health import Health
-from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.sharding import whole
 from jaxllm.training.feed import Feed
 from jaxllm.training.run_folder import RunFolder
@@ -42,94 +41,6 @@ from jaxllm.training.state import TrainState
 from jaxllm.training.watch import StopRequested
 
 RATIO_LIMIT = 0.01  # from 1, of the first update's mean ratio; float32 has 1e-6, bfloat16 1e-3
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """How the policy is asked, and how often it learns from its answers."""
-
-    prompts: int  # in a rollout
-    group_size: int  # answers to each
-    epochs: int  # times every answer is learnt from
-    minibatches: int  # updates an epoch
-    max_rows: int  # answers decoded at a time
-    mask_truncated: bool  # leave answers that did not end out of the loss
-    refills: int  # times groups whose rewards are all equal are replaced by other prompts' (DAPO)
-    dtype: str | None  # the sampler computes in, such as "bfloat16"; None: model.compute_dtype
-    gather: bool  # copy the weights whole to every device before decoding (tensor-parallel parts excepted)
-    importance: str | None  # "token" or "sequence": weigh the loss by policy / sampler; None: not
-    importance_limit: float  # at most
-    difference_limit: float  # nats a token between sampler and trainer, above which the run warns
-    sampling: SamplingConfig
-
-    def __post_init__(self):
-        for name in ("prompts", "group_size", "epochs", "minibatches", "max_rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"rollout.{name}={getattr(self, name)} must be at least 1")
-        if self.rows % self.minibatches:
-            sizes = " or ".join(map(str, nearest_multiples(self.rows, self.minibatches)))
-            raise ConfigError(
-                f"rollout.prompts x rollout.group_size = {self.rows} does not divide into "
-                f"rollout.minibatches={self.minibatches}: make it {sizes}"
-            )
-        if self.sampling.temperature == 0:
-            raise ConfigError("rollout.sampling.temperature=0: a greedy policy does not explore; use 1.0")
-        if self.importance not in (None, "token", "sequence"):
-            raise ConfigError(f"rollout.importance={self.importance!r}: choose token, sequence or none")
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise ConfigError(f"rollout.dtype={self.dtype!r}: choose float32, bfloat16 or none")
-
-    @property
-    def rows(self) -> int:
-        return self.prompts * self.group_size
-
-    @property
-    def steps(self) -> int:
-        """Updates of an iteration."""
-        return self.epochs * self.minibatches
-
-
-@dataclass(frozen=True)
-class AskConfig(SampleConfig):
-    """Answers to `prompts` and to held-out ones: one each as `sampling` says, and several as in a rollout."""
-
-    group_size: int  # answers as in a rollout to each held-out prompt, for pass@k; 0: none
-
-    def __post_init__(self):
-        if self.group_size < 0:
-            raise ConfigError(f"sample.group_size={self.group_size} must not be negative")
-
-
-@dataclass(frozen=True)
-class RolloutTrainConfig(TrainConfig):
-    """What PPO and GRPO are both configured by."""
-
-    data: PromptConfig
-    rollout: RolloutConfig
-    reward: RewardConfig
-    sample: AskConfig
-
-    def __post_init__(self):
-        super().__post_init__()
-        rollout = self.rollout
-        for name in ("steps", "log_every", "evaluate_every", "sample_every", "checkpoint_every"):
-            value = getattr(self.training, name)
-            if value % rollout.steps:  # it would happen in the middle of an iteration
-                sizes = " or ".join(map(str, nearest_multiples(value, rollout.steps)))
-                raise ConfigError(
-                    f"training.{name}={value} must be a multiple of rollout.epochs x rollout.minibatches = "
-                    f"{rollout.steps}: use {sizes}"
-                )
-        if self.data.batch_size != rollout.rows // rollout.minibatches:
-            raise ConfigError(
-                f"data.batch_size={self.data.batch_size} must be rollout.prompts x rollout.group_size / "
-                f"rollout.minibatches = {rollout.rows // rollout.minibatches}"
-            )
-        if rollout.sampling.max_new_tokens >= self.data.sequence_length:
-            raise ConfigError(
-                f"data.sequence_length={self.data.sequence_length} leaves no room for a prompt before "
-                f"rollout.sampling.max_new_tokens={rollout.sampling.max_new_tokens}: raise the first"
-            )
 
 
 class Rollout(NamedTuple):
@@ -178,6 +89,21 @@ def tokenizer_text(config: RolloutTrainConfig) -> Iterator[str]:
     return prompt_texts(config.data, seed=config.seed)
 
 
+def make_judge(program: Program, tokenizer: BaseTokenizer, data: Dataset) -> Judge:
+    """All rewards of a run."""
+    config, model = program.config, None
+    if config.reward.model is not None:
+        model = RewardModel(
+            config.reward,
+            tokenizer,
+            data.template,
+            rows=config.data.batch_size,
+            length=config.data.sequence_length,
+            mesh=program.mesh,
+        )
+    return Judge(config.reward, model)
+
+
 class Sampler:
     """The policy as it speaks: perhaps in another dtype than it learns in, perhaps laid out otherwise."""
 
@@ -195,26 +121,11 @@ class Sampler:
                 out_shardings=whole(params, program.mesh) if config.gather else None,
             )
 
-    def __call__(self, params: Any, prompts: Sequence[Prompt], **options: Any) -> Completions:
+    def __call__(self, params: Any, prompts: Sequence[Sequence[int]], **options: Any) -> Completions:
         """`collect` with these parameters and options."""
         if self.place is not None:
             params = self.place(params)
-        ids = [prompt.ids for prompt in prompts]
-        return collect(self.model, params, ids, max_rows=self.max_rows, **options)
-
-
-class Answers(NamedTuple):
-    """N answers to N prompts, with their rewards."""
-
-    said: Completions
-    texts: list[str]
-    tokens: np.ndarray  # int32 [N, T], prompts and answers
-    prompt_lengths: np.ndarray  # int [N]
-    lengths: np.ndarray  # int [N], tokens of the answers
-    truncated: np.ndarray  # bool [N]
-    rewards: np.ndarray  # float32 [N]: scores.total, and what an answer's length costs
-    scores: Scores
-    seconds: float  # spent on waiting for rewards when all was said
+        return collect(self.model, params, prompts, max_rows=self.max_rows, **options)
 
 
 class Rollouts(Feed):
@@ -230,16 +141,23 @@ class Rollouts(Feed):
         reference: Any | None,
     ):
         """`reference` is the parameters of the frozen policy; None: no KL is wanted."""
-        self.program, self.data, self.tokenizer, self.judge = program, data, tokenizer, judge
+        self.program, self.data, self.judge = program, data, judge
         self.model, self.reference = model, reference
         self.config = config = program.config.rollout
         self.prompts = shuffled_rows(data.train, data.weights, program.config.seed)
-        self.sampler = Sampler(program, model, self.policy(program.abstract_state.params))
+        self.answer = Answering(
+            sample=Sampler(program, model, self.policy(program.abstract_state.params)),
+            tokenizer=tokenizer,
+            stop_ids=data.template.stop_ids,
+            judge=judge,
+            length=program.config.data.sequence_length,
+        )
         self.log_probs = InBatches(
             lambda params, tokens: next_token_log_probs(
                 params, tokens, model=model, temperature=config.sampling.temperature
             )[0],
-            program,
+            program.config.data.batch_size,
+            program.mesh,
         )
         self.consumed = 0  # prompts, since the run began
         self.health = Health(config.difference_limit)
@@ -343,57 +261,6 @@ class Rollouts(Feed):
         rollout = join(kept, config)
         timing = {"time/rollout": time.perf_counter() - began - waited, "time/reward": waited}
         return rollout, timing | rollout_metrics(rollout, config)
-
-    def answer(
-        self,
-        params: Any,
-        prompts: Sequence[Prompt],
-        *,
-        group_size: int,
-        sampling: SamplingConfig,
-        keys: jax.Array,
-        check: Callable[[], None],
-    ) -> Answers:
-        """Answers to prompts, group_size to each, and what they are paid."""
-        asked = [prompt for prompt in prompts for _ in range(group_size)]
-        judging = self.judge.judging([prompt.row for prompt in asked])
-        texts = [""] * len(asked)
-
-        def said(numbers: list[int], completions: list[list[int]]) -> None:
-            for i, tokens in zip(numbers, completions, strict=True):
-                texts[i] = self.tokenizer.decode(tokens, from_start=False)
-            judging.add(numbers, [texts[i] for i in numbers])
-
-        completions = self.sampler(
-            params,
-            prompts,
-            group_size=group_size,
-            sampling=sampling,
-            stop_ids=self.data.template.stop_ids,
-            keys=keys,
-            check=check,
-            on_done=said,
-        )
-        began = time.perf_counter()
-        prompt_lengths = np.array([len(prompt.ids) for prompt in asked])
-        lengths = np.array([len(tokens) for tokens in completions.tokens])
-        T = self.program.config.data.sequence_length
-        if (longest := (prompt_lengths + lengths).max()) > T:
-            T = bucket(int(longest))  # answers that are only looked at may be longer than those learnt from
-        tokens = np.full((len(asked), T), self.tokenizer.pad_id, np.int32)
-        for i, (prompt, ids) in enumerate(zip(asked, completions.tokens, strict=True)):
-            tokens[i, : prompt_lengths[i] + lengths[i]] = [*prompt.ids, *ids]
-        scores = judging.result(tokens, prompt_lengths + lengths, check)
-        config = self.program.config.reward
-        truncated = np.array([reason != "stop" for reason in completions.stop_reasons])
-        rewards = scores.total + np.float32(config.missing_stop) * truncated
-        if config.overlong_buffer:
-            limit = sampling.max_new_tokens
-            rewards += np.asarray(overlong_penalty(lengths, limit=limit, buffer=config.overlong_buffer))
-        seconds = time.perf_counter() - began
-        return Answers(
-            completions, texts, tokens, prompt_lengths, lengths, truncated, rewards, scores, seconds
-        )
 
     def rollout(self, prompts: Sequence[Prompt], answers: Answers) -> Rollout:
         """Answers as something to learn from."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments import answers, rollouts, weights
+from experiments import rollout_hooks, rollouts, weights
 from experiments.program import Program
-from experiments.rewards import Judge, RewardModel
+from experiments.rollout_config import RolloutTrainConfig
 from experiments.rollouts import Rollout, Rollouts, difference_metrics, kl_metrics
 from jaxllm.batches import RolloutBatch
 from jaxllm.data.rows import Dataset
@@ -29,7 +29,7 @@ from jaxllm.training.state import TrainState
 
 initial_params = weights.initial_params
 load = rollouts.load_run_prompts
-make_hooks = answers.make_hooks
+make_hooks = rollout_hooks.make_hooks
 tokenizer_text = rollouts.tokenizer_text
 
 ADVANTAGES = ("group", "leave_one_out", "reinforce_plus_plus")
@@ -60,7 +60,7 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
-class Config(rollouts.RolloutTrainConfig):
+class Config(RolloutTrainConfig):
     """A GRPO run."""
 
     objective: ObjectiveConfig
@@ -145,6 +145,6 @@ def advantages(config: Config, rollout: Rollout, kl: np.ndarray) -> Any:
 def make_feed(program: Program, data: Dataset, tokenizer: BaseTokenizer, start: weights.Start) -> Feed:
     """Rollouts, and what their answers are worth."""
     config = program.config
-    model = None if config.reward.model is None else RewardModel(program, tokenizer, data.template)
+    judge = rollouts.make_judge(program, tokenizer, data)
     reference = start.params() if config.objective.kl_coefficient else None
-    return GroupRollouts(program, program.model, data, tokenizer, Judge(config.reward, model), reference)
+    return GroupRollouts(program, program.model, data, tokenizer, judge, reference)

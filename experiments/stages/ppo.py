@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import answers, rollouts, weights
+from experiments import rollout_hooks, rollouts, weights
 from experiments.program import Program
-from experiments.rewards import InBatches, Judge, RewardModel, critic_scale
+from experiments.rewards import InBatches, critic_scale
+from experiments.rollout_config import RolloutTrainConfig
 from experiments.rollouts import Rollout, Rollouts, difference_metrics, kl_metrics
 from jaxllm.batches import RolloutBatch
 from jaxllm.data.rows import Dataset
@@ -30,7 +31,7 @@ from jaxllm.training.feed import Feed
 from jaxllm.training.state import TrainState
 
 load = rollouts.load_run_prompts
-make_hooks = answers.make_hooks
+make_hooks = rollout_hooks.make_hooks
 tokenizer_text = rollouts.tokenizer_text
 
 
@@ -60,7 +61,7 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
-class Config(rollouts.RolloutTrainConfig):
+class Config(RolloutTrainConfig):
     """A PPO run."""
 
     objective: ObjectiveConfig
@@ -155,7 +156,7 @@ class ActorCriticRollouts(Rollouts):
 
     def __init__(self, program: Program, *args: Any):
         super().__init__(program, program.model.policy, *args)
-        self.values = InBatches(program.model.critic.apply, program)
+        self.values = InBatches(program.model.critic.apply, program.config.data.batch_size, program.mesh)
         self.kl_coefficient = program.config.objective.kl_coefficient
 
     def policy(self, params: Any) -> Any:
@@ -223,13 +224,7 @@ class ActorCriticRollouts(Rollouts):
 
 def make_feed(program: Program, data: Dataset, tokenizer: BaseTokenizer, start: weights.Start) -> Feed:
     """Rollouts, and what their answers are worth."""
-    config = program.config
-    model = None
-    if config.reward.model is not None:
-        if start.parent is None:
-            raise ConfigError(
-                "--init_from=RUN is missing: PPO begins with a model that answers, such as SFT's"
-            )
-        model = RewardModel(program, tokenizer, data.template)
-    reference = start.params()["policy"]
-    return ActorCriticRollouts(program, data, tokenizer, Judge(config.reward, model), reference)
+    if program.config.reward.model is not None and start.parent is None:
+        raise ConfigError("--init_from=RUN is missing: PPO begins with a model that answers, such as SFT's")
+    judge = rollouts.make_judge(program, tokenizer, data)
+    return ActorCriticRollouts(program, data, tokenizer, judge, start.params()["policy"])
