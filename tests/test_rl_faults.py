@@ -1,0 +1,237 @@
+"""Reinforcement learning where something is wrong: rewards, prompts, answers, signals."""
+
+import os
+import signal
+
+import pytest
+from rl_runs import arrays_of, make_config, make_policy, rows_of, run
+
+from experiments import rollouts
+from jaxllm.errors import ConfigError, DataError, Stopped
+
+REWARDS = '''
+import os, signal, time
+
+calls = 0
+
+def once(name):
+    """Whether this is the first time, in any process."""
+    try:
+        os.close(os.open(f"{__file__}.{name}", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+def hangs(example, completion):
+    if once("hung"):
+        time.sleep(60)
+    return 1.0
+
+def raises(example, completion):
+    raise ValueError("no such luck")
+
+def not_a_number(example, completion):
+    return float("nan")
+
+def text(example, completion):
+    return "1.0"
+
+def nothing(example, completion):
+    return None
+
+def two(example, completion):
+    return [1.0, 2.0]
+
+def one(example, completion):
+    return 1.0
+
+def stops_the_run(example, completion):
+    """Asks the run to stop, in the 24th call, and does not come back."""
+    global calls
+    calls += 1
+    if calls == 24 and once("stopped"):
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
+    return len(completion)
+'''
+NO_STOP = {"stop_ids": ()}
+QUIET = {"training__evaluate_every": 0, "training__checkpoint_every": 0, "training__evaluate_at_start": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Rows, and a policy that answers."""
+    folder = tmp_path_factory.mktemp("faults")
+    make_policy(folder)
+    return folder
+
+
+@pytest.fixture
+def rewards(tmp_path):
+    """A file of rewards that do what they should not."""
+    file = tmp_path / "faulty.py"
+    file.write_text(REWARDS)
+    return file
+
+
+def configure(folder, functions, stage="grpo", **changes):
+    usual = {"data__train": folder / "prompts.jsonl", "reward__functions": functions}
+    if stage == "ppo":
+        usual |= {"reward__model": None, "reward__weights": 1.0, "rollout__group_size": 1}
+        usual |= {"rollout__prompts": 16, "objective__critic_warmup": 0}
+    return make_config(stage, **(usual | changes))
+
+
+def learn(folder, workdir, *args, **changes):
+    return run(configure(folder, *args, **changes), workdir, init_from=folder / "policy")
+
+
+# Rewards
+
+
+def test_a_reward_that_fails_is_counted_and_paid_the_default(folder, rewards, tmp_path):
+    names = ("hangs", "raises", "not_a_number", "text", "nothing")
+    changes = {"reward__functions": ",".join(f"{rewards}:{name}" for name in names)}
+    changes |= {"reward__weights": "1,1,10,100,1000", "reward__default": -2.0, "reward__time_limit": 0.5}
+    rows = rows_of(learn(folder, tmp_path / "r", None, **changes, **QUIET, training__steps=4))
+    for step, timeouts in ((2, 1), (4, 0)):
+        row = rows[step]
+        assert row["reward/timeouts"] == timeouts
+        assert row["reward/errors"] == 3 * 16
+        hung = (16 - 3 * timeouts) / 16  # one of sixteen is paid -2 in place of 1
+        assert row["reward/hangs"] == pytest.approx(hung)
+        assert row["reward/raises"] == row["reward/not_a_number"] == row["reward/text"] == -2
+        assert row["reward/nothing"] is None  # it has nothing to say, which is no error
+        assert row["reward/mean"] == pytest.approx(hung - 2 * 111)
+
+
+def test_an_answer_that_no_reward_judges_is_paid_the_default(folder, rewards, tmp_path):
+    changes = QUIET | {"reward__default": -2.0, "training__steps": 2}
+    row = rows_of(learn(folder, tmp_path / "r", f"{rewards}:nothing", **changes))[2]
+    assert row["reward/mean"] == -2
+    assert row["reward/errors"] == 16
+
+
+def test_a_reward_with_several_values_ends_the_run_and_is_named(folder, rewards, tmp_path):
+    with pytest.raises(ConfigError, match=r"faulty.py:two': returned a list of 2 values, must be one number"):
+        learn(folder, tmp_path / "r", f"{rewards}:two", **QUIET)
+
+
+def test_a_reward_file_that_cannot_be_read_is_refused_before_anything_is_compiled(folder, tmp_path, capsys):
+    (tmp_path / "broken.py").write_text("def reward(example, completion):\n    return (\n")
+    with pytest.raises(ConfigError, match=r"broken.py:2: SyntaxError: '\(' was never closed$"):
+        learn(folder, tmp_path / "r", f"{tmp_path}/broken.py:reward")
+    assert "compiling" not in capsys.readouterr().out
+
+
+# Prompts
+
+
+def test_a_prompt_that_leaves_no_room_is_left_out_and_counted(folder, rewards, tmp_path, capsys):
+    (tmp_path / "some.jsonl").write_text(
+        (folder / "prompts.jsonl").read_text() + f'{{"prompt": "{"word " * 40}", "answer": "0"}}\n'
+    )
+    changes = QUIET | {"data__train": tmp_path / "some.jsonl", "training__steps": 2}
+    learn(folder, tmp_path / "r", f"{rewards}:one", **changes)
+    report = capsys.readouterr().out
+    assert "61 rows read, 60 kept" in report
+    assert "1 dropped (1 prompt that leaves no room for max_new_tokens)" in report
+
+
+def test_no_prompt_that_leaves_room_is_an_error_of_one_line(folder, rewards, tmp_path):
+    changes = {"data__sequence_length": 8, "rollout__sampling__max_new_tokens": 6}
+    with pytest.raises(
+        DataError, match=r"no row that can be used: .*\(60 prompt that leaves no room"
+    ) as raised:
+        learn(folder, tmp_path / "r", f"{rewards}:one", **changes)
+    assert "\n" not in str(raised.value)
+
+
+# Answers
+
+
+def test_one_answer_a_prompt_is_enough_for_reinforce_plus_plus(folder, rewards, tmp_path):
+    changes = {"rollout__group_size": 1, "rollout__prompts": 16, "training__steps": 2}
+    changes |= QUIET | {"objective__advantage": "reinforce_plus_plus"}
+    row = rows_of(learn(folder, tmp_path / "r", f"{folder}/mine.py:vowels", **changes))[2]
+    assert row["train/grad_norm"] > 0
+    assert "reward/zero_std_fraction" not in row
+
+
+def test_equal_rewards_teach_nothing_and_it_is_said(folder, rewards, tmp_path, capsys):
+    row = rows_of(learn(folder, tmp_path / "r", f"{rewards}:one", **QUIET, training__steps=2))[2]
+    assert row["reward/zero_std_fraction"] == 1
+    assert row["train/grad_norm"] == row["train/loss"] == 0
+    assert arrays_of(tmp_path / "r", "params/") == arrays_of(folder / "policy", "params/")
+    assert "step 2: 100% of the groups have equal rewards" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_masked_answers_that_did_not_end_teach_nothing_and_it_is_said(
+    folder, tmp_path, capsys, monkeypatch, stage
+):
+    collect = rollouts.collect
+    monkeypatch.setattr(rollouts, "collect", lambda *args, **options: collect(*args, **options | NO_STOP))
+    changes = QUIET | {"rollout__mask_truncated": True, "training__steps": 4}
+    row = rows_of(learn(folder, tmp_path / "r", f"{folder}/mine.py:vowels", stage, **changes))[4]
+    assert row["completion/truncated_fraction"] == 1
+    assert row["train/skipped_steps"] == row["train/grad_norm"] == row["train/loss"] == 0
+    prefix = "params/policy/" if stage == "ppo" else "params/"
+    assert arrays_of(tmp_path / "r", prefix) == arrays_of(folder / "policy", "params/")
+    assert capsys.readouterr().out.count("100% of the answers did not end") == 1
+
+
+# Signals
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    """A run that nobody asks to stop."""
+    rewards = tmp_path_factory.mktemp("rewards") / "faulty.py"
+    rewards.write_text(REWARDS)
+    rewards.with_name("faulty.py.stopped").touch()
+    return learn(folder, rewards.with_name("whole"), f"{rewards}:stops_the_run")
+
+
+def assert_same(workdir, expected):
+    assert rows_of(workdir) == rows_of(expected)
+    assert arrays_of(workdir) == arrays_of(expected)
+    for file in expected.glob("evals/*"):
+        assert (workdir / "evals" / file.name).read_text() == file.read_text()
+
+
+def test_asked_to_stop_while_a_reward_hangs_it_goes_on_as_if_nothing_had_been(
+    folder, rewards, tmp_path, undisturbed
+):
+    changes = {"reward__time_limit": 60.0}
+    with pytest.raises(Stopped) as raised:
+        learn(folder, tmp_path / "r", f"{rewards}:stops_the_run", **changes)
+    assert raised.value.exit_code == 75
+    assert rewards.with_name("faulty.py.stopped").exists()
+    assert_same(learn(folder, tmp_path / "r", f"{rewards}:stops_the_run", **changes), undisturbed)
+
+
+@pytest.mark.parametrize(
+    "call", [1, 2, 3, 4], ids=["evaluation at the start", "first rollout", "second rollout", "evaluation"]
+)
+def test_asked_to_stop_while_decoding_it_goes_on_as_if_nothing_had_been(
+    folder, rewards, tmp_path, undisturbed, monkeypatch, call
+):
+    calls, collect = [], rollouts.collect
+
+    def interrupted(*args, check, **options):
+        calls.append(check)
+
+        def check_late():
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            check()
+
+        return collect(*args, check=check_late, **options)
+
+    monkeypatch.setattr(rollouts, "collect", interrupted)
+    rewards.with_name("faulty.py.stopped").touch()
+    with pytest.raises(Stopped):
+        learn(folder, tmp_path / "r", f"{rewards}:stops_the_run")
+    assert len(calls) == call
+    assert_same(learn(folder, tmp_path / "r", f"{rewards}:stops_the_run"), undisturbed)
