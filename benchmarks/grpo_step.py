@@ -1,0 +1,337 @@
+"""Whole GRPO steps, and where their time goes, beside TRL's GRPOTrainer on the same machine and model.
+
+    python benchmarks/grpo_step.py [--config=FILE] [--steps=5] [--peer] [--lengths geometric equal]
+
+Our steps are those of `experiments/train.py`: its rollouts, its process of rewards, its compiled train step.
+Both have random weights in the same shape, float32, prompts of random tokens, AdamW, no reference model and
+one update a rollout. `equal`: nobody can stop, and every answer is as long as it may be. `geometric`: a share
+of the vocabulary stops an answer, so that the mean length is a quarter of the longest. The contestants take
+turns; figures are medians over the steps, and the ratio is the median of the turns' ratios. The last line is
+`generate` by itself in batches of --rows, as in benchmarks/rollout.py.
+
+What a peer's phase holds: rollout, tokens in and out and their texts; reward, its function; score, all else
+that comes before the gradient (we find old log-probs here, TRL leaves them out where they are the new ones).
+
+What stands in the way of a fair comparison with TRL:
+- prompts must be texts of a data set: ours to it are words of a word-level tokenizer, one token each;
+- it wants an EOS: it gets one that the model has no logit for, and what stops an answer is in the
+  generation config of the model, all of which TRL minds;
+- it checkpoints gradients, computes in bfloat16, saves and logs unless told otherwise: it is told otherwise;
+- its trainer owns the loop: a callback at the end of its steps is where everybody else takes turns;
+- answers wander off while it learns: the learning rate is so small that lengths stay as they are.
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.peers import even_words, llama_config
+from benchmarks.rollout import our_runs
+from configs import grpo_problems
+from experiments.program import Program
+from experiments.stages import grpo
+from experiments.weights import Start
+from jaxllm.config import load_config, parse
+from jaxllm.data.prompts import Prompts
+from jaxllm.data.rows import Dataset, Example
+from jaxllm.data.tokenizer import BaseTokenizer
+from jaxllm.training.metrics import to_scalars
+
+PHASES = ("rollout", "score", "reward", "update")
+WARM_UP = 2  # steps: the second meets the shapes that the first, by chance, did not
+LEARNING_RATE = 1e-7
+REWARD = Path(__file__).with_name("peers.py")
+
+
+class Step(NamedTuple):
+    """What one turn took."""
+
+    seconds: float
+    cpu_seconds: float
+    tokens: int  # said
+    phases: dict[str, float]  # seconds, by PHASES
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second of the rollout."""
+        return self.tokens / self.phases["rollout"]
+
+
+class Words(BaseTokenizer):
+    """Token i is the word wi."""
+
+    pad_id = 0
+
+    def __init__(self, vocab_size: int):
+        self.pieces = [f" w{i}" for i in range(vocab_size)]
+        self.token_bytes = [piece.encode() for piece in self.pieces]
+
+
+def make_config(flags: argparse.Namespace) -> grpo.Config:
+    """GRPO as configs/grpo_problems.py has it, in this size."""
+    config = grpo_problems.get_config()
+    config.model = load_config(str(flags.config)).model
+    config.optimizer.learning_rate = LEARNING_RATE
+    config.optimizer.warmup_steps = 0
+    config.training.num_microbatches = flags.microbatches
+    config.data.sequence_length = flags.prompt + flags.new
+    config.data.batch_size = flags.prompts * flags.group
+    config.rollout.prompts, config.rollout.group_size = flags.prompts, flags.group
+    config.rollout.max_rows = flags.rows
+    config.rollout.sampling.max_new_tokens = flags.new
+    config.reward.functions = (f"{REWARD}:{even_words.__name__}",)
+    return parse(grpo.Config, config)
+
+
+def our_steps(
+    program: Program, train_step: Callable[..., Any], prompts: np.ndarray, stop_ids: tuple[int, ...]
+) -> Iterator[Step]:
+    """Step after step, as the training loop takes them."""
+    rows = [Example((ids,), (np.zeros(len(ids), bool),), "", "prompt", row={}) for ids in prompts]
+    data = Dataset((Prompts(rows),), (), (), "", "", template=SimpleNamespace(stop_ids=stop_ids))
+    state = program.fresh_state()
+    start = Start(None, "", lambda: state.params)
+    with closing(grpo.make_feed(program, data, Words(program.config.model.vocab_size), start)) as feed:
+        batches = feed.batches(state, lambda: None)
+        for step in count(1):
+            began, cpu_began = time.perf_counter(), time.process_time()
+            state, metrics = train_step(state, next(batches))
+            feed.observe(state)
+            row = feed.complete(step, to_scalars(metrics, "train"))
+            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+            tokens = round(row["completion/mean_length"] * program.config.rollout.rows)
+            yield Step(seconds, cpu_seconds, tokens, {name: row[f"time/{name}"] for name in PHASES})
+
+
+def generate_alone(
+    config: grpo.Config, prompts: np.ndarray, stop_ids: tuple[int, ...]
+) -> Callable[[], float]:
+    """Says as many answers and does nothing else: tokens a second."""
+    rollout = config.rollout
+    runs = our_runs(config.model, rollout.group_size, rollout.max_rows, rollout.sampling.max_new_tokens)
+    asked = prompts[: rollout.prompts].tolist()
+
+    def run() -> float:
+        began = time.perf_counter()
+        return runs["generate, static batches"](asked, stop_ids) / (time.perf_counter() - began)
+
+    return run
+
+
+def run_trl(
+    config: grpo.Config,
+    prompts: np.ndarray,
+    stop_ids: tuple[int, ...],
+    *,
+    steps: int,
+    after_step: Callable[[Step], None],
+) -> None:
+    """Train by TRL, whose every step `after_step` is told of."""
+    from datasets import Dataset as TextDataset
+    from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback
+    from transformers.utils import logging
+    from trl import GRPOTrainer
+
+    took: dict[str, float] = {}
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        took[name] = time.perf_counter() - began
+
+    class Timed(GRPOTrainer):
+        def _generate(self, prompts: list[str]) -> Any:
+            with timed("rollout"):
+                said = super()._generate(prompts)
+            took["tokens"] = sum(map(len, said[1]))
+            return said
+
+        def _calculate_rewards(self, *arguments: Any) -> Any:
+            with timed("reward"):
+                return super()._calculate_rewards(*arguments)
+
+        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+            with timed("before the update"):
+                return super()._generate_and_score_completions(inputs)
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began, self.cpu_began = time.perf_counter(), time.process_time()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds, cpu_seconds = time.perf_counter() - self.began, time.process_time() - self.cpu_began
+            took["score"] = took["before the update"] - took["rollout"] - took["reward"]
+            took["update"] = seconds - took["before the update"]
+            after_step(Step(seconds, cpu_seconds, took["tokens"], {name: took[name] for name in PHASES}))
+
+    logging.set_verbosity_error()
+    llama = LlamaForCausalLM(llama_config(config.model))
+    llama.generation_config.eos_token_id = list(stop_ids) or None
+    texts = [" ".join(f"w{i}" for i in ids) for ids in prompts]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
+        trainer = Timed(
+            llama,
+            reward_funcs=lambda completions, **_: [even_words({}, text) for text in completions],
+            args=trl_arguments(config, folder, steps),
+            train_dataset=TextDataset.from_dict({"prompt": texts}),
+            processing_class=trl_tokenizer(config.model.vocab_size),
+            callbacks=[Turns()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def trl_arguments(config: grpo.Config, folder: str, steps: int) -> Any:
+    """Our config in TRL's words."""
+    from trl import GRPOConfig
+
+    rollout, optimizer, pieces = config.rollout, config.optimizer, config.training.num_microbatches
+    return GRPOConfig(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=rollout.rows // pieces,
+        gradient_accumulation_steps=pieces,
+        num_generations=rollout.group_size,
+        max_completion_length=rollout.sampling.max_new_tokens,
+        temperature=rollout.sampling.temperature,
+        top_k=0,
+        beta=config.objective.kl_coefficient,
+        loss_type=config.objective.variant,
+        epsilon=config.objective.clip_low,
+        scale_rewards=config.objective.advantage_scale,
+        learning_rate=optimizer.learning_rate,
+        lr_scheduler_type=optimizer.schedule,
+        adam_beta2=optimizer.beta2,
+        max_grad_norm=optimizer.clip_norm,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=jax.default_backend() == "cpu",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def trl_tokenizer(vocab_size: int) -> Any:
+    """Our Words, and an EOS beyond them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(vocab_size)} | {"<end>": vocab_size}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="w0")
+
+
+def compare(
+    program: Program, train_step: Callable[..., Any], flags: argparse.Namespace, stop_ids: tuple[int, ...]
+) -> None:
+    """All contestants in turn, and their table."""
+    config = program.config
+    compilations: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compilations.append(event) if "backend_compile" in event else None
+    )
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, config.model.vocab_size, (16 * flags.prompts, flags.prompt))
+    alone = generate_alone(config, prompts, stop_ids)
+    turns: dict[str, list[Step]] = {"jaxllm": []}
+    rates_alone: list[float] = []
+    with closing(our_steps(program, train_step, prompts, stop_ids)) as ours:
+
+        def take_turns() -> None:
+            if len(rates_alone) == WARM_UP:
+                compilations.clear()
+            turns["jaxllm"].append(next(ours))
+            rates_alone.append(alone())
+
+        def after_trl(step: Step) -> None:
+            turns.setdefault("TRL", []).append(step)
+            take_turns()
+
+        total = WARM_UP + flags.steps
+        if flags.peer:
+            run_trl(config, prompts, stop_ids, steps=total, after_step=after_trl)
+        else:
+            for _ in range(total):
+                take_turns()
+    report(turns)
+    shares = [step.rate / rate for step, rate in zip(turns["jaxllm"], rates_alone, strict=True)]
+    print(
+        f"  generate alone {statistics.median(rates_alone[WARM_UP:]):,.0f} tokens/s, of which the rollout "
+        f"reaches {statistics.median(shares[WARM_UP:]):.0%}"
+    )
+    print(f"  {len(compilations)} programs were compiled after the warm-up", flush=True)
+
+
+def report(turns: dict[str, list[Step]]) -> None:
+    """A line a contestant, and what ours is to the others."""
+    print(f"  {'':8s} {'s/step':>7s} {'tokens/s':>9s}" + "".join(f"{name:>9s}" for name in PHASES))
+    timed = {name: steps[WARM_UP:] for name, steps in turns.items()}
+    for name, steps in timed.items():
+        seconds, rate = (statistics.median(getattr(s, field) for s in steps) for field in ("seconds", "rate"))
+        shares = [statistics.median(s.phases[phase] / s.seconds for s in steps) for phase in PHASES]
+        first = " and ".join(f"{step.seconds:.1f}" for step in turns[name][:WARM_UP])
+        print(
+            f"  {name:8s} {seconds:7.2f} {rate:9,.0f}"
+            + "".join(f"{share:9.1%}" for share in shares)
+            + f"   (first steps {first} s)"
+        )
+    if "TRL" in timed:
+        pairs = [
+            (theirs.seconds / our.seconds, theirs.cpu_seconds / our.cpu_seconds, our.rate / theirs.rate)
+            for our, theirs in zip(timed["jaxllm"], timed["TRL"], strict=True)
+        ]
+        step, cpu, rollout = map(statistics.median, zip(*pairs, strict=True))
+        print(
+            f"  jaxllm is {step:.2f}x as fast, {cpu:.2f}x by CPU time; its rollout is {rollout:.2f}x as fast"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", default=Path(__file__).with_name("model_s.py"), help="its model is used")
+    parser.add_argument("--steps", type=int, default=5, help="timed ones, of each contestant")
+    parser.add_argument("--peer", action="store_true", help="TRL too")
+    parser.add_argument(
+        "--lengths", nargs="+", choices=["equal", "geometric"], default=["equal", "geometric"]
+    )
+    parser.add_argument("--prompts", type=int, default=8, help="a step")
+    parser.add_argument("--group", type=int, default=8, help="completions a prompt")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--new", type=int, default=128, help="tokens, at most")
+    parser.add_argument("--rows", type=int, default=64, help="rows we decode at a time; TRL decodes all")
+    parser.add_argument("--microbatches", type=int, default=8, help="pieces of an update")
+    flags = parser.parse_args()
+    program = Program(make_config(flags))
+    began = time.perf_counter()
+    train_step = program.compile()
+    print(f"{program.describe()}\ntrain step compiled in {time.perf_counter() - began:.1f} s", flush=True)
+    with jax.set_mesh(program.mesh):
+        for lengths in flags.lengths:
+            stops = 4 * program.config.model.vocab_size // flags.new if lengths == "geometric" else 0
+            print(f"{lengths} lengths, {flags.prompts} x {flags.group}, {flags.prompt} + {flags.new} tokens")
+            compare(program, train_step, flags, tuple(range(stops)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"peak memory of this process, all contestants: {peak:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
