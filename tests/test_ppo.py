@@ -196,6 +196,14 @@ def test_a_checkpoint_is_its_policy_for_others(folder, whole, tmp_path):
     assert arrays_of(tmp_path / "grpo", "params/") == policy
 
 
+def test_a_mesh_measures_the_same(folder, whole, tmp_path):
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    config = configure(folder, **mesh, training__steps=2)
+    rows = rows_of(run(config, tmp_path / "mesh", init_from=folder / "policy", devices=8))
+    for name, expected in rows_of(whole)[2].items():
+        assert rows[2][name] == pytest.approx(expected, rel=1e-3, abs=1e-5), name
+
+
 # Refusals
 
 
