@@ -22,6 +22,7 @@ What stands in the way of a fair comparison with TRL:
 """
 
 import argparse
+import operator
 import resource
 import statistics
 import sys
@@ -53,7 +54,6 @@ from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.training.metrics import to_scalars
 
 PHASES = ("rollout", "score", "reward", "update")
-WARM_UP = 2  # steps: the second meets the shapes that the first, by chance, did not
 LEARNING_RATE = 1e-7
 REWARD = Path(__file__).with_name("peers.py")
 
@@ -247,48 +247,48 @@ def compare(
     config = program.config
     compilations: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compilations.append(event) if "backend_compile" in event else None
+        lambda event, seconds, fun_name="", **_: (
+            compilations.append(fun_name) if "backend_compile" in event else None
+        )
     )
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, config.model.vocab_size, (16 * flags.prompts, flags.prompt))
-    alone = generate_alone(config, prompts, stop_ids)
+    say_as_much = generate_alone(config, prompts, stop_ids)
     turns: dict[str, list[Step]] = {"jaxllm": []}
     rates_alone: list[float] = []
-    with closing(our_steps(program, train_step, prompts, stop_ids)) as ours:
+    with closing(our_steps(program, train_step, prompts, stop_ids)) as steps:
 
         def take_turns() -> None:
-            if len(rates_alone) == WARM_UP:
+            if len(rates_alone) == flags.warm_up:
                 compilations.clear()
-            turns["jaxllm"].append(next(ours))
-            rates_alone.append(alone())
+            turns["jaxllm"].append(next(steps))
+            rates_alone.append(say_as_much())
 
         def after_trl(step: Step) -> None:
             turns.setdefault("TRL", []).append(step)
             take_turns()
 
-        total = WARM_UP + flags.steps
+        total = flags.warm_up + flags.steps
         if flags.peer:
             run_trl(config, prompts, stop_ids, steps=total, after_step=after_trl)
         else:
             for _ in range(total):
                 take_turns()
-    report(turns)
-    shares = [step.rate / rate for step, rate in zip(turns["jaxllm"], rates_alone, strict=True)]
-    print(
-        f"  generate alone {statistics.median(rates_alone[WARM_UP:]):,.0f} tokens/s, of which the rollout "
-        f"reaches {statistics.median(shares[WARM_UP:]):.0%}"
-    )
-    print(f"  {len(compilations)} programs were compiled after the warm-up", flush=True)
+    report(turns, flags.warm_up)
+    ours, alone = [step.rate for step in turns["jaxllm"][flags.warm_up :]], rates_alone[flags.warm_up :]
+    share = statistics.median(map(operator.truediv, ours, alone))
+    print(f"  generate alone {statistics.median(alone):,.0f} tokens/s, our rollout reaches {share:.0%} of it")
+    print(f"  {len(compilations)} programs were compiled after the warm-up {compilations or ''}", flush=True)
 
 
-def report(turns: dict[str, list[Step]]) -> None:
+def report(turns: dict[str, list[Step]], warm_up: int) -> None:
     """A line a contestant, and what ours is to the others."""
     print(f"  {'':8s} {'s/step':>7s} {'tokens/s':>9s}" + "".join(f"{name:>9s}" for name in PHASES))
-    timed = {name: steps[WARM_UP:] for name, steps in turns.items()}
+    timed = {name: steps[warm_up:] for name, steps in turns.items()}
     for name, steps in timed.items():
         seconds, rate = (statistics.median(getattr(s, field) for s in steps) for field in ("seconds", "rate"))
         shares = [statistics.median(s.phases[phase] / s.seconds for s in steps) for phase in PHASES]
-        first = " and ".join(f"{step.seconds:.1f}" for step in turns[name][:WARM_UP])
+        first = " and ".join(f"{step.seconds:.1f}" for step in turns[name][:warm_up])
         print(
             f"  {name:8s} {seconds:7.2f} {rate:9,.0f}"
             + "".join(f"{share:9.1%}" for share in shares)
@@ -309,6 +309,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", default=Path(__file__).with_name("model_s.py"), help="its model is used")
     parser.add_argument("--steps", type=int, default=5, help="timed ones, of each contestant")
+    parser.add_argument(
+        "--warm_up", type=int, default=2, help="steps before; lengths meet new shapes by chance"
+    )
     parser.add_argument("--peer", action="store_true", help="TRL too")
     parser.add_argument(
         "--lengths", nargs="+", choices=["equal", "geometric"], default=["equal", "geometric"]
