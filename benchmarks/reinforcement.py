@@ -132,7 +132,7 @@ def reason(folder: Path, worked: dict[str, object], asked: dict[str, object], se
             )
             rise, errors = after - before, (after - before) / math.hypot(error, error_after)
             lines.append(
-                f"seed {seed}, {kind:7}: pass@1 {before:.3f} ± {error:.3f} to {after:.3f} ± {error_after:.3f}, "
+                f"seed {seed}, {kind:7}: {before:.3f} ± {error:.3f} to {after:.3f} ± {error_after:.3f}, "
                 f"{100 * rise:+.1f} points = {errors:.1f} standard errors; {seconds:.0f} s"
             )
     print("\n".join(lines))

@@ -23,6 +23,7 @@ class RolloutConfig:
     refills: int  # times groups whose rewards are all equal are replaced by other prompts' (DAPO)
     dtype: str | None  # the sampler computes in, such as "bfloat16"; None: model.compute_dtype
     gather: bool  # copy the weights whole to every device before decoding (tensor-parallel parts excepted)
+    rescore: bool  # recompute the sampler's log-probs before updating; without, take them as they are
     importance: str | None  # "token" or "sequence": weigh the loss by policy / sampler; None: not
     importance_limit: float  # at most
     difference_limit: float  # nats a token between sampler and trainer, above which the run warns
@@ -42,6 +43,11 @@ class RolloutConfig:
             raise ConfigError("rollout.sampling.temperature=0: a greedy policy does not explore; use 1.0")
         if self.importance not in (None, "token", "sequence"):
             raise ConfigError(f"rollout.importance={self.importance!r}: choose token, sequence or none")
+        if self.importance and not self.rescore:
+            raise ConfigError(
+                "rollout.importance compares the sampler's log-probs with recomputed ones: it needs "
+                "rollout.rescore=true (without, the loss's ratio itself is policy / sampler)"
+            )
         if self.dtype not in (None, "float32", "bfloat16"):
             raise ConfigError(f"rollout.dtype={self.dtype!r}: choose float32, bfloat16 or none")
 

@@ -284,6 +284,17 @@ class Rollouts(Feed):
             decode_steps=answers.said.steps,
         )
 
+    def old_log_probs(self, params: Any, rollout: Rollout) -> tuple[np.ndarray, dict[str, float]]:
+        """The policy's log-probs [N, T] before it learns from a rollout; how far off the sampler's were."""
+        if not self.config.rescore:
+            return rollout.sampler_log_probs, {}
+        found = self.log_probs(params, rollout.tokens)
+        gaps = np.abs(found - rollout.sampler_log_probs)[rollout.mask]
+        return found, {
+            "sampler/log_prob_difference_mean": float(gaps.mean()) if gaps.size else 0.0,
+            "sampler/log_prob_difference_max": float(gaps.max()) if gaps.size else 0.0,
+        }
+
     def kl(self, old_log_probs: np.ndarray, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
         """The reference's log-probs and the k1 estimate of the KL to it of each token, [N, T] both."""
         ref_log_probs = self.log_probs(self.reference, rollout.tokens)
@@ -353,15 +364,6 @@ def rollout_metrics(rollout: Rollout, config: RolloutConfig) -> dict[str, float]
     for name, values in rollout.scores.by_name.items():
         row[f"reward/{name}"] = float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
     return row | {name: float(count) for name, count in rollout.scores.counters.items()}
-
-
-def difference_metrics(rollout: Rollout, old_log_probs: np.ndarray) -> dict[str, float]:
-    """How far trainer and sampler are apart on what was said, nats a token."""
-    gaps = np.abs(old_log_probs - rollout.sampler_log_probs)[rollout.mask]
-    return {
-        "sampler/log_prob_difference_mean": float(gaps.mean()) if gaps.size else 0.0,
-        "sampler/log_prob_difference_max": float(gaps.max()) if gaps.size else 0.0,
-    }
 
 
 def kl_metrics(kl: np.ndarray, mask: np.ndarray) -> dict[str, float]:

@@ -10,7 +10,7 @@ import numpy as np
 from experiments import rollout_hooks, rollouts, weights
 from experiments.program import Program
 from experiments.rollout_config import RolloutTrainConfig
-from experiments.rollouts import Rollout, Rollouts, difference_metrics, kl_metrics
+from experiments.rollouts import Rollout, Rollouts, kl_metrics
 from jaxllm.batches import RolloutBatch
 from jaxllm.data.rows import Dataset
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -106,8 +106,7 @@ class GroupRollouts(Rollouts):
 
     def worth(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, dict[str, float]]:
         config = self.program.config
-        old_log_probs = self.log_probs(state.params, rollout.tokens)
-        row = difference_metrics(rollout, old_log_probs)
+        old_log_probs, row = self.old_log_probs(state.params, rollout)
         ref_log_probs, kl = None, np.zeros_like(old_log_probs)
         if self.reference is not None:
             ref_log_probs, kl = self.kl(old_log_probs, rollout)

@@ -13,7 +13,7 @@ from experiments import rollout_hooks, rollouts, weights
 from experiments.program import Program
 from experiments.rewards import InBatches, critic_scale
 from experiments.rollout_config import RolloutTrainConfig
-from experiments.rollouts import Rollout, Rollouts, difference_metrics, kl_metrics
+from experiments.rollouts import Rollout, Rollouts, kl_metrics
 from jaxllm.batches import RolloutBatch
 from jaxllm.data.rows import Dataset
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -181,7 +181,7 @@ class ActorCriticRollouts(Rollouts):
 
     def worth(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, dict[str, float]]:
         knobs = self.program.config.objective
-        old_log_probs = self.log_probs(state.params["policy"], rollout.tokens)
+        old_log_probs, row = self.old_log_probs(state.params["policy"], rollout)
         values = self.values(state.params["critic"], rollout.tokens)
         _, kl = self.kl(old_log_probs, rollout)
         advantages, returns = jax.device_get(
@@ -196,8 +196,7 @@ class ActorCriticRollouts(Rollouts):
                 whitened=knobs.whiten,
             )
         )
-        row = difference_metrics(rollout, old_log_probs) | kl_metrics(kl, rollout.mask)
-        row["kl/coefficient"] = self.kl_coefficient
+        row |= kl_metrics(kl, rollout.mask) | {"kl/coefficient": self.kl_coefficient}
         if int(state.step) < knobs.critic_warmup * self.config.steps:
             advantages = np.zeros_like(advantages)  # no gradient for the policy, not even Adam's moments
         elif knobs.kl_target is not None:

@@ -45,7 +45,7 @@ class Health:
                 f"{share:.0%} of the answers did not end: raise rollout.sampling.max_new_tokens (and "
                 f"data.sequence_length), or lower reward.missing_stop to teach ending",
             )
-        if (gap := row["sampler/log_prob_difference_mean"]) > self.difference_limit:
+        if (gap := row.get("sampler/log_prob_difference_mean", 0.0)) > self.difference_limit:
             yield (
                 "difference",
                 f"sampler and trainer disagree by {gap:.2g} nats a token, over rollout.difference_limit="
