@@ -6,11 +6,13 @@ Our steps are those of `experiments/train.py`: its rollouts, its process of rewa
 Both have random weights in the same shape, float32, prompts of random tokens, AdamW, no reference model and
 one update a rollout. `equal`: nobody can stop, and every answer is as long as it may be. `geometric`: a share
 of the vocabulary stops an answer, so that the mean length is a quarter of the longest. The contestants take
-turns; figures are medians over the steps, and the ratio is the median of the turns' ratios. The last line is
-`generate` by itself in batches of --rows, as in benchmarks/rollout.py.
+turns; figures are medians over the steps, and the ratio is the median of the turns' ratios. `generate alone`
+says as much in static batches of --rows, as in benchmarks/rollout.py.
 
-What a peer's phase holds: rollout, tokens in and out and their texts; reward, its function; score, all else
-that comes before the gradient (we find old log-probs here, TRL leaves them out where they are the new ones).
+Phases: rollout, from prompts to the texts of answers; reward, what is waited for when all is said; score, all
+else before the gradient (we find the old log-probs here, TRL leaves them out where they equal the new ones).
+Torch's threads spin while they wait for one another: where others use the machine, pin all to one core
+(taskset -c 0), or TRL looks many times slower than it is.
 
 What stands in the way of a fair comparison with TRL:
 - prompts must be texts of a data set: ours to it are words of a word-level tokenizer, one token each;
