@@ -10,7 +10,8 @@ turns; figures are medians over the steps, and the ratio is the median of the tu
 says as much in static batches of --rows, as in benchmarks/rollout.py.
 
 Phases: rollout, from prompts to the texts of answers; reward, what is waited for when all is said; score, all
-else before the gradient (we find the old log-probs here, TRL leaves them out where they equal the new ones).
+else before the gradient. There we find the old log-probs, which TRL leaves out where they equal the new ones;
+--no-rescore leaves them out too, and takes the sampler's.
 Torch's threads spin while they wait for one another: where others use the machine, pin all to one core
 (taskset -c 0), or TRL looks many times slower than it is.
 
@@ -95,6 +96,7 @@ def make_config(flags: argparse.Namespace) -> grpo.Config:
     config.data.batch_size = flags.prompts * flags.group
     config.rollout.prompts, config.rollout.group_size = flags.prompts, flags.group
     config.rollout.max_rows = flags.rows
+    config.rollout.rescore = flags.rescore
     config.rollout.sampling.max_new_tokens = flags.new
     config.reward.functions = (f"{REWARD}:{even_words.__name__}",)
     return parse(grpo.Config, config)
@@ -324,6 +326,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens, at most")
     parser.add_argument("--rows", type=int, default=64, help="rows we decode at a time; TRL decodes all")
     parser.add_argument("--microbatches", type=int, default=8, help="pieces of an update")
+    parser.add_argument(
+        "--rescore", action=argparse.BooleanOptionalAction, default=True, help="rollout.rescore"
+    )
     flags = parser.parse_args()
     program = Program(make_config(flags))
     began = time.perf_counter()
