@@ -81,6 +81,11 @@ class Program:
         return math.prod(self.stage.batch_shapes(self.config).tokens.shape)
 
     @property
+    def rows_at_a_time(self) -> int:
+        """Rows that are computed together, over all devices: a micro-batch."""
+        return self.config.data.batch_size // self.config.training.num_microbatches
+
+    @property
     def models(self) -> list[Any]:
         """The parameters of each model that is trained: one, but for an actor with its critic."""
         params = self.abstract_state.params

@@ -97,7 +97,7 @@ def make_judge(program: Program, tokenizer: BaseTokenizer, data: Dataset) -> Jud
             config.reward,
             tokenizer,
             data.template,
-            rows=config.data.batch_size,
+            rows=program.rows_at_a_time,
             length=config.data.sequence_length,
             mesh=program.mesh,
         )
@@ -156,7 +156,7 @@ class Rollouts(Feed):
             lambda params, tokens: next_token_log_probs(
                 params, tokens, model=model, temperature=config.sampling.temperature
             )[0],
-            program.config.data.batch_size,
+            program.rows_at_a_time,
             program.mesh,
         )
         self.consumed = 0  # prompts, since the run began

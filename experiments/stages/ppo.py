@@ -156,7 +156,7 @@ class ActorCriticRollouts(Rollouts):
 
     def __init__(self, program: Program, *args: Any):
         super().__init__(program, program.model.policy, *args)
-        self.values = InBatches(program.model.critic.apply, program.config.data.batch_size, program.mesh)
+        self.values = InBatches(program.model.critic.apply, program.rows_at_a_time, program.mesh)
         self.kl_coefficient = program.config.objective.kl_coefficient
 
     def policy(self, params: Any) -> Any:
