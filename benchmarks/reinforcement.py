@@ -4,10 +4,10 @@
     python benchmarks/reinforcement.py countdown --data=FOLDER
     python benchmarks/reinforcement.py preferences
 
-`problems`: sums of the synthetic world with their working. `countdown`: those rows of TinyZero's countdown,
-in FOLDER's countdown_tinyzero_{train,test}.jsonl.gz, that have three numbers and are solved by + and - alone;
-the model is first taught on worked examples with other numbers. `preferences`: PPO on a reward model, beside
-DPO on the same pairs; the rubric that chose between the pairs, and that no training sees, measures both.
+`problems`: additions of the synthetic world with their working. `countdown`: those rows of TinyZero's
+countdown, in FOLDER's countdown_tinyzero_{train,test}.jsonl.gz, that have three numbers and are solved by + and
+- alone; the model is first taught on worked examples with other numbers. `preferences`: PPO on a reward model,
+beside DPO on the same pairs; the rubric that chose between the pairs, and that no training sees, measures both.
 
 Runs go to --workdir and go on where they stopped; --seeds counts those of the last stage. Everything runs by
 experiments/train.py, as a user would; each command is printed.
@@ -59,11 +59,11 @@ def write_rows(path: Path, rows: Iterator[dict]) -> Path:
     return path
 
 
-def sums(split: str, rows: range, levels: Sequence[int]) -> Iterator[dict]:
-    """Bare sums: a question, its working, its answer."""
+def additions(split: str, rows: range, levels: Sequence[int]) -> Iterator[dict]:
+    """`What is 37 + 25?`: a question, its working, its answer."""
     for i in rows:
         row = problem_row(split, i, seed=0)
-        if row["level"] in levels and len(row["working"]) < 75:
+        if row["level"] in levels and re.search(r"\d \+ \d", row["prompt"]):
             yield row
 
 
@@ -140,9 +140,9 @@ def reason(folder: Path, worked: dict[str, object], asked: dict[str, object], se
 
 def solve_problems(workdir: Path, seeds: int) -> None:
     folder = workdir / "problems"
-    worked = write_rows(folder / "worked.jsonl", sums("train", range(12000), (1, 2)))
-    asked = write_rows(folder / "asked.jsonl", sums("train", range(12000), (2,)))
-    held_out = write_rows(folder / "held_out.jsonl", sums("validation", range(6000), (2,)))
+    worked = write_rows(folder / "worked.jsonl", additions("train", range(40000), (1, 2)))
+    asked = write_rows(folder / "asked.jsonl", additions("train", range(40000), (2,)))
+    held_out = write_rows(folder / "held_out.jsonl", additions("validation", range(10000), (2,)))
     reason(
         folder,
         {

@@ -139,5 +139,8 @@ def answer_rows(answers: Answers) -> Iterator[dict[str, Any]]:
             "tokens": int(answers.lengths[i]),
             "ended": not answers.truncated[i],
             "reward": float(answers.rewards[i]),
-            "rewards": {name: float(values[i]) for name, values in answers.scores.by_name.items()},
+            "rewards": {
+                name: None if np.isnan(values[i]) else float(values[i])  # None: does not apply
+                for name, values in answers.scores.by_name.items()
+            },
         }

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from experiments.loading import checkpoint_template, load_checkpoint
 from jaxllm.data.chat_template import ChatTemplate
+from jaxllm.data.show import printable
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import ConfigError
 from jaxllm.rewards.pool import Pending, RewardPool, Scores, gather
@@ -138,6 +140,7 @@ class Judge:
     def __init__(self, config: RewardConfig, model: RewardModel | None):
         self.config, self.model = config, model
         self.names = config.names
+        self.told: set[str] = set()
         self.pool = None
         if config.functions:
             named = dict(zip(self.names, config.functions, strict=False))
@@ -159,6 +162,13 @@ class Judge:
         """End the processes."""
         if self.pool is not None:
             self.pool.close()
+
+    def tell(self, messages: Sequence[str]) -> None:
+        """What went wrong in functions, each thing once."""
+        for message in messages:
+            if message not in self.told:
+                tqdm.write(printable(f"{message} (paid reward.default={self.config.default})"))
+                self.told.add(message)
 
     def judging(self, examples: Sequence[Mapping[str, Any]]) -> "Judging":
         """Begin to judge answers to these."""
@@ -189,6 +199,7 @@ class Judging:
         if self.pending:
             parts = [pending.result(check) for pending in self.pending]
             scores = gather(parts, np.argsort(self.order))
+            self.judge.tell(scores.messages)
         model = self.judge.model
         if model is None:
             return scores

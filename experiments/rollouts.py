@@ -318,7 +318,7 @@ def check_first_update(row: Mapping[str, float]) -> None:
     """NumericsError where the train step and the scoring before it disagree: nothing has been learnt from a
     rollout at its first update, so that the policy's ratio must be 1 (it is 0 where no token counts)."""
     ratio = row["policy/ratio"]
-    if ratio and not abs(ratio - 1) <= RATIO_LIMIT:
+    if ratio and abs(ratio - 1) > RATIO_LIMIT:  # NaN is the step's to skip and count
         raise NumericsError(
             f"the first update of a rollout has policy/ratio={ratio:.4g}, which must be 1: the train step "
             f"and the scoring before it disagree; try model.compute_dtype=float32"

@@ -135,13 +135,14 @@ def test_a_prompt_that_leaves_no_room_is_left_out_and_counted(folder, rewards, t
     learn(folder, tmp_path / "r", f"{rewards}:one", **changes)
     report = capsys.readouterr().out
     assert "61 rows read, 60 kept" in report
-    assert "1 dropped (1 prompt that leaves no room for max_new_tokens)" in report
+    assert "1 dropped (1 longer than data.sequence_length - rollout.sampling.max_new_tokens" in report
 
 
 def test_no_prompt_that_leaves_room_is_an_error_of_one_line(folder, rewards, tmp_path):
     changes = {"data__sequence_length": 8, "rollout__sampling__max_new_tokens": 6}
     with pytest.raises(
-        DataError, match=r"no row that can be used: .*\(60 prompt that leaves no room"
+        DataError,
+        match=r"no row that can be used: .*\(60 longer than data.sequence_length - rollout",
     ) as raised:
         learn(folder, tmp_path / "r", f"{rewards}:one", **changes)
     assert "\n" not in str(raised.value)

@@ -11,7 +11,7 @@ import xxhash
 from jaxllm.data.chat import as_messages, check_rename, message, opening, renamed
 from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.preferences import is_pair, pair
-from jaxllm.data.rows import DataConfig, Dataset, Example, read_sources
+from jaxllm.data.rows import TOO_LONG, DataConfig, Dataset, Example, read_sources
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -80,13 +80,14 @@ def encoder(
 ) -> Callable[[Mapping[str, Any]], Example]:
     """From records to Examples of one sequence that leaves room for an answer."""
     longest = config.sequence_length - max_new_tokens
+    too_long = f"{TOO_LONG} - rollout.sampling.max_new_tokens = {longest}"
 
     def encode(record: Mapping[str, Any]) -> Example:
         record = renamed(record, config.rename)
         kind, messages = question_messages(record, config)
         ids = np.array(template.prompt(messages), np.int32)
         if len(ids) > longest:
-            raise BadRow("prompt that leaves no room for max_new_tokens", f"{len(ids)} tokens", fault=False)
+            raise BadRow(too_long, f"{len(ids)} tokens", fault=False)
         return Example((ids,), (np.zeros(len(ids), bool),), opening(messages), kind, row=record)
 
     return encode

@@ -56,7 +56,9 @@ def fraction(hits: np.ndarray) -> tuple[float, float]:
 
 
 def mean(values: np.ndarray) -> tuple[float, float]:
-    """The mean of independent values and its standard error."""
+    """The mean of independent values and its standard error; NaN where there are none."""
+    if not len(values):
+        return float("nan"), float("nan")
     spread = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
     return float(values.mean()), float(spread)
 

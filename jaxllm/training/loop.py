@@ -151,7 +151,7 @@ class Loop:
         except StopRequested:
             finished = False
         is_best = False
-        if finished and (due_hooks or last or due(step, self.config.log_every)):
+        if finished and row and (due_hooks or last or due(step, self.config.log_every)):
             self._write(step, row)
             if self.best is not None:
                 is_best = self._compare(step, row, due_hooks)
