@@ -4,10 +4,10 @@
     python benchmarks/reinforcement.py countdown --data=FOLDER
     python benchmarks/reinforcement.py preferences
 
-`problems`: additions of the synthetic world with their working. `countdown`: those rows of TinyZero's
-countdown, in FOLDER's countdown_tinyzero_{train,test}.jsonl.gz, that have three numbers and are solved by + and
-- alone; the model is first taught on worked examples with other numbers. `preferences`: PPO on a reward model,
-beside DPO on the same pairs; the rubric that chose between the pairs, and that no training sees, measures both.
+`problems`: additions of the synthetic world with their working. `countdown`: TinyZero's rows, in FOLDER's
+countdown_tinyzero_{train,test}.jsonl.gz, that have three numbers and are solved by + and - alone; the model
+is first taught on worked examples with other numbers. `preferences`: PPO on a reward model, beside DPO on the
+same pairs; the rubric that chose between the pairs, and that no training sees, measures both.
 
 Runs go to --workdir and go on where they stopped; --seeds counts those of the last stage. Everything runs by
 experiments/train.py, as a user would; each command is printed.
@@ -149,16 +149,16 @@ def solve_problems(workdir: Path, seeds: int) -> None:
             "config__data__train": worked,
             "config__data__validation": held_out,
             "config__data__rename": "working=completion",
-            "config__training__steps": 400,
+            "config__training__steps": 170,
         },
         {
             "config__data__train": asked,
             "config__data__validation": held_out,
-            "config__data__sequence_length": 96,
-            "config__rollout__sampling__max_new_tokens": 64,
-            "config__sample__sampling__max_new_tokens": 64,
+            "config__data__sequence_length": 104,
+            "config__rollout__sampling__max_new_tokens": 68,
+            "config__sample__sampling__max_new_tokens": 68,
             "config__optimizer__learning_rate": 2e-4,
-            "config__training__steps": 480,
+            "config__training__steps": 240,
         },
         seeds,
     )
