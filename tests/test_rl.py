@@ -161,6 +161,15 @@ def test_importance_weights_reach_the_loss(folder, tmp_path, monkeypatch):
     assert arrays_of(tmp_path / "weightless", "params/") == arrays_of(folder / "policy", "params/")
 
 
+def test_the_sampler_may_be_taken_at_its_word(folder, tmp_path):
+    changes = {"training__steps": 2, "training__evaluate_every": 0, "training__checkpoint_every": 0}
+    recomputed = rows_of(learn(folder, tmp_path / "recomputed", **changes))[2]
+    believed = rows_of(learn(folder, tmp_path / "believed", **changes, rollout__rescore=False))[2]
+    assert recomputed["sampler/log_prob_difference_mean"] < 1e-5
+    assert "sampler/log_prob_difference_mean" not in believed
+    assert believed["train/grad_norm"] == pytest.approx(recomputed["train/grad_norm"], rel=1e-3)
+
+
 def test_groups_without_signal_are_replaced(folder, tmp_path):
     changes = {"reward": "more.py:of_odd", "training__evaluate_at_start": False, "training__sample_every": 2}
     left = learn(folder, tmp_path / "left", **changes)
@@ -251,6 +260,7 @@ def test_a_mesh_gives_the_same_answers_and_the_same_parameters(folder, tmp_path)
         ({"rollout__importance": "row"}, "rollout.importance='row': choose token, sequence or none"),
         ({"rollout__dtype": "float16"}, "rollout.dtype='float16': choose float32, bfloat16 or none"),
         ({"sample__group_size": -1}, "sample.group_size=-1 must not be negative"),
+        ({"rollout__importance": "token", "rollout__rescore": False}, "it needs rollout.rescore=true"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_mend(folder, changes, message):

@@ -89,7 +89,7 @@ def learn(folder, workdir, *args, **changes):
 # Rewards
 
 
-def test_a_reward_that_fails_is_counted_and_paid_the_default(folder, rewards, tmp_path):
+def test_a_reward_that_fails_is_counted_and_paid_the_default(folder, rewards, tmp_path, capsys):
     names = ("hangs", "raises", "not_a_number", "text", "nothing")
     changes = {"reward__functions": ",".join(f"{rewards}:{name}" for name in names)}
     changes |= {"reward__weights": "1,1,10,100,1000", "reward__default": -2.0, "reward__time_limit": 0.5}
@@ -103,6 +103,9 @@ def test_a_reward_that_fails_is_counted_and_paid_the_default(folder, rewards, tm
         assert row["reward/raises"] == row["reward/not_a_number"] == row["reward/text"] == -2
         assert row["reward/nothing"] is None  # it has nothing to say, which is no error
         assert row["reward/mean"] == pytest.approx(hung - 2 * 111)
+    told = [line for line in capsys.readouterr().out.splitlines() if "(paid reward.default=-2.0)" in line]
+    assert sum("reward 'raises': " in line for line in told) == 1, told
+    assert len(told) == len(set(told)) == 4
 
 
 def test_an_answer_that_no_reward_judges_is_paid_the_default(folder, rewards, tmp_path):
