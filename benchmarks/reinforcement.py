@@ -158,7 +158,7 @@ def solve_problems(workdir: Path, seeds: int) -> None:
             "config__rollout__sampling__max_new_tokens": 68,
             "config__sample__sampling__max_new_tokens": 68,
             "config__optimizer__learning_rate": 2e-4,
-            "config__training__steps": 240,
+            "config__training__steps": 160,
         },
         seeds,
     )
@@ -188,7 +188,7 @@ def solve_countdown(workdir: Path, data: Path, seeds: int) -> None:
             "config__sample__sampling__max_new_tokens": 16,
             "config__rollout__max_rows": 256,
             "config__optimizer__learning_rate": 3e-4,
-            "config__training__steps": 480,
+            "config__training__steps": 400,
         },
         seeds,
     )
