@@ -161,9 +161,7 @@ class Rollouts(Feed):
         )
         self.consumed = 0  # prompts, since the run began
         self.health = Health(config.difference_limit)
-        self.rows: dict[
-            int, dict[str, float]
-        ] = {}  # of the last steps of iterations, until they are asked for
+        self.rows: dict[int, dict[str, float]] = {}  # by the last step of an iteration, until asked for
         self.last: tuple[Rollout, np.ndarray] | None = None  # with advantages, [N] or [N, T]
         self.fingerprints = {} if judge.model is None else {"reward model": judge.model.hash}
 
@@ -298,7 +296,13 @@ class Rollouts(Feed):
     def kl(self, old_log_probs: np.ndarray, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
         """The reference's log-probs and the k1 estimate of the KL to it of each token, [N, T] both."""
         ref_log_probs = self.log_probs(self.reference, rollout.tokens)
-        return ref_log_probs, np.where(rollout.mask, old_log_probs - ref_log_probs, 0)
+        kl = np.where(rollout.mask, old_log_probs - ref_log_probs, 0)
+        if int(self.state.step) == 0 and self.config.rescore and kl.any():
+            raise NumericsError(
+                f"before the first update the policy is its own reference, but one token's KL to it is "
+                f"{np.abs(kl).max():.3g}, which must be 0: scoring the same weights twice does not agree"
+            )
+        return ref_log_probs, kl
 
     def importance_weights(self, old_log_probs: np.ndarray, rollout: Rollout) -> np.ndarray | None:
         """What makes up for a sampler that is not quite the policy."""
