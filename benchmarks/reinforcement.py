@@ -149,7 +149,7 @@ def solve_problems(workdir: Path, seeds: int) -> None:
             "config__data__train": worked,
             "config__data__validation": held_out,
             "config__data__rename": "working=completion",
-            "config__training__steps": 170,
+            "config__training__steps": 200,
         },
         {
             "config__data__train": asked,
