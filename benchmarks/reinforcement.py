@@ -214,18 +214,38 @@ def prefer(workdir: Path, seeds: int) -> None:
     """SFT, a reward model, then PPO and DPO, once for each seed; and what their answers are worth."""
     base, folder = pretrain(workdir), workdir / "preferences"
     # Files, since the synthetic world is another one for another seed.
-    pairs = write_rows(folder / "pairs.jsonl", preferences("train", count=4000, seed=0))
+    pairs = write_rows(folder / "pairs.jsonl", preferences("train", count=8000, seed=0))
     held_out = write_rows(folder / "held_out.jsonl", preferences("validation", count=400, seed=0))
     data = {"config__data__train": pairs, "config__data__validation": held_out}
+    chosen = write_rows(
+        folder / "chosen.jsonl",
+        (
+            {"prompt": row["prompt"], "completion": row["chosen"]}
+            for row in preferences("train", count=8000, seed=0)
+        ),
+    )
     chat, reward = folder / "chat", folder / "reward"
-    train("sft_chat.py:1m", chat, init_from=base)
-    train("reward_model_pairs.py:1m", reward, init_from=chat, **data)
+    train("sft_chat.py:1m", chat, init_from=base, config__data__train=f"synthetic:chats,{chosen}")
+    train(
+        "reward_model_pairs.py:1m",
+        reward,
+        init_from=chat,
+        config__training__steps=400,
+        config__optimizer__learning_rate=1e-3,
+        **data,
+    )
     print(f"\n{'':8} {'rubric':>18} {'reward model':>18} {'tokens':>14}  KL to SFT, nats an answer")
     show_judged("SFT", judged(chat, reward, held_out))
     for seed in range(seeds):
         ppo, dpo = folder / f"ppo{seed}", folder / f"dpo{seed}"
         flags = data | {"init_from": chat, "config__seed": seed}
-        train("ppo_preferences.py:1m", ppo, config__reward__model=reward, **flags)
+        train(
+            "ppo_preferences.py:1m",
+            ppo,
+            config__reward__model=reward,
+            config__objective__kl_target=6.0,
+            **flags,
+        )
         kl = [row["kl/reference"] for row in read_metrics(ppo / "metrics.jsonl") if "kl/reference" in row]
         show_judged(f"PPO {seed}", judged(ppo, reward, held_out), f"{kl[-1]:.2f}, at most {max(kl):.2f}")
         train("dpo_pairs.py:1m", dpo, **flags)
