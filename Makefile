@@ -14,8 +14,9 @@ $(VENV)/installed-$(EXTRAS): pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@
 
+# Two at a time, a file in one piece: most of a test is compiling, which takes one core.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 lint: install
 	$(BIN)/ruff check
