@@ -188,7 +188,7 @@ def solve_countdown(workdir: Path, data: Path, seeds: int) -> None:
             "config__sample__sampling__max_new_tokens": 16,
             "config__rollout__max_rows": 256,
             "config__optimizer__learning_rate": 3e-4,
-            "config__training__steps": 400,
+            "config__training__steps": 280,
         },
         seeds,
     )
@@ -230,7 +230,7 @@ def prefer(workdir: Path, seeds: int) -> None:
         "reward_model_pairs.py:1m",
         reward,
         init_from=chat,
-        config__training__steps=400,
+        config__training__steps=250,
         config__optimizer__learning_rate=1e-3,
         **data,
     )

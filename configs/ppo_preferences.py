@@ -13,7 +13,7 @@ from configs import reinforcement
 
 def get_config(size: str = "1m") -> ConfigDict:
     """Every field of a PPO run. The objective's numbers are those of InstructGPT and its open copies."""
-    config = reinforcement.base("ppo", size, steps=120, batch_size=64, learning_rate=1e-4, max_new_tokens=64)
+    config = reinforcement.base("ppo", size, steps=100, batch_size=64, learning_rate=1e-4, max_new_tokens=64)
     config.objective = ConfigDict()
     config.objective.clip = 0.2
     config.objective.value_clip = 0.2
