@@ -23,7 +23,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from jaxllm.data.synthetic import preferences, problem_row
 from jaxllm.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
+LOG_EVERY = 4  # updates: once a rollout
 
 
 def run(script: str, **flags: object) -> str:
@@ -46,11 +46,10 @@ def run(script: str, **flags: object) -> str:
     return done.stdout
 
 
-def train(config: str, workdir: Path, **flags: object) -> float:
-    """Train, or go on; the seconds it took just now."""
-    began = time.perf_counter()
+def train(config: str, workdir: Path, **flags: object) -> list[dict]:
+    """Train, or go on; the metrics of all steps."""
     run("train", config=f"configs/{config}", workdir=workdir, **flags)
-    return time.perf_counter() - began
+    return read_metrics(workdir / "metrics.jsonl")
 
 
 def write_rows(path: Path, rows: Iterator[dict]) -> Path:
@@ -116,7 +115,7 @@ def reason(folder: Path, worked: dict[str, object], asked: dict[str, object], se
         "init_from": folder / "worked",
         "config__rollout__prompts": 64,
         "config__rollout__minibatches": 4,
-        "config__training__log_every": 4,
+        "config__training__log_every": LOG_EVERY,
         "config__training__evaluate_every": 80,
         "config__evaluation__max_rows": 500,
         "config__sample__group_size": 4,
@@ -124,8 +123,9 @@ def reason(folder: Path, worked: dict[str, object], asked: dict[str, object], se
     lines = []
     for seed in range(seeds):
         workdir = folder / f"grpo{seed}"
-        seconds = train("grpo_problems.py:1m", workdir, config__seed=seed, **shared, **asked)
-        rows = [row for row in read_metrics(workdir / "metrics.jsonl") if "eval/pass@1" in row]
+        rows = train("grpo_problems.py:1m", workdir, config__seed=seed, **shared, **asked)
+        seconds = sum(row["perf/step_time"] for row in rows if "perf/step_time" in row) * LOG_EVERY
+        rows = [row for row in rows if "eval/pass@1" in row]
         for kind, name in (("sampled", "eval/sampled_pass@1"), ("greedy", "eval/pass@1")):
             (before, error), (after, error_after) = (
                 (row[name], row[f"{name}_se"]) for row in (rows[0], rows[-1])
@@ -133,7 +133,7 @@ def reason(folder: Path, worked: dict[str, object], asked: dict[str, object], se
             rise, errors = after - before, (after - before) / math.hypot(error, error_after)
             lines.append(
                 f"seed {seed}, {kind:7}: {before:.3f} ± {error:.3f} to {after:.3f} ± {error_after:.3f}, "
-                f"{100 * rise:+.1f} points = {errors:.1f} standard errors; {seconds:.0f} s"
+                f"{100 * rise:+.1f} points = {errors:.1f} standard errors; {seconds:.0f} s of steps"
             )
     print("\n".join(lines))
 
@@ -158,7 +158,7 @@ def solve_problems(workdir: Path, seeds: int) -> None:
             "config__rollout__sampling__max_new_tokens": 68,
             "config__sample__sampling__max_new_tokens": 68,
             "config__optimizer__learning_rate": 2e-4,
-            "config__training__steps": 160,
+            "config__training__steps": 200,
         },
         seeds,
     )
@@ -239,14 +239,14 @@ def prefer(workdir: Path, seeds: int) -> None:
     for seed in range(seeds):
         ppo, dpo = folder / f"ppo{seed}", folder / f"dpo{seed}"
         flags = data | {"init_from": chat, "config__seed": seed}
-        train(
+        rows = train(
             "ppo_preferences.py:1m",
             ppo,
             config__reward__model=reward,
             config__objective__kl_target=6.0,
             **flags,
         )
-        kl = [row["kl/reference"] for row in read_metrics(ppo / "metrics.jsonl") if "kl/reference" in row]
+        kl = [row["kl/reference"] for row in rows if "kl/reference" in row]
         show_judged(f"PPO {seed}", judged(ppo, reward, held_out), f"{kl[-1]:.2f}, at most {max(kl):.2f}")
         train("dpo_pairs.py:1m", dpo, **flags)
         show_judged(f"DPO {seed}", judged(dpo, reward, held_out))
