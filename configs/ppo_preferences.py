@@ -13,7 +13,7 @@ from configs import reinforcement
 
 def get_config(size: str = "1m") -> ConfigDict:
     """Every field of a PPO run. The objective's numbers are those of InstructGPT and its open copies."""
-    config = reinforcement.base("ppo", size, steps=100, batch_size=64, learning_rate=1e-4, max_new_tokens=64)
+    config = reinforcement.base("ppo", size, steps=160, batch_size=32, learning_rate=1e-4, max_new_tokens=64)
     config.objective = ConfigDict()
     config.objective.clip = 0.2
     config.objective.value_clip = 0.2
@@ -29,13 +29,12 @@ def get_config(size: str = "1m") -> ConfigDict:
 
     config.data.train = ("synthetic:preferences",)
     config.data.validation = ("synthetic:preferences",)
-    config.data.sequence_length = 160  # prompt and answer
-    config.rollout.prompts = 128
+    config.data.sequence_length = 144  # prompt and answer
+    config.rollout.prompts = 64
     config.rollout.group_size = 1
-    config.rollout.epochs = 2
+    config.rollout.epochs = 4
     config.rollout.minibatches = 2
-    config.rollout.max_rows = 128
     config.reward.model = "runs/reward"
     config.reward.missing_stop = -1.0
-    config.training.log_every = 4  # once a rollout
+    config.training.log_every = 8  # once a rollout
     return config
