@@ -13,9 +13,7 @@ from configs import reinforcement
 
 def get_config(size: str = "1m") -> ConfigDict:
     """Every field of a GRPO run."""
-    config = reinforcement.base(
-        "grpo", size, steps=100, batch_size=128, learning_rate=2e-4, max_new_tokens=160
-    )
+    config = reinforcement.base("grpo", size, steps=100, learning_rate=5e-5, max_new_tokens=160)
     config.objective = ConfigDict()
     config.objective.variant = "grpo"  # or dr_grpo, dapo, gspo, cispo
     config.objective.clip_low = 0.2
@@ -29,12 +27,10 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.objective.advantage_epsilon = 1e-4
 
     config.data.train = ("synthetic:problems",)
-    config.data.validation = ("synthetic:problems",)
     config.data.sequence_length = 256  # prompt and answer
     config.rollout.prompts = 32
     config.rollout.minibatches = 2
     config.rollout.max_rows = 128
     config.reward.functions = ("math_answer",)
     config.reward.weights = (1.0,)
-    config.training.log_every = 2  # once a rollout
     return config

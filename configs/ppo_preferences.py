@@ -13,7 +13,7 @@ from configs import reinforcement
 
 def get_config(size: str = "1m") -> ConfigDict:
     """Every field of a PPO run. The objective's numbers are those of InstructGPT and its open copies."""
-    config = reinforcement.base("ppo", size, steps=160, batch_size=32, learning_rate=1e-4, max_new_tokens=64)
+    config = reinforcement.base("ppo", size, steps=160, learning_rate=1e-4, max_new_tokens=64)
     config.objective = ConfigDict()
     config.objective.clip = 0.2
     config.objective.value_clip = 0.2
@@ -28,7 +28,6 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.objective.critic_warmup = 2  # rollouts at the start from which only the critic learns
 
     config.data.train = ("synthetic:preferences",)
-    config.data.validation = ("synthetic:preferences",)
     config.data.sequence_length = 144  # prompt and answer
     config.rollout.prompts = 64
     config.rollout.group_size = 1
@@ -36,5 +35,4 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.rollout.minibatches = 2
     config.reward.model = "runs/reward"
     config.reward.missing_stop = -1.0
-    config.training.log_every = 8  # once a rollout
     return config

@@ -14,12 +14,11 @@ def sampling(max_new_tokens: int, temperature: float) -> ConfigDict:
     return section
 
 
-def base(
-    stage: str, size: str, *, steps: int, batch_size: int, learning_rate: float, max_new_tokens: int
-) -> ConfigDict:
+def base(stage: str, size: str, *, steps: int, learning_rate: float, max_new_tokens: int) -> ConfigDict:
     """A config of fine-tuning without an objective."""
-    config = finetune.base(stage, size, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    config = finetune.base(stage, size, steps=steps, batch_size=1, learning_rate=learning_rate)
     config.optimizer.schedule = "constant"
+    config.optimizer.beta2 = 0.99  # a rollout's gradient is noisy: average over more of them
 
     config.data.prompt_format = config_dict.placeholder(str)  # "Solve {question}"; None: `prompt`
     config.data.system = config_dict.placeholder(str)  # a system message before every prompt
@@ -40,6 +39,17 @@ def base(
     config.rollout.difference_limit = 0.05  # nats a token between sampler and trainer that are alarming
     config.rollout.sampling = sampling(max_new_tokens, 1.0)
 
+    # What follows from these: a batch, and intervals in whole rollouts.
+    prompts, group_size, epochs, minibatches = map(
+        config.rollout.get_ref, ("prompts", "group_size", "epochs", "minibatches")
+    )
+    config.data.batch_size = prompts * group_size // minibatches
+    updates = epochs * minibatches
+    config.training.log_every = updates
+    count = config.training.get_ref("steps")
+    for name in ("evaluate_every", "sample_every", "checkpoint_every"):
+        config.training[name] = ((count + 4) // 5 + updates - 1) // updates * updates
+
     config.reward = ConfigDict()
     config.reward.functions = ()  # names in jaxllm.rewards, PACKAGE.FUNCTION, FILE.py:FUNCTION
     config.reward.weights = ()  # one each; 0 measures without paying
@@ -52,7 +62,6 @@ def base(
     config.reward.overlong_buffer = 0  # tokens before max_new_tokens in which length is penalised
     config.reward.missing_stop = 0.0  # added for an answer that did not end, such as -1
 
-    config.training.log_every = 1
     config.evaluation.max_rows = 128  # held-out prompts to answer
     config.sample = ConfigDict()
     config.sample.prompts = ()  # others to answer

@@ -99,6 +99,8 @@ def main(_: None, flags: "FlagValues") -> None:
             raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
     check_rename(flags.rename)
     sampling = read_sampling(flags)
+    if flags.samples > 1 and sampling.temperature == 0:
+        raise ConfigError(f"--samples={flags.samples} with --temperature=0 would say the same every time")
     enable_compilation_cache()
     loaded = load_checkpoint(flags.checkpoint)
     if loaded.stage == "reward_model":

@@ -135,7 +135,7 @@ def answer_rows(answers: Answers) -> Iterator[dict[str, Any]]:
     """What was found out about each answer, as JSON."""
     for i, text in enumerate(answers.texts):
         yield {
-            "answer": text,
+            "completion": text,
             "tokens": int(answers.lengths[i]),
             "ended": not answers.truncated[i],
             "reward": float(answers.rewards[i]),

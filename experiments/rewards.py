@@ -15,7 +15,8 @@ from experiments.loading import checkpoint_template, load_checkpoint
 from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.show import printable
 from jaxllm.data.tokenizer import BaseTokenizer
-from jaxllm.errors import ConfigError
+from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.rewards.load import load_reward
 from jaxllm.rewards.pool import Pending, RewardPool, Scores, gather
 from jaxllm.sharding import batch_sharding
 from jaxllm.training.checkpoint import checkpoint_hash
@@ -39,8 +40,11 @@ class RewardConfig:
     def __post_init__(self):
         if len(self.functions) != len(self.weights):
             raise ConfigError(
-                f"reward.weights has {len(self.weights)} entries for {len(self.functions)} reward.functions"
+                f"reward.weights has {len(self.weights)} entries for {len(self.functions)} reward.functions: "
+                f"give one each, such as {','.join(['1.0'] * len(self.functions)) or 'none at all'}"
             )
+        if self.model == "":
+            raise ConfigError("reward.model is empty: give a reward model's run folder, or none")
         if self.missing_stop > 0:
             raise ConfigError(f"reward.missing_stop={self.missing_stop} must not pay for going on: 0 or less")
         if self.overlong_buffer < 0:
@@ -50,6 +54,8 @@ class RewardConfig:
             raise ConfigError(
                 f"reward.functions has two of the name {twice.pop()!r}, under which metrics are logged"
             )
+        for function in self.functions:
+            load_reward(function)  # what cannot be loaded is found before anything is read or compiled
 
     @property
     def names(self) -> list[str]:
@@ -107,7 +113,10 @@ class RewardModel:
     ):
         """To read `rows` sequences of `length` tokens at a time, written with this tokenizer and template."""
         name = f"reward.model={config.model}"
-        loaded = load_checkpoint(config.model, mesh)
+        try:
+            loaded = load_checkpoint(config.model, mesh)
+        except CheckpointError as error:
+            raise ConfigError(f"{name}: {error}") from None
         if loaded.stage != "reward_model":
             raise ConfigError(f"{name} is of stage {loaded.stage}, not a reward model")
         if loaded.tokenizer.hash != tokenizer.hash:

@@ -46,7 +46,7 @@ def make_hooks(
 
         answers = ask(1, config.sample.sampling)
         lines = [
-            json.dumps({"prompt": tokenizer.decode(prompt.ids), **row})
+            json.dumps({"prompt": show_mask(prompt.ids, [True] * len(prompt.ids), tokenizer), **row})
             for prompt, row in zip(held_out, answer_rows(answers), strict=True)
         ]
         folder.file("evals", f"{step}.jsonl").write_text("".join(f"{line}\n" for line in lines))

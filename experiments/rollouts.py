@@ -367,7 +367,9 @@ def rollout_metrics(rollout: Rollout, config: RolloutConfig) -> dict[str, float]
         row["reward/zero_std_fraction"] = float((~has_signal(rollout, config.group_size)).mean())
     for name, values in rollout.scores.by_name.items():
         row[f"reward/{name}"] = float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
-    return row | {name: float(count) for name, count in rollout.scores.counters.items()}
+    counters = {name: float(count) for name, count in rollout.scores.counters.items()}
+    calls = max(1, len(rollout.rewards) * len(rollout.scores.by_name))
+    return row | counters | {"reward/failed_fraction": sum(counters.values()) / calls}
 
 
 def kl_metrics(kl: np.ndarray, mask: np.ndarray) -> dict[str, float]:

@@ -207,7 +207,7 @@ def test_held_out_prompts_are_answered_once_and_several_times(folder, tmp_path):
         lines = [json.loads(line) for line in (workdir / "evals" / f"{step}.jsonl").read_text().splitlines()]
         assert len(lines) == 4
         right = [line["reward"] for line in lines]
-        assert right == [float(len(line["answer"]) % 2 == 0) for line in lines]
+        assert right == [float(len(line["completion"]) % 2 == 0) for line in lines]
         assert row["eval/pass@1"] == row["eval/reward"] == np.mean(right)
         assert row["eval/pass@1_se"] == pytest.approx(np.std(right, ddof=1) / 2)
         assert "eval/pass@2" not in row
@@ -256,7 +256,9 @@ def test_a_mesh_gives_the_same_answers_and_the_same_parameters(folder, tmp_path)
         ({"rollout__sampling__max_new_tokens": 32}, "data.sequence_length=32 leaves no room for a prompt"),
         ({"reward__weights": "1.0,2.0"}, "reward.weights has 2 entries for 1 reward.functions"),
         ({"objective__advantage": "gae"}, "objective.advantage='gae': choose one of group, leave_one_out"),
-        ({"objective__kl_in": "advantage"}, "objective.kl_in='advantage': choose loss or reward"),
+        ({"objective__variant": "ppo"}, "objective.variant='ppo': choose one of grpo, dr_grpo"),
+        ({"reward": "more.py:evne"}, r"more.py: no function 'evne'.*did you mean 'even'"),
+        ({"objective__kl_in": "advantage"}, "objective.kl_in='advantage': choose one of loss, reward"),
         ({"rollout__importance": "row"}, "rollout.importance='row': choose token, sequence or none"),
         ({"rollout__dtype": "float16"}, "rollout.dtype='float16': choose float32, bfloat16 or none"),
         ({"sample__group_size": -1}, "sample.group_size=-1 must not be negative"),

@@ -22,6 +22,8 @@ from jaxllm.losses import (
     token_rewards,
     whiten,
 )
+from jaxllm.losses.advantages import SCALES
+from jaxllm.losses.grpo import MODES
 from jaxllm.models import Model, build_model
 from jaxllm.objectives.grpo import loss_fn
 from jaxllm.training.feed import Feed
@@ -51,12 +53,15 @@ class ObjectiveConfig:
     advantage_epsilon: float
 
     def __post_init__(self):
-        if self.advantage not in ADVANTAGES:
-            raise ConfigError(
-                f"objective.advantage={self.advantage!r}: choose one of {', '.join(ADVANTAGES)}"
-            )
-        if self.kl_in not in ("loss", "reward"):
-            raise ConfigError(f"objective.kl_in={self.kl_in!r}: choose loss or reward")
+        for name, choices in (
+            ("variant", MODES),
+            ("kl_estimator", ("k1", "k2", "k3")),
+            ("advantage", ADVANTAGES),
+            ("advantage_scale", SCALES),
+            ("kl_in", ("loss", "reward")),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"objective.{name}={value!r}: choose one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Prompts to answer, each with the row it came from, which is what its rewards are given."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from jaxllm.data.chat import as_messages, check_rename, message, opening, renamed
+from jaxllm.data.chat import as_messages, check_rename, message, opening, renamed, texts
 from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.preferences import is_pair, pair
 from jaxllm.data.rows import TOO_LONG, DataConfig, Dataset, Example, read_sources
@@ -124,6 +125,6 @@ def prompt_texts(config: PromptConfig, *, seed: int) -> Iterator[str]:
     """What is asked in the prompts to learn from: what a tokenizer is trained on."""
     for name in config.train:
         for row in config.open(name, "train", text_key=None, seed=seed).rows():
-            if row.value is not None:
-                _, messages = question_messages(renamed(row.value, config.rename), config)
-                yield from (m["content"] for m in messages if isinstance(m["content"], str))
+            with contextlib.suppress(BadRow):
+                _, messages = question_messages(renamed(row.value or {}, config.rename), config)
+                yield from texts(messages)

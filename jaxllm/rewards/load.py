@@ -69,7 +69,10 @@ def _import(module: str, name: str) -> ModuleType:
 def _attribute(module: ModuleType, function: str, where: str) -> Reward:
     known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
     if not callable(getattr(module, function, None)):
-        raise ConfigError(f"{where}: no function {function!r}{did_you_mean(function, known)}")
+        raise ConfigError(
+            f"reward file {where}: no function {function!r}{did_you_mean(function, known)} (there is "
+            f"{', '.join(known) or 'none'})"
+        )
     return getattr(module, function)
 
 

@@ -42,7 +42,8 @@ def call(reward: Reward, example: dict[str, Any], completion: str) -> Outcome:
             return Outcome(None, "error", f"returned a {type(value).__name__}, not a number")
         number = float(value)
     except BaseException as error:  # sys.exit() in a reward ends the call, not the process
-        return Outcome(None, "error", f"{what(error)} ({place(error)})")
+        has = f"; the row has {', '.join(example)}" if isinstance(error, KeyError) else ""
+        return Outcome(None, "error", f"{what(error)} ({place(error)}){has}")
     if math.isnan(number) or abs(number) > FLOAT32_MAX:
         return Outcome(None, "error", f"returned {number}")
     return Outcome(number)

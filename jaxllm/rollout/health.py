@@ -33,7 +33,13 @@ class Health:
     def faults(self, row: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """What is wrong: a name and a line for each."""
         first = self.first
-        if (share := row.get("reward/zero_std_fraction", 0.0)) > MOST:
+        if (failed := row.get("reward/failed_fraction", 0.0)) > MOST:
+            yield (
+                "failing rewards",
+                f"{failed:.0%} of the calls of reward.functions failed or took too long (see what they said, "
+                f"above) and were paid reward.default",
+            )
+        elif (share := row.get("reward/zero_std_fraction", 0.0)) > MOST:
             yield (
                 "equal rewards",
                 f"{share:.0%} of the groups have equal rewards, and so teach nothing: give prompts that are "

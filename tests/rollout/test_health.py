@@ -18,6 +18,7 @@ WELL = {
     "kl/reference_token": 0.1,
 }
 FAULTS = {
+    "failing rewards": ({"reward/failed_fraction": 0.6}, "60% of the calls of reward.functions failed"),
     "equal rewards": ({"reward/zero_std_fraction": 0.6}, "60% of the groups have equal rewards"),
     "truncated": ({"completion/truncated_fraction": 0.6}, "60% of the answers did not end"),
     "difference": ({"sampler/log_prob_difference_mean": 0.06}, "disagree by 0.06 nats a token.*=0.05"),
@@ -45,6 +46,11 @@ def test_a_fault_is_said_once_and_again_when_it_comes_back(health, metrics, mess
     assert health.lines(ill) == []
     assert health.lines(WELL) == []
     assert health.lines(ill) == [line]
+
+
+def test_rewards_that_fail_are_not_blamed_on_the_prompts(health):
+    (line,) = health.lines(WELL | {"reward/failed_fraction": 1.0, "reward/zero_std_fraction": 1.0})
+    assert "reward.functions failed" in line
 
 
 def test_a_new_fault_is_said_beside_an_old_one(health):
