@@ -82,11 +82,12 @@ def countdown_question(numbers: Sequence[int], target: int) -> str:
 
 
 def countdown_rows(path: Path) -> Iterator[dict]:
-    """The rows of a file that are easy enough."""
+    """The rows of a file that are easy enough, each with a solution, which no rollout reads."""
     with gzip.open(path, "rt") as file:
         for row in map(json.loads, file):
-            if len(row["nums"]) == 3 and solutions(row["nums"], row["target"]):
-                yield {**row, "prompt": countdown_question(row["nums"], row["target"])}
+            if len(row["nums"]) == 3 and (found := solutions(row["nums"], row["target"])):
+                prompt = countdown_question(row["nums"], row["target"])
+                yield {**row, "prompt": prompt, "completion": found[0]}
 
 
 def countdown_worked(count: int, taken: set[str]) -> Iterator[dict]:

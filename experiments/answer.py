@@ -75,6 +75,32 @@ def read_prompts(flags: "FlagValues", template: Any, longest: int) -> list[Any]:
     return prompts
 
 
+def judge_of(flags: "FlagValues", loaded: Any, template: Any, length: int) -> Any:
+    """The rewards that the flags name; the reward model reads `length` tokens."""
+    import jax
+
+    from experiments.rewards import Judge, RewardConfig, RewardModel
+    from jaxllm.sharding import MeshConfig, make_mesh
+
+    config = RewardConfig(
+        functions=tuple(flags.rewards),
+        weights=(1.0,) * len(flags.rewards),
+        model=flags.reward_model,
+        model_weight=1.0,
+        normalise=True,
+        workers=1,
+        time_limit=5.0,
+        default=0.0,
+        overlong_buffer=0,
+        missing_stop=0.0,
+    )
+    model = None
+    if flags.reward_model is not None:
+        mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+        model = RewardModel(config, loaded.tokenizer, template, rows=ROWS, length=length, mesh=mesh)
+    return Judge(config, model)
+
+
 def main(_: None, flags: "FlagValues") -> None:
     """Answer the input, judge the answers, write them, and say what was found."""
     import functools
@@ -83,12 +109,10 @@ def main(_: None, flags: "FlagValues") -> None:
 
     from experiments.answers import Answering, answer_metrics, answer_rows
     from experiments.loading import checkpoint_template, load_checkpoint
-    from experiments.rewards import Judge, RewardConfig, RewardModel
     from experiments.run import enable_compilation_cache
     from jaxllm.data.chat import check_rename
     from jaxllm.rollout.collect import collect
     from jaxllm.rollout.generate import bucket
-    from jaxllm.sharding import MeshConfig, make_mesh
 
     if flags.input is None:
         raise ConfigError("--input=FILE is missing")
@@ -108,23 +132,7 @@ def main(_: None, flags: "FlagValues") -> None:
     template, longest = checkpoint_template(loaded), loaded.model.config.max_length
     prompts = read_prompts(flags, template, longest - sampling.max_new_tokens)
     length = min(longest, bucket(max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens))
-    config = RewardConfig(
-        functions=tuple(flags.rewards),
-        weights=(1.0,) * len(flags.rewards),
-        model=flags.reward_model,
-        model_weight=1.0,
-        normalise=True,
-        workers=1,
-        time_limit=5.0,
-        default=0.0,
-        overlong_buffer=0,
-        missing_stop=0.0,
-    )
-    model = None
-    if flags.reward_model is not None:
-        mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-        model = RewardModel(config, loaded.tokenizer, template, rows=ROWS, length=length, mesh=mesh)
-    with Judge(config, model) as judge:
+    with judge_of(flags, loaded, template, length) as judge:
         answer = Answering(
             sample=functools.partial(collect, loaded.model, max_rows=ROWS),
             tokenizer=loaded.tokenizer,
