@@ -32,22 +32,43 @@ def preferences(split: Split, *, count: int, seed: int, label_noise: float = 0.1
 
 def preference(split: Split, index: int, *, seed: int, label_noise: float = 0.1) -> dict:
     """One row, whichever others are ever written."""
+    rng = random.Random(f"preference {seed} {split} {index}")
+    prompt, reference, candidate = _asked(split, rng, seed)
+    scores = [0.0, 0.0]
+    while abs(scores[0] - scores[1]) < _SMALLEST_GAP:
+        answers = [candidate() for _ in range(2)]
+        scores = [rubric({"reference": reference}, answer) for answer in answers]
+    chosen_is_first = (scores[0] > scores[1]) != (rng.random() < label_noise)
+    chosen, rejected = answers if chosen_is_first else answers[::-1]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "reference": reference}
+
+
+def drafts(split: Split, *, count: int, seed: int) -> Iterator[dict]:
+    """The first `count` rows `{"prompt": messages, "completion": str, "reference": dict}` of a split.
+
+    Answers as nobody has chosen them yet: of the kind that the pairs of `preferences` consist of, good ones
+    and flawed ones. A model that learns from them speaks as the pairs do, and has something to unlearn.
+    """
+    return (draft(split, index, seed=seed) for index in range(count))
+
+
+def draft(split: Split, index: int, *, seed: int) -> dict:
+    """One row, whichever others are ever written."""
+    prompt, reference, candidate = _asked(split, random.Random(f"draft {seed} {split} {index}"), seed)
+    return {"prompt": prompt, "completion": candidate(), "reference": reference}
+
+
+def _asked(split: Split, rng: random.Random, seed: int) -> tuple[list[dict], dict, Callable[[], str]]:
+    """A prompt of this split, what it takes to judge an answer to it, and a writer of answers."""
     check_split(split)
     world = build_world(seed)
-    rng = random.Random(f"preference {seed} {split} {index}")
     exchanges = conversation(world, rng, split)
     while prompt_split(exchanges) != split:
         exchanges = conversation(world, rng, split)
     last = exchanges[-1]
     reference = {"answer": last.answer, "key": last.key, "rivals": list(last.rivals)}
-    scores = [0.0, 0.0]
-    while abs(scores[0] - scores[1]) < _SMALLEST_GAP:
-        answers = [_candidate(last, world, rng, split) for _ in range(2)]
-        scores = [rubric({"reference": reference}, answer) for answer in answers]
-    chosen_is_first = (scores[0] > scores[1]) != (rng.random() < label_noise)
-    chosen, rejected = answers if chosen_is_first else answers[::-1]
     prompt = spoken(exchanges, [exchange.answer for exchange in exchanges])[:-1]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "reference": reference}
+    return prompt, reference, lambda: _candidate(last, world, rng, split)
 
 
 def _candidate(exchange: Exchange, world: World, rng: random.Random, split: Split) -> str:
