@@ -9,7 +9,7 @@ B, T and S are rounded up to a few sizes and the cache grows from one to the nex
 attention reads little more than what is filled, and a run compiles a handful of programs.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -101,19 +101,17 @@ def next_logits(
     return model.unembed(params, hidden[:, 0]), cache
 
 
-@partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
-def decode(
+def decode_steps(
     model: Model,
     params: Params,
     state: DecodeState,
     stop_ids: jax.Array,
     max_steps: jax.Array,
     min_rows: jax.Array,
-    *,
-    sampling: SamplingConfig,
+    draw: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
 ) -> DecodeState:
     """Say tokens until no more than min_rows rows go on, a row needs another slot, or max_steps steps were
-    run."""
+    run. `draw(logits[B, V], keys[B])` gives the next tokens and their log-probs."""
     rows, slots = jnp.arange(state.tokens.shape[0]), state.tokens.shape[1]
     last_step = state.steps + max_steps
 
@@ -127,7 +125,7 @@ def decode(
         last = state.lengths - 1
         logits, cache = next_logits(model, params, state.tokens[rows, last], last, state.cache)
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths - state.prompt_lengths)
-        tokens, log_probs = sample(logits, keys, sampling)
+        tokens, log_probs = draw(logits, keys)
         here = (rows, state.lengths)  # a finished row writes beyond its end, where nobody reads
         lengths = state.lengths + ~state.done
         return state._replace(
@@ -140,6 +138,22 @@ def decode(
         )
 
     return jax.lax.while_loop(goes_on, decode_step, state)
+
+
+@partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
+def decode(
+    model: Model,
+    params: Params,
+    state: DecodeState,
+    stop_ids: jax.Array,
+    max_steps: jax.Array,
+    min_rows: jax.Array,
+    *,
+    sampling: SamplingConfig,
+) -> DecodeState:
+    """`decode_steps` with one way of sampling for all rows."""
+    draw = partial(sample, config=sampling)
+    return decode_steps(model, params, state, stop_ids, max_steps, min_rows, draw)
 
 
 def check_prompts(

@@ -5,10 +5,13 @@ min-p. (vLLM applies min-p before the other two.) Tokens tied with the last one 
 that no filter depends on the order of the vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.errors import ConfigError
 from jaxllm.losses.language_model import token_log_probs
@@ -95,3 +98,41 @@ def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> tuple[
     temperature = 1.0 if config.temperature == 0 else config.temperature
     log_probs = token_log_probs(logits[:, None], tokens[:, None], temperature=temperature)
     return tokens.astype(jnp.int32), log_probs[:, 0]
+
+
+class RowSampling(NamedTuple):
+    """SamplingConfigs as arrays, one entry a row, so that rows which sample differently share a program."""
+
+    temperature: np.ndarray  # float32 [B]
+    top_k: np.ndarray  # int32 [B], at most the size of the vocabulary
+    tail: np.ndarray  # float32 [B], 1 - top_p, which no float32 of top_p would give to the last bit
+    min_p: np.ndarray  # float32 [B]
+
+
+def row_sampling(configs: Sequence[SamplingConfig], vocab_size: int) -> RowSampling:
+    """One entry for each config; a filter that is off gets the value at which it drops nothing."""
+    return RowSampling(
+        np.array([config.temperature for config in configs], np.float32),
+        np.array([min(config.top_k or vocab_size, vocab_size) for config in configs], np.int32),
+        np.array([0.0 if config.top_p is None else 1 - config.top_p for config in configs], np.float32),
+        np.array([config.min_p or 0.0 for config in configs], np.float32),
+    )
+
+
+def sample_rows(logits: jax.Array, keys: jax.Array, rows: RowSampling) -> jax.Array:
+    """The token that `sample` takes for each row, with that row's own sampling. A filter that no row wants
+    costs nothing."""
+    greedy = rows.temperature == 0
+    temperature, k, tail, share = (x[:, None] for x in (jnp.where(greedy, 1.0, rows.temperature), *rows[1:]))
+    kept = logits.astype(jnp.float32) / temperature
+    V = logits.shape[-1]
+
+    def filtered(wanted, keep, z):
+        # Row by row too: with a tail of 0, top-p would still drop what softmax rounds to 0.
+        return jax.lax.cond(jnp.any(wanted), lambda z: jnp.where(wanted, keep(z), z), lambda z: z, z)
+
+    kept = filtered(k < V, lambda z: drop_smallest(z, jnp.int32(1), V - k), kept)
+    kept = filtered(tail > 0, lambda z: drop_smallest(z, jax.nn.softmax(z, axis=-1), tail), kept)
+    kept = filtered(share > 0, lambda z: min_p(z, share), kept)
+    drawn = jax.vmap(jax.random.categorical)(keys, kept)
+    return jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
