@@ -5,24 +5,23 @@ python experiments/answer.py --checkpoint=runs/preferred --input=prompts.jsonl -
     --output=answers.jsonl --samples=4
 
 Rows have a `prompt` or `messages` and whatever the rewards read, as for GRPO; of preference pairs the prompt
-is taken. OUTPUT gets a line for every answer. Means over prompts are printed, with their standard errors.
+is taken. --reference=runs/chat estimates the KL from it. OUTPUT gets a line for every answer. Means over
+prompts are printed, with their standard errors.
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
 from experiments.sampling_flags import define_sampling_flags, read_sampling
 from jaxllm.config import run_script
-from jaxllm.errors import ConfigError, DataError
+from jaxllm.errors import ConfigError
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
-
-ROWS = 64  # answers decoded at a time
 
 
 def define_flags(flag_values: "FlagValues") -> None:
@@ -40,80 +39,16 @@ def define_flags(flag_values: "FlagValues") -> None:
         "rewards", [], "as reward.functions: names, PACKAGE.FUNCTION, FILE.py:FUNCTION", **where
     )
     flags.DEFINE_string("reward_model", None, "the run folder of a reward model", **where)
+    flags.DEFINE_string("reference", None, "a run whose KL from the checkpoint is estimated", **where)
+    flags.DEFINE_bool("plain", False, "continue prompts as plain text, without a chat template", **where)
+    flags.DEFINE_bool("untrained", False, "the random weights that --checkpoint's seed stands for", **where)
     flags.DEFINE_integer("samples", 1, "answers to each prompt", **where)
     flags.DEFINE_integer("max_rows", 256, "prompts, from the first", **where)
     define_sampling_flags(flag_values)
 
 
-def read_prompts(flags: "FlagValues", template: Any, longest: int) -> list[Any]:
-    """The prompts of --input that a model of this length can answer; what is left out goes to stderr."""
-    from jaxllm.data.chat import renamed
-    from jaxllm.data.prompts import Prompt, question_messages
-    from jaxllm.data.sources import BadRow, open_source
-
-    source = open_source(
-        flags.input, split="validation", text_key=None, synthetic_rows=flags.max_rows, seed=flags.seed
-    )
-    prompts = []
-    for row in source.rows():
-        try:
-            if row.value is None:
-                raise BadRow(row.problem, row.detail)
-            record = renamed(row.value, flags.rename)
-            _, messages = question_messages(record, flags)
-            ids = template.prompt(messages)
-            if len(ids) > longest:
-                raise BadRow("prompt that leaves no room for --max_new_tokens", f"{len(ids)} tokens")
-        except BadRow as error:
-            print(f"left out: {row.where}: {error}", file=sys.stderr)
-            continue
-        prompts.append(Prompt(ids, record))
-        if len(prompts) == flags.max_rows:
-            break
-    if not prompts:
-        raise DataError(f"--input={flags.input}: no row can be answered")
-    return prompts
-
-
-def judge_of(flags: "FlagValues", loaded: Any, template: Any, length: int) -> Any:
-    """The rewards that the flags name; the reward model reads `length` tokens."""
-    import jax
-
-    from experiments.rewards import Judge, RewardConfig, RewardModel
-    from jaxllm.sharding import MeshConfig, make_mesh
-
-    config = RewardConfig(
-        functions=tuple(flags.rewards),
-        weights=(1.0,) * len(flags.rewards),
-        model=flags.reward_model,
-        model_weight=1.0,
-        normalise=True,
-        workers=1,
-        time_limit=5.0,
-        default=0.0,
-        overlong_buffer=0,
-        missing_stop=0.0,
-    )
-    model = None
-    if flags.reward_model is not None:
-        mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-        model = RewardModel(config, loaded.tokenizer, template, rows=ROWS, length=length, mesh=mesh)
-    return Judge(config, model)
-
-
-def main(_: None, flags: "FlagValues") -> None:
-    """Answer the input, judge the answers, write them, and say what was found."""
-    import functools
-
-    import jax
-
-    from experiments.answers import Answering, answer_metrics, answer_rows
-    from experiments.loading import checkpoint_template, load_checkpoint
-    from experiments.run import enable_compilation_cache
-    from jaxllm.data.chat import check_rename
-    from jaxllm.rollout.collect import collect
-    from jaxllm.rollout.generate import bucket
-
+def check_flags(flags: "FlagValues") -> None:
+    """ConfigError for what cannot be."""
     if flags.input is None:
         raise ConfigError("--input=FILE is missing")
     if flags.output is not None and not Path(flags.output).expanduser().parent.is_dir():
@@ -121,39 +56,57 @@ def main(_: None, flags: "FlagValues") -> None:
     for name in ("samples", "max_rows"):
         if getattr(flags, name) < 1:
             raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
-    check_rename(flags.rename)
-    sampling = read_sampling(flags)
-    if flags.samples > 1 and sampling.temperature == 0:
+    if flags.temperature == 0 and flags.samples > 1:
         raise ConfigError(f"--samples={flags.samples} with --temperature=0 would say the same every time")
+    if flags.temperature == 0 and flags.reference is not None:
+        raise ConfigError("--reference measures what is sampled: set --temperature, such as 1")
+
+
+def main(_: None, flags: "FlagValues") -> None:
+    """Answer the input, judge the answers, write them, and say what was found."""
+    check_flags(flags)
+    sampling = read_sampling(flags)
+
+    from experiments import answers as asking
+    from experiments.loading import checkpoint_template, load_checkpoint
+    from experiments.run import enable_compilation_cache
+    from jaxllm.data.chat import check_rename
+
+    check_rename(flags.rename)
     enable_compilation_cache()
-    loaded = load_checkpoint(flags.checkpoint)
-    if loaded.stage == "reward_model":
-        raise ConfigError(f"--checkpoint={flags.checkpoint} is a reward model, which says nothing")
-    template, longest = checkpoint_template(loaded), loaded.model.config.max_length
-    prompts = read_prompts(flags, template, longest - sampling.max_new_tokens)
-    length = min(longest, bucket(max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens))
-    with judge_of(flags, loaded, template, length) as judge:
-        answer = Answering(
-            sample=functools.partial(collect, loaded.model, max_rows=ROWS),
-            tokenizer=loaded.tokenizer,
-            stop_ids=template.stop_ids,
-            judge=judge,
-            length=length,
-        )
-        answers = answer(
-            loaded.params,
-            prompts,
-            group_size=flags.samples,
-            sampling=sampling,
-            keys=jax.random.split(jax.random.key(flags.seed), len(prompts) * flags.samples),
-            check=lambda: None,
-        )
+    loaded = load_checkpoint(flags.checkpoint, untrained=flags.untrained)
+    asking.check_speaks(loaded, f"--checkpoint={flags.checkpoint}")
+    reference = None
+    if flags.reference is not None:
+        reference = asking.check_speaks(load_checkpoint(flags.reference), f"--reference={flags.reference}")
+        if reference.tokenizer.hash != loaded.tokenizer.hash:
+            raise ConfigError(f"--reference={flags.reference} has another tokenizer than --checkpoint")
+    template = asking.PlainText(loaded.tokenizer) if flags.plain else checkpoint_template(loaded)
+    prompts = asking.read_prompts(
+        flags.input,
+        flags,
+        template,
+        longest=loaded.model.config.max_length - sampling.max_new_tokens,
+        max_rows=flags.max_rows,
+        seed=flags.seed,
+    )
+    answers = asking.answer_prompts(
+        loaded,
+        template,
+        prompts,
+        functions=flags.rewards,
+        reward_model=flags.reward_model,
+        samples=flags.samples,
+        sampling=sampling,
+        seed=flags.seed,
+    )
+    kl = None if reference is None else asking.kl_to(reference, answers, sampling.temperature)
     if flags.output is not None:
         with Path(flags.output).expanduser().open("w") as file:
-            for i, row in enumerate(answer_rows(answers)):
+            for i, row in enumerate(asking.answer_rows(answers, kl)):
                 file.write(json.dumps({**prompts[i // flags.samples].row, **row}) + "\n")
     print(f"{len(prompts)} prompts, {flags.samples} answers each")
-    row = answer_metrics(answers, flags.samples, "")
+    row = asking.answer_metrics(answers, flags.samples, "", kl)
     for name, value in row.items():
         if not name.endswith("_se"):
             print(f"{name} {value:.4g} ± {row[f'{name}_se']:.2g}")

@@ -1,21 +1,33 @@
 """Prompts answered and the answers judged: for rollouts, for evaluation, and by experiments/answer.py."""
 
+import functools
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from experiments.rewards import Judge
-from jaxllm.data.prompts import Prompt
+from experiments.loading import Loaded
+from experiments.rewards import InBatches, Judge, RewardConfig, RewardModel
+from jaxllm.data.chat import renamed
+from jaxllm.data.chat_template import ChatTemplate
+from jaxllm.data.prompts import Prompt, question_messages
+from jaxllm.data.sources import BadRow, open_source
 from jaxllm.data.tokenizer import BaseTokenizer
+from jaxllm.errors import ConfigError, DataError
 from jaxllm.evaluation.pass_at_k import pass_at_k
 from jaxllm.evaluation.preference import mean
 from jaxllm.losses import overlong_penalty
+from jaxllm.objectives.score import next_token_log_probs
 from jaxllm.rewards.pool import Scores
+from jaxllm.rollout.collect import collect
 from jaxllm.rollout.generate import Completions, bucket
 from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.sharding import MeshConfig, make_mesh
+
+ROWS = 64  # answers of a checkpoint decoded, or scored, at a time
 
 
 class Answers(NamedTuple):
@@ -99,17 +111,143 @@ class Answering(NamedTuple):
         )
 
 
-def answer_metrics(answers: Answers, group_size: int, prefix: str) -> dict[str, float]:
+class PlainText(NamedTuple):
+    """In the place of a chat template, for a model that continues text: a prompt is the text itself."""
+
+    tokenizer: BaseTokenizer
+    source: str = ""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.tokenizer.eos_id,)
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        text = "\n".join(message["content"] for message in messages)
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+
+
+def read_prompts(
+    name: str, question: Any, template: ChatTemplate | PlainText, *, longest: int, max_rows: int, seed: int
+) -> list[Prompt]:
+    """The first prompts of at most `longest` tokens of a source; what is left out goes to stderr.
+
+    `question` has the fields `rename`, `prompt_format` and `system` of a PromptConfig.
+    """
+    source = open_source(name, split="validation", text_key=None, synthetic_rows=max_rows, seed=seed)
+    prompts = []
+    for row in source.rows():
+        try:
+            if row.value is None:
+                raise BadRow(row.problem, row.detail)
+            record = renamed(row.value, question.rename)
+            _, messages = question_messages(record, question)
+            ids = template.prompt(messages)
+            if len(ids) > longest:
+                raise BadRow("prompt that leaves no room for --max_new_tokens", f"{len(ids)} tokens")
+        except BadRow as error:
+            print(f"left out: {row.where}: {error}", file=sys.stderr)
+            continue
+        prompts.append(Prompt(ids, record))
+        if len(prompts) == max_rows:
+            break
+    if not prompts:
+        raise DataError(f"{name}: no row can be answered")
+    return prompts
+
+
+def answer_prompts(
+    loaded: Loaded,
+    template: ChatTemplate | PlainText,
+    prompts: Sequence[Prompt],
+    *,
+    functions: Sequence[str],
+    reward_model: str | None,
+    samples: int,
+    sampling: SamplingConfig,
+    seed: int,
+) -> Answers:
+    """What a checkpoint says to each prompt, so many times, judged as `reward.functions` and `reward.model`
+    of a config would."""
+    rewards = RewardConfig(
+        functions=tuple(functions),
+        weights=(1.0,) * len(functions),
+        model=reward_model,
+        model_weight=1.0,
+        normalise=True,
+        workers=1,
+        time_limit=5.0,
+        default=0.0,
+        overlong_buffer=0,
+        missing_stop=0.0,
+    )
+    longest = max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens
+    length = min(loaded.model.config.max_length, bucket(longest))
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    model = None
+    if reward_model is not None:
+        model = RewardModel(rewards, loaded.tokenizer, template, rows=ROWS, length=length, mesh=mesh)
+    with Judge(rewards, model) as judge:
+        answer = Answering(
+            sample=functools.partial(collect, loaded.model, max_rows=ROWS),
+            tokenizer=loaded.tokenizer,
+            stop_ids=template.stop_ids,
+            judge=judge,
+            length=length,
+        )
+        return answer(
+            loaded.params,
+            prompts,
+            group_size=samples,
+            sampling=sampling,
+            keys=jax.random.split(jax.random.key(seed), len(prompts) * samples),
+            check=lambda: None,
+        )
+
+
+def kl_to(reference: Loaded, answers: Answers, temperature: float) -> np.ndarray:
+    """Float32 [N], in nats: how much likelier each answer was to who gave it than it is to `reference`. Its
+    mean over answers that were sampled unfiltered is the KL divergence of the one from the other."""
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    score = InBatches(
+        lambda params, tokens: next_token_log_probs(
+            params, tokens, model=reference.model, temperature=temperature
+        )[0],
+        ROWS,
+        mesh,
+    )
+    found = score(reference.params, answers.tokens)
+    starts, ends = answers.prompt_lengths - 1, answers.prompt_lengths - 1 + answers.lengths
+    return np.array(
+        [
+            said.sum() - row[start:end].sum()
+            for said, row, start, end in zip(answers.said.log_probs, found, starts, ends, strict=True)
+        ],
+        np.float32,
+    )
+
+
+def check_speaks(loaded: Loaded, flag: str) -> Loaded:
+    """The checkpoint that a flag names; ConfigError where it is a reward model."""
+    if loaded.stage == "reward_model":
+        raise ConfigError(f"{flag} is a reward model, which says nothing: give another")
+    return loaded
+
+
+def answer_metrics(
+    answers: Answers, group_size: int, prefix: str, kl: np.ndarray | None = None
+) -> dict[str, float]:
     """Means over prompts of their groups' means, with the standard error over prompts, which are independent
     of each other where answers to one prompt are not.
 
-    `reward`, `reward/NAME` of each reward, `length`, `stopped_fraction`; and `pass@k` for k of 1, 2, 4, ...
-    if there is a reward function: an answer is right where the first one gives 1.
+    `reward`, `reward/NAME` of each reward, `length`, `stopped_fraction`, `kl` if it is given; and `pass@k`
+    for k of 1, 2, 4, ... if there is a reward function: an answer is right where the first one gives 1.
     """
     columns = dict(answers.scores.by_name)
     if columns:
         columns = {"reward": answers.rewards} | {f"reward/{name}": x for name, x in columns.items()}
     columns |= {"length": answers.lengths, "stopped_fraction": ~answers.truncated}
+    if kl is not None:
+        columns["kl"] = kl
     columns = {name: group_means(values.reshape(-1, group_size)) for name, values in columns.items()}
     first = next(iter(answers.scores.by_name), "model")
     if first != "model":
@@ -131,10 +269,11 @@ def group_means(values: np.ndarray) -> np.ndarray:
     return np.where(applies, values, 0.0).sum(1) / applies.sum(1)
 
 
-def answer_rows(answers: Answers) -> Iterator[dict[str, Any]]:
+def answer_rows(answers: Answers, kl: np.ndarray | None = None) -> Iterator[dict[str, Any]]:
     """What was found out about each answer, as JSON."""
     for i, text in enumerate(answers.texts):
-        yield {
+        known = {} if kl is None else {"kl": float(kl[i])}
+        yield known | {
             "completion": text,
             "tokens": int(answers.lengths[i]),
             "ended": not answers.truncated[i],

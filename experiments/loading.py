@@ -28,9 +28,12 @@ class Loaded(NamedTuple):
     metadata: dict[str, Any]
 
 
-def load_checkpoint(path: str | None, mesh: jax.sharding.Mesh | None = None) -> Loaded:
+def load_checkpoint(
+    path: str | None, mesh: jax.sharding.Mesh | None = None, *, untrained: bool = False
+) -> Loaded:
     """The newest valid checkpoint of a run folder (RUN/best: its best), on a mesh or the first device. PPO's
-    are of two models: this is the one that speaks."""
+    are of two models: this is the one that speaks. `untrained`: the random weights that a run of this config
+    without --init_from begins with."""
     if path is None:
         raise ConfigError("--checkpoint=RUN_FOLDER is missing")
     folder = find_checkpoint(path)
@@ -38,7 +41,10 @@ def load_checkpoint(path: str | None, mesh: jax.sharding.Mesh | None = None) -> 
     build = build_scalar_model if config["stage"] == "reward_model" else build_model
     model = build(parse(ModelConfig, config["model"], "model"))
     wanted = jax.eval_shape(model.init, jax.random.key(0))
-    params = read_policy(folder, wanted if mesh is None else placed(wanted, mesh))
+    if untrained:
+        params = jax.jit(model.init)(jax.random.split(jax.random.key(config["seed"]))[0])
+    else:
+        params = read_policy(folder, wanted if mesh is None else placed(wanted, mesh))
     metadata = json.loads((folder / "metadata.json").read_bytes())
     return Loaded(folder, config["stage"], model, params, load_tokenizer(folder), metadata)
 

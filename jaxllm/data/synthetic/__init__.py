@@ -20,7 +20,7 @@ from jaxllm.data.synthetic.documents import document, documents
 from jaxllm.data.synthetic.facts import Fact, fact
 from jaxllm.data.synthetic.preferences import draft, drafts, preference, preferences
 from jaxllm.data.synthetic.problems import Problem, problem_row, problems, sum_problem, word_problem
-from jaxllm.data.synthetic.rubric import rubric
+from jaxllm.data.synthetic.rubric import correct, rubric
 from jaxllm.data.synthetic.split import Split, split_of
 from jaxllm.data.synthetic.world import Person, Town, World, build_world
 
@@ -34,6 +34,7 @@ __all__ = [
     "build_world",
     "chat",
     "chats",
+    "correct",
     "document",
     "documents",
     "draft",

@@ -34,6 +34,14 @@ def rubric(row: dict, answer: str) -> float:
     return sum(parts + correct) / len(parts + correct)
 
 
+def correct(row: dict, answer: str) -> float | None:
+    """The first part of `rubric` alone: 1 if the right one is named first, 0 if not, None where no one thing
+    is right."""
+    reference = row["reference"]
+    part, _ = _named(reference["key"], reference["rivals"], _plain(answer))
+    return part[0] if part else None
+
+
 def is_kind(text: str) -> bool:
     """Whether there is a kind word in it."""
     return _contains(_plain(text), "kind words")

@@ -1,0 +1,301 @@
+"""All stages, from random weights to a reasoning model, and whether each of them reached its gate.
+
+    python experiments/pipeline.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Every stage is a run of experiments/train.py in a folder of its own; pipeline.json has the commands. The same
+command again goes on where it was. Point any stage at your own files: --config.data.text=mine.txt.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import fcntl
+import functools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
+
+from jaxllm.config import as_dict, differences, load_config, parse, run_script
+from jaxllm.errors import ConfigError, RunError, Stopped
+
+if TYPE_CHECKING:
+    from absl.flags import FlagValues
+    from ml_collections import ConfigDict
+
+    from experiments.pipeline_config import PipelineConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What tells how a stage came out, in one number.
+HEADLINES = {
+    "pretrain": "eval/bits_per_byte",
+    "sft": "eval/loss",
+    "reward_model": "eval/accuracy",
+    "ppo": "eval/reward/model",
+    "dpo": "eval/accuracy",
+    "worked": "eval/loss",
+    "grpo": "eval/sampled_pass@1",
+}
+
+
+def define_flags(flag_values: "FlagValues") -> None:
+    """This script's flags; --config and --print_config are there already."""
+    from absl import flags
+
+    flags.DEFINE_string("workdir", None, "folder for the run folders of all stages", flag_values=flag_values)
+    flags.DEFINE_bool("dry_run", False, "compile every stage, print sizes, exit", flag_values=flag_values)
+
+
+def config_class(config: "ConfigDict") -> type:
+    """The pipeline's dataclass. Late, since it imports jax."""
+    from experiments.pipeline_config import PipelineConfig
+
+    if "gates" not in config:
+        raise ConfigError("the config file is of one stage: run it with experiments/train.py")
+    return PipelineConfig
+
+
+def main(config: "PipelineConfig", flags: "FlagValues") -> int:
+    """Run what is left to run; 0 if all gates are passed."""
+    if flags.dry_run:
+        return dry_run(config)
+    if flags.workdir is None:
+        raise ConfigError("--workdir=FOLDER is missing")
+    folder = Path(flags.workdir).expanduser().absolute()
+    commands = stage_commands(config, flags.config, flags.workdir)
+    with claimed(folder):
+        record = Record(folder, config.seed, flags.config, commands)
+        for number, (name, command) in enumerate(commands.items(), 1):
+            if record.is_done(name):
+                continue
+            title = f"[{number}/{len(commands)}] {name:12}"
+            report = functools.partial(show_progress, title, folder / name, config, record)
+            seconds, memory = run_stage(command, folder / "logs" / f"{name}.txt", report)
+            record.add(name, command, seconds, memory)
+            outcome = f"{headline(folder, name)}{time_left(config, record)}"
+            print(f"{title} {clock(seconds):>6}  {outcome}", flush=True)
+    return conclude(folder, record)
+
+
+def conclude(folder: Path, record: "Record") -> int:
+    """Write the report and say which gates were passed; the exit code."""
+    from experiments.reporting import write_report
+
+    gates = json.loads((folder / "gates.json").read_text())
+    marks = {True: "passed", False: "FAILED", None: "not measured"}
+    for gate in gates["gates"]:
+        print(f"{marks[gate['passed']]:12}  {gate['name']:12} {gate['says']}")
+    value = record.value
+    print(f"{clock(value['seconds'])} in all, {value['peak_memory_bytes'] / 1e9:.1f} GB of memory at most")
+    print(f"everything side by side: {write_report([folder], folder)}")
+    return 0 if gates["passed"] else RunError.exit_code
+
+
+def dry_run(config: "PipelineConfig") -> int:
+    """Compile the train step of every stage, and say what it takes."""
+    from experiments.pipeline_config import PARENTS
+    from experiments.program import Program
+    from experiments.program import dry_run as compile_stage
+    from experiments.run import enable_compilation_cache
+
+    enable_compilation_cache()
+    for name in PARENTS:
+        print(f"{name}\n{compile_stage(Program(getattr(config, name)))}\n")
+    return 0
+
+
+# What is run
+
+
+def stage_commands(config: "PipelineConfig", config_file: str, workdir: str) -> dict[str, list[str]]:
+    """The command of each stage, with what differs from the config file as flags."""
+    from experiments.pipeline_config import PARENTS, PipelineConfig
+
+    plain = as_dict(parse(PipelineConfig, load_config(config_file)))
+    changed = differences(plain, as_dict(config))
+
+    def command(script: str, file: str, folder: str, section: str, **more: str) -> list[str]:
+        flags = {"config": file, "workdir": folder} | more
+        for path, _, value in changed:
+            if path.startswith(section):
+                flags[f"config.{path.removeprefix(section)}"] = as_flag(value)
+        path = os.path.relpath(ROOT / "experiments" / script)
+        return [sys.executable, path, *(f"--{name}={value}" for name, value in flags.items())]
+
+    commands = {}
+    for name, parent in PARENTS.items():
+        more = {} if parent is None else {"init_from": f"{workdir}/{parent}"}
+        if name == "ppo":
+            more["config.reward.model"] = f"{workdir}/reward_model/best"
+        commands[name] = command("train.py", f"{config_file}:{name}", f"{workdir}/{name}", f"{name}.", **more)
+    commands["gates"] = command("gates.py", config_file, workdir, "")
+    return commands
+
+
+def as_flag(value: Any) -> str:
+    """A value of a config as `--config.FIELD=` takes it."""
+    if isinstance(value, list):
+        return str(tuple(value))
+    return "none" if value is None else str(value)
+
+
+def run_stage(command: Sequence[str], log: Path, report: Callable[[], None]) -> tuple[float, int]:
+    """Run a command to its end, its output in `log`; how many seconds and bytes of memory it took.
+
+    A signal that asks for the end is passed on, and the command saves what it has.
+    """
+    log.parent.mkdir(exist_ok=True)
+    began = time.perf_counter()
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, start_new_session=True, preexec_fn=end_with_parent
+        )
+        with passing_on(process):
+            while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+                report()
+                time.sleep(0.2)
+    _, status, usage = ended
+    process.returncode = code = os.waitstatus_to_exitcode(status)
+    if code == Stopped.exit_code:
+        raise Stopped(f"saved; the same command goes on: {shlex.join([sys.executable, *sys.argv])}")
+    if code:
+        last = " ".join(log.read_text(errors="replace").strip().splitlines()[-1:])
+        raise StageFailed(f"{Path(command[1]).name} ended with exit code {code}: {last} (see {log})", code)
+    kilobytes = usage.ru_maxrss if sys.platform != "darwin" else usage.ru_maxrss // 1024
+    return time.perf_counter() - began, 1024 * kilobytes
+
+
+class StageFailed(RunError):
+    """A stage ended with an exit code, which is then the pipeline's."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code if exit_code > 0 else RunError.exit_code
+
+
+@contextlib.contextmanager
+def passing_on(process: subprocess.Popen) -> Iterator[None]:
+    """SIGINT and SIGTERM are the child's to answer."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(each, lambda *_: process.send_signal(signal.SIGTERM)) for each in signals]
+    try:
+        yield
+    finally:
+        for each, handler in zip(signals, before, strict=True):
+            signal.signal(each, handler)
+
+
+def end_with_parent() -> None:
+    """Called in the child: where a killed pipeline cannot stop it, Linux does, as a SIGTERM would."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+# What is known of it
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder is this process's alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"--workdir={folder}: another pipeline is running there") from None
+        yield
+
+
+class Record:
+    """pipeline.json: which stages are done, by which commands, and what they took."""
+
+    def __init__(self, folder: Path, seed: int, config_file: str, commands: Mapping[str, Sequence[str]]):
+        self.file = folder / "pipeline.json"
+        self.value = {"seconds": 0.0, "peak_memory_bytes": 0, "stages": []}
+        if self.file.exists():
+            self.value = json.loads(self.file.read_text())
+        self.value |= {"seed": seed, "config_file": config_file, "command": shlex.join(["python", *sys.argv])}
+        for stage in self.value["stages"]:
+            if stage["command"] != shown(commands[stage["name"]]):
+                raise ConfigError(
+                    f"{folder}: {stage['name']} was run by `{stage['command']}`, now it would be "
+                    f"`{shown(commands[stage['name']])}`: choose another --workdir"
+                )
+
+    def is_done(self, name: str) -> bool:
+        return any(stage["name"] == name for stage in self.value["stages"])
+
+    def add(self, name: str, command: Sequence[str], seconds: float, memory: int) -> None:
+        """A stage that is over."""
+        from experiments.pipeline_config import PARENTS
+
+        stage = {"name": name, "workdir": name, "parent": PARENTS.get(name), "command": shown(command)}
+        self.value["stages"].append(stage | {"seconds": seconds, "peak_memory_bytes": memory})
+        self.value["seconds"] += seconds
+        self.value["peak_memory_bytes"] = max(self.value["peak_memory_bytes"], memory)
+        from jaxllm.training.checkpoint import to_json, write_file
+
+        write_file(self.file, to_json(self.value))
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as one would type it."""
+    return shlex.join(["python", *command[1:]])
+
+
+# What is said about it
+
+
+def show_progress(title: str, folder: Path, config: "PipelineConfig", record: Record) -> None:
+    """On a terminal, how far the running stage is."""
+    if not sys.stdout.isatty():
+        return
+    row = last_row(folder)
+    step = f"step {row['step']}" if "step" in row else "begins"
+    print(f"{title} {step}{time_left(config, record)}", end="\033[K\r", flush=True)
+
+
+def time_left(config: "PipelineConfig", record: Record) -> str:
+    """By what the stages were expected to take, and what those that are over took."""
+    expected = dataclasses.asdict(config.expected_seconds)
+    if not all(expected.values()):
+        return ""
+    over = {stage["name"]: stage["seconds"] for stage in record.value["stages"]}
+    if len(over) == len(expected):
+        return ""
+    pace = sum(over.values()) / sum(expected[name] for name in over) if over else 1.0
+    left = pace * sum(expected[name] for name in expected if name not in over)
+    return f"  about {max(1, round(left / 60))} min left"
+
+
+def headline(folder: Path, name: str) -> str:
+    """How a stage came out."""
+    row = last_row(folder / name)
+    return f"{metric} {row[metric]:.3f}" if (metric := HEADLINES.get(name)) in row else ""
+
+
+def last_row(folder: Path) -> dict[str, float]:
+    """Of the metrics of a run so far."""
+    from jaxllm.training.metrics import read_metrics
+
+    file = folder / "metrics.jsonl"
+    rows = read_metrics(file) if file.exists() else []
+    return rows[-1] if rows else {}
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, config_class, define_flags))
