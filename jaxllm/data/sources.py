@@ -21,7 +21,7 @@ import xxhash
 from jaxllm.errors import DataError
 
 _TEXT_BLOCK = 16 * 2**20  # bytes
-_SYNTHETIC_KINDS = ["documents", "chats", "drafts", "preferences", "problems"]
+_SYNTHETIC_KINDS = ["documents", "chats", "drafts", "preferences", "problems", "additions"]
 _DATASET_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 

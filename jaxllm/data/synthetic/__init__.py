@@ -6,8 +6,8 @@
 
 One function for each stage of training: `documents` to learn English from, `chats` to learn to answer,
 `drafts` to speak as those do who have not been told what is liked, `preferences` to learn which of two
-answers is better, `problems` to learn to reason. All are about the world of their seed, keep their splits
-apart, and write each row as a function of (seed, split, index) alone.
+answers is better, `problems` (the easiest: `additions`) to learn to reason. All are about the world of their
+seed, keep their splits apart, and write each row as a function of (seed, split, index) alone.
 
 Beneath them, `World` says what is true, `facts` puts it into words, `sum_problem` and `word_problem` have
 answers that can be checked, `stories` and `descriptions` are texts, `exchanges` are questions with their
@@ -19,7 +19,15 @@ from jaxllm.data.synthetic.chats import chat, chats
 from jaxllm.data.synthetic.documents import document, documents
 from jaxllm.data.synthetic.facts import Fact, fact
 from jaxllm.data.synthetic.preferences import draft, drafts, preference, preferences
-from jaxllm.data.synthetic.problems import Problem, problem_row, problems, sum_problem, word_problem
+from jaxllm.data.synthetic.problems import (
+    Problem,
+    addition_row,
+    additions,
+    problem_row,
+    problems,
+    sum_problem,
+    word_problem,
+)
 from jaxllm.data.synthetic.rubric import correct, rubric
 from jaxllm.data.synthetic.split import Split, split_of
 from jaxllm.data.synthetic.world import Person, Town, World, build_world
@@ -31,6 +39,8 @@ __all__ = [
     "Split",
     "Town",
     "World",
+    "addition_row",
+    "additions",
     "build_world",
     "chat",
     "chats",

@@ -111,8 +111,27 @@ def problem_row(split: Split, index: int, *, seed: int) -> dict:
     while True:
         problem = any_problem(build_world(seed), rng, split)
         if problem.level == level:
-            prompt, working = asked(problem, rng), worked_out(problem, rng)
-            return {"prompt": prompt, "answer": problem.answer, "working": working, "level": level}
+            return _row(problem, rng)
+
+
+def additions(split: Split, *, count: int, seed: int) -> Iterator[dict]:
+    """Rows as `problems` has them, all of one kind: `What is 37 + 25?`, with a number of two digits."""
+    return (addition_row(split, index, seed=seed) for index in range(count))
+
+
+def addition_row(split: Split, index: int, *, seed: int) -> dict:
+    """One row, whichever others are ever written."""
+    check_split(split)
+    rng = random.Random(f"addition {seed} {split} {index}")
+    while True:
+        problem = sum_problem(rng, split)
+        if problem.equations[0].sign == "+" and problem.level == 2:
+            return _row(problem, rng)
+
+
+def _row(problem: Problem, rng: random.Random) -> dict:
+    prompt, working = asked(problem, rng), worked_out(problem, rng)
+    return {"prompt": prompt, "answer": problem.answer, "working": working, "level": problem.level}
 
 
 def any_problem(world: World, rng: random.Random, split: Split) -> Problem:
