@@ -1,0 +1,206 @@
+"""Talk to checkpoints in the browser, choose between their answers, and call them as OpenAI's API is called.
+
+python experiments/serve.py --checkpoint=runs/chat
+python experiments/serve.py --checkpoint=runs/chat,runs/dpo --prompts=questions.jsonl --raters_per_pair=2
+python experiments/train.py --config=configs/reward_model_pairs.py:1m --workdir=runs/reward \
+    --init_from=runs/chat --config.data.train=preferences.jsonl
+
+Choices are added to preferences.jsonl, which reward models and DPO train on as it is. Others on the network
+get in with --host=0.0.0.0 --token=SECRET; what they send is not encrypted, so for strangers put a proxy with
+TLS before it. Ctrl-C ends it.
+"""
+
+import secrets
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
+
+from experiments.sampling_flags import define_sampling_flags, read_sampling
+from jaxllm.config import run_script
+from jaxllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from absl.flags import FlagValues
+
+SHORTEST_TOKEN = 12  # characters
+LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+def define_flags(flag_values: "FlagValues") -> None:
+    """This script's flags."""
+    from absl import flags
+
+    where = {"flag_values": flag_values}
+    flags.DEFINE_list(
+        "checkpoint", [], "run folders, RUN/best or step folders, the first is asked first", **where
+    )
+    flags.DEFINE_string("host", "127.0.0.1", "address to listen on; any but this one needs --token", **where)
+    flags.DEFINE_integer("port", 8000, "port to listen on; 0 takes a free one", **where)
+    flags.DEFINE_string("token", None, "secret that a client must have", **where)
+    flags.DEFINE_list(
+        "names", [], "other names by which clients call this machine, as behind a proxy", **where
+    )
+    flags.DEFINE_string("preferences", "preferences.jsonl", "file that choices are added to", **where)
+    flags.DEFINE_string(
+        "prompts", None, "prompts to compare answers to: .jsonl, synthetic:preferences", **where
+    )
+    flags.DEFINE_integer("max_prompts", 1000, "of these, from the first", **where)
+    flags.DEFINE_list("rename", [], "theirs=ours for columns of the prompts called otherwise", **where)
+    flags.DEFINE_string("prompt_format", None, "a text with {column}s to fill in", **where)
+    flags.DEFINE_string("system", None, "a system message before every one of these prompts", **where)
+    flags.DEFINE_integer("raters_per_pair", 1, "people who are to judge every pair", **where)
+    flags.DEFINE_integer("rows", 16, "answers written at a time by each checkpoint", **where)
+    define_sampling_flags(flag_values)
+
+
+def check_flags(flags: "FlagValues") -> None:
+    """ConfigError for what cannot work, before anything is loaded."""
+    from jaxllm.data.chat import check_rename
+
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("the server needs an extra: pip install 'jaxllm[serve]'") from error
+    if not flags.checkpoint:
+        raise ConfigError("--checkpoint=RUN_FOLDER is missing")
+    if len(set(flags.checkpoint)) < len(flags.checkpoint):
+        raise ConfigError("--checkpoint names one twice: with one alone, both answers are its own")
+    if flags.host not in LOCAL and flags.token is None:
+        raise ConfigError(
+            f"--host={flags.host} lets others in, who must have a token: add --token=SECRET, such as "
+            f"--token={secrets.token_urlsafe(16)}"
+        )
+    if flags.token is not None and len(flags.token) < SHORTEST_TOKEN:
+        raise ConfigError(f"--token has {len(flags.token)} characters, give at least {SHORTEST_TOKEN}")
+    for name in ("max_prompts", "raters_per_pair", "rows"):
+        if getattr(flags, name) < 1:
+            raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
+    if len(flags.checkpoint) == 1 and flags.prompts is not None and flags.temperature == 0:
+        raise ConfigError("--temperature=0 gives the same answer twice: raise it, or give two checkpoints")
+    check_rename(flags.rename)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, before minutes are spent on loading."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--host={host} --port={port}: {error}; choose another (0: any free port)"
+        ) from None
+    return bound
+
+
+def load_speaker(name: str, rows: int) -> Any:
+    """A checkpoint with its engine running."""
+    from experiments.answers import check_speaks
+    from experiments.loading import checkpoint_template, load_checkpoint
+    from experiments.serving.speaker import Speaker
+    from jaxllm.rollout.engine import Engine
+    from jaxllm.rollout.sampling import SamplingConfig
+    from jaxllm.training.checkpoint import checkpoint_hash
+
+    loaded = check_speaks(load_checkpoint(name), f"--checkpoint={name}")
+    if loaded.stage == "pretrain":
+        print(f"note: {name} is only pretrained and has not learnt to answer", file=sys.stderr)
+    template = checkpoint_template(loaded)
+    speaker = Speaker(
+        name,
+        {"path": str(loaded.folder), "hash": checkpoint_hash(loaded.folder)},
+        Engine(loaded.model, loaded.params, stop_ids=template.stop_ids, rows=rows),
+        template,
+        loaded.tokenizer,
+        loaded.model.config.max_length,
+    )
+    # Compiles what every answer needs while nobody waits for one yet.
+    prompt, shortest = template.prompt([{"role": "user", "content": "?"}]), SamplingConfig(max_new_tokens=1)
+    speaker.engine.submit(prompt, sampling=shortest, seed=0, say=lambda *_: None)
+    return speaker
+
+
+def read_prompts(flags: "FlagValues") -> list[list[dict[str, str]]]:
+    """The messages of each prompt of --prompts; rows without one are named on stderr."""
+    from jaxllm.data.chat import renamed
+    from jaxllm.data.prompts import question_messages
+    from jaxllm.data.sources import BadRow, open_source
+
+    found: list[list[dict[str, str]]] = []
+    if flags.prompts is None:
+        return found
+    source = open_source(
+        flags.prompts, split="train", text_key=None, synthetic_rows=flags.max_prompts, seed=flags.seed
+    )
+    for row in source.rows():
+        try:
+            if row.value is None:
+                raise BadRow(row.problem, row.detail)
+            found.append(question_messages(renamed(row.value, flags.rename), flags)[1])
+        except BadRow as error:
+            print(f"left out: {row.where}: {error}", file=sys.stderr)
+        if len(found) == flags.max_prompts:
+            break
+    return found
+
+
+def main(_: None, flags: "FlagValues") -> None:
+    """Load, listen, and answer until Ctrl-C."""
+    check_flags(flags)
+    sampling = read_sampling(flags)
+
+    import signal
+
+    import uvicorn
+
+    from experiments.run import enable_compilation_cache
+    from experiments.serving.app import build_app
+    from experiments.serving.board import Board
+    from experiments.serving.preferences import PreferenceFile
+
+    enable_compilation_cache()
+    bound = listen(flags.host, flags.port)
+    file = PreferenceFile(Path(flags.preferences).expanduser().absolute())
+    if file.cut_off:
+        print(f"cut off a last line that was never finished: {file.cut_off[:60]!r}...", file=sys.stderr)
+    prompts = read_prompts(flags)
+    speakers = {name: load_speaker(name, flags.rows) for name in flags.checkpoint}
+    board = Board(file, prompts, flags.raters_per_pair)
+    names = {*LOCAL, *flags.names, flags.host, socket.gethostname()}
+    app = build_app(speakers, board, sampling, seed=flags.seed, names=names, token=flags.token)
+    host, port = bound.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    print(f"serving http://{address} and, as OpenAI's API, http://{address}/v1 (Ctrl-C ends)")
+    for speaker in speakers.values():
+        print(
+            f"speaks: {speaker.name} ({speaker.checkpoint['path']}, hash {speaker.checkpoint['hash'][:12]})"
+        )
+    print(
+        f"choices: {file.path} ({len(file.rows)} are there, {len(board.prompts)} prompts to go)", flush=True
+    )
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=3,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it again when it has ended
+    try:
+        uvicorn.Server(config).run(sockets=[bound])
+    except KeyboardInterrupt:
+        print("stopped")
+    finally:
+        for speaker in speakers.values():
+            speaker.engine.close()
+        file.close()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, None, define_flags))

@@ -1,0 +1,87 @@
+"""The file of choices: a line each, on disk before it is acknowledged; reward models train on it as it is."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxllm.errors import DataError
+from jaxllm.training.checkpoint import write_file
+
+CHOICES = (0, 1, "tie", "bad")
+
+
+class PreferenceFile:
+    """Rows in the order of the file, which one process at a time may write.
+
+    A row is appended and synced, so a machine that stops loses at most a row that nobody was promised: a last
+    line without its end, which the next start cuts off. To take a row back the whole file is written anew and
+    renamed: a line that says "not that one" would mean nothing to a reward model.
+    """
+
+    def __init__(self, path: Path):
+        """Reads what is there. Lines that are not ours stay as they are."""
+        self.path = path
+        if not path.parent.is_dir():
+            raise DataError(f"--preferences={path}: there is no folder {path.parent}")
+        try:
+            # Not on the file itself, which is another one after each row taken back.
+            self._lock = path.with_name(f".{path.name}.lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.cut_off = self._repair()
+        except BlockingIOError:
+            raise DataError(f"--preferences={path}: another server writes to it, give another file") from None
+        except OSError as error:
+            raise DataError(f"--preferences={path}: {error.strerror}") from error
+        self.rows = [row for row in map(own_row, self._lines()) if row is not None]
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Returns when the row is on disk. OSError: it is not, and the file is as it was."""
+        line = json.dumps(row).encode() + b"\n"
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) != len(line):
+                    raise OSError("the disk is full")
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+        self.rows.append(row)
+
+    def remove(self, row: dict[str, Any]) -> None:
+        """Take back one of `rows`."""
+        kept = [line for line in self._lines() if (own_row(line) or {}).get("id") != row["id"]]
+        write_file(self.path, b"".join(kept))
+        self.rows.remove(row)
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def _lines(self) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            yield from file
+
+    def _repair(self) -> bytes:
+        """Cut off and return a last line that was never finished; make the file if there is none."""
+        with self.path.open("ab+") as file:
+            file.seek(0)
+            content = file.read()
+            end = content.rfind(b"\n") + 1
+            if end < len(content):
+                file.truncate(end)
+            os.fsync(file.fileno())
+        return content[end:]
+
+
+def own_row(line: bytes) -> dict[str, Any] | None:
+    """The row of a line that this server wrote."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    fields = {"id", "comparison", "prompt", "answers", "choice", "rater", "seeds", "sampling", "checkpoints"}
+    ours = isinstance(row, dict) and fields <= row.keys() and row["choice"] in CHOICES
+    return row if ours and isinstance(row["answers"], list) and len(row["answers"]) == 2 else None
