@@ -103,8 +103,7 @@ def load_speaker(name: str, rows: int) -> Any:
     from experiments.answers import check_speaks
     from experiments.loading import checkpoint_template, load_checkpoint
     from experiments.serving.speaker import Speaker
-    from jaxllm.rollout.engine import Engine
-    from jaxllm.rollout.sampling import SamplingConfig
+    from jaxllm.rollout.engine import IDLE, Engine
     from jaxllm.training.checkpoint import checkpoint_hash
 
     loaded = check_speaks(load_checkpoint(name), f"--checkpoint={name}")
@@ -120,8 +119,8 @@ def load_speaker(name: str, rows: int) -> Any:
         loaded.model.config.max_length,
     )
     # Compiles what every answer needs while nobody waits for one yet.
-    prompt, shortest = template.prompt([{"role": "user", "content": "?"}]), SamplingConfig(max_new_tokens=1)
-    speaker.engine.submit(prompt, sampling=shortest, seed=0, say=lambda *_: None)
+    prompt = template.prompt([{"role": "user", "content": "?"}])
+    speaker.engine.submit(prompt, sampling=IDLE, seed=0, say=lambda *_: None)
     return speaker
 
 

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jaxllm.errors import DataError
 from jaxllm.training.checkpoint import write_file
@@ -27,9 +27,7 @@ class PreferenceFile:
         if not path.parent.is_dir():
             raise DataError(f"--preferences={path}: there is no folder {path.parent}")
         try:
-            # Not on the file itself, which is another one after each row taken back.
-            self._lock = path.with_name(f".{path.name}.lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = locked(path.with_name(f".{path.name}.lock"))
             self.cut_off = self._repair()
         except BlockingIOError:
             raise DataError(f"--preferences={path}: another server writes to it, give another file") from None
@@ -74,6 +72,18 @@ class PreferenceFile:
                 file.truncate(end)
             os.fsync(file.fileno())
         return content[end:]
+
+
+def locked(path: Path) -> BinaryIO:
+    """A file that this process alone holds, until it closes it. Not the one with the rows: that is another
+    file after each row taken back."""
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def own_row(line: bytes) -> dict[str, Any] | None:

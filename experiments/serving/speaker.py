@@ -46,8 +46,8 @@ class Speaker(NamedTuple):
         if len(tokens) + room > self.max_length:
             raise ApiError(
                 400,
-                f"the messages are {len(tokens)} tokens; the model reads {self.max_length}, an answer included, which "
-                f"needs {room}: shorten them",
+                f"the messages are {len(tokens)} tokens; the model reads {self.max_length}, and its "
+                f"answer needs {room} of them: shorten them",
                 "messages",
                 "context_length_exceeded",
             )
