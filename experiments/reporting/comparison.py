@@ -18,14 +18,15 @@ from experiments.reporting.sections import (
     problems,
     setting,
     settings,
+    typed,
     written,
 )
 
 INTERVALS_EXPLAINED = (
-    "Two figures differ where the 95% interval of their difference leaves out 0. For single runs it is ± 1.96 "
-    "standard errors, which know how few held-out rows there were, and nothing of another seed. Where one "
-    "side has several seeds, its error is that of their mean, and Student's t (Welch) widens the interval "
-    "for how few they are. Of many figures that are the same, one in twenty seems to differ by chance."
+    "Two figures differ where 0 is outside the 95% interval of their difference. For single runs that is "
+    "± 1.96 standard errors, which know how few held-out rows there were, and nothing of another seed. Where "
+    "one side has several seeds, its error is that of their mean, and Student's t (Welch) widens the "
+    "interval for how few they are. Of many figures that are the same, one in twenty seems to differ."
 )
 BEST_EXPLAINED = "The best of several evaluations flatters the run: compare the last."
 SEEDS_EXPLAINED = (
@@ -59,7 +60,7 @@ def comparison_report(found: Sequence[Run | Pipeline]) -> Report:
     blocks += [Heading(2, "How differences are judged"), Paragraph(INTERVALS_EXPLAINED)]
     every = [run for _, run in runs]
     blocks += [Heading(2, "Cost"), *cost(every, None, None), Heading(2, "Lineage"), *lineage(every)]
-    blocks += [Heading(2, "Commands"), *(Code(run.name, run.command or "unknown") for run in every)]
+    blocks += [Heading(2, "Commands"), *(Code(run.name, typed(run.command or "unknown")) for run in every)]
     return Report(f"{len(found)} runs compared", None, [each.name for each in found], blocks)
 
 

@@ -78,7 +78,7 @@ PANELS = {
             rejected="eval/rewards/rejected",
         ),
     ),
-    "ppo": (_REWARD, _KL, _LENGTH, _ENDED),
+    "ppo": (_REWARD, _KL, _LENGTH),
     "grpo": (
         _panel(
             "Pass@1, held out",
@@ -103,7 +103,8 @@ def panels(stage: str) -> tuple[Panel, ...]:
 class Line(NamedTuple):
     points: list[Point]
     legend: Legend
-    is_pale: bool  # drawn thin, behind the others
+    is_held_out: bool  # measured now and then: with its points
+    is_pale: bool = False  # thin, behind the others
 
 
 def stage_gallery(run: Run, name: str) -> Gallery:
@@ -118,7 +119,8 @@ def stage_gallery(run: Run, name: str) -> Gallery:
             colour = held_out % COLOURS if curve.is_held_out or not beside else COLOURS - 1
             held_out += curve.is_held_out
             pale = beside and not curve.is_held_out
-            lines.append(Line(run.points(curve.metric), Legend(curve.label, colour, 0), pale))
+            legend = Legend(curve.label, colour, 0)
+            lines.append(Line(run.points(curve.metric), legend, curve.is_held_out, pale))
         if lines:
             pictures.append(picture(panel.title, panel.unit, lines, f"{name}-{i}"))
     return Gallery(pictures)
@@ -144,7 +146,7 @@ def comparison_gallery(groups: Sequence[Sequence[Run]], stage: str, name: str) -
                 for j, run in enumerate(group):
                     legend = Legend(run.name, i % COLOURS, j + i // COLOURS)
                     if points := run.points(curve.metric):
-                        lines.append(Line(points, legend, False))
+                        lines.append(Line(points, legend, curve.is_held_out))
             if any(len(line.points) > 1 for line in lines):
                 title = curve_title(panel, curve)
                 pictures.append(picture(title, panel.unit, lines, f"{name}-{len(pictures)}"))
@@ -213,9 +215,9 @@ def _draw(axes: object, line: Line) -> None:
         axes.plot(steps, values, color=colour, linewidth=0.9, zorder=1)
         return
     dash = _DASHES[line.legend.dash % len(_DASHES)]
-    marker = "o" if any(point.error is not None for point in line.points) else None
+    marker = "o" if line.is_held_out else None
     axes.plot(steps, values, color=colour, linewidth=1.6, linestyle=dash, marker=marker, markersize=3.5)
-    if marker:
+    if any(point.error is not None for point in line.points):
         errors = [point.error or 0.0 for point in line.points]
         low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)

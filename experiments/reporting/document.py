@@ -4,7 +4,8 @@ import math
 import re
 from typing import Any, NamedTuple
 
-_NUMERIC = re.compile(r"[-+−]?\d[\d.,]*( ± [\d.,]+)?( (s|min|GB|MB|\(step \d+\)))?|[-+−]?\d.*e[-+]\d+|–|")
+_NUMBER = r"-?\d[\d.,]*(e[-+]\d+)?"
+_NUMERIC = re.compile(rf"{_NUMBER}( ± {_NUMBER})?( (GB|MB|s|\d+ s|min( \d+ s)?|h \d+ min|\(step \d+\)))?|–|")
 
 
 class Heading(NamedTuple):

@@ -23,7 +23,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 _STYLE = (Path(__file__).parent / "style.css").read_text()
 
-_MOODS = {"passed": "good", "failed": "bad", "they differ": "good", "missing": "bad"}
+LONG_CELL = 32  # characters; only such have lines broken, so that no column gets narrow on a phone
+_MOODS = {"passed": "good", "failed": "bad", "they differ": "strong"}
 
 
 def to_html(report: Report) -> str:
@@ -80,11 +81,7 @@ def _table(table: Table) -> str:
     head = "".join(f"<th{kind}>{_text(cell)}</th>" for cell, kind in zip(table.header, numeric, strict=True))
     rows = []
     for row in table.rows:
-        kinds = [
-            f' class="{_MOODS[cell]}"' if cell in _MOODS else kind
-            for cell, kind in zip(row, numeric, strict=True)
-        ]
-        cells = "".join(f"<td{kind}>{_text(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
+        cells = "".join(_cell(cell, kind) for cell, kind in zip(row, numeric, strict=True))
         rows.append(f"<tr>{cells}</tr>")
     caption = f"<caption>{_text(table.title)}</caption>" if table.title and not table.folded else ""
     whole = (
@@ -92,6 +89,14 @@ def _table(table: Table) -> str:
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     return f"<details><summary>{_text(table.title)}</summary>{whole}</details>" if table.folded else whole
+
+
+def _cell(cell: str, kind: str) -> str:
+    if cell in _MOODS:
+        kind = f' class="{_MOODS[cell]}"'
+    elif len(cell) > LONG_CELL:
+        kind = ' class="long"'
+    return f"<td{kind}>{_text(cell)}</td>"
 
 
 def _picture(picture: Picture) -> str:

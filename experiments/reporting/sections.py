@@ -1,6 +1,7 @@
 """What the report of a run, or of a pipeline, is made of."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from experiments.reporting.runs import Pipeline, Point, Run, objects
 from jaxllm.config import differences
 
 SHOWN_ANSWERS = 4  # of a run that learns by answering
+COMMAND_WIDTH = 92  # characters of a line
 CURVES_EXPLAINED = (
     "Thin grey lines are measured while training, on what is trained on; points are measured on held-out "
     "rows, with a band of one standard error."
@@ -47,7 +49,7 @@ def run_report(run: Run) -> Report:
         Heading(2, "Lineage"),
         *lineage([run]),
         Heading(2, "Command"),
-        Code("", run.command or "unknown"),
+        Code("", typed(run.command or "unknown")),
     ]
     return Report(run.name, None, [run.stage, *facts(run)], blocks)
 
@@ -77,7 +79,7 @@ def pipeline_report(pipeline: Pipeline) -> Report:
 
 def problems(found: Sequence[str]) -> list[Block]:
     """What is missing, first of all."""
-    return [Paragraph(f"Missing: {'; '.join(found)}.", "bad")] if found else []
+    return [Paragraph(f"Not complete: {'; '.join(found)}.", "bad")] if found else []
 
 
 def facts(run: Run) -> list[str]:
@@ -343,5 +345,20 @@ def commands(pipeline: Pipeline) -> list[Block]:
     entries = [(str(each.get("name")), each.get("command")) for each in objects(pipeline.facts.get("stages"))]
     listed = {name for name, _ in entries}
     entries += [(run.name, run.command) for run in pipeline.stages if run.name not in listed]
-    blocks = [Code("everything", str(whole))] if whole else []
-    return [*blocks, *(Code(name, str(command)) for name, command in entries if command)]
+    blocks = [Code("everything", typed(str(whole)))] if whole else []
+    return [*blocks, *(Code(name, typed(str(command))) for name, command in entries if command)]
+
+
+def typed(command: str) -> str:
+    """The command over as many lines as it takes, for a shell the same."""
+    try:
+        words = [shlex.quote(word) for word in shlex.split(command)]
+    except ValueError:  # a quote without its end
+        return command
+    lines = [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > COMMAND_WIDTH and lines[-1]:
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return "\n".join(lines)
