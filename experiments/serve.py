@@ -65,6 +65,8 @@ def check_flags(flags: "FlagValues") -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError("the server needs an extra: pip install 'jaxllm[serve]'") from error
+    if not 0 <= flags.port < 2**16:  # getaddrinfo would take the rest of a division
+        raise ConfigError(f"--port={flags.port} must be from 0 to 65535")
     if not flags.checkpoint:
         raise ConfigError("--checkpoint=RUN_FOLDER is missing")
     if len(set(flags.checkpoint)) < len(flags.checkpoint):
@@ -84,7 +86,7 @@ def check_flags(flags: "FlagValues") -> None:
     check_rename(flags.rename)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """A socket bound to the address, before minutes are spent on loading."""
     try:
         family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -153,9 +155,7 @@ def main(_: None, flags: "FlagValues") -> None:
     check_flags(flags)
     sampling = read_sampling(flags)
 
-    import signal
-
-    import uvicorn
+    from contextlib import ExitStack
 
     from experiments.run import enable_compilation_cache
     from experiments.serving.app import build_app
@@ -163,25 +163,34 @@ def main(_: None, flags: "FlagValues") -> None:
     from experiments.serving.preferences import PreferenceFile
 
     enable_compilation_cache()
-    bound = listen(flags.host, flags.port)
-    file = PreferenceFile(Path(flags.preferences).expanduser().absolute())
-    if file.cut_off:
-        print(f"cut off a last line that was never finished: {file.cut_off[:60]!r}...", file=sys.stderr)
-    prompts = read_prompts(flags)
-    speakers = {name: load_speaker(name, flags.rows) for name in flags.checkpoint}
-    board = Board(file, prompts, flags.raters_per_pair)
-    names = {*LOCAL, *flags.names, flags.host, socket.gethostname()}
-    app = build_app(speakers, board, sampling, seed=flags.seed, names=names, token=flags.token)
-    host, port = bound.getsockname()[:2]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    print(f"serving http://{address} and, as OpenAI's API, http://{address}/v1 (Ctrl-C ends)")
-    for speaker in speakers.values():
-        print(
-            f"speaks: {speaker.name} ({speaker.checkpoint['path']}, hash {speaker.checkpoint['hash'][:12]})"
-        )
-    print(
-        f"choices: {file.path} ({len(file.rows)} are there, {len(board.prompts)} prompts to go)", flush=True
-    )
+    with ExitStack() as stack:
+        bound = stack.enter_context(bind(flags.host, flags.port))
+        file = PreferenceFile(Path(flags.preferences).expanduser().absolute())
+        stack.callback(file.close)
+        if file.cut_off:
+            print(f"cut off a last line that was never finished: {file.cut_off[:60]!r}...", file=sys.stderr)
+        board = Board(file, read_prompts(flags), flags.raters_per_pair)
+        speakers = {name: load_speaker(name, flags.rows) for name in flags.checkpoint}
+        for speaker in speakers.values():
+            stack.callback(speaker.engine.close)
+        bound.listen()  # from here on who calls is answered, if a little later
+        names = {*LOCAL, *flags.names, flags.host, socket.gethostname()}
+        app = build_app(speakers, board, sampling, seed=flags.seed, names=names, token=flags.token)
+        host, port = bound.getsockname()[:2]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        print(f"serving http://{address} and, as OpenAI's API, http://{address}/v1 (Ctrl-C ends)")
+        for speaker in speakers.values():
+            path, digest = speaker.checkpoint["path"], speaker.checkpoint["hash"]
+            print(f"speaks: {speaker.name} ({path}, hash {digest[:12]})")
+        print(f"choices: {file.path} ({len(file.rows)} are there, {len(board.prompts)} prompts to go)")
+        sys.stdout.flush()
+        run_server(app, bound)
+
+
+def make_server(app: Any) -> Any:
+    """When it is stopped, answers that are being written have three seconds."""
+    import uvicorn
+
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -190,15 +199,18 @@ def main(_: None, flags: "FlagValues") -> None:
         lifespan="off",
         timeout_graceful_shutdown=3,
     )
+    return uvicorn.Server(config)
+
+
+def run_server(app: Any, bound: socket.socket) -> None:
+    """Until Ctrl-C or SIGTERM."""
+    import signal
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it again when it has ended
     try:
-        uvicorn.Server(config).run(sockets=[bound])
+        make_server(app).run(sockets=[bound])
     except KeyboardInterrupt:
         print("stopped")
-    finally:
-        for speaker in speakers.values():
-            speaker.engine.close()
-        file.close()
 
 
 if __name__ == "__main__":

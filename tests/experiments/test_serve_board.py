@@ -261,7 +261,7 @@ from experiments.serving.board import Board
 from experiments.serving.preferences import PreferenceFile
 board = Board(PreferenceFile(Path({path!r})), [], 1)
 for i in range(10**6):
-    board.add(comparison(f"Number {{i}} " + "x" * 20_000), from_prompts=False)
+    board.add(comparison(f"Number {{i}} " + "x" * 10_000), from_prompts=False)
     offer = board.offer("ann")
     board.choose(offer.id, "ann", 0)
     print(offer.id, flush=True)
@@ -275,7 +275,7 @@ for i in range(10**6):
 
 def test_killed_in_the_middle_every_acknowledged_row_is_there(path, open_board):
     code = WRITER.format(root=str(ROOT), tests=str(Path(__file__).parent), path=str(path))
-    for _ in range(3):
+    for _ in range(2):
         before = [row["id"] for row in open_board().file.rows]
         open_board().file.close()
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -1,0 +1,462 @@
+"""experiments/serve.py over HTTP: OpenAI's API, comparisons, who is let in, and what bad input is told."""
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments import serve
+from experiments.loading import checkpoint_template, load_checkpoint
+from experiments.serving.app import MAX_BODY, build_app
+from experiments.serving.board import Board
+from experiments.serving.preferences import PreferenceFile
+from experiments.serving.speaker import held_back
+from jaxllm.config import run_script
+from jaxllm.rollout.generate import generate
+from jaxllm.rollout.sampling import SamplingConfig
+
+ROOT = Path(__file__).parents[2]
+SAMPLING = SamplingConfig(temperature=1.0, top_k=None, top_p=None, min_p=None, max_new_tokens=12)
+QUESTIONS = [[{"role": "user", "content": f"{n} and {m}?"}] for n in ("one", "six") for m in ("two", "ten")]
+ASK = {"messages": QUESTIONS[0], "seed": 7}
+
+
+class Client:
+    """Sends requests to a server on this machine."""
+
+    def __init__(self, port, path):
+        self.port, self.path = port, path  # of the choices
+
+    def send(self, method, path, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        connection.request(method, path, content, {name.replace("_", "-"): x for name, x in headers.items()})
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        return response.status, text, response.headers
+
+    def post(self, path, body, **headers):
+        status, text, _ = self.send("POST", path, body, **headers)
+        return status, json.loads(text)
+
+    def chat(self, **body):
+        return self.post("/v1/chat/completions", {**ASK, **body})
+
+    def stream(self, **body):
+        _, text, headers = self.send("POST", "/v1/chat/completions", {**ASK, **body, "stream": True})
+        assert headers["content-type"].startswith("text/event-stream")
+        events = text.removesuffix("\n\n").split("\n\n")
+        assert events.pop() == "data: [DONE]"
+        return [json.loads(event.removeprefix("data: ")) for event in events]
+
+    @property
+    def rows(self):
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+
+@contextmanager
+def serving(speakers, path, *, prompts=(), raters_per_pair=1, token=None, sampling=SAMPLING):
+    """A server in a thread."""
+    file = PreferenceFile(path)
+    board = Board(file, prompts, raters_per_pair)
+    app = build_app(
+        {speaker.name: speaker for speaker in speakers},
+        board,
+        sampling,
+        seed=0,
+        names=serve.LOCAL,
+        token=token,
+    )
+    bound, server = serve.bind("127.0.0.1", 0), serve.make_server(app)
+    bound.listen()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    try:
+        yield Client(bound.getsockname()[1], path)
+    finally:
+        server.should_exit = True
+        thread.join()
+        bound.close()
+        file.close()
+
+
+@pytest.fixture(scope="session")
+def speaker(chat_model):
+    made = serve.load_speaker(str(chat_model), 8)
+    yield made
+    made.engine.close()
+
+
+@pytest.fixture(scope="module")
+def client(speaker, tmp_path_factory):
+    with serving([speaker], tmp_path_factory.mktemp("served") / "preferences.jsonl") as client:
+        yield client
+
+
+# OpenAI's API
+
+
+def test_an_answer_is_what_generate_says_streamed_or_not(client, speaker, chat_model):
+    loaded = load_checkpoint(str(chat_model))
+    template = checkpoint_template(loaded)
+    prompt, key = template.prompt(ASK["messages"]), jax.random.key(7)[None]
+    said = generate(
+        loaded.model, loaded.params, [prompt], sampling=SAMPLING, stop_ids=template.stop_ids, keys=key
+    )
+    text = loaded.tokenizer.decode(said.tokens[0], from_start=False).lstrip()
+    status, whole = client.chat()
+    assert status == 200
+    assert (whole["object"], whole["model"]) == ("chat.completion", str(chat_model))
+    (choice,) = whole["choices"]
+    assert choice["message"] == {"role": "assistant", "content": text}
+    assert choice["finish_reason"] == said.stop_reasons[0]
+    counts = {"prompt_tokens": len(prompt), "completion_tokens": len(said.tokens[0])}
+    assert whole["usage"] == {**counts, "total_tokens": sum(counts.values())}
+    events = client.stream(stream_options={"include_usage": True})
+    assert events[-1]["usage"] == whole["usage"]
+    assert len({event["id"] for event in events}) == 1
+    pieces = [event["choices"][0] for event in events[:-1]]
+    assert pieces[0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(piece["delta"].get("content", "") for piece in pieces) == text
+    assert [piece["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + [said.stop_reasons[0]]
+
+
+def test_fields_change_the_answer_as_they_say(client):
+    _, several = client.chat(n=3)
+    texts = [choice["message"]["content"] for choice in several["choices"]]
+    assert [choice["index"] for choice in several["choices"]] == [0, 1, 2]
+    assert texts[1] == client.chat(seed=8)[1]["choices"][0]["message"]["content"] != texts[0]
+    greedy = {client.chat(temperature=0, seed=seed)[1]["choices"][0]["message"]["content"] for seed in (1, 2)}
+    assert len(greedy) == 1
+    assert client.chat(max_tokens=2)[1]["usage"]["completion_tokens"] == 2
+    assert client.chat(max_completion_tokens=3, max_tokens=2)[1]["usage"]["completion_tokens"] == 3
+    stop = texts[0][3:5]
+    cut = client.chat(stop=[stop, "never said"])[1]["choices"][0]
+    assert (cut["message"]["content"], cut["finish_reason"]) == (texts[0][: texts[0].index(stop)], "stop")
+    streamed = [event["choices"][0]["delta"].get("content", "") for event in client.stream(stop=stop)]
+    assert "".join(streamed) == cut["message"]["content"]
+    parts = [{"type": "text", "text": "one and"}, {"type": "text", "text": " two?"}]
+    assert (
+        client.chat(messages=[{"role": "user", "content": parts}])[1]["choices"][0]["message"]["content"]
+        == texts[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "held"), [("ab\n", ("\n\nc",), 1), ("ab", ("\n",), 0), ("aa", ("aab", "ax"), 2)]
+)
+def test_what_may_begin_a_stop_text_is_not_said_yet(text, stop, held):
+    assert held_back(text, stop) == held
+
+
+def test_models_are_listed(client, chat_model):
+    status, text, _ = client.send("GET", "/v1/models")
+    assert status == 200
+    assert [model["id"] for model in json.loads(text)["data"]] == [str(chat_model)]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "field"),
+    [
+        ({"messages": None}, 400, "messages"),
+        ({"messages": "Hello"}, 400, "messages"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "robot", "content": "Hello"}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": 3}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "one " * 99}]}, 400, "messages"),
+        ({"model": "another"}, 404, "model"),
+        ({"model": ["a"]}, 404, "model"),
+        ({"temperature": 3}, 400, "temperature"),
+        ({"temperature": "hot"}, 400, "temperature"),
+        ({"temperature": True}, 400, "temperature"),
+        ({"temperature": float("nan")}, 400, "temperature"),
+        ({"top_p": 0}, 400, "top_p"),
+        ({"top_p": 1.5}, 400, "top_p"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_completion_tokens": 1.5}, 400, "max_completion_tokens"),
+        ({"seed": -1}, 400, "seed"),
+        ({"seed": 2**32}, 400, "seed"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"stop": 3}, 400, "stop"),
+        ({"stop": list("abcde")}, 400, "stop"),
+        ({"n": 99}, 400, "n"),
+        ({"n": 2, "stream": True}, 400, "n"),
+        ({"stream": "yes"}, 400, "stream"),
+        ({"stream_options": 3}, 400, "include_usage"),
+        ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"logprobs": True}, 400, "logprobs"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+    ],
+)
+def test_a_bad_field_is_named(client, change, status, field):
+    code, body = client.chat(**change)
+    assert (code, body["error"]["param"]) == (status, field)
+    assert body["error"]["type"] == "invalid_request_error"
+
+
+def test_fields_that_ask_for_nothing_are_no_error(client):
+    assert client.chat(user="ann", frequency_penalty=0, tools=[], logprobs=False, top_p=None)[0] == 200
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"a": \xff}', b"[" * 100_000, b"9" * 9999])
+def test_a_body_that_is_no_object_is_refused(client, body):
+    status, text, _ = client.send("POST", "/v1/chat/completions", body)
+    assert (status, "JSON" in text) == (400, True)
+
+
+def test_who_goes_away_frees_the_row(client, speaker):
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
+    connection.request(
+        "POST", "/v1/chat/completions", json.dumps({**ASK, "stream": True, "max_tokens": 10**6, "seed": 1})
+    )
+    connection.getresponse().read(10)
+    connection.close()
+    end = time.monotonic() + 20
+    while speaker.engine.occupied and time.monotonic() < end:
+        time.sleep(0.05)
+    assert speaker.engine.occupied == 0
+
+
+# Comparisons
+
+
+def judge(client, rater, choice):
+    """Ask for the next comparison and choose; None when there is none."""
+    _, body = client.post("/api/next", {"rater": rater})
+    if body["offer"] is None:
+        return None
+    assert client.post("/api/choice", {"rater": rater, "id": body["offer"]["id"], "choice": choice})[0] == 200
+    return body["offer"]
+
+
+def test_two_checkpoints_are_compared_blindly_and_the_row_says_which_was_which(speaker, tmp_path):
+    other = speaker._replace(name="other", checkpoint={"path": "elsewhere", "hash": "0"})
+    with serving([speaker, other], tmp_path / "rows.jsonl", prompts=QUESTIONS) as client:
+        offers = [judge(client, "ann", i % 2) for i in range(4)]
+        assert judge(client, "ann", 0) is None
+        state = json.loads(client.send("GET", "/api/state?rater=ann")[1])
+    assert set(offers[0]) == {"id", "prompt", "answers"}
+    assert state["progress"]["done"] == state["progress"]["of"] == 4
+    assert [row["prompt"] for row in client.rows] == [offer["prompt"] for offer in offers]
+    for row in client.rows:
+        assert {made["path"] for made in row["checkpoints"]} == {speaker.checkpoint["path"], "elsewhere"}
+        for text, seed in zip(row["answers"], row["seeds"], strict=True):
+            key = jax.random.key(seed)[None]
+            prompt = speaker.template.prompt(row["prompt"])
+            said = generate(
+                speaker.engine.model,
+                speaker.engine._params,
+                [prompt],
+                sampling=SamplingConfig(**row["sampling"]),
+                stop_ids=speaker.template.stop_ids,
+                keys=key,
+            )
+            assert speaker.tokenizer.decode(said.tokens[0], from_start=False).strip() == text
+
+
+def test_a_prompt_of_ones_own_is_compared_first(speaker, tmp_path):
+    with serving([speaker], tmp_path / "rows.jsonl", prompts=QUESTIONS) as client:
+        client.post("/api/next", {"rater": "ann"})
+        _, body = client.post("/api/next", {"rater": "ann", "prompt": " five and ten? "})
+        assert body["offer"]["prompt"] == [{"role": "user", "content": "five and ten?"}]
+        assert judge(client, "ann", "bad") == body["offer"]
+
+
+def test_answers_that_cannot_differ_are_not_compared(speaker, tmp_path):
+    greedy = SamplingConfig(temperature=0.0, top_k=None, top_p=None, min_p=None, max_new_tokens=12)
+    long = [{"role": "user", "content": "one " * 99}]
+    with serving([speaker], tmp_path / "a.jsonl", prompts=[*QUESTIONS, long], sampling=greedy) as client:
+        assert judge(client, "ann", 0) is None
+        status, body = client.post("/api/next", {"rater": "ann", "prompt": "Hello"})
+        assert (status, body["error"]["param"]) == (422, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "field"),
+    [
+        ("/api/next", {}, 400, "rater"),
+        ("/api/next", {"rater": "a" * 41}, 400, "rater"),
+        ("/api/next", {"rater": "a\nb"}, 400, "rater"),
+        ("/api/next", {"rater": "ann", "prompt": " "}, 400, "prompt"),
+        ("/api/next", {"rater": "ann", "prompt": "one " * 99}, 400, "messages"),
+        ("/api/choice", {"rater": "ann", "id": "x", "choice": 2}, 400, "choice"),
+        ("/api/choice", {"rater": "ann", "id": "x", "choice": True}, 400, "choice"),
+        ("/api/choice", {"rater": "ann", "id": "x", "choice": []}, 400, "choice"),
+        ("/api/choice", {"rater": "ann", "id": 3, "choice": 1}, 400, "id"),
+        ("/api/choice", {"rater": "ann", "id": "x", "choice": 1}, 409, "id"),
+        ("/api/undo", {"rater": "nobody yet"}, 409, "rater"),
+    ],
+)
+def test_a_choice_that_means_nothing_is_refused(client, path, body, status, field):
+    code, answer = client.post(path, body)
+    assert (code, answer["error"]["param"]) == (status, field)
+
+
+def test_twenty_clients_at_once_lose_nothing(speaker, tmp_path):
+    prompts = [[{"role": "user", "content": f"{i} and {i}?"}] for i in range(30)]
+    with serving([speaker], tmp_path / "rows.jsonl", prompts=prompts, raters_per_pair=2) as client:
+
+        def rate(i):
+            judged = []
+            while offer := judge(client, f"rater {i}", i % 2):
+                judged.append((f"rater {i}", offer["id"], offer["answers"], i % 2))
+            return judged
+
+        def chat(i):
+            return [client.chat(seed=100 * i + j)[1]["choices"][0]["message"]["content"] for j in range(9)]
+
+        with ThreadPoolExecutor(20) as pool:
+            said = [pool.submit(chat, i) for i in range(10)]
+            rated = [pool.submit(rate, i) for i in range(10)]
+            judged = [each for future in rated for each in future.result()]
+            chats = {i: future.result() for i, future in enumerate(said)}
+        assert chats[3][2] == client.chat(seed=302)[1]["choices"][0]["message"]["content"]
+        rows = [(row["rater"], row["id"], row["answers"], row["choice"]) for row in client.rows]
+        assert sorted(rows) == sorted(judged)
+        assert len(rows) == 2 * len({row["comparison"] for row in client.rows})
+        assert len(rows) > 40
+
+
+# Who is let in
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost:1"}, 200),
+        ({"Host": "127.0.0.1"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": ""}, 403),
+        ({"Host": "[::1"}, 403),
+        ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
+        ({"Host": "localhost:1", "Origin": "http://localhost:2"}, 403),
+        ({"Host": "localhost:1", "Origin": "https://evil.example"}, 403),
+        ({"Host": "localhost:1", "Origin": "null"}, 403),
+    ],
+)
+def test_foreign_hosts_and_origins_are_refused(client, headers, status):
+    for method, path in (("GET", "/"), ("GET", "/v1/models")):
+        assert client.send(method, path, **headers)[0] == status
+
+
+def test_a_large_body_is_refused_also_where_its_length_is_not_said(client):
+    body = b'{"a": "' + b"x" * MAX_BODY + b'"}'
+    assert client.send("POST", "/v1/chat/completions", body)[0] == 413
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
+    parts = (body[i : i + 2**16] for i in range(0, len(body), 2**16))
+    connection.request("POST", "/api/next", parts, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_every_answer_has_the_headers_that_keep_scripts_out(client):
+    for path, status in (
+        ("/", 200),
+        ("/page.js", 200),
+        ("/v1/models", 200),
+        ("/../serve.py", 404),
+        ("/x", 404),
+    ):
+        code, _, headers = client.send("GET", path)
+        assert code == status
+        policy = headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
+        assert "unsafe" not in policy
+        assert headers["x-content-type-options"] == "nosniff"
+        assert "server" not in headers
+    assert client.send("GET", "/x", Host="evil.example")[2]["content-security-policy"]
+
+
+def test_the_page_fetches_nothing_from_elsewhere_and_writes_no_html():
+    page = {file.name: file.read_text() for file in (ROOT / "experiments" / "page").iterdir()}
+    assert set(page) == {"index.html", "page.js", "page.css"}
+    assert not re.search(r"https?://|\son\w+=|style=|<script>|<style", page["index.html"])
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", page["page.js"])
+
+
+def test_without_the_token_there_is_only_the_page(speaker, tmp_path):
+    token = "correct horse battery"
+    with serving([speaker], tmp_path / "a.jsonl", token=token) as client:
+        assert client.send("GET", "/")[0] == 200
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": token},
+            {"Cookie": "jaxllm=x"},
+        ):
+            assert client.send("GET", "/v1/models", **headers)[0] == 401
+            assert client.post("/v1/chat/completions", ASK, **headers)[0] == 401
+            assert client.post("/api/next", {"rater": "ann"}, **headers)[0] == 401
+        assert client.send("GET", "/v1/models", Authorization=f"Bearer {token}")[0] == 200
+        assert client.post("/api/login", {"token": "wröng"})[0] == 401
+        status, _, headers = client.send("POST", "/api/login", {"token": token})
+        cookie, *attributes = headers["set-cookie"].split("; ")
+        assert status == 200
+        assert {"HttpOnly", "SameSite=strict"} <= set(attributes)
+        assert token not in cookie
+        assert client.send("GET", "/v1/models", Cookie=cookie)[0] == 200
+
+
+# The script
+
+
+def test_it_says_where_it_is_serves_and_ends_on_ctrl_c(chat_model, tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "experiments" / "serve.py"),
+        f"--checkpoint={chat_model}",
+        "--port=0",
+    ]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
+        lines = [process.stdout.readline() for _ in range(3)]
+        address = re.search(r"http://127\.0\.0\.1:(\d+)", lines[0])
+        try:
+            assert str(chat_model) in lines[1]
+            assert str(tmp_path / "preferences.jsonl") in lines[2]
+            assert Client(int(address[1]), None).chat(max_tokens=1)[0] == 200
+        finally:
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (0, "stopped\n", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--checkpoint=RUN_FOLDER is missing"),
+        (["--host=0.0.0.0"], "lets others in, who must have a token: add --token=SECRET"),
+        (["--token=short"], "--token has 5 characters, give at least 12"),
+        (["--raters_per_pair=0"], "--raters_per_pair=0 must be at least 1"),
+        (["--port=99999"], "--port=99999 must be from 0 to 65535"),
+        (["--host=no.such.host.invalid", "--token=123456789012"], "--host=no.such.host.invalid"),
+        (["--temperature=0", "--prompts=synthetic:problems"], "--temperature=0 gives the same answer twice"),
+        (["--preferences=/no/such/folder/a.jsonl"], "there is no folder /no/such/folder"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(flags, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = ["--checkpoint=runs/none", "--port=0"] if flags else []
+    code = run_script(serve.main, None, serve.define_flags, ["serve.py", *checkpoint, *flags])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (code, message in line) == (78, True), line
+
+
+def test_a_missing_extra_is_one_line_with_the_command(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    assert run_script(serve.main, None, serve.define_flags, ["serve.py", "--checkpoint=runs/x"]) == 78
+    assert "pip install 'jaxllm[serve]'" in capsys.readouterr().err
