@@ -32,6 +32,9 @@ def base(size: str) -> ConfigDict:
     config.dpo = dpo_pairs.get_config(size)
     config.worked = sft_chat.get_config(size)
     config.grpo = grpo_problems.get_config(size)
+    # One model and one mesh for all of them.
+    config.model, config.mesh = config.pretrain.model, config.pretrain.mesh
+
     sources = {
         "pretrain": "text",
         "sft": "chats",
@@ -42,6 +45,7 @@ def base(size: str) -> ConfigDict:
         "grpo": "problems",
     }
     for stage, source in sources.items():
+        config[stage].model, config[stage].mesh = config.model, config.mesh
         config[stage].seed = config.get_ref("seed")
         config[stage].data.train = config.data.get_ref(source)
 
@@ -60,9 +64,9 @@ def base(size: str) -> ConfigDict:
         "Thank you for your help.",
     )
     config.gates.text_share = 0.75  # of a trigram's bits per byte, at most
-    config.gates.answer_rise = 0.2  # of the share of right answers, from pretraining to SFT
+    config.gates.answer_rise = 0.1  # of the share of right answers, from pretraining to SFT
     config.gates.reward_ceiling = 0.9  # accuracy that label noise allows
-    config.gates.reward_share = 0.8  # of the way from 0.5 to the ceiling, at least
+    config.gates.reward_share = 0.5  # of the way from 0.5 to the ceiling, at least
     config.gates.preference_errors = 3.0  # standard errors by which the rubric's score must rise
     config.gates.kl_limit = 10.0  # nats an answer from SFT, at most
     config.gates.pass_rise = 0.2  # of held-out pass@1
@@ -70,6 +74,29 @@ def base(size: str) -> ConfigDict:
 
     config.expected_seconds = ConfigDict({stage: 0.0 for stage in (*sources, "gates")})  # 0: not known
     return config
+
+
+def on_public_data(config: ConfigDict) -> None:
+    """Text, conversations, pairs and problems from the hub, with the lengths they need."""
+    config.data.text = ("hf:HuggingFaceFW/fineweb-edu:sample-10BT",)
+    config.data.chats = ("hf:HuggingFaceTB/smoltalk:all",)
+    config.data.pairs = ("hf:trl-lib/ultrafeedback_binarized",)
+    config.data.worked = config.data.problems = ("hf:openai/gsm8k:main",)
+    config.worked.data.rename = ("question=prompt", "answer=completion")
+    config.grpo.data.rename = ("question=prompt",)  # the reward reads `answer`, after its ####
+    config.gates.prompts = ("hf:trl-lib/ultrafeedback_binarized::test",)
+    config.gates.max_new_tokens = 512
+    config.gates.reward_ceiling = 0.8  # what published reward models reach on such pairs
+
+    config.sft.data.sequence_length = 2048
+    config.reward_model.data.sequence_length = config.dpo.data.sequence_length = 1024
+    config.ppo.data.sequence_length = 1024
+    config.ppo.rollout.sampling.max_new_tokens = config.ppo.sample.sampling.max_new_tokens = 512
+    config.worked.data.sequence_length = 1024
+    config.grpo.data.sequence_length = 768
+    config.grpo.rollout.sampling.max_new_tokens = config.grpo.sample.sampling.max_new_tokens = 512
+    config.grpo.sample.group_size = 4
+    config.grpo.evaluation.max_rows = 500
 
 
 def part(config: ConfigDict, stage: str) -> ConfigDict:

@@ -1,20 +1,57 @@
-"""The first run: a 1M-parameter model learns the built-in synthetic world in minutes on a laptop's CPU.
+"""From random weights to a reasoning model in one sitting: 1M parameters, built-in data, a laptop's CPU.
 
     make quickstart
 
 installs and runs this; in an environment of your own it is
-`python experiments/train.py --config=configs/quickstart.py --workdir=runs/quickstart`.
+`python experiments/pipeline.py --config=configs/quickstart.py --workdir=runs/quickstart`. One stage of it alone:
+`python experiments/train.py --config=configs/quickstart.py:pretrain --workdir=runs/pretrained`.
 """
 
 from ml_collections import ConfigDict
 
-from configs import pretrain_text
+from configs import pipeline
 
 
-def get_config() -> ConfigDict:
-    """configs/pretrain_text.py, on built-in text and shorter."""
-    config = pretrain_text.get_config("1m")
-    config.data.train = ("synthetic",)
-    config.data.validation = ("synthetic",)
-    config.sample.prompts = ("", "What is an LLM?", "Once upon a time")
-    return config
+def get_config(stage: str = "") -> ConfigDict:
+    """configs/pipeline.py, with numbers for a model this small."""
+    config = pipeline.base("1m")
+    config.data.worked = config.data.problems = ("synthetic:additions",)
+
+    config.sft.training.steps = 400
+    config.sft.sample.prompts = ("What is an LLM?",)
+
+    config.reward_model.data.synthetic_rows = 12_000
+    config.reward_model.data.sequence_length = 128
+    config.reward_model.data.batch_size = 32
+    config.reward_model.optimizer.learning_rate = 1e-3
+    config.reward_model.training.steps = 240
+
+    config.ppo.objective.kl_coefficient = 0.1
+    config.ppo.objective.kl_target = 4.0
+
+    config.worked.data.sequence_length = 128
+    config.worked.training.steps = 400
+
+    config.grpo.data.sequence_length = 104
+    config.grpo.rollout.prompts = 64
+    config.grpo.rollout.minibatches = 4
+    config.grpo.rollout.max_rows = 256
+    config.grpo.rollout.sampling.max_new_tokens = 68
+    config.grpo.sample.sampling.max_new_tokens = 68
+    config.grpo.sample.group_size = 4
+    config.grpo.evaluation.max_rows = 400
+    config.grpo.optimizer.learning_rate = 2e-4
+    config.grpo.training.steps = 120
+    # Whole answers of a model this small take a second or two, so look at them only before and after.
+    config.grpo.training.evaluate_every = 60
+
+    # On 2 cores of a server.
+    config.expected_seconds.pretrain = 150.0
+    config.expected_seconds.sft = 150.0
+    config.expected_seconds.reward_model = 130.0
+    config.expected_seconds.ppo = 130.0
+    config.expected_seconds.dpo = 70.0
+    config.expected_seconds.worked = 75.0
+    config.expected_seconds.grpo = 130.0
+    config.expected_seconds.gates = 60.0
+    return pipeline.part(config, stage)

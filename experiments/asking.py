@@ -59,7 +59,7 @@ class Asking:
         """
         loaded = check_speaks(load_checkpoint(str(self.folder / stage)), stage)
         template = PlainText(loaded.tokenizer) if plain else checkpoint_template(loaded)
-        sampling = SamplingConfig(temperature=temperature, max_new_tokens=self.config.max_new_tokens)
+        sampling = unfiltered(temperature, self.config.max_new_tokens)
         prompts = self.prompts(template, loaded.model.config.max_length - sampling.max_new_tokens)
         answers = answer_prompts(
             loaded,
@@ -89,6 +89,11 @@ class Asking:
         return [prompt for part in found for prompt in part]
 
 
+def unfiltered(temperature: float, max_new_tokens: int) -> SamplingConfig:
+    """The model's own distribution but for the temperature."""
+    return SamplingConfig(temperature, top_k=None, top_p=None, min_p=None, max_new_tokens=max_new_tokens)
+
+
 def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
     """What a reward says of each row; NaN where it does not apply."""
     return np.array([row["rewards"][name] for row in rows], float)
@@ -110,9 +115,7 @@ def show_all(config: GatesConfig, folder: Path, seed: int) -> dict[str, Any]:
             reward_model=None,
             samples=1,
             # The likeliest continuation of a text repeats itself; the likeliest answer is the model's best.
-            sampling=SamplingConfig(
-                temperature=0.8 if continues else 0.0, max_new_tokens=config.max_new_tokens
-            ),
+            sampling=unfiltered(0.8 if continues else 0.0, config.max_new_tokens),
             seed=seed,
         )
         shown.append({"name": name, "kind": kind, "texts": [text.strip() for text in answers.texts]})

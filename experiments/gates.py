@@ -204,7 +204,7 @@ def preference_gate(
         rise,
         error,
         0.0,
-        bool(rise >= gates.preference_errors * error and kl <= gates.kl_limit),
+        0 < rise >= gates.preference_errors * error and kl <= gates.kl_limit,
         says,
     )
 

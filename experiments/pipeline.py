@@ -41,7 +41,7 @@ HEADLINES = {
     "sft": "eval/loss",
     "reward_model": "eval/accuracy",
     "ppo": "eval/reward/model",
-    "dpo": "eval/accuracy",
+    "dpo": "eval/rewards/accuracies",
     "worked": "eval/loss",
     "grpo": "eval/sampled_pass@1",
 }

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from experiments.stages import dpo, grpo, ppo, pretrain, reward_model, sft
 from jaxllm.errors import ConfigError
+from jaxllm.models.config import ModelConfig
+from jaxllm.sharding import MeshConfig
 
 # Each stage in the order they run, and the one whose weights it begins with.
 PARENTS = {
@@ -69,6 +71,8 @@ class PipelineConfig:
     """A whole run of each stage."""
 
     seed: int
+    model: ModelConfig
+    mesh: MeshConfig
     data: SourcesConfig
     pretrain: pretrain.Config
     sft: sft.Config
@@ -82,7 +86,8 @@ class PipelineConfig:
 
     def __post_init__(self):
         for name in PARENTS:
-            if (seed := getattr(self, name).seed) != self.seed:
-                raise ConfigError(
-                    f"{name}.seed={seed} is not that of the pipeline: set seed={self.seed} for all stages"
-                )
+            for field in ("seed", "model", "mesh"):
+                if getattr(getattr(self, name), field) != getattr(self, field):
+                    raise ConfigError(
+                        f"{name}.{field} is not that of the pipeline: set {field} for all stages"
+                    )

@@ -1,0 +1,55 @@
+"""The quickstart's recipe for one GPU: 124M parameters, public data from the hub.
+
+    python experiments/pipeline.py --config=configs/pipeline_124m.py --workdir=runs/124m
+
+--dry_run compiles all stages and prints what they take, on a laptop with --config.model.attention=xla.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import pipeline
+
+
+def get_config(stage: str = "") -> ConfigDict:
+    """configs/pipeline.py on public data."""
+    config = pipeline.base("124m")
+    pipeline.on_public_data(config)
+    config.model.compute_dtype = "bfloat16"
+    config.model.attention = "cudnn"
+    config.model.remat = "attention"
+
+    config.pretrain.training.num_microbatches = 8
+
+    config.sft.training.steps = 3000
+    config.sft.data.batch_size = 64
+    config.sft.training.num_microbatches = 8
+    config.sft.optimizer.learning_rate = 1e-4
+
+    config.reward_model.training.steps = 900
+    config.reward_model.data.batch_size = 64
+    config.reward_model.training.num_microbatches = 8
+    config.reward_model.optimizer.learning_rate = 3e-5
+
+    config.ppo.training.steps = 1600
+    config.ppo.rollout.prompts = 256
+    config.ppo.rollout.max_rows = 256
+    config.ppo.training.num_microbatches = 8
+    config.ppo.optimizer.learning_rate = 1e-5
+
+    config.dpo.training.steps = 900
+    config.dpo.data.batch_size = 64
+    config.dpo.training.num_microbatches = 8
+    config.dpo.optimizer.learning_rate = 1e-5
+
+    config.worked.training.steps = 600
+    config.worked.data.batch_size = 32
+    config.worked.training.num_microbatches = 2
+    config.worked.optimizer.learning_rate = 1e-4
+
+    config.grpo.training.steps = 1000
+    config.grpo.rollout.prompts = 128
+    config.grpo.rollout.minibatches = 2
+    config.grpo.rollout.max_rows = 512
+    config.grpo.training.num_microbatches = 16
+    config.grpo.optimizer.learning_rate = 5e-6
+    return pipeline.part(config, stage)

@@ -1,0 +1,51 @@
+"""The quickstart's recipe for a pod: 1B parameters, their state split over all devices.
+
+    python experiments/pipeline.py --config=configs/pipeline_1b.py --workdir=runs/1b
+
+--dry_run compiles all stages and prints what they take a device; on a laptop, for a mesh of 8, with
+XLA_FLAGS=--xla_force_host_platform_device_count=8 and --config.model.attention=xla.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import pipeline
+
+
+def get_config(stage: str = "") -> ConfigDict:
+    """configs/pipeline.py on public data."""
+    config = pipeline.base("llama3.2_1b")
+    pipeline.on_public_data(config)
+    config.model.compute_dtype = "bfloat16"
+    config.model.attention = "splash"
+    config.model.remat = "attention"
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+
+    config.sft.training.steps = 3000
+    config.sft.data.batch_size = 128
+    config.sft.optimizer.learning_rate = 2e-5
+
+    config.reward_model.training.steps = 450
+    config.reward_model.data.batch_size = 128
+    config.reward_model.optimizer.learning_rate = 1e-5
+
+    config.ppo.training.steps = 1600
+    config.ppo.rollout.prompts = 512
+    config.ppo.rollout.max_rows = 512
+    config.ppo.rollout.gather = True
+    config.ppo.optimizer.learning_rate = 1e-6
+
+    config.dpo.training.steps = 450
+    config.dpo.data.batch_size = 128
+    config.dpo.optimizer.learning_rate = 1e-6
+
+    config.worked.training.steps = 200
+    config.worked.data.batch_size = 128
+    config.worked.optimizer.learning_rate = 2e-5
+
+    config.grpo.training.steps = 1000
+    config.grpo.rollout.prompts = 128
+    config.grpo.rollout.max_rows = 1024
+    config.grpo.rollout.gather = True
+    config.grpo.optimizer.learning_rate = 1e-6
+    return pipeline.part(config, stage)
