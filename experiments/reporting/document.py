@@ -96,9 +96,10 @@ def with_error(value: Any, error: Any) -> str:
     numbers = [isinstance(x, int | float) and math.isfinite(x) for x in (value, error)]
     if not all(numbers):
         return number(value)
-    digits = min(4, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 4
-    shown = f"{error:.{digits}f}"
-    return f"{value:,.{digits}f} ± {shown if float(shown) else '0'}"
+    if error < 1e-6:  # none, but for rounding
+        return f"{number(value)} ± 0"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
 def duration(seconds: Any) -> str:

@@ -37,8 +37,9 @@ def _block(block: Block) -> str:
             written = "\n".join(_row(cells, i == 1) for i, cells in enumerate(lines))
             return f"{_text(title)}\n\n{written}" if title else written
         case Code(title, text):
-            fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
-            return f"{_text(title)}\n\n{fence}\n{printable(text)}\n{fence}"
+            fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+            titled = f"{_text(title)}\n\n" if title else ""
+            return f"{titled}{fence}\n{printable(text)}\n{fence}"
         case Gallery():
             return ""
         case Card(prompt, answers):

@@ -54,7 +54,7 @@ class Run:
     def points(self, metric: str) -> list[Point]:
         """The finite values of a metric, in order of step."""
         return [
-            Point(row["step"], row[metric], row.get(f"{metric}_se"))
+            Point(row["step"], row[metric], error if is_number(error := row.get(f"{metric}_se")) else None)
             for row in self.rows
             if is_number(row.get(metric))
         ]

@@ -153,6 +153,7 @@ def test_pictures_share_no_ids_and_take_their_colours_from_the_page(pipeline):
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == 2  # a loss for each stage
     pictures = "".join(re.findall("<svg.*?</svg>", source, re.DOTALL))
     assert "var(--series-0)" in pictures
+    assert "<style" not in pictures  # it would be of the whole page
     assert re.findall(r": #[0-9a-f]{3,6}", pictures) == []
     used = {attributes["href"][1:] for tag, attributes in page.tags if tag == "use"}
     assert used <= set(ids)
@@ -298,7 +299,8 @@ def test_commands_are_broken_into_lines_without_changing_them():
         (0.5246, 0.0080, "0.5246 ± 0.0080"),
         (12345.6, 78.9, "12,346 ± 79"),
         (0.6931, 5e-18, "0.6931 ± 0"),
-        (1.0, 0.0, "1.0000 ± 0"),
+        (1.0, 0.0, "1 ± 0"),
+        (0.000123, 0.000789, "0.00012 ± 0.00079"),
         (0.25, None, "0.25"),
         (None, 0.1, "–"),
     ],
