@@ -72,7 +72,7 @@ def base(size: str) -> ConfigDict:
     config.gates.pass_rise = 0.2  # of held-out pass@1
     config.gates.errors = 5.0  # standard errors by which everything else must differ
 
-    config.expected_seconds = ConfigDict({stage: 0.0 for stage in (*sources, "gates")})  # 0: not known
+    config.expected_seconds = ConfigDict(dict.fromkeys((*sources, "gates"), 0.0))  # 0: not known
     return config
 
 

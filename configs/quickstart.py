@@ -3,8 +3,12 @@
     make quickstart
 
 installs and runs this; in an environment of your own it is
-`python experiments/pipeline.py --config=configs/quickstart.py --workdir=runs/quickstart`. One stage of it alone:
-`python experiments/train.py --config=configs/quickstart.py:pretrain --workdir=runs/pretrained`.
+
+    python experiments/pipeline.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+and one stage of it alone
+
+    python experiments/train.py --config=configs/quickstart.py:pretrain --workdir=runs/pretrained
 """
 
 from ml_collections import ConfigDict
@@ -23,14 +27,15 @@ def get_config(stage: str = "") -> ConfigDict:
     config.reward_model.data.synthetic_rows = 12_000
     config.reward_model.data.sequence_length = 128
     config.reward_model.data.batch_size = 32
-    config.reward_model.optimizer.learning_rate = 1e-3
+    config.reward_model.optimizer.name = "muon"
+    config.reward_model.optimizer.learning_rate = 2e-3
     config.reward_model.training.steps = 240
 
     config.ppo.objective.kl_coefficient = 0.1
     config.ppo.objective.kl_target = 4.0
 
     config.worked.data.sequence_length = 128
-    config.worked.training.steps = 400
+    config.worked.training.steps = 120  # stops well before it can all: there is something left to reason out
 
     config.grpo.data.sequence_length = 104
     config.grpo.rollout.prompts = 64

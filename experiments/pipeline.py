@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import fcntl
 import functools
+import importlib.util
 import json
 import os
 import shlex
@@ -70,6 +71,8 @@ def main(config: "PipelineConfig", flags: "FlagValues") -> int:
         return dry_run(config)
     if flags.workdir is None:
         raise ConfigError("--workdir=FOLDER is missing")
+    if importlib.util.find_spec("matplotlib") is None:  # now, and not after the last stage
+        raise ConfigError("the report's pictures need an extra: pip install -e '.[plot]'")
     folder = Path(flags.workdir).expanduser().absolute()
     commands = stage_commands(config, flags.config, flags.workdir)
     with claimed(folder):

@@ -1,0 +1,290 @@
+"""The pipeline: one command through all stages, stopped and gone on with, and gates that can be failed."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import quickstart, sft_chat
+from experiments import gates, pipeline
+from experiments.pipeline_config import PARENTS, PipelineConfig
+from jaxllm.config import override, parse
+
+ROOT = Path(__file__).parents[2]
+
+TINY = """
+from configs import pipeline
+
+def get_config(stage=""):
+    config = pipeline.base("tiny")
+    config.model.num_layers, config.model.width = 1, 32
+    config.data.worked = config.data.problems = ("synthetic:additions",)
+    config.gates.max_rows, config.gates.max_new_tokens = 20, 8
+    for name in ("pretrain", "sft", "reward_model", "dpo", "worked", "ppo", "grpo"):
+        section = config[name]
+        section.data.synthetic_rows, section.data.sequence_length = 300, 128
+        section.evaluation.max_rows = 16
+        section.training.steps = section.training.evaluate_every = section.training.checkpoint_every = 4
+        section.training.sample_every = 0
+        if name in ("ppo", "grpo"):
+            section.rollout.prompts, section.rollout.group_size = 4, 2
+            section.rollout.epochs = section.rollout.minibatches = 1
+            section.rollout.sampling.max_new_tokens = section.sample.sampling.max_new_tokens = 8
+        else:
+            section.data.batch_size = 4
+    config.grpo.sample.group_size = 2
+    return pipeline.part(config, stage)
+"""
+
+
+def run(config, workdir, *flags, stop_in=None):
+    """The pipeline as a user runs it; with SIGTERM once it has begun the stage `stop_in`."""
+    command = [
+        sys.executable,
+        "experiments/pipeline.py",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *flags,
+    ]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    process = subprocess.Popen(
+        [*command, *flags],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while stop_in and process.poll() is None:
+        if (workdir / stop_in / "metrics.jsonl").exists():
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.05)
+    output, errors = process.communicate(timeout=500)
+    return process.returncode, output, errors
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A config file, the folder of its pipeline, and what was said until it was stopped and after."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "tiny.py").write_text(TINY)
+    config, workdir = folder / "tiny.py", folder / "run"
+    stopped = run(config, workdir, stop_in="sft")
+    return config, workdir, stopped, run(config, workdir)
+
+
+def test_a_pipeline_that_is_stopped_goes_on_where_it_was(tiny):
+    _, workdir, (code, output, errors), (_, continued, _) = tiny
+    assert code == 75, errors
+    assert "the same command goes on" in errors
+    assert "[1/8] pretrain" in output
+    assert "[1/8]" not in continued
+    assert [line.split()[1] for line in continued.splitlines() if line.startswith("[")] == [
+        *list(PARENTS)[1:],
+        "gates",
+    ]
+    log = (workdir / "logs" / "sft.txt").read_text()
+    assert "resumed at step" in log
+
+
+def test_a_gate_that_is_failed_fails_the_command_and_says_what_was_measured(tiny):
+    _, workdir, _, (code, output, errors) = tiny
+    assert code == 1, errors
+    found = json.loads((workdir / "gates.json").read_text())
+    assert [gate["name"] for gate in found["gates"]] == [
+        "text",
+        "answers",
+        "reward_model",
+        "ppo",
+        "dpo",
+        "reasoning",
+    ]
+    assert not found["passed"]
+    text = found["gates"][0]
+    assert f"FAILED        text         {text['measured']:.3f}" in output
+    assert text["measured"] > text["needed"] > 0
+
+
+def test_every_stage_begins_with_its_parent_s_last_checkpoint(tiny):
+    _, workdir, _, _ = tiny
+    for stage, parent in PARENTS.items():
+        record = json.loads((workdir / stage / "run.json").read_text())
+        if parent is None:
+            assert record["parent"] is None
+        else:
+            assert Path(record["parent"]["path"]) == workdir / parent / "checkpoints" / "4"
+
+
+def test_the_commands_written_down_are_those_that_ran(tiny):
+    config, workdir, _, _ = tiny
+    record = json.loads((workdir / "pipeline.json").read_text())
+    commands = {stage["name"]: shlex.split(stage["command"]) for stage in record["stages"]}
+    assert list(commands) == [*PARENTS, "gates"]
+    assert commands["sft"][1:] == [
+        "experiments/train.py",
+        f"--config={config}:sft",
+        f"--workdir={workdir}/sft",
+        f"--init_from={workdir}/pretrain",
+    ]
+    assert f"--config.reward.model={workdir}/reward_model/best" in commands["ppo"]
+    assert all(stage["seconds"] > 0 and stage["peak_memory_bytes"] > 1e8 for stage in record["stages"])
+
+
+def test_all_models_are_shown_with_the_same_prompts(tiny):
+    _, workdir, _, _ = tiny
+    shown = json.loads((workdir / "shown.json").read_text())
+    assert [each["name"] for each in shown["answers"]] == ["random", "pretrain", "sft", "ppo", "dpo", "grpo"]
+    assert all(len(each["texts"]) == len(shown["prompts"]) for each in shown["answers"])
+    assert "What is an LLM?" in (workdir / "report.html").read_text()
+
+
+def test_a_finished_pipeline_is_not_run_again_but_judged_again(tiny):
+    config, workdir, _, _ = tiny
+    before = (workdir / "pipeline.json").read_bytes()
+    code, output, _ = run(config, workdir)
+    assert code == 1
+    assert "FAILED" in output
+    assert not [line for line in output.splitlines() if line.startswith("[")]
+    assert (workdir / "pipeline.json").read_bytes() == before
+
+
+def test_another_config_is_refused_before_anything_runs(tiny):
+    config, workdir, _, _ = tiny
+    code, _, errors = run(config, workdir, "--config.ppo.optimizer.learning_rate=0.5")
+    assert code == 78
+    assert "--config.optimizer.learning_rate=0.5" in errors
+    assert "choose another --workdir" in errors
+
+
+def test_two_pipelines_do_not_share_a_folder(tmp_path):
+    with (
+        pipeline.claimed(tmp_path),
+        pytest.raises(pipeline.ConfigError, match="another pipeline"),
+        pipeline.claimed(tmp_path),
+    ):
+        pass
+
+
+def make_config(**changes):
+    config = quickstart.get_config()
+    for field, text in changes.items():
+        override(config, PipelineConfig, field.replace("__", "."), text)
+    return parse(PipelineConfig, config)
+
+
+def test_what_differs_from_the_config_file_is_passed_on_to_its_stage():
+    config = make_config(
+        data__text="mine.txt", seed="3", ppo__objective__kl_target="none", grpo__reward__functions="countdown"
+    )
+    commands = pipeline.stage_commands(config, f"{ROOT}/configs/quickstart.py", "runs/x")
+    flags = {name: set(command[4:]) for name, command in commands.items()}
+    assert flags["pretrain"] == {"--config.seed=3", "--config.data.train=('mine.txt',)"}
+    assert "--config.objective.kl_target=none" in flags["ppo"]
+    assert "--config.reward.functions=('countdown',)" in flags["grpo"]
+    assert "--config.data.train=('mine.txt',)" not in flags["sft"]
+    assert "--config.data.text=('mine.txt',)" in flags["gates"]
+
+
+def test_stages_that_are_not_of_one_model_or_seed_are_refused():
+    config = quickstart.get_config()
+    config.sft = sft_chat.get_config("tiny")
+    with pytest.raises(pipeline.ConfigError, match=r"sft\.model .* set model for all stages"):
+        parse(PipelineConfig, config)
+
+
+def test_a_stage_that_fails_ends_the_pipeline_with_its_exit_code(tmp_path):
+    command = [sys.executable, "-c", "import sys; print('error: no such file'); sys.exit(78)"]
+    with pytest.raises(pipeline.StageFailed, match="error: no such file") as caught:
+        pipeline.run_stage(command, tmp_path / "logs" / "x.txt", lambda: None)
+    assert caught.value.exit_code == 78
+
+
+def test_a_stage_s_memory_is_measured(tmp_path):
+    command = [sys.executable, "-c", "x = bytearray(1500 * 10**6)"]
+    _, memory = pipeline.run_stage(command, tmp_path / "logs" / "x.txt", lambda: None)
+    assert 1.5e9 < memory < 1.7e9
+
+
+def test_time_left_follows_the_pace_so_far(tmp_path):
+    config = make_config()
+    expected = config.expected_seconds
+    total = sum(vars(expected).values())
+    record = pipeline.Record(tmp_path, 0, "x.py", {})
+    assert pipeline.time_left(config, record) == f"  about {round(total / 60)} min left"
+    record.add("pretrain", ["python", "x"], 2 * expected.pretrain, 1)
+    rest = 2 * (total - expected.pretrain)
+    assert pipeline.time_left(config, record) == f"  about {round(rest / 60)} min left"
+    unknown = replace(config, expected_seconds=replace(expected, ppo=0.0))
+    assert pipeline.time_left(unknown, record) == ""
+
+
+# Gates
+
+GATES = make_config().gates
+
+
+def answers(rubric, kl=1.0):
+    return [{"rewards": {"rubric": value}, "kl": kl} for value in rubric]
+
+
+@pytest.mark.parametrize(
+    ("rise", "kl", "passed"),
+    [(0.05, 1.0, True), (0.0, 1.0, False), (-0.05, 1.0, False), (0.05, 11.0, False), (0.004, 1.0, False)],
+)
+def test_preferences_must_raise_the_rubric_by_three_standard_errors_near_sft(rise, kl, passed):
+    draw = np.random.default_rng(0)
+    before = draw.uniform(0, 1, 400)
+    after = before + rise + draw.normal(0, 0.1, 400)  # a standard error of 0.005
+    found = gates.preference_gate(GATES, "ppo", answers(before), answers(after, kl), "rubric")
+    assert found.passed is passed
+    assert found.standard_error == pytest.approx(0.005, rel=0.1)
+    assert found.measured == pytest.approx((after - before).mean())
+
+
+def test_unchanged_answers_are_no_rise():
+    same = answers(np.full(10, 0.5))
+    assert gates.preference_gate(GATES, "ppo", same, same, "rubric").passed is False
+
+
+def test_without_a_rubric_the_gate_is_not_measured():
+    rows = [{"rewards": {"model": float(i)}, "kl": 1.0} for i in range(9)]
+    found = gates.preference_gate(GATES, "dpo", rows, rows, "model")
+    assert found.passed is None
+    assert "4.000" in found.says
+
+
+@pytest.mark.parametrize(
+    ("after", "error", "passed"), [(0.55, 0.02, True), (0.45, 0.02, False), (0.55, 0.05, False)]
+)
+def test_reasoning_must_rise_by_twenty_points_and_five_standard_errors(after, error, passed):
+    rows = [
+        {"eval/sampled_pass@1": 0.3, "eval/sampled_pass@1_se": error},
+        {"eval/sampled_pass@1": 0.9, "eval/sampled_pass@1_se": error},
+        {"eval/sampled_pass@1": after, "eval/sampled_pass@1_se": error},
+    ]
+    found = gates.reasoning_gate(GATES, rows)
+    assert found.passed is passed
+    assert found.standard_error == pytest.approx(error * 2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "error", "passed"), [(0.75, 0.01, True), (0.69, 0.01, False), (0.75, 0.06, False)]
+)
+def test_the_reward_model_must_be_near_the_ceiling_and_far_from_chance(accuracy, error, passed):
+    found = gates.reward_gate(GATES, {"eval/accuracy": accuracy, "eval/accuracy_se": error})
+    assert found.passed is passed
+
+
+def test_what_was_not_evaluated_is_not_passed_over_in_silence():
+    assert gates.reward_gate(GATES, {}).passed is None
+    assert "held-out pairs" in gates.reward_gate(GATES, {}).says
+    assert "group_size" in gates.reasoning_gate(GATES, [{"eval/pass@1": 0.5}]).says
