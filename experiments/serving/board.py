@@ -175,14 +175,12 @@ class Board:
 
     def _open(self, made: Comparison, rater: str) -> bool:
         """Whether this rater is one of those who are still to judge it."""
-        now = time.monotonic()
-        holders = [
-            other
-            for other, offer in self.offers.items()
-            if offer.comparison is made and other not in made.labels and now - offer.time < LEASE
-        ]
-        missing = self.raters_per_pair - len(made.labels) - len(holders)
-        return rater not in made.labels and (missing > 0 or rater in holders)
+        missing = self.raters_per_pair - len(made.labels)
+        if missing <= 0 or rater in made.labels:
+            return False
+        since = time.monotonic() - LEASE
+        holders = [x for x in self.offers.values() if x.comparison is made and x.time > since]
+        return missing > len(holders)
 
 
 def comparison_of(row: Mapping[str, Any]) -> Comparison:

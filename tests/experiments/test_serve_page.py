@@ -47,6 +47,7 @@ class Page:
 
     def open(self, client, view="chat"):
         self.browser.get("about:blank")
+        self.browser.get_log("browser")  # what was logged before is not of this test
         self.browser.get(f"http://127.0.0.1:{client.port}/#{view}")
 
     def find(self, selector):
@@ -140,7 +141,6 @@ def test_a_chat_goes_on_and_begins_anew(page, speaker, tmp_path):
         page.wait(lambda: page.find("#error").is_displayed())
         assert "shorten them" in page.find("#error").text
         assert page.find("#text").get_attribute("value").startswith("seven seven")
-        page.complaints.clear()
 
 
 def test_an_answer_shows_as_it_is_said_and_can_be_stopped(page, speaker, tmp_path):
@@ -162,22 +162,20 @@ def test_an_answer_shows_as_it_is_said_and_can_be_stopped(page, speaker, tmp_pat
 def test_what_a_model_says_is_text_and_no_html(page, speaker, tmp_path):
     with serving([parrot(speaker, HOSTILE)], tmp_path / "a.jsonl", prompts=QUESTIONS) as client:
         page.open(client)
-        page.say(HOSTILE)
-        shown = page.texts("#messages li")
+        page.say("<b>Well?</b>")
+        asked, *shown = page.texts("#messages li")
+        assert asked == "<b>Well?</b>"
         page.open(client, "compare")
         page.name("<b>ann</b>")
         shown += page.texts(".answer .said")
         assert all(text.startswith(HOSTILE) for text in shown)
-        assert len(shown) == 4
+        assert len(shown) == 3
         assert page.browser.title == "jaxllm"
         assert page.browser.find_elements("css selector", "main img, main script, main b") == []
         assert page.complaints == []
 
 
 def test_ten_choices_and_an_undo_train_a_reward_model(page, speaker, chat_model, tmp_path):
-    prompts = [
-        [{"role": "user", "content": f"{a} and {b}?"}] for a in ("one", "two", "six") for b in QUESTIONS
-    ]
     prompts = [[{"role": "user", "content": f"{i} and ten?"}] for i in range(12)]
     path, keys = tmp_path / "preferences.jsonl", "a1b2ab"
     with serving([speaker], path, prompts=prompts, raters_per_pair=2) as client:
@@ -215,11 +213,11 @@ def test_ten_choices_and_an_undo_train_a_reward_model(page, speaker, chat_model,
         assert page.complaints == []
     workdir = tmp_path / "reward"
     few = {"training.steps": "2", "training.evaluate_every": "2", "training.checkpoint_every": "2"}
-    fields = {"data.train": str(path), "data.batch_size": "2", **few}
+    fields = {"data.train": str(path), "data.validation": str(path), **few}
     train_stage("reward_model_pairs", workdir, str(chat_model), **fields)
     assert load_checkpoint(str(workdir)).stage == "reward_model"
     dropped = [json.loads(line) for line in (workdir / "bad_rows.jsonl").read_text().splitlines()]
-    assert [row["reason"].partition(" ")[0] for row in dropped] == ["tie"] * 3
+    assert [row["reason"].partition(" ")[0] for row in dropped] == ["tie"] * 6  # of train and validation
 
 
 def test_the_page_asks_for_the_token_once(page, speaker, tmp_path):
@@ -232,4 +230,3 @@ def test_the_page_asks_for_the_token_once(page, speaker, tmp_path):
         page.say("one and two?")
         page.browser.refresh()
         page.wait(lambda: page.texts("#model option") == [speaker.name])
-        page.complaints.clear()
