@@ -6,7 +6,17 @@ import statistics
 
 import pytest
 
-from jaxllm.data.synthetic import build_world, chats, preference, preferences, rubric, split_of
+from jaxllm.data.synthetic import (
+    build_world,
+    chats,
+    correct,
+    draft,
+    drafts,
+    preference,
+    preferences,
+    rubric,
+    split_of,
+)
 from jaxllm.data.synthetic.exchanges import conversation
 from jaxllm.data.synthetic.preferences import FLAWS, as_it_is
 
@@ -123,3 +133,23 @@ def test_no_prompt_is_held_out_here_and_trained_on_in_chats(train, validation):
 def test_noise_beyond_a_coins_toss_is_refused(label_noise):
     with pytest.raises(ValueError, match=f"label_noise {label_noise} must be between 0 and 0.5"):
         preferences("train", count=1, seed=0, label_noise=label_noise)
+
+
+def test_correct_is_the_rubric_s_first_part():
+    assert correct(HOME, "Of course! Mia lives in Oakford.") == 1
+    assert correct(HOME, "Mia lives in Ashton.") == 0
+    assert correct(RIVER, "A river is a long body of moving water.") is None
+
+
+def test_drafts_are_as_good_and_as_bad_as_the_answers_of_pairs(train):
+    rows = list(drafts("train", count=2000, seed=0))
+    both = [rubric(row, row[side]) for row in train for side in ("chosen", "rejected")]
+    scores = [rubric(row, row["completion"]) for row in rows]
+    assert statistics.mean(scores) == pytest.approx(statistics.mean(both), abs=0.02)
+    assert statistics.mean(scores) < statistics.mean(rubric(row, row["chosen"]) for row in train) - 0.05
+    assert draft("train", 1234, seed=0) == rows[1234]
+
+
+def test_no_prompt_of_a_pair_that_is_held_out_is_trained_on_in_drafts(validation):
+    openings = {row["prompt"][0]["content"] for row in drafts("train", count=4000, seed=0)}
+    assert not openings & {row["prompt"][0]["content"] for row in validation}

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from jaxllm.data.synthetic import chats, problem_row, problems
+from jaxllm.data.synthetic import addition_row, additions, chats, problem_row, problems
 from jaxllm.data.synthetic.problems import Equation
 
 EQUATION = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
@@ -75,3 +75,22 @@ def test_chats_ask_in_the_same_words(train):
     sums = [row for row in train if re.search(r"\d [-+*] \d", row["prompt"])]
     assert len(sums) > 300
     assert sum(wording(row["prompt"]) in asked for row in sums) / len(sums) > 0.8
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_additions_are_of_two_numbers_one_of_them_long_and_of_their_split(split):
+    rows = list(additions(split, count=500, seed=0))
+    for row in rows:
+        a, b = (int(number) for number in re.search(r"(\d+) \+ (\d+)", row["prompt"]).groups())
+        assert row["answer"] == str(a + b)
+        assert max(a, b) >= 10
+        assert split == "train" or Equation(a, "+", b).split == "validation"
+        assert row["working"].endswith(f" The answer is {a + b}.")
+    assert addition_row(split, 123, seed=0) == rows[123]
+
+
+def test_no_addition_is_both_trained_on_and_held_out():
+    train, held_out = (
+        {row["prompt"] for row in additions(split, count=3000, seed=0)} for split in ("train", "validation")
+    )
+    assert not train & held_out

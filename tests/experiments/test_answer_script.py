@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import answer
+from experiments.answers import PlainText
 from experiments.loading import checkpoint_template, load_checkpoint
 from jaxllm.config import run_script
 from jaxllm.data.preferences import answered
@@ -61,6 +62,31 @@ def test_every_answer_is_judged_and_written_beside_its_row(
     even = np.array([row["rewards"]["even"] for row in rows]).reshape(3, 2)
     assert f"pass@1 {even.mean():.4g} ± " in output
     assert f"pass@2 {even.any(1).mean():.4g} ± " in output
+
+
+def test_the_kl_to_a_checkpoint_is_0_for_itself_and_more_for_another(
+    chat_model, questions, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+
+    def kl(*flags):
+        asked = (f"--checkpoint={chat_model}", f"--input={questions}", f"--reference={chat_model}")
+        more = ("--temperature=1", "--max_new_tokens=8", "--output=answers.jsonl", *flags)
+        assert run_script(answer.main, None, answer.define_flags, ["answer.py", *asked, *more]) == 0
+        rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+        return np.array([row["kl"] for row in rows])
+
+    np.testing.assert_allclose(kl(), 0, atol=1e-4)
+    untrained = kl("--untrained", "--max_rows=4", "--samples=16")
+    assert untrained.mean() > 2 * untrained.std() / np.sqrt(len(untrained))
+
+
+def test_a_plain_prompt_is_the_text_alone(chat_model):
+    tokenizer = load_checkpoint(str(chat_model)).tokenizer
+    plain = PlainText(tokenizer)
+    said = [{"role": "user", "content": "What is one?"}]
+    assert plain.prompt(said) == [tokenizer.bos_id, *tokenizer.encode("What is one?")]
+    assert plain.stop_ids == (tokenizer.eos_id,)
 
 
 def test_what_cannot_be_answered_is_refused_in_one_line(
