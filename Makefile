@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
 
-.PHONY: install test lint quickstart clean
+.PHONY: install test lint quickstart gates clean
 
 install: $(VENV)/installed-$(EXTRAS)
 
@@ -23,8 +23,11 @@ lint: install
 	$(BIN)/ruff format --check
 
 quickstart: install
-	$(BIN)/python experiments/train.py --config=configs/quickstart.py --workdir=runs/quickstart
-	$(BIN)/python experiments/generate.py --checkpoint=runs/quickstart --prompt="What is a" --temperature=0.3
+	$(BIN)/python experiments/pipeline.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+# Five quickstarts, each with a world of its own: over an hour on 2 cores.
+gates: install
+	$(BIN)/python benchmarks/gates.py --seeds=5 --workdir=runs/gates
 
 clean:
 	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache
