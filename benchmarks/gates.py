@@ -3,8 +3,8 @@
     python benchmarks/gates.py --seeds=5 --workdir=runs/gates
 
 Each seed is a run of experiments/pipeline.py with a synthetic world of its own, in WORKDIR/SEED; the same
-command again goes on where it was. --jobs=2 runs two at a time, each on its share of the cores. WORKDIR/table.md
-has the table; the exit code is 1 if a gate is failed anywhere.
+command again goes on where it was. --jobs=2 runs two at a time, each on its share of the cores.
+WORKDIR/table.md has the table; the exit code is 1 if a gate is failed anywhere.
 """
 
 import argparse
