@@ -34,21 +34,25 @@ def get_config(stage: str = "") -> ConfigDict:
     config.ppo.objective.kl_coefficient = 0.1
     config.ppo.objective.kl_target = 4.0
 
-    config.worked.data.sequence_length = 128
-    config.worked.training.steps = 120  # stops well before it can all: there is something left to reason out
+    config.reward_model.evaluation.max_rows = 1000
 
-    config.grpo.data.sequence_length = 104
+    config.worked.data.sequence_length = 128
+    config.worked.training.steps = 105  # stops well before it can all: there is something left to reason out
+
+    config.grpo.data.sequence_length = 96
     config.grpo.rollout.prompts = 64
     config.grpo.rollout.minibatches = 4
     config.grpo.rollout.max_rows = 256
-    config.grpo.rollout.sampling.max_new_tokens = 68
-    config.grpo.sample.sampling.max_new_tokens = 68
+    config.grpo.rollout.sampling.max_new_tokens = 60
+    config.grpo.sample.sampling.max_new_tokens = 60
     config.grpo.sample.group_size = 4
     config.grpo.evaluation.max_rows = 400
-    config.grpo.optimizer.learning_rate = 2e-4
-    config.grpo.training.steps = 120
-    # Whole answers of a model this small take a second or two, so look at them only before and after.
-    config.grpo.training.evaluate_every = 60
+    config.grpo.optimizer.name = "muon"
+    config.grpo.optimizer.learning_rate = 3e-4
+    config.grpo.optimizer.schedule = "linear"
+    config.grpo.optimizer.final_learning_rate = 0.3
+    config.grpo.training.steps = 200
+    config.grpo.training.evaluate_every = 100
 
     # On 2 cores of a server.
     config.expected_seconds.pretrain = 150.0
