@@ -143,8 +143,7 @@ def main() -> None:
             config__sample__group_size=4,
             config__evaluation__max_rows=500,
             config__objective__clip_high=0.28,
-            config__optimizer__learning_rate=3e-4,
-            config__optimizer__schedule="linear",
+            config__optimizer__learning_rate=2e-4,
             config__training__steps=640,
             config__training__evaluate_every=160,
         )
