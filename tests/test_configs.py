@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from configs.models import SHAPES
+from experiments.pipeline_config import PARENTS, PipelineConfig
 from experiments.program import Program, find_stage
 from experiments.train_config import MAY_DIFFER
 from jaxllm.config import as_dict, load_config, override, parse
@@ -65,13 +66,33 @@ def test_a_later_stage_builds_and_fits_the_model_it_begins_with(name):
 
 
 def test_no_config_is_left_untried():
-    shared = {"models.py", "finetune.py", "reinforcement.py"}
-    tried = {"pretrain_text.py", "quickstart.py", *LATER_STAGES}
+    shared = {"models.py", "finetune.py", "reinforcement.py", "pipeline.py"}
+    tried = {"pretrain_text.py", *PIPELINES, *LATER_STAGES}
     assert {path.name for path in CONFIGS.glob("*.py")} - shared == tried
 
 
-def test_quickstart_builds():
-    assert Program(load("quickstart.py"), jax.devices()[:1]).config.data.train == ("synthetic",)
+PIPELINES = {"quickstart.py": 1, "pipeline_124m.py": 1, "pipeline_1b.py": 8}  # and devices to try it on
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_stage_of_a_pipeline_builds_and_is_found_by_name(name):
+    whole = parse(PipelineConfig, load_config(str(CONFIGS / name)))
+    for stage in PARENTS:
+        assert load(f"{name}:{stage}") == getattr(whole, stage)
+        program = Program(load(f"{name}:{stage}", model__attention="xla"), jax.devices()[: PIPELINES[name]])
+        assert program.stage.__name__.endswith("sft" if stage == "worked" else stage)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_one_field_sets_model_seed_and_data_of_all_stages(name):
+    config = load_config(str(CONFIGS / name))
+    for field, text in (("model.attention", "xla"), ("seed", "7"), ("data.pairs", "mine.jsonl")):
+        override(config, PipelineConfig, field, text)
+    whole = parse(PipelineConfig, config)
+    assert {getattr(whole, stage).model.attention for stage in PARENTS} == {"xla"}
+    assert {getattr(whole, stage).seed for stage in PARENTS} == {7}
+    for stage in ("reward_model", "ppo", "dpo"):
+        assert getattr(whole, stage).data.train == ("mine.jsonl",)
 
 
 def test_the_tokenizer_follows_the_model_s_vocabulary():

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +62,35 @@ class Client:
     @property
     def rows(self):
         return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+
+class Parrot:
+    """An engine that says the same to everybody, and its seed, a token at a time, while it is let."""
+
+    def __init__(self, speaker, text):
+        self.speaker, self.text = speaker, text
+        self.begun, self.go_on, self.cancelled = (threading.Event() for _ in range(3))
+        self.go_on.set()
+
+    def submit(self, prompt, *, sampling, seed, say):
+        tokens = self.speaker.tokenizer.encode(f"{self.text} {seed}")
+
+        def work():
+            for i, token in enumerate(tokens):
+                if i == 4:
+                    self.begun.set()
+                    self.go_on.wait(60)
+                say([token], "stop" if i == len(tokens) - 1 else None)
+
+        threading.Thread(target=work).start()
+        return self
+
+    def cancel(self):
+        self.cancelled.set()
+
+
+def parrot(speaker, text):
+    return speaker._replace(engine=Parrot(speaker, text))
 
 
 @contextmanager
@@ -144,8 +172,12 @@ def test_fields_change_the_answer_as_they_say(client):
     stop = texts[0][3:5]
     cut = client.chat(stop=[stop, "never said"])[1]["choices"][0]
     assert (cut["message"]["content"], cut["finish_reason"]) == (texts[0][: texts[0].index(stop)], "stop")
+    border = len(
+        client.stream()[1]["choices"][0]["delta"]["content"]
+    )  # of two pieces: one begins the stop text
+    stop = texts[0][border - 1 : border + 1]
     streamed = [event["choices"][0]["delta"].get("content", "") for event in client.stream(stop=stop)]
-    assert "".join(streamed) == cut["message"]["content"]
+    assert "".join(streamed) == texts[0][: texts[0].index(stop)]
     parts = [{"type": "text", "text": "one and"}, {"type": "text", "text": " two?"}]
     assert (
         client.chat(messages=[{"role": "user", "content": parts}])[1]["choices"][0]["message"]["content"]
@@ -216,17 +248,18 @@ def test_a_body_that_is_no_object_is_refused(client, body):
     assert (status, "JSON" in text) == (400, True)
 
 
-def test_who_goes_away_frees_the_row(client, speaker):
-    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
-    connection.request(
-        "POST", "/v1/chat/completions", json.dumps({**ASK, "stream": True, "max_tokens": 10**6, "seed": 1})
-    )
-    connection.getresponse().read(10)
-    connection.close()
-    end = time.monotonic() + 20
-    while speaker.engine.occupied and time.monotonic() < end:
-        time.sleep(0.05)
-    assert speaker.engine.occupied == 0
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_goes_away_frees_the_row(speaker, tmp_path, stream):
+    slow = parrot(speaker, "Yes, one two three four five six.")
+    slow.engine.go_on.clear()
+    with serving([slow], tmp_path / "a.jsonl") as client:
+        connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
+        connection.request("POST", "/v1/chat/completions", json.dumps({**ASK, "stream": stream}))
+        assert slow.engine.begun.wait(20)
+        assert not slow.engine.cancelled.is_set()
+        connection.close()
+        assert slow.engine.cancelled.wait(20)
+        slow.engine.go_on.set()
 
 
 # Comparisons

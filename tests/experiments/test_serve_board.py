@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,7 @@ def test_killed_in_the_middle_every_acknowledged_row_is_there(path, open_board):
         open_board().file.close()
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         said = [process.stdout.readline().strip() for _ in range(lines)]
+        time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         said += process.stdout.read().split()
         process.wait()

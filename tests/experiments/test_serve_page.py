@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import threading
 
 import pytest
 from conftest import train_stage
-from test_serve import QUESTIONS, serving
+from test_serve import QUESTIONS, parrot, serving
 
 from experiments import serve
 from experiments.loading import load_checkpoint
@@ -89,39 +88,11 @@ class Page:
         return [entry["message"] for entry in self.browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-class Parrot:
-    """An engine that says the same to everybody, and its seed, a token at a time, while it is let."""
-
-    def __init__(self, speaker, text):
-        self.speaker, self.text = speaker, text
-        self.go_on, self.cancelled = threading.Event(), threading.Event()
-        self.go_on.set()
-
-    def submit(self, prompt, *, sampling, seed, say):
-        tokens = self.speaker.tokenizer.encode(f"{self.text} {seed}")
-
-        def work():
-            for i, token in enumerate(tokens):
-                if i == 4:
-                    self.go_on.wait(60)
-                say([token], "stop" if i == len(tokens) - 1 else None)
-
-        threading.Thread(target=work).start()
-        return self
-
-    def cancel(self):
-        self.cancelled.set()
-
-
 @pytest.fixture(scope="module")
 def speaker(chat_model):
     made = serve.load_speaker(str(chat_model), 8)
     yield made
     made.engine.close()
-
-
-def parrot(speaker, text):
-    return speaker._replace(engine=Parrot(speaker, text))
 
 
 def test_a_chat_goes_on_and_begins_anew(page, speaker, tmp_path):
@@ -190,11 +161,11 @@ def test_ten_choices_and_an_undo_train_a_reward_model(page, speaker, chat_model,
             return shown
 
         chosen = [after(lambda key=key: page.press(key))["1a2b".index(key) // 2] for key in keys]
-        after(lambda: page.press("t"))
-        last = after(lambda: page.press("x"))
+        after(lambda: page.press("x"))
+        last = after(lambda: page.press("t"))
         after(lambda: page.press("u"))
         assert page.texts(".answer .said") == last, "it is there again, as it was"
-        buttons = [".answer[data-choice='1']", ".answer[data-choice='0']", "[data-choice=bad]"]
+        buttons = [".answer[data-choice='1']", ".answer[data-choice='0']", "[data-choice=tie]"]
         for button in [buttons[0], buttons[1], *[buttons[0]] * 2]:
             chosen.append(after(page.find(button).click)["01".index(button[-3])])
         after(page.find(buttons[2]).click)
@@ -202,7 +173,7 @@ def test_ten_choices_and_an_undo_train_a_reward_model(page, speaker, chat_model,
         assert page.find("#progress").get_attribute("value") == "12"
         assert "rest is for other raters" in page.find("#waiting").text
         rows = client.rows
-        assert [row["choice"] for row in rows] == [0, 0, 1, 1, 0, 1, "tie", 1, 0, 1, 1, "bad"]
+        assert [row["choice"] for row in rows] == [0, 0, 1, 1, 0, 1, "bad", 1, 0, 1, 1, "tie"]
         assert [row["answers"][row["choice"]] for row in rows if row["choice"] in (0, 1)] == chosen
         page.browser.refresh()
         page.wait(lambda: page.count.startswith("12 by you, 12 of 24 in all"))
