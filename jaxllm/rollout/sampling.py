@@ -128,8 +128,7 @@ def sample_rows(logits: jax.Array, keys: jax.Array, rows: RowSampling) -> jax.Ar
     V = logits.shape[-1]
 
     def filtered(wanted, keep, z):
-        # Row by row too: with a tail of 0, top-p would still drop what softmax rounds to 0.
-        return jax.lax.cond(jnp.any(wanted), lambda z: jnp.where(wanted, keep(z), z), lambda z: z, z)
+        return jax.lax.cond(jnp.any(wanted), keep, lambda z: z, z)
 
     kept = filtered(k < V, lambda z: drop_smallest(z, jnp.int32(1), V - k), kept)
     kept = filtered(tail > 0, lambda z: drop_smallest(z, jax.nn.softmax(z, axis=-1), tail), kept)

@@ -1,11 +1,9 @@
 """The page in a browser: chat, choose, take back; and the file that comes of it trains a reward model."""
 
-import json
 import shutil
 
 import pytest
-from conftest import train_stage
-from test_serve import QUESTIONS, parrot, serving
+from test_serve import QUESTIONS, ROOT, parrot, serving
 
 from experiments import serve
 from experiments.loading import load_checkpoint
@@ -146,7 +144,7 @@ def test_what_a_model_says_is_text_and_no_html(page, speaker, tmp_path):
         assert page.complaints == []
 
 
-def test_ten_choices_and_an_undo_train_a_reward_model(page, speaker, chat_model, tmp_path):
+def test_ten_choices_and_an_undo_train_a_reward_model(page, speaker, chat_model, run_process, tmp_path):
     prompts = [[{"role": "user", "content": f"{i} and ten?"}] for i in range(12)]
     path, keys = tmp_path / "preferences.jsonl", "a1b2ab"
     with serving([speaker], path, prompts=prompts, raters_per_pair=2) as client:
@@ -183,12 +181,16 @@ def test_ten_choices_and_an_undo_train_a_reward_model(page, speaker, chat_model,
         page.wait(lambda: "1 comparisons judged by several" in page.find("#agreement").text)
         assert page.complaints == []
     workdir = tmp_path / "reward"
-    few = {"training.steps": "2", "training.evaluate_every": "2", "training.checkpoint_every": "2"}
-    fields = {"data.train": str(path), "data.validation": str(path), **few}
-    train_stage("reward_model_pairs", workdir, str(chat_model), **fields)
+    shape = {"model.num_layers": 1, "model.width": 32, "model.max_length": 64, "data.sequence_length": 64}
+    few = {"training.steps": 2, "data.batch_size": 2, "data.train": path, "data.validation_fraction": 0.3}
+    flags = [f"--config.{field}={value}" for field, value in (shape | few).items()]
+    config = f"--config={ROOT / 'configs' / 'reward_model_pairs.py'}:tiny"
+    code, output, errors = run_process(
+        "train.py", config, f"--workdir={workdir}", f"--init_from={chat_model}", *flags
+    )
+    assert code == 0, errors
+    assert "10 kept, 3 dropped (3 tie): 10 of prompt, answers, choice" in output
     assert load_checkpoint(str(workdir)).stage == "reward_model"
-    dropped = [json.loads(line) for line in (workdir / "bad_rows.jsonl").read_text().splitlines()]
-    assert [row["reason"].partition(" ")[0] for row in dropped] == ["tie"] * 6  # of train and validation
 
 
 def test_the_page_asks_for_the_token_once(page, speaker, tmp_path):
