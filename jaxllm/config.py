@@ -214,9 +214,9 @@ def _read_command_line(
 def override(section: "ConfigDict", config_class: type, field: str, text: str, path: str = "config") -> None:
     """Set the dotted `field` to what `text` stands for in the type that the dataclass declares.
 
-    `none` is None where that is allowed, and `a,b` a tuple of two strings as `('a','b')` is. What the config
-    derives from the field by reference follows. (The flags that ml_collections can define go by the present
-    value: they cannot set a field to None, nor give 0.5 to one that holds 1.)
+    `none` is None where that is allowed; of a tuple, `a,b` is what `('a','b')` is, and nothing is an empty
+    one. What the config derives from the field by reference follows. (The flags that ml_collections can
+    define go by the present value: they cannot set a field to None, nor give 0.5 to one that holds 1.)
     """
     name, _, rest = field.partition(".")
     kinds = typing.get_type_hints(config_class)
@@ -242,7 +242,7 @@ def _read_text(kind: Any, text: str) -> Any:
     except (ValueError, SyntaxError):
         value = text
     if typing.get_origin(inner) is tuple and not isinstance(value, tuple | list):
-        return tuple(value.split(",")) if isinstance(value, str) else (value,)
+        return tuple(filter(None, value.split(","))) if isinstance(value, str) else (value,)
     return value
 
 

@@ -171,6 +171,7 @@ def config():
         ("data.train", "('b.txt','c.txt')", ("b.txt", "c.txt")),
         ("data.train", "['b,c.txt']", ("b,c.txt",)),
         ("data.train", "()", ()),
+        ("data.train", "", ()),
         ("data.weights", "0.5", (0.5,)),
         ("data.weights", "1,0.5", (1.0, 0.5)),
         ("data.sizes", "4,5", (4, 5)),
