@@ -66,7 +66,7 @@ class Asking:
             template,
             prompts,
             functions=RUBRIC if all("reference" in prompt.row for prompt in prompts) else (),
-            reward_model=str(self.folder / "reward_model" / "best") if judged else None,
+            reward_model=str(self.folder / "reward_model") if judged else None,
             samples=1,
             sampling=sampling,
             seed=self.seed,

@@ -138,7 +138,7 @@ def stage_commands(config: "PipelineConfig", config_file: str, workdir: str) -> 
     for name, parent in PARENTS.items():
         more = {} if parent is None else {"init_from": f"{workdir}/{parent}"}
         if name == "ppo":
-            more["config.reward.model"] = f"{workdir}/reward_model/best"
+            more["config.reward.model"] = f"{workdir}/reward_model"
         commands[name] = command("train.py", f"{config_file}:{name}", f"{workdir}/{name}", f"{name}.", **more)
     commands["gates"] = command("gates.py", config_file, workdir, "")
     return commands

@@ -135,7 +135,7 @@ def test_the_commands_written_down_are_those_that_ran(tiny):
         f"--workdir={workdir}/sft",
         f"--init_from={workdir}/pretrain",
     ]
-    assert f"--config.reward.model={workdir}/reward_model/best" in commands["ppo"]
+    assert f"--config.reward.model={workdir}/reward_model" in commands["ppo"]
     assert all(stage["seconds"] > 0 and stage["peak_memory_bytes"] > 1e8 for stage in record["stages"])
 
 
