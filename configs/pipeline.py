@@ -66,7 +66,7 @@ def base(size: str) -> ConfigDict:
     config.gates.text_share = 0.75  # of a trigram's bits per byte, at most
     config.gates.answer_rise = 0.1  # of the share of right answers, from pretraining to SFT
     config.gates.reward_ceiling = 0.9  # accuracy that label noise allows
-    config.gates.reward_share = 0.5  # of the way from 0.5 to the ceiling, at least
+    config.gates.reward_share = 0.4  # of the way from 0.5 to the ceiling, at least
     config.gates.preference_errors = 3.0  # standard errors by which the rubric's score must rise
     config.gates.kl_limit = 10.0  # nats an answer from SFT, at most
     config.gates.pass_rise = 0.2  # of held-out pass@1
