@@ -143,9 +143,10 @@ def main() -> None:
             config__sample__group_size=4,
             config__evaluation__max_rows=500,
             config__objective__clip_high=0.28,
-            config__optimizer__learning_rate=2e-4,
-            config__training__steps=640,
-            config__training__evaluate_every=160,
+            config__optimizer__learning_rate=3e-4,
+            config__optimizer__schedule="linear",
+            config__training__steps=560,
+            config__training__evaluate_every=280,
         )
         lines += risen(rows, seed)
     print("\n".join(lines))
