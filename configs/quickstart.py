@@ -51,8 +51,8 @@ def get_config(stage: str = "") -> ConfigDict:
     config.grpo.optimizer.learning_rate = 3e-4
     config.grpo.optimizer.schedule = "linear"
     config.grpo.optimizer.final_learning_rate = 0.3
-    config.grpo.training.steps = 200
-    config.grpo.training.evaluate_every = 100
+    config.grpo.training.steps = 160
+    config.grpo.training.evaluate_every = 80
 
     # On 2 cores of a server.
     config.expected_seconds.pretrain = 150.0
