@@ -36,6 +36,11 @@ def get_config(stage: str = "") -> ConfigDict:
 
     config.reward_model.evaluation.max_rows = 1000
 
+    config.dpo.objective.beta = 0.3  # at 0.1 answers stop ending: the pairs dislike those that are cut off
+    config.dpo.data.synthetic_rows = 5000
+    config.dpo.data.sequence_length = 128
+    config.dpo.data.batch_size = 32
+
     config.worked.data.sequence_length = 128
     config.worked.training.steps = 105  # stops well before it can all: there is something left to reason out
 
