@@ -31,8 +31,10 @@ def get_config(stage: str = "") -> ConfigDict:
     config.reward_model.optimizer.learning_rate = 2e-3
     config.reward_model.training.steps = 240
 
-    config.ppo.objective.kl_coefficient = 0.1
-    config.ppo.objective.kl_target = 4.0
+    config.ppo.objective.kl_coefficient = 0.15
+    config.ppo.optimizer.learning_rate = 1.2e-4
+    config.ppo.optimizer.schedule = "linear"
+    config.ppo.optimizer.final_learning_rate = 0.1
 
     config.reward_model.evaluation.max_rows = 1000
 
