@@ -7,13 +7,13 @@ command again goes on where it was. Point any stage at your own files: --config.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import fcntl
 import functools
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from experiments.pipeline_config import PipelineConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# A killed pipeline cannot stop its stage; Linux does, as a SIGTERM would (1 is PR_SET_PDEATHSIG).
+_DIE_TOO = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+END_WITH_PARENT = (sys.executable, "-c", _DIE_TOO) if sys.platform == "linux" else ()
 
 # What tells how a stage came out, in one number.
 HEADLINES = {
@@ -160,21 +164,31 @@ def run_stage(command: Sequence[str], log: Path, report: Callable[[], None]) -> 
     began = time.perf_counter()
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, start_new_session=True, preexec_fn=end_with_parent
+            [*END_WITH_PARENT, *command], stdout=output, stderr=output, start_new_session=True
         )
         with passing_on(process):
-            while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            memory = 0
+            while (code := process.poll()) is None:
+                memory = max(memory, peak_memory(process.pid))
                 report()
                 time.sleep(0.2)
-    _, status, usage = ended
-    process.returncode = code = os.waitstatus_to_exitcode(status)
     if code == Stopped.exit_code:
         raise Stopped(f"saved; the same command goes on: {shlex.join([sys.executable, *sys.argv])}")
     if code:
         last = " ".join(log.read_text(errors="replace").strip().splitlines()[-1:])
         raise StageFailed(f"{Path(command[1]).name} ended with exit code {code}: {last} (see {log})", code)
-    kilobytes = usage.ru_maxrss if sys.platform != "darwin" else usage.ru_maxrss // 1024
-    return time.perf_counter() - began, 1024 * kilobytes
+    return time.perf_counter() - began, memory
+
+
+def peak_memory(pid: int) -> int:
+    """The most bytes that a process has held so far; 0 where the system does not say. (What wait4 says of a
+    child begins with its parent's size.)"""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return 1024 * int(found[1]) if found else 0
 
 
 class StageFailed(RunError):
@@ -195,12 +209,6 @@ def passing_on(process: subprocess.Popen) -> Iterator[None]:
     finally:
         for each, handler in zip(signals, before, strict=True):
             signal.signal(each, handler)
-
-
-def end_with_parent() -> None:
-    """Called in the child: where a killed pipeline cannot stop it, Linux does, as a SIGTERM would."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 # What is known of it

@@ -183,12 +183,18 @@ def make_config(**changes):
 
 def test_what_differs_from_the_config_file_is_passed_on_to_its_stage():
     config = make_config(
-        data__text="mine.txt", seed="3", ppo__objective__kl_target="none", grpo__reward__functions="countdown"
+        data__text="mine.txt",
+        seed="3",
+        pretrain__optimizer__clip_norm="none",
+        grpo__reward__functions="countdown",
     )
     commands = pipeline.stage_commands(config, f"{ROOT}/configs/quickstart.py", "runs/x")
     flags = {name: set(command[4:]) for name, command in commands.items()}
-    assert flags["pretrain"] == {"--config.seed=3", "--config.data.train=('mine.txt',)"}
-    assert "--config.objective.kl_target=none" in flags["ppo"]
+    assert flags["pretrain"] == {
+        "--config.seed=3",
+        "--config.data.train=('mine.txt',)",
+        "--config.optimizer.clip_norm=none",
+    }
     assert "--config.reward.functions=('countdown',)" in flags["grpo"]
     assert "--config.data.train=('mine.txt',)" not in flags["sft"]
     assert "--config.data.text=('mine.txt',)" in flags["gates"]
@@ -209,9 +215,9 @@ def test_a_stage_that_fails_ends_the_pipeline_with_its_exit_code(tmp_path):
 
 
 def test_a_stage_s_memory_is_measured(tmp_path):
-    command = [sys.executable, "-c", "x = bytearray(1500 * 10**6)"]
+    command = [sys.executable, "-c", "import time; x = bytearray(700 * 10**6); time.sleep(1)"]
     _, memory = pipeline.run_stage(command, tmp_path / "logs" / "x.txt", lambda: None)
-    assert 1.5e9 < memory < 1.7e9
+    assert 0.7e9 < memory < 0.8e9
 
 
 def test_time_left_follows_the_pace_so_far(tmp_path):
@@ -277,7 +283,7 @@ def test_reasoning_must_rise_by_twenty_points_and_five_standard_errors(after, er
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "error", "passed"), [(0.75, 0.01, True), (0.69, 0.01, False), (0.75, 0.06, False)]
+    ("accuracy", "error", "passed"), [(0.75, 0.01, True), (0.65, 0.01, False), (0.75, 0.06, False)]
 )
 def test_the_reward_model_must_be_near_the_ceiling_and_far_from_chance(accuracy, error, passed):
     found = gates.reward_gate(GATES, {"eval/accuracy": accuracy, "eval/accuracy_se": error})
