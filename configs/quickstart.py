@@ -19,10 +19,15 @@ from configs import pipeline
 def get_config(stage: str = "") -> ConfigDict:
     """configs/pipeline.py, with numbers for a model this small."""
     config = pipeline.base("1m")
-    config.data.worked = config.data.problems = ("synthetic:additions",)
+    config.data.problems = ("synthetic:additions",)
+    config.data.worked = ("synthetic:additions", "synthetic:chats")  # or it forgets how to chat
 
+    config.pretrain.training.evaluate_every = config.pretrain.training.sample_every = 100
+
+    config.sft.optimizer.learning_rate = 5e-3
     config.sft.training.steps = 400
-    config.sft.sample.prompts = ("What is an LLM?",)
+    config.sft.training.evaluate_every = config.sft.training.sample_every = 200
+
 
     config.reward_model.data.synthetic_rows = 12_000
     config.reward_model.data.sequence_length = 128
@@ -30,13 +35,13 @@ def get_config(stage: str = "") -> ConfigDict:
     config.reward_model.optimizer.name = "muon"
     config.reward_model.optimizer.learning_rate = 2e-3
     config.reward_model.training.steps = 240
+    config.reward_model.training.evaluate_every = 120
+    config.reward_model.evaluation.max_rows = 1000
 
     config.ppo.objective.kl_coefficient = 0.15
     config.ppo.optimizer.learning_rate = 1.2e-4
     config.ppo.optimizer.schedule = "linear"
     config.ppo.optimizer.final_learning_rate = 0.1
-
-    config.reward_model.evaluation.max_rows = 1000
 
     config.dpo.objective.beta = 0.3  # at 0.1 answers stop ending: the pairs dislike those that are cut off
     config.dpo.data.synthetic_rows = 5000
@@ -44,22 +49,25 @@ def get_config(stage: str = "") -> ConfigDict:
     config.dpo.data.batch_size = 32
 
     config.worked.data.sequence_length = 128
-    config.worked.training.steps = 105  # stops well before it can all: there is something left to reason out
+    config.worked.data.synthetic_rows = 10_000
+    config.worked.training.steps = 140  # stops well before it can all: there is something left to reason out
+    config.worked.training.evaluate_every = config.worked.training.sample_every = 70
 
+    config.grpo.data.synthetic_rows = 10_000
     config.grpo.data.sequence_length = 96
     config.grpo.rollout.prompts = 64
-    config.grpo.rollout.minibatches = 4
+    config.grpo.rollout.minibatches = 8
     config.grpo.rollout.max_rows = 256
     config.grpo.rollout.sampling.max_new_tokens = 60
     config.grpo.sample.sampling.max_new_tokens = 60
     config.grpo.sample.group_size = 4
     config.grpo.evaluation.max_rows = 400
     config.grpo.optimizer.name = "muon"
-    config.grpo.optimizer.learning_rate = 3e-4
+    config.grpo.optimizer.learning_rate = 6e-4
     config.grpo.optimizer.schedule = "linear"
-    config.grpo.optimizer.final_learning_rate = 0.3
-    config.grpo.training.steps = 160
-    config.grpo.training.evaluate_every = 80
+    config.grpo.optimizer.final_learning_rate = 0.1
+    config.grpo.training.steps = 224
+    config.grpo.training.evaluate_every = 112
 
     # On 2 cores of a server.
     config.expected_seconds.pretrain = 150.0

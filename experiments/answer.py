@@ -69,11 +69,11 @@ def main(_: None, flags: "FlagValues") -> None:
 
     from experiments import answers as asking
     from experiments.loading import checkpoint_template, load_checkpoint
-    from experiments.run import enable_compilation_cache
+    from experiments.process import set_up_process
     from jaxllm.data.chat import check_rename
 
     check_rename(flags.rename)
-    enable_compilation_cache()
+    set_up_process()
     loaded = load_checkpoint(flags.checkpoint, untrained=flags.untrained)
     asking.check_speaks(loaded, f"--checkpoint={flags.checkpoint}")
     reference = None

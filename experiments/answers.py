@@ -4,7 +4,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +26,8 @@ from jaxllm.rollout.collect import collect
 from jaxllm.rollout.generate import Completions, bucket
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.sharding import MeshConfig, make_mesh
+
+T = TypeVar("T")
 
 ROWS = 64  # answers of a checkpoint decoded, or scored, at a time
 
@@ -133,26 +135,36 @@ def read_prompts(
 
     `question` has the fields `rename`, `prompt_format` and `system` of a PromptConfig.
     """
-    source = open_source(name, split="validation", text_key=None, synthetic_rows=max_rows, seed=seed)
-    prompts = []
+
+    def prompt(record: dict, messages: list[dict[str, str]]) -> Prompt:
+        ids = template.prompt(messages)
+        if len(ids) > longest:
+            raise BadRow("prompt that leaves no room for --max_new_tokens", f"{len(ids)} tokens")
+        return Prompt(ids, record)
+
+    prompts = read_questions(name, question, prompt, split="validation", max_rows=max_rows, seed=seed)
+    if not prompts:
+        raise DataError(f"{name}: no row can be answered")
+    return prompts
+
+
+def read_questions(
+    name: str, question: Any, make: Callable[[dict, list[dict]], T], *, split: str, max_rows: int, seed: int
+) -> list[T]:
+    """make(row, messages) of the first rows of a source; what it refuses with BadRow goes to stderr."""
+    source = open_source(name, split=split, text_key=None, synthetic_rows=max_rows, seed=seed)
+    made: list[T] = []
     for row in source.rows():
         try:
             if row.value is None:
                 raise BadRow(row.problem, row.detail)
             record = renamed(row.value, question.rename)
-            _, messages = question_messages(record, question)
-            ids = template.prompt(messages)
-            if len(ids) > longest:
-                raise BadRow("prompt that leaves no room for --max_new_tokens", f"{len(ids)} tokens")
+            made.append(make(record, question_messages(record, question)[1]))
         except BadRow as error:
             print(f"left out: {row.where}: {error}", file=sys.stderr)
-            continue
-        prompts.append(Prompt(ids, record))
-        if len(prompts) == max_rows:
+        if len(made) == max_rows:
             break
-    if not prompts:
-        raise DataError(f"{name}: no row can be answered")
-    return prompts
+    return made
 
 
 def answer_prompts(

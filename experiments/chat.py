@@ -118,10 +118,10 @@ class Chat:
 def main(_: None, flags: "FlagValues") -> None:
     """Read lines and answer them until the input ends."""
     from experiments.loading import load_checkpoint
-    from experiments.run import enable_compilation_cache
+    from experiments.process import set_up_process
 
     sampling = read_sampling(flags)
-    enable_compilation_cache()
+    set_up_process()
     loaded = load_checkpoint(flags.checkpoint)
     if loaded.stage == "reward_model":
         raise ConfigError(f"--checkpoint={flags.checkpoint} is a reward model, which writes nothing")

@@ -75,7 +75,7 @@ def main(_: None, flags: "FlagValues") -> None:
     import numpy as np
 
     from experiments.loading import checkpoint_template, load_checkpoint
-    from experiments.run import enable_compilation_cache
+    from experiments.process import set_up_process
     from jaxllm.data.chat import check_rename
     from jaxllm.data.sources import BadRow, open_source
     from jaxllm.evaluation.preference import PairScores, mean, reward_metrics
@@ -85,7 +85,7 @@ def main(_: None, flags: "FlagValues") -> None:
     if flags.output is not None and not Path(flags.output).expanduser().parent.is_dir():
         raise ConfigError(f"--output={flags.output}: there is no such folder")
     check_rename(flags.rename)
-    enable_compilation_cache()
+    set_up_process()
     loaded = load_checkpoint(flags.checkpoint)
     if loaded.stage != "reward_model":
         raise ConfigError(f"--checkpoint={flags.checkpoint} is of stage {loaded.stage}, not a reward model")

@@ -6,10 +6,9 @@ writes WORKDIR/gates.json, the answers it looked at into WORKDIR/answers/, and w
 same prompts into WORKDIR/shown.json. experiments/pipeline.py runs it after the last stage.
 """
 
-import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
     from experiments.asking import Asking
     from experiments.pipeline_config import GatesConfig, PipelineConfig
-    from jaxllm.batches import TokenBatch
 
 WINDOWS = 256  # scored or counted at a time
 COUNTED = 20_000_000  # tokens of the training text that the trigram counts, at most
@@ -56,12 +54,12 @@ def define_flags(flag_values: "FlagValues") -> None:
 def main(config: "PipelineConfig", flags: "FlagValues") -> None:
     """Measure, write, and print a line for each gate."""
     from experiments.asking import show_all
-    from experiments.run import enable_compilation_cache
+    from experiments.process import set_up_process
     from jaxllm.training.checkpoint import to_json, write_file
 
     if flags.workdir is None:
         raise ConfigError("--workdir=FOLDER is missing")
-    enable_compilation_cache()
+    set_up_process()
     folder = Path(flags.workdir).expanduser().absolute()
     gates = list(measure(config, folder))
     passed = all(gate.passed is not False for gate in gates)
@@ -122,7 +120,9 @@ def trigram(config: "PipelineConfig", folder: Path) -> tuple[float, float]:
     """Bits per byte, with its standard error, of the windows that pretraining was evaluated on."""
     from experiments.program import Program
     from experiments.run import held_out_batches
+    from experiments.stages.pretrain import model_byte_lengths
     from experiments.weights import Start
+    from jaxllm.data.loader import evaluation_batches
     from jaxllm.data.tokenizer import load_tokenizer
     from jaxllm.evaluation.perplexity import evaluate
     from jaxllm.evaluation.trigram import count_trigrams
@@ -131,20 +131,13 @@ def trigram(config: "PipelineConfig", folder: Path) -> tuple[float, float]:
     tokenizer, program = load_tokenizer(folder / "pretrain"), Program(config.pretrain)
     run = RunFolder(folder / "pretrain", "", resuming=True, step=None)
     data = program.stage.load(program, tokenizer, run, Start(None, "", lambda: None))
-    byte_lengths = np.zeros(config.pretrain.model.vocab_size, np.int32)
-    byte_lengths[: tokenizer.vocab_size] = tokenizer.token_byte_lengths
-    batches = (stacked(part, first) for part in data.train for first in range(0, len(part), WINDOWS))
-    batches = itertools.islice(batches, COUNTED // (WINDOWS * config.pretrain.data.sequence_length) + 1)
-    counted = count_trigrams(batches, tokenizer.vocab_size)
+    byte_lengths = model_byte_lengths(program, tokenizer)
+    batches = evaluation_batches(data.train, batch_size=WINDOWS)
+    some = COUNTED // (WINDOWS * config.pretrain.data.sequence_length) + 1
+    counted = count_trigrams(batches[:some], tokenizer.vocab_size)
     held_out = held_out_batches(config.pretrain, data.validation)
     found = evaluate(counted, held_out, lambda model, rows: model.row_sums(rows, byte_lengths), lambda: None)
     return found["eval/bits_per_byte"], found["eval/bits_per_byte_se"]
-
-
-def stacked(windows: Sequence["TokenBatch"], first: int) -> "TokenBatch":
-    """The next WINDOWS windows as one batch."""
-    rows = [windows[i] for i in range(first, min(first + WINDOWS, len(windows)))]
-    return type(rows[0])(*map(np.stack, zip(*rows, strict=True)))
 
 
 def answers_gate(gates: "GatesConfig", asking: "Asking") -> Gate:
@@ -236,8 +229,9 @@ def unmeasured(name: str, why: str) -> Gate:
 
 def average(values: np.ndarray) -> tuple[float, float]:
     """Mean and standard error of those that are numbers."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+    from jaxllm.evaluation.preference import mean
+
+    return mean(values[~np.isnan(values)])
 
 
 def percent(share: float, error: float) -> str:

@@ -39,11 +39,11 @@ def main(_: None, flags: "FlagValues") -> None:
     import jax
 
     from experiments.loading import load_checkpoint
-    from experiments.run import enable_compilation_cache
+    from experiments.process import set_up_process
     from jaxllm.rollout.generate import generate
 
     sampling = read_sampling(flags)
-    enable_compilation_cache()
+    set_up_process()
     loaded = load_checkpoint(flags.checkpoint)
     model, tokenizer = loaded.model, loaded.tokenizer
     if loaded.stage == "reward_model":

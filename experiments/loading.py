@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from experiments.run import TEMPLATE_FILE
 from experiments.weights import read_policy
@@ -15,6 +16,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.models import Model, ModelConfig, ScalarModel, build_model, build_scalar_model
 from jaxllm.sharding import placed
 from jaxllm.training.checkpoint import find_checkpoint
+from jaxllm.training.state import init_state
 
 
 class Loaded(NamedTuple):
@@ -42,7 +44,8 @@ def load_checkpoint(
     model = build(parse(ModelConfig, config["model"], "model"))
     wanted = jax.eval_shape(model.init, jax.random.key(0))
     if untrained:
-        params = jax.jit(model.init)(jax.random.split(jax.random.key(config["seed"]))[0])
+        key = jax.random.key(config["seed"])
+        params = init_state(key, init=jax.jit(model.init), optimizer=optax.identity()).params
     else:
         params = read_policy(folder, wanted if mesh is None else placed(wanted, mesh))
     metadata = json.loads((folder / "metadata.json").read_bytes())

@@ -8,7 +8,6 @@ command again goes on where it was. Point any stage at your own files: --config.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib.util
 import json
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
+from experiments.lock import locked
 from jaxllm.config import as_dict, differences, load_config, parse, run_script
 from jaxllm.errors import ConfigError, RunError, Stopped
 
@@ -110,11 +110,11 @@ def conclude(folder: Path, record: "Record") -> int:
 def dry_run(config: "PipelineConfig") -> int:
     """Compile the train step of every stage, and say what it takes."""
     from experiments.pipeline_config import PARENTS
+    from experiments.process import set_up_process
     from experiments.program import Program
     from experiments.program import dry_run as compile_stage
-    from experiments.run import enable_compilation_cache
 
-    enable_compilation_cache()
+    set_up_process()
     for name in PARENTS:
         print(f"{name}\n{compile_stage(Program(getattr(config, name)))}\n")
     return 0
@@ -167,11 +167,12 @@ def run_stage(command: Sequence[str], log: Path, report: Callable[[], None]) -> 
             [*END_WITH_PARENT, *command], stdout=output, stderr=output, start_new_session=True
         )
         with passing_on(process):
-            memory = 0
-            while (code := process.poll()) is None:
+            memory, code = 0, None
+            while code is None:
                 memory = max(memory, peak_memory(process.pid))
                 report()
-                time.sleep(0.2)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=1.0)
     if code == Stopped.exit_code:
         raise Stopped(f"saved; the same command goes on: {shlex.join([sys.executable, *sys.argv])}")
     if code:
@@ -218,11 +219,11 @@ def passing_on(process: subprocess.Popen) -> Iterator[None]:
 def claimed(folder: Path) -> Iterator[None]:
     """The folder is this process's alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"--workdir={folder}: another pipeline is running there") from None
+    try:
+        file = locked(folder / "lock")
+    except BlockingIOError:
+        raise ConfigError(f"--workdir={folder}: another pipeline is running there") from None
+    with file:
         yield
 
 
@@ -231,7 +232,7 @@ class Record:
 
     def __init__(self, folder: Path, seed: int, config_file: str, commands: Mapping[str, Sequence[str]]):
         self.file = folder / "pipeline.json"
-        self.value = {"seconds": 0.0, "peak_memory_bytes": 0, "stages": []}
+        self.value: dict[str, Any] = {"stages": []}
         if self.file.exists():
             self.value = json.loads(self.file.read_text())
         self.value |= {"seed": seed, "config_file": config_file, "command": shlex.join(["python", *sys.argv])}
@@ -248,13 +249,13 @@ class Record:
     def add(self, name: str, command: Sequence[str], seconds: float, memory: int) -> None:
         """A stage that is over."""
         from experiments.pipeline_config import PARENTS
-
-        stage = {"name": name, "workdir": name, "parent": PARENTS.get(name), "command": shown(command)}
-        self.value["stages"].append(stage | {"seconds": seconds, "peak_memory_bytes": memory})
-        self.value["seconds"] += seconds
-        self.value["peak_memory_bytes"] = max(self.value["peak_memory_bytes"], memory)
         from jaxllm.training.checkpoint import to_json, write_file
 
+        stage = {"name": name, "workdir": name, "parent": PARENTS.get(name), "command": shown(command)}
+        stages = self.value["stages"]
+        stages.append(stage | {"seconds": seconds, "peak_memory_bytes": memory})
+        self.value["seconds"] = sum(each["seconds"] for each in stages)
+        self.value["peak_memory_bytes"] = max(each["peak_memory_bytes"] for each in stages)
         write_file(self.file, to_json(self.value))
 
 

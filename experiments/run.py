@@ -1,6 +1,5 @@
 """One training run, from its config to its last checkpoint. `experiments/train.py` is its command line."""
 
-import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from experiments.process import set_up_process
 from experiments.program import Program, find_stage
 from experiments.train_config import MAY_DIFFER, TrainConfig
 from experiments.weights import Start, starting_point
@@ -132,7 +132,7 @@ def train(
     command: list[str],
 ) -> None:
     """Run to config.training.steps, from where `workdir` stands."""
-    enable_compilation_cache()
+    set_up_process()
     program = Program(config)
     folder = open_run(workdir, as_dict(config), resume=resume, may_differ=MAY_DIFFER)
     begin = starting_point(program, folder, init_from)
@@ -271,10 +271,3 @@ def saving(checkpoints: Checkpoints) -> Iterator[Checkpoints]:
         yield checkpoints
     finally:
         checkpoints.wait()
-
-
-def enable_compilation_cache() -> None:
-    """Keep compiled programs between runs, where JAX_COMPILATION_CACHE_DIR does not say otherwise."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxllm/compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -128,26 +128,18 @@ def load_speaker(name: str, rows: int) -> Any:
 
 def read_prompts(flags: "FlagValues") -> list[list[dict[str, str]]]:
     """The messages of each prompt of --prompts; rows without one are named on stderr."""
-    from jaxllm.data.chat import renamed
-    from jaxllm.data.prompts import question_messages
-    from jaxllm.data.sources import BadRow, open_source
+    from experiments.answers import read_questions
 
-    found: list[list[dict[str, str]]] = []
     if flags.prompts is None:
-        return found
-    source = open_source(
-        flags.prompts, split="train", text_key=None, synthetic_rows=flags.max_prompts, seed=flags.seed
+        return []
+    return read_questions(
+        flags.prompts,
+        flags,
+        lambda _, messages: messages,
+        split="train",
+        max_rows=flags.max_prompts,
+        seed=flags.seed,
     )
-    for row in source.rows():
-        try:
-            if row.value is None:
-                raise BadRow(row.problem, row.detail)
-            found.append(question_messages(renamed(row.value, flags.rename), flags)[1])
-        except BadRow as error:
-            print(f"left out: {row.where}: {error}", file=sys.stderr)
-        if len(found) == flags.max_prompts:
-            break
-    return found
 
 
 def main(_: None, flags: "FlagValues") -> None:
@@ -157,12 +149,12 @@ def main(_: None, flags: "FlagValues") -> None:
 
     from contextlib import ExitStack
 
-    from experiments.run import enable_compilation_cache
+    from experiments.process import set_up_process
     from experiments.serving.app import build_app
     from experiments.serving.board import Board
     from experiments.serving.preferences import PreferenceFile
 
-    enable_compilation_cache()
+    set_up_process()
     with ExitStack() as stack:
         bound = stack.enter_context(bind(flags.host, flags.port))
         file = PreferenceFile(Path(flags.preferences).expanduser().absolute())

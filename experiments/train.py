@@ -44,11 +44,12 @@ def config_class(config: "ConfigDict") -> type:
 
 def main(config: "TrainConfig", flags: "FlagValues") -> None:
     """Train, or say what training would take."""
+    from experiments.process import set_up_process
     from experiments.program import Program, dry_run
-    from experiments.run import enable_compilation_cache, train
+    from experiments.run import train
 
     if flags.dry_run:
-        enable_compilation_cache()
+        set_up_process()
         print(dry_run(Program(config)))
         return
     if flags.workdir is None:

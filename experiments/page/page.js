@@ -216,7 +216,7 @@ function report({ mine, done, of, rows, agreement }) {
   $("progress").value = done;
   const kappa = agreement.kappa === null ? "" : `, kappa ${agreement.kappa.toFixed(2)}`;
   $("agreement").textContent = agreement.comparisons
-    ? `Raters agree in ${Math.round(100 * agreement.share)}% of choices (${agreement.comparisons} comparisons judged by several${kappa}).`
+    ? `Raters agree in ${Math.round(100 * agreement.share)}% of choices (${agreement.comparisons} judged by several${kappa}).`
     : "";
 }
 

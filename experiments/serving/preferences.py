@@ -1,12 +1,12 @@
 """The file of choices: a line each, on disk before it is acknowledged; reward models train on it as it is."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from experiments.lock import locked
 from jaxllm.errors import DataError
 from jaxllm.training.checkpoint import write_file
 
@@ -27,6 +27,7 @@ class PreferenceFile:
         if not path.parent.is_dir():
             raise DataError(f"--preferences={path}: there is no folder {path.parent}")
         try:
+            # Not the file with the rows, which is another one after each row taken back.
             self._lock = locked(path.with_name(f".{path.name}.lock"))
             self.cut_off = self._repair()
         except BlockingIOError:
@@ -72,18 +73,6 @@ class PreferenceFile:
                 file.truncate(end)
             os.fsync(file.fileno())
         return content[end:]
-
-
-def locked(path: Path) -> BinaryIO:
-    """A file that this process alone holds, until it closes it. Not the one with the rows: that is another
-    file after each row taken back."""
-    file = path.open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise
-    return file
 
 
 def own_row(line: bytes) -> dict[str, Any] | None:

@@ -88,8 +88,7 @@ def make_evaluation(
     program: Program, validation: Any, tokenizer: BaseTokenizer, check: Callable[[], None]
 ) -> Hook:
     """Score the held-out rows."""
-    byte_lengths = np.zeros(program.config.model.vocab_size, np.int32)
-    byte_lengths[: tokenizer.vocab_size] = tokenizer.token_byte_lengths
+    byte_lengths = model_byte_lengths(program, tokenizer)
     score = jax.jit(functools.partial(row_sums, byte_lengths=byte_lengths, model=program.model))
     batches = held_out_batches(program.config, validation)
 
@@ -98,6 +97,13 @@ def make_evaluation(
         return evaluate(state.params, device_batches(batches, program.batch_sharding), score, check)
 
     return Hook(program.config.training.evaluate_every, run)
+
+
+def model_byte_lengths(program: Program, tokenizer: BaseTokenizer) -> np.ndarray:
+    """Int32 [V] of the model, whose vocabulary may be larger than the tokenizer's: bytes of each token."""
+    byte_lengths = np.zeros(program.config.model.vocab_size, np.int32)
+    byte_lengths[: tokenizer.vocab_size] = tokenizer.token_byte_lengths
+    return byte_lengths
 
 
 def make_sampling(program: Program, tokenizer: BaseTokenizer, folder: RunFolder) -> Hook:

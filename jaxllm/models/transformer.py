@@ -6,6 +6,7 @@ The blocks' parameters are stacked [L, ...] whether the layers are scanned or un
 checkpoint does not know which it was.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -102,6 +103,7 @@ def check_model_config(config: ModelConfig) -> None:
         raise ConfigError("model.attention=cudnn needs model.compute_dtype=bfloat16 or float16")
 
 
+@functools.cache  # what was compiled for a shape serves every checkpoint of it
 def build_model(config: ModelConfig) -> Model:
     """The functions of a decoder with this shape.
 

@@ -1,5 +1,7 @@
 """A small decoder whose parameters carry noise: at its initial ones a tied head mostly echoes its input."""
 
+from contextlib import contextmanager
+
 import jax
 import pytest
 
@@ -35,3 +37,37 @@ def noisy_params():
 @pytest.fixture(scope="session")
 def params(model, noisy_params):
     return noisy_params(model)
+
+
+@pytest.fixture
+def counted(model):
+    """The model, and the shapes of the tokens that it is traced for."""
+    shapes = []
+
+    def apply(params, tokens, **kwargs):
+        shapes.append(tokens.shape)
+        return model.apply(params, tokens, **kwargs)
+
+    return model._replace(apply=apply), shapes
+
+
+@pytest.fixture
+def no_compilation():
+    """A context in which nothing may be compiled."""
+
+    @contextmanager
+    def watch():
+        compiled = []
+
+        def listen(event, seconds, **_):
+            if "backend_compile" in event:
+                compiled.append(seconds)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        assert not compiled
+
+    return watch

@@ -147,20 +147,12 @@ def test_the_last_rows_decode_in_a_smaller_batch(model, params, tiny, keys, monk
     assert sizes == [8, 2]
 
 
-def test_rounds_share_a_handful_of_programs(model, params, tiny, keys):
+def test_rounds_share_a_handful_of_programs(counted, no_compilation, params, tiny, keys):
     rounds, keys = [random_prompts(tiny, seed) for seed in range(9)], [keys, keys[::-1]]
-    traced, compiled = [], []
-
-    def counted(params, tokens, **kwargs):
-        traced.append(tokens.shape)
-        return model.apply(params, tokens, **kwargs)
-
-    def listen(event, seconds, **_):
-        if "backend_compile" in event:
-            compiled.append(seconds)
+    model, traced = counted
 
     def run(seed):
-        rollout(model._replace(apply=counted), params, rounds[seed], keys[seed % 2], group_size=3)
+        rollout(model, params, rounds[seed], keys[seed % 2], group_size=3)
 
     # Prompts are read in one shape; 8 rows decode in 48, 64 and 96 slots, the last 2 in 96.
     run(0)
@@ -168,11 +160,9 @@ def test_rounds_share_a_handful_of_programs(model, params, tiny, keys):
     for seed in range(1, 6):
         run(seed)
     # Copies from one size to another may come late, but they come once.
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    for seed in range(6, 9):
-        run(seed)
-    jax.monitoring.unregister_event_duration_listener(listen)
-    assert not compiled
+    with no_compilation():
+        for seed in range(6, 9):
+            run(seed)
     assert len(traced) == 5
 
 

@@ -120,18 +120,9 @@ def test_the_model_length_ends_an_answer(start, tiny):
     assert (len(tokens), reason) == (7, "length")
 
 
-def test_a_handful_of_programs_serves_all(start, model, tiny):
-    traced, compiled = [], []
-
-    def counted(params, tokens, **kwargs):
-        traced.append(tokens.shape)
-        return model.apply(params, tokens, **kwargs)
-
-    def listen(event, seconds, **_):
-        if "backend_compile" in event:
-            compiled.append(seconds)
-
-    engine = start(model._replace(apply=counted))
+def test_a_handful_of_programs_serves_all(start, counted, no_compilation, tiny):
+    model, traced = counted
+    engine = start(model)
 
     def serve():
         for number in (1, 17):
@@ -142,11 +133,9 @@ def test_a_handful_of_programs_serves_all(start, model, tiny):
         serve()
     # Prompts are read 1 or 8 at a time in 32, 128 or 256 positions; 4 rows decode in 128 or 256 slots.
     assert len(traced) == len(set(traced)) + 1 <= 8, traced
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    for _ in range(3):
-        serve()
-    jax.monitoring.unregister_event_duration_listener(listen)
-    assert not compiled
+    with no_compilation():
+        for _ in range(3):
+            serve()
 
 
 # Limits, bad input, the end
