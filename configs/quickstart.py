@@ -25,37 +25,44 @@ def get_config(stage: str = "") -> ConfigDict:
     config.pretrain.training.evaluate_every = config.pretrain.training.sample_every = 100
 
     config.sft.optimizer.learning_rate = 5e-3
-    config.sft.training.steps = 400
-    config.sft.training.evaluate_every = config.sft.training.sample_every = 200
+    config.sft.data.synthetic_rows = 14_000  # of chats, and as many drafts
+    config.sft.training.steps = 360
+    config.sft.training.evaluate_every = config.sft.training.sample_every = 180
 
-
-    config.reward_model.data.synthetic_rows = 12_000
+    config.reward_model.data.synthetic_rows = 8000
     config.reward_model.data.sequence_length = 128
-    config.reward_model.data.batch_size = 32
+    config.reward_model.data.batch_size = 24
     config.reward_model.optimizer.name = "muon"
     config.reward_model.optimizer.learning_rate = 2e-3
-    config.reward_model.training.steps = 240
-    config.reward_model.training.evaluate_every = 120
+    config.reward_model.training.steps = 200
+    config.reward_model.training.evaluate_every = 100
     config.reward_model.evaluation.max_rows = 1000
 
     config.ppo.objective.kl_coefficient = 0.15
+    config.ppo.data.synthetic_rows = 4000
+    config.ppo.data.sequence_length = 128
+    config.ppo.training.num_microbatches = 2  # 1 takes 4.5 GB
+    config.ppo.training.steps = 128
+    config.ppo.training.evaluate_every = config.ppo.training.sample_every = 64
     config.ppo.optimizer.learning_rate = 1.2e-4
     config.ppo.optimizer.schedule = "linear"
     config.ppo.optimizer.final_learning_rate = 0.1
 
     config.dpo.objective.beta = 0.3  # at 0.1 answers stop ending: the pairs dislike those that are cut off
-    config.dpo.data.synthetic_rows = 5000
+    config.dpo.data.synthetic_rows = 3500
     config.dpo.data.sequence_length = 128
-    config.dpo.data.batch_size = 32
+    config.dpo.data.batch_size = 24
+    config.dpo.training.steps = 100
+    config.dpo.training.evaluate_every = 50
 
     config.worked.data.sequence_length = 128
     config.worked.data.synthetic_rows = 10_000
     config.worked.training.steps = 140  # stops well before it can all: there is something left to reason out
     config.worked.training.evaluate_every = config.worked.training.sample_every = 70
 
-    config.grpo.data.synthetic_rows = 10_000
+    config.grpo.data.synthetic_rows = 6000
     config.grpo.data.sequence_length = 96
-    config.grpo.rollout.prompts = 64
+    config.grpo.rollout.prompts = 48
     config.grpo.rollout.minibatches = 8
     config.grpo.rollout.max_rows = 256
     config.grpo.rollout.sampling.max_new_tokens = 60
@@ -66,16 +73,18 @@ def get_config(stage: str = "") -> ConfigDict:
     config.grpo.optimizer.learning_rate = 6e-4
     config.grpo.optimizer.schedule = "linear"
     config.grpo.optimizer.final_learning_rate = 0.1
-    config.grpo.training.steps = 224
-    config.grpo.training.evaluate_every = 112
+    config.grpo.training.steps = 192
+    config.grpo.training.evaluate_every = 96
+
+    config.gates.max_rows = 500
 
     # On 2 cores of a server.
-    config.expected_seconds.pretrain = 150.0
-    config.expected_seconds.sft = 150.0
-    config.expected_seconds.reward_model = 130.0
-    config.expected_seconds.ppo = 130.0
-    config.expected_seconds.dpo = 70.0
-    config.expected_seconds.worked = 75.0
-    config.expected_seconds.grpo = 130.0
-    config.expected_seconds.gates = 60.0
+    config.expected_seconds.pretrain = 130.0
+    config.expected_seconds.sft = 140.0
+    config.expected_seconds.reward_model = 110.0
+    config.expected_seconds.ppo = 115.0
+    config.expected_seconds.dpo = 80.0
+    config.expected_seconds.worked = 40.0
+    config.expected_seconds.grpo = 155.0
+    config.expected_seconds.gates = 70.0
     return pipeline.part(config, stage)
