@@ -4,12 +4,15 @@
 
 Each seed is a run of experiments/pipeline.py with a synthetic world of its own, in WORKDIR/SEED; the same
 command again goes on where it was. --jobs=2 runs two at a time, each on its share of the cores.
-WORKDIR/table.md has the table; the exit code is 1 if a gate is failed anywhere.
+WORKDIR/table.md has the table, and beneath it PPO and DPO side by side; the exit code is 1 if a gate is failed
+anywhere.
 """
 
 import argparse
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +51,30 @@ def table(folders: list[Path]) -> str:
     return "\n".join(lines)
 
 
+def preferences(folders: list[Path]) -> str:
+    """What the hidden rubric and the reward model think of the same held-out prompts' answers."""
+    lines = ["| answers of | hidden rubric, 0 to 1 | reward model's score | KL to SFT, nats an answer |"]
+    lines.append("|---|---|---|---|")
+    for stage in ("sft", "ppo", "dpo"):
+        answers = [read_rows(folder / "answers" / f"{stage}_1.jsonl") for folder in folders]
+        columns = [[row["rewards"] | {"kl": row.get("kl", 0.0)} for row in rows] for rows in answers]
+        cells = [
+            ", ".join(mean_with_error([row[name] for row in rows], digits) for rows in columns)
+            for name, digits in (("rubric", 3), ("model", 2), ("kl", 2))
+        ]
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def mean_with_error(values: list[float], digits: int) -> str:
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -73,7 +100,7 @@ def main() -> int:
     if missing:
         print(f"seeds {', '.join(missing)} came to no end: see {workdir}/SEED.txt")
         return 1
-    text = table(folders)
+    text = f"{table(folders)}\n\n{preferences(folders)}"
     (workdir / "table.md").write_text(text + "\n")
     print(text)
     return 0 if "✗" not in text else 1

@@ -26,6 +26,8 @@ def get_config(stage: str = "") -> ConfigDict:
 
     config.sft.optimizer.learning_rate = 5e-3
     config.sft.data.synthetic_rows = 14_000  # of chats, and as many drafts
+    config.sft.data.sequence_length = 128
+    config.sft.data.batch_size = 32
     config.sft.training.steps = 360
     config.sft.training.evaluate_every = config.sft.training.sample_every = 180
 
@@ -35,7 +37,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.reward_model.optimizer.name = "muon"
     config.reward_model.optimizer.learning_rate = 2e-3
     config.reward_model.training.steps = 200
-    config.reward_model.training.evaluate_every = 100
+    config.reward_model.training.evaluate_every = 200
     config.reward_model.evaluation.max_rows = 1000
 
     config.ppo.objective.kl_coefficient = 0.15
@@ -52,21 +54,21 @@ def get_config(stage: str = "") -> ConfigDict:
     config.dpo.data.synthetic_rows = 3500
     config.dpo.data.sequence_length = 128
     config.dpo.data.batch_size = 24
-    config.dpo.training.steps = 100
-    config.dpo.training.evaluate_every = 50
+    config.dpo.training.steps = 96
+    config.dpo.training.evaluate_every = 96
 
     config.worked.data.sequence_length = 128
     config.worked.data.synthetic_rows = 10_000
-    config.worked.training.steps = 140  # stops well before it can all: there is something left to reason out
-    config.worked.training.evaluate_every = config.worked.training.sample_every = 70
+    config.worked.training.steps = 190  # stops well before it can all: there is something left to reason out
+    config.worked.training.evaluate_every = config.worked.training.sample_every = 190
 
     config.grpo.data.synthetic_rows = 6000
-    config.grpo.data.sequence_length = 96
-    config.grpo.rollout.prompts = 48
+    config.grpo.data.sequence_length = 84
+    config.grpo.rollout.prompts = 64
     config.grpo.rollout.minibatches = 8
     config.grpo.rollout.max_rows = 256
-    config.grpo.rollout.sampling.max_new_tokens = 60
-    config.grpo.sample.sampling.max_new_tokens = 60
+    config.grpo.rollout.sampling.max_new_tokens = 58
+    config.grpo.sample.sampling.max_new_tokens = 58
     config.grpo.sample.group_size = 4
     config.grpo.evaluation.max_rows = 400
     config.grpo.optimizer.name = "muon"
@@ -74,7 +76,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.grpo.optimizer.schedule = "linear"
     config.grpo.optimizer.final_learning_rate = 0.1
     config.grpo.training.steps = 192
-    config.grpo.training.evaluate_every = 96
+    config.grpo.training.evaluate_every = 192
 
     config.gates.max_rows = 500
 
