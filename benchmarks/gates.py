@@ -4,8 +4,7 @@
 
 Each seed is a run of experiments/pipeline.py with a synthetic world of its own, in WORKDIR/SEED; the same
 command again goes on where it was. --jobs=2 runs two at a time, each on its share of the cores.
-WORKDIR/table.md has the table, and beneath it PPO and DPO side by side; the exit code is 1 if a gate is failed
-anywhere.
+WORKDIR/table.md has the table, and beneath it PPO and DPO side by side; the exit code is 1 if a gate fails.
 """
 
 import argparse
