@@ -47,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.peers import even_words, llama_config
 from benchmarks.rollout import our_runs
 from configs import grpo_problems
+from experiments.process import keep_freed_memory
 from experiments.program import Program
 from experiments.stages import grpo
 from experiments.weights import Start
@@ -330,6 +331,7 @@ def main() -> None:
         "--rescore", action=argparse.BooleanOptionalAction, default=True, help="rollout.rescore"
     )
     flags = parser.parse_args()
+    keep_freed_memory()  # as experiments/train.py does; TRL is in the same process, and has it too
     program = Program(make_config(flags))
     began = time.perf_counter()
     train_step = program.compile()

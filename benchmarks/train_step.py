@@ -126,8 +126,10 @@ def peer_steps(config: "TrainConfig") -> dict[str, Callable[[], None]]:
 
 def main(config: "TrainConfig", flags: "FlagValues") -> None:
     """Time all contestants in turn and print a table."""
+    from experiments.process import keep_freed_memory
     from jaxllm.models.config import flops_per_token
 
+    keep_freed_memory()  # as experiments/train.py does; the peer is in the same process, and has it too
     contestants = {"jaxllm": our_step(config)}
     if flags.peer:
         contestants |= peer_steps(config)

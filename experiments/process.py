@@ -17,12 +17,16 @@ KEEP_FREED_MEMORY = {
 
 
 def set_up_process() -> None:
-    """Keep compiled programs between runs, and freed memory within this one. What JAX_COMPILATION_CACHE_DIR
-    and malloc's own variables, MALLOC_..., say is left as it is."""
+    """Keep compiled programs between runs, where JAX_COMPILATION_CACHE_DIR does not say otherwise, and freed
+    memory within this one."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxllm/compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    has_own_settings = any(name.startswith("MALLOC_") for name in os.environ)
-    if platform.libc_ver()[0] == "glibc" and not has_own_settings:
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc give nothing back to the system, unless its own variables, MALLOC_..., are set."""
+    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         for option, value in KEEP_FREED_MEMORY.items():
             ctypes.CDLL(None).mallopt(option, value)
