@@ -58,9 +58,9 @@ def base(size: str) -> ConfigDict:
     config.gates.shown = (
         "What is an LLM?",
         "What is a bridge?",
-        "How do plants grow?",
+        "What is rain?",
         "What is 37 + 25?",
-        "Tell me a story.",
+        "How much is 58 + 16? Show your working.",
         "Thank you for your help.",
     )
     config.gates.text_share = 0.75  # of a trigram's bits per byte, at most
