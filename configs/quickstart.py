@@ -40,17 +40,18 @@ def get_config(stage: str = "") -> ConfigDict:
     config.reward_model.training.evaluate_every = 200
     config.reward_model.evaluation.max_rows = 1000
 
-    config.ppo.objective.kl_coefficient = 0.15
+    config.ppo.objective.kl_coefficient = 0.1
     config.ppo.data.synthetic_rows = 4000
     config.ppo.data.sequence_length = 128
     config.ppo.training.num_microbatches = 2  # 1 takes 4.5 GB
     config.ppo.training.steps = 128
     config.ppo.training.evaluate_every = config.ppo.training.sample_every = 64
-    config.ppo.optimizer.learning_rate = 1.2e-4
+    config.ppo.optimizer.learning_rate = 2e-4
     config.ppo.optimizer.schedule = "linear"
     config.ppo.optimizer.final_learning_rate = 0.1
 
-    config.dpo.objective.beta = 0.3  # at 0.1 answers stop ending: the pairs dislike those that are cut off
+    config.dpo.objective.beta = 0.2  # at 0.1 answers stop ending: the pairs dislike those that are cut off
+    config.dpo.optimizer.learning_rate = 2e-4
     config.dpo.data.synthetic_rows = 3500
     config.dpo.data.sequence_length = 128
     config.dpo.data.batch_size = 24
