@@ -178,7 +178,7 @@ def test_ten_choices_and_an_undo_train_a_reward_model(page, speaker, chat_model,
         assert page.find("#rater").get_attribute("value") == "Ann"
         page.name("Bob")
         page.press("t")
-        page.wait(lambda: "1 comparisons judged by several" in page.find("#agreement").text)
+        page.wait(lambda: "(1 judged by several" in page.find("#agreement").text)
         assert page.complaints == []
     workdir = tmp_path / "reward"
     shape = {"model.num_layers": 1, "model.width": 32, "model.max_length": 64, "data.sequence_length": 64}
