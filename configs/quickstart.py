@@ -22,14 +22,15 @@ def get_config(stage: str = "") -> ConfigDict:
     config.data.problems = ("synthetic:additions",)
     config.data.worked = ("synthetic:additions", "synthetic:chats")  # or it forgets how to chat
 
-    config.pretrain.training.evaluate_every = config.pretrain.training.sample_every = 100
+    config.pretrain.training.steps = 260
+    config.pretrain.training.evaluate_every = config.pretrain.training.sample_every = 130
 
     config.sft.optimizer.learning_rate = 5e-3
     config.sft.data.synthetic_rows = 14_000  # of chats, and as many drafts
     config.sft.data.sequence_length = 128
     config.sft.data.batch_size = 32
     config.sft.training.steps = 360
-    config.sft.training.evaluate_every = config.sft.training.sample_every = 180
+    config.sft.training.evaluate_every = config.sft.training.sample_every = 360
 
     config.reward_model.data.synthetic_rows = 8000
     config.reward_model.data.sequence_length = 128
@@ -44,15 +45,15 @@ def get_config(stage: str = "") -> ConfigDict:
     config.ppo.data.synthetic_rows = 4000
     config.ppo.data.sequence_length = 128
     config.ppo.training.num_microbatches = 2  # 1 takes 4.5 GB
-    config.ppo.training.steps = 128
-    config.ppo.training.evaluate_every = config.ppo.training.sample_every = 64
+    config.ppo.training.steps = 96
+    config.ppo.training.evaluate_every = config.ppo.training.sample_every = 96
     config.ppo.optimizer.learning_rate = 2e-4
     config.ppo.optimizer.schedule = "linear"
     config.ppo.optimizer.final_learning_rate = 0.1
 
     config.dpo.objective.beta = 0.2  # at 0.1 answers stop ending: the pairs dislike those that are cut off
     config.dpo.optimizer.learning_rate = 2e-4
-    config.dpo.data.synthetic_rows = 3500
+    config.dpo.data.synthetic_rows = 3000
     config.dpo.data.sequence_length = 128
     config.dpo.data.batch_size = 24
     config.dpo.training.steps = 96
@@ -60,8 +61,8 @@ def get_config(stage: str = "") -> ConfigDict:
 
     config.worked.data.sequence_length = 128
     config.worked.data.synthetic_rows = 10_000
-    config.worked.training.steps = 190  # stops well before it can all: there is something left to reason out
-    config.worked.training.evaluate_every = config.worked.training.sample_every = 190
+    config.worked.training.steps = 175  # stops well before it can all: there is something left to reason out
+    config.worked.training.evaluate_every = config.worked.training.sample_every = 175
 
     config.grpo.data.synthetic_rows = 6000
     config.grpo.data.sequence_length = 84
@@ -76,10 +77,11 @@ def get_config(stage: str = "") -> ConfigDict:
     config.grpo.optimizer.learning_rate = 6e-4
     config.grpo.optimizer.schedule = "linear"
     config.grpo.optimizer.final_learning_rate = 0.1
-    config.grpo.training.steps = 192
-    config.grpo.training.evaluate_every = 192
+    config.grpo.training.steps = 208
+    config.grpo.training.evaluate_every = 208
 
     config.gates.max_rows = 500
+    config.gates.max_new_tokens = 64
 
     # On 2 cores of a server.
     config.expected_seconds.pretrain = 130.0

@@ -61,9 +61,16 @@ class Program:
         """The state's shapes with their shardings: what a checkpoint is restored into."""
         return placed(self.abstract_state, self.mesh)
 
-    def fresh_state(self) -> TrainState:
-        """Random weights, every array made where it belongs."""
-        return jax.jit(self.init, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+    def fresh_state(self, params: Any = None) -> TrainState:
+        """The state at step 0, every array made where it belongs: with these weights, or random ones."""
+        key = jax.random.key(self.config.seed)
+        if params is None:
+            return jax.jit(self.init, out_shardings=self.shardings)(key)
+
+        def with_params(key, params):  # to make random ones as well would take seconds to compile
+            return self.init(key, init=lambda _: params)
+
+        return jax.jit(with_params, out_shardings=self.shardings)(key, params)
 
     def compile(self) -> jax.stages.Compiled:
         """The train step for just these shapes, which can therefore never compile again."""

@@ -91,9 +91,7 @@ def initial_state(
         checkpoints.rewind(step)
         print(f"resumed at step {step}", flush=True)
         return state, metadata
-    state = program.fresh_state()
-    if start.parent is not None:
-        state = state._replace(params=start.params())
+    state = program.fresh_state(None if start.parent is None else start.params())
     print("fresh run" + (f" with the weights of {start.parent}" if start.parent else ""), flush=True)
     return state, {}
 

@@ -101,8 +101,8 @@ def test_a_chat_goes_on_and_begins_anew(page, speaker, tmp_path):
         said = page.texts("#messages li")
         assert [said[0], said[2]] == ["one and two?", "six and ten?"]
         assert all(text.endswith(f"\n{speaker.name}") for text in said[1::2])
-        page.say("four and one? " * 2)  # the model reads 64 tokens
-        page.say("three and two? " * 2)
+        page.say("four and one? " * 6)  # the model reads 64 tokens, and each of these has 18 or more
+        page.say("three and two? " * 6)
         assert "no longer fit and are forgotten" in " ".join(page.texts("#messages .note"))
         page.find("#reset").click()
         assert page.texts("#messages li") == []
