@@ -40,6 +40,7 @@ SETTINGS = {
     "reward_model.training.evaluate_every": 50,
     "ppo.data.sequence_length": 512,
     "ppo.rollout.sampling.max_new_tokens": 100,
+    "ppo.training.num_microbatches": 8,
     "ppo.training.steps": 80,
     "dpo.data.sequence_length": 512,
     "dpo.data.batch_size": 16,
