@@ -33,7 +33,7 @@ def base(stage: str, size: str, *, steps: int, learning_rate: float, max_new_tok
     config.rollout.refills = 0  # times groups without signal are replaced (DAPO's dynamic sampling)
     config.rollout.dtype = config_dict.placeholder(str)  # "bfloat16": sample in another precision
     config.rollout.gather = False  # copy split weights (mesh.fsdp) whole to every device before decoding
-    config.rollout.rescore = True  # False saves a forward pass, and trusts the sampler's log-probs
+    config.rollout.rescore = True  # False trusts the sampler's log-probs once the first rollout's agree
     config.rollout.importance = config_dict.placeholder(str)  # "token" or "sequence": policy / sampler
     config.rollout.importance_limit = 2.0
     config.rollout.difference_limit = 0.05  # nats a token between sampler and trainer that are alarming

@@ -283,12 +283,15 @@ class Rollouts(Feed):
         )
 
     def old_log_probs(self, params: Any, rollout: Rollout) -> tuple[np.ndarray, dict[str, float]]:
-        """The policy's log-probs [N, T] before it learns from a rollout; how far off the sampler's were."""
-        if not self.config.rescore:
+        """The policy's log-probs [N, T] before it learns from a rollout; how far off the sampler's were.
+
+        Without `rescore` the sampler's are taken, and compared with the trainer's in a run's first rollout alone.
+        """
+        if not self.config.rescore and int(self.state.step) > 0:
             return rollout.sampler_log_probs, {}
         found = self.log_probs(params, rollout.tokens)
         gaps = np.abs(found - rollout.sampler_log_probs)[rollout.mask]
-        return found, {
+        return found if self.config.rescore else rollout.sampler_log_probs, {
             "sampler/log_prob_difference_mean": float(gaps.mean()) if gaps.size else 0.0,
             "sampler/log_prob_difference_max": float(gaps.max()) if gaps.size else 0.0,
         }
