@@ -285,7 +285,7 @@ class Rollouts(Feed):
     def old_log_probs(self, params: Any, rollout: Rollout) -> tuple[np.ndarray, dict[str, float]]:
         """The policy's log-probs [N, T] before it learns from a rollout; how far off the sampler's were.
 
-        Without `rescore` the sampler's are taken, and compared with the trainer's in a run's first rollout alone.
+        Without `rescore` the sampler's are taken, and compared with the trainer's in the first rollout alone.
         """
         if not self.config.rescore and int(self.state.step) > 0:
             return rollout.sampler_log_probs, {}
