@@ -113,7 +113,7 @@ def main() -> None:
     )
     taken = {json.loads(line)["prompt"] for file in (asked, held_out) for line in file.open()}
     worked = write_rows(workdir / "worked.jsonl", worked_rows(20_000, taken))
-    train("quickstart.py:pretrain", workdir / "base", config__training__steps=300)
+    train("quickstart.py:pretrain", workdir / "base")
     train(
         "sft_chat.py:1m",
         workdir / "worked",

@@ -20,10 +20,9 @@ def get_config(stage: str = "") -> ConfigDict:
     """configs/pipeline.py, with numbers for a model this small."""
     config = pipeline.base("1m")
     config.data.problems = ("synthetic:additions",)
-    config.data.worked = ("synthetic:additions", "synthetic:chats")  # or it forgets how to chat
+    config.data.worked = (*3 * ("synthetic:additions",), "synthetic:chats")  # or it forgets how to chat
 
-    config.pretrain.training.steps = 260
-    config.pretrain.training.evaluate_every = config.pretrain.training.sample_every = 130
+    config.pretrain.training.evaluate_every = config.pretrain.training.sample_every = 150
 
     config.sft.optimizer.learning_rate = 5e-3
     config.sft.data.synthetic_rows = 14_000  # of chats, and as many drafts
@@ -47,30 +46,32 @@ def get_config(stage: str = "") -> ConfigDict:
     config.ppo.training.num_microbatches = 2  # 1 takes 4.5 GB
     config.ppo.training.steps = 112
     config.ppo.training.evaluate_every = config.ppo.training.sample_every = 112
-    config.ppo.optimizer.learning_rate = 2e-4
+    config.ppo.optimizer.learning_rate = 3e-4
     config.ppo.optimizer.schedule = "linear"
     config.ppo.optimizer.final_learning_rate = 0.1
 
     config.dpo.objective.beta = 0.2  # at 0.1 answers stop ending: the pairs dislike those that are cut off
-    config.dpo.optimizer.learning_rate = 2e-4
-    config.dpo.data.synthetic_rows = 3000
+    config.dpo.optimizer.learning_rate = 3e-4
+    config.dpo.data.synthetic_rows = 2800
     config.dpo.data.sequence_length = 128
     config.dpo.data.batch_size = 24
-    config.dpo.training.steps = 96
-    config.dpo.training.evaluate_every = 96
+    config.dpo.training.steps = 88
+    config.dpo.training.evaluate_every = 88
 
     config.worked.data.sequence_length = 128
-    config.worked.data.synthetic_rows = 10_000
-    config.worked.training.steps = 175  # stops well before it can all: there is something left to reason out
-    config.worked.training.evaluate_every = config.worked.training.sample_every = 175
+    config.worked.data.synthetic_rows = 5000
+    config.worked.optimizer.learning_rate = 3e-3
+    config.worked.training.steps = 200  # stops well before it can all: there is something left to reason out
+    config.worked.training.evaluate_every = config.worked.training.sample_every = 200
 
     config.grpo.data.synthetic_rows = 6000
-    config.grpo.data.sequence_length = 84
+    config.grpo.data.sequence_length = 86
     config.grpo.rollout.prompts = 64
     config.grpo.rollout.minibatches = 8
     config.grpo.rollout.max_rows = 256
-    config.grpo.rollout.sampling.max_new_tokens = 58
-    config.grpo.sample.sampling.max_new_tokens = 58
+    config.grpo.rollout.rescore = False  # saves half a minute
+    config.grpo.rollout.sampling.max_new_tokens = 60
+    config.grpo.sample.sampling.max_new_tokens = 60
     config.grpo.sample.group_size = 4
     config.grpo.evaluation.max_rows = 400
     config.grpo.optimizer.name = "muon"
@@ -78,8 +79,8 @@ def get_config(stage: str = "") -> ConfigDict:
     config.grpo.optimizer.learning_rate = 4e-4  # 6e-4 learns less, and 1e-3 unlearns
     config.grpo.optimizer.schedule = "linear"
     config.grpo.optimizer.final_learning_rate = 0.3
-    config.grpo.training.steps = 208
-    config.grpo.training.evaluate_every = 208
+    config.grpo.training.steps = 256
+    config.grpo.training.evaluate_every = 256
 
     config.gates.max_rows = 500
     config.gates.max_new_tokens = 64
