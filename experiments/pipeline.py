@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without bei
 
 from experiments.lock import locked
 from jaxllm.config import as_dict, differences, load_config, parse, run_script
-from jaxllm.errors import ConfigError, RunError, Stopped
+from jaxllm.errors import ConfigError, DataError, RunError, Stopped
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
@@ -77,6 +77,7 @@ def main(config: "PipelineConfig", flags: "FlagValues") -> int:
         raise ConfigError("--workdir=FOLDER is missing")
     if importlib.util.find_spec("matplotlib") is None:  # now, and not after the last stage
         raise ConfigError("the report's pictures need an extra: pip install -e '.[plot]'")
+    check_sources(config)
     folder = Path(flags.workdir).expanduser().absolute()
     commands = stage_commands(config, flags.config, flags.workdir)
     with claimed(folder):
@@ -91,6 +92,19 @@ def main(config: "PipelineConfig", flags: "FlagValues") -> int:
             outcome = f"{headline(folder, name)}{time_left(config, record)}"
             print(f"{title} {clock(seconds):>6}  {outcome}", flush=True)
     return conclude(folder, record)
+
+
+def check_sources(config: "PipelineConfig") -> None:
+    """DataError for data that is not there: now, and not after an hour of the stages before."""
+    from jaxllm.data.sources import check_source
+
+    named = {f"data.{field}": names for field, names in vars(config.data).items()}
+    for field, names in {**named, "gates.prompts": config.gates.prompts}.items():
+        for name in names:
+            try:
+                check_source(name)
+            except DataError as error:
+                raise DataError(f"{field}: {error}") from None
 
 
 def conclude(folder: Path, record: "Record") -> int:

@@ -37,6 +37,11 @@ class Program:
         if not isinstance(config, self.stage.Config):
             raise ConfigError(f"stage={config.stage!r} is not that of the config file: choose another file")
         self.mesh = make_mesh(config.mesh, devices)
+        platform = self.mesh.devices.flat[0].platform
+        if config.model.attention == "cudnn" and platform != "gpu":
+            raise ConfigError(
+                f"model.attention=cudnn needs an NVIDIA GPU, this is a {platform}: set model.attention=xla"
+            )
         check_sizes(config, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
         self.model, loss_fn = self.stage.build(config)
         self.schedule = make_schedule(config.optimizer, config.training.steps)

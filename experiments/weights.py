@@ -28,7 +28,12 @@ class Start(NamedTuple):
 
 def starting_point(program: Program, folder: RunFolder, init_from: str | None) -> Start:
     """From --init_from; for a run that goes on, from what it wrote down then."""
-    parent = find_checkpoint(init_from) if init_from and not folder.resuming else None
+    parent = None
+    if init_from and not folder.resuming:
+        try:
+            parent = find_checkpoint(init_from)
+        except CheckpointError as error:
+            raise ConfigError(f"--init_from: {error}") from None
     digest = None if parent is None else checkpoint_hash(parent)
     if parent is not None:
         check_shape(program.config, parent, f"--init_from={init_from}")

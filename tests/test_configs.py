@@ -129,6 +129,12 @@ def test_what_does_not_fit_is_refused_before_compiling_with_the_mend(changes, me
         Program(load("pretrain_text.py", **changes))
 
 
+def test_flash_attention_is_refused_before_compiling_where_there_is_no_gpu():
+    config = load("pretrain_text.py:tiny", model__attention="cudnn", model__compute_dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"model\.attention=cudnn needs an NVIDIA GPU, this is a cpu"):
+        Program(config)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [

@@ -331,6 +331,7 @@ def test_both_kinds_of_reference_begin_at_log_2_and_train_alike(chat_run, text, 
             r"of another size: num_layers \d -> 3; give the config",
         ),
         ("sft", "reward_model", {}, "is a reward model, which says nothing"),
+        ("sft", "nowhere", {}, "^--init_from: .*nowhere does not exist"),
         ("dpo", None, {}, "--init_from=RUN is missing: DPO begins with its weights"),
     ],
 )
@@ -338,5 +339,6 @@ def test_weights_that_cannot_begin_a_run_are_refused(
     stage, begin, changes, message, finished, reward_run, text, tmp_path
 ):
     parents = {"pretrain": str(finished), "reward_model": str(reward_run[0]), None: None}
+    parents["nowhere"] = str(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=message):
         run(make_config(text, stage, **changes), tmp_path / "run", init_from=parents[begin])

@@ -79,6 +79,17 @@ def open_source(name: str, *, split: str, text_key: str | None, synthetic_rows: 
     return _files_source(name, _matching_files(path, name), text_key)
 
 
+def check_source(name: str) -> None:
+    """DataError where what `open_source` would read is missing or of an unknown kind. Reads no row, and asks
+    no hub."""
+    path = os.path.expanduser(name)
+    if name.partition(":")[0] == "synthetic":
+        open_source(name, split="train", text_key=None, synthetic_rows=1, seed=0)
+    elif not name.startswith("hf:") and not os.path.isdir(path):
+        for file in _matching_files(path, name):
+            _reader(file)
+
+
 def _files_source(name: str, paths: list[str], text_key: str | None) -> Source:
     content = xxhash.xxh3_128(repr(text_key).encode())
     for path in paths:

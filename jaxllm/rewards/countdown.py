@@ -32,7 +32,7 @@ def countdown(example: Mapping[str, Any], completion: str, *, partial_credit: fl
         value = _evaluate(ast.parse(expression, mode="eval").body, numbers)
     except (SyntaxError, ZeroDivisionError, RecursionError):
         return 0.0
-    if sorted(numbers) != sorted(map(Fraction, example["nums" if "nums" in example else "numbers"])):
+    if sorted(numbers) != sorted(map(Fraction, example["numbers" if "numbers" in example else "nums"])):
         return 0.0
     return 1.0 if value == Fraction(example["target"]) else partial_credit
 

@@ -176,19 +176,19 @@ def find_checkpoint(path: str | Path) -> Path:
         newest = find_checkpoint(path.parent)
         path = newest.with_name(str(_best_step(newest)))
     inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not inside.is_dir():
+        raise CheckpointError(f"{path} does not exist")
     if _STEP.fullmatch(inside.name):
         if what := damage(inside):
             raise CheckpointError(what)
         return inside
-    if not inside.is_dir():
-        raise CheckpointError(f"{path} does not exist")
     for folder in reversed(step_folders(inside)):
         what = damage(folder)
         if what is None:
             return folder
         print(f"warning: skipping a checkpoint: {what}", file=sys.stderr)
     raise CheckpointError(
-        f"{path}: no valid checkpoint here; to begin anew, choose another --workdir or move this one away"
+        f"{path} holds no valid checkpoint: give another or, for a run to begin anew, another --workdir"
     )
 
 

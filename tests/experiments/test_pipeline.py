@@ -17,6 +17,7 @@ from configs import quickstart, sft_chat
 from experiments import gates, pipeline
 from experiments.pipeline_config import PARENTS, PipelineConfig
 from jaxllm.config import override, parse
+from jaxllm.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,6 +199,18 @@ def test_what_differs_from_the_config_file_is_passed_on_to_its_stage():
     assert "--config.reward.functions=('countdown',)" in flags["grpo"]
     assert "--config.data.train=('mine.txt',)" not in flags["sft"]
     assert "--config.data.text=('mine.txt',)" in flags["gates"]
+
+
+def test_data_that_is_not_there_is_refused_before_anything_runs(tmp_path):
+    pipeline.check_sources(make_config(data__pairs="hf:nobody/asks"))
+    for field, name, problem in (
+        ("data.chats", "nowhere.jsonl", "'nowhere.jsonl' does not exist"),
+        ("gates.prompts", "synthetic:chat", "did you mean 'chats'"),
+        ("data.text", str(ROOT / "Makefile"), "only .txt"),
+    ):
+        changes = {field.replace(".", "__"): name}
+        with pytest.raises(DataError, match=f"^{field}: .*{problem}"):
+            pipeline.check_sources(make_config(**changes))
 
 
 def test_stages_that_are_not_of_one_model_or_seed_are_refused():
