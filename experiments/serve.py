@@ -157,15 +157,14 @@ def main(_: None, flags: "FlagValues") -> None:
     set_up_process()
     with ExitStack() as stack:
         bound = stack.enter_context(bind(flags.host, flags.port))
-        prompts, speakers = read_prompts(flags), {}
-        for name in flags.checkpoint:
-            speakers[name] = load_speaker(name, flags.rows)
-            stack.callback(speakers[name].engine.close)
         file = PreferenceFile(Path(flags.preferences).expanduser().absolute())
         stack.callback(file.close)
         if file.cut_off:
             print(f"cut off a last line that was never finished: {file.cut_off[:60]!r}...", file=sys.stderr)
-        board = Board(file, prompts, flags.raters_per_pair)
+        board = Board(file, read_prompts(flags), flags.raters_per_pair)
+        speakers = {name: load_speaker(name, flags.rows) for name in flags.checkpoint}
+        for speaker in speakers.values():
+            stack.callback(speaker.engine.close)
         bound.listen()  # from here on who calls is answered, if a little later
         names = {*LOCAL, *flags.names, flags.host, socket.gethostname()}
         app = build_app(speakers, board, sampling, seed=flags.seed, names=names, token=flags.token)
