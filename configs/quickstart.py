@@ -40,7 +40,10 @@ def get_config(stage: str = "") -> ConfigDict:
     config.reward_model.training.evaluate_every = 200
     config.reward_model.evaluation.max_rows = 1000
 
-    config.ppo.objective.kl_coefficient = 0.1
+    config.ppo.objective.kl_coefficient = 0.05
+    config.ppo.rollout.prompts = 128
+    config.ppo.rollout.epochs = 2
+    config.ppo.rollout.minibatches = 4
     config.ppo.data.synthetic_rows = 4000
     config.ppo.data.sequence_length = 128
     config.ppo.training.num_microbatches = 2  # 1 takes 4.5 GB
@@ -61,8 +64,8 @@ def get_config(stage: str = "") -> ConfigDict:
     config.worked.data.sequence_length = 128
     config.worked.data.synthetic_rows = 5000
     config.worked.optimizer.learning_rate = 3e-3
-    config.worked.training.steps = 200  # stops well before it can all: there is something left to reason out
-    config.worked.training.evaluate_every = config.worked.training.sample_every = 200
+    config.worked.training.steps = 240  # stops well before it can all: there is something left to reason out
+    config.worked.training.evaluate_every = config.worked.training.sample_every = 240
 
     config.grpo.data.synthetic_rows = 6000
     config.grpo.data.sequence_length = 86
