@@ -11,11 +11,16 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from jaxllm.evaluation.preference import mean
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,7 +63,7 @@ def preferences(folders: list[Path]) -> str:
         answers = [read_rows(folder / "answers" / f"{stage}_1.jsonl") for folder in folders]
         columns = [[row["rewards"] | {"kl": row.get("kl", 0.0)} for row in rows] for rows in answers]
         cells = [
-            ", ".join(mean_with_error([row[name] for row in rows], digits) for rows in columns)
+            ", ".join(mean_with_error([row.get(name, math.nan) for row in rows], digits) for rows in columns)
             for name, digits in (("rubric", 3), ("model", 2), ("kl", 2))
         ]
         lines.append(f"| {stage} | {' | '.join(cells)} |")
@@ -70,8 +75,8 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def mean_with_error(values: list[float], digits: int) -> str:
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
+    average, error = mean(np.array(values))
+    return f"{average:.{digits}f} ± {error:.{digits}f}"
 
 
 def main() -> int:

@@ -49,7 +49,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.ppo.training.num_microbatches = 2  # 1 takes 4.5 GB
     config.ppo.training.steps = 128
     config.ppo.training.evaluate_every = config.ppo.training.sample_every = 128
-    config.ppo.optimizer.learning_rate = 2e-4  # at 3e-4 the rubric rises half as far
+    config.ppo.optimizer.learning_rate = 2e-4
     config.ppo.optimizer.schedule = "linear"
     config.ppo.optimizer.final_learning_rate = 0.1
 
@@ -79,7 +79,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.grpo.evaluation.max_rows = 400
     config.grpo.optimizer.name = "muon"
     config.grpo.objective.clip_high = 0.28
-    config.grpo.optimizer.learning_rate = 4e-4  # 6e-4 learns less, and 1e-3 unlearns
+    config.grpo.optimizer.learning_rate = 4e-4  # at 1e-3 it unlearns
     config.grpo.optimizer.schedule = "linear"
     config.grpo.optimizer.final_learning_rate = 0.3
     config.grpo.training.steps = 224

@@ -23,7 +23,7 @@ class RolloutConfig:
     refills: int  # times groups whose rewards are all equal are replaced by other prompts' (DAPO)
     dtype: str | None  # the sampler computes in, such as "bfloat16"; None: model.compute_dtype
     gather: bool  # copy the weights whole to every device before decoding (tensor-parallel parts excepted)
-    rescore: bool  # recompute the sampler's log-probs before updating; without, of the first rollout alone
+    rescore: bool  # learn from recomputed log-probs; without, from the sampler's once they agree
     importance: str | None  # "token" or "sequence": weigh the loss by policy / sampler; None: not
     importance_limit: float  # at most
     difference_limit: float  # nats a token between sampler and trainer, above which the run warns

@@ -86,14 +86,12 @@ def check_source(name: str) -> None:
     if name.partition(":")[0] == "synthetic":
         open_source(name, split="train", text_key=None, synthetic_rows=1, seed=0)
     elif not name.startswith("hf:") and not os.path.isdir(path):
-        for file in _matching_files(path, name):
-            _reader(file)
+        _matching_files(path, name)
 
 
 def _files_source(name: str, paths: list[str], text_key: str | None) -> Source:
     content = xxhash.xxh3_128(repr(text_key).encode())
     for path in paths:
-        _reader(path)  # an unknown kind is refused before anything is read
         content.update(f"{_suffix(path)} {os.path.getsize(path)}\n".encode())
         with _opened(path, decompress=False) as (file, _):
             while block := file.read(2**20):
@@ -113,12 +111,15 @@ def _files_source(name: str, paths: list[str], text_key: str | None) -> Source:
 
 
 def _matching_files(path: str, name: str) -> list[str]:
-    if os.path.isfile(path):
-        return [path]
-    if glob.has_magic(path):
-        if paths := sorted(filter(os.path.isfile, glob.glob(path, recursive=True))):
-            return paths
-        raise DataError(f"no file matches {name!r}")
+    paths = [path] if os.path.isfile(path) else []
+    if not paths and glob.has_magic(path):
+        paths = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        if not paths:
+            raise DataError(f"no file matches {name!r}")
+    for file in paths:
+        _reader(file)  # an unknown kind is refused before anything is read
+    if paths:
+        return paths
     folder = os.path.dirname(path) or "."
     known = os.listdir(folder) if os.path.isdir(folder) else []
     raise DataError(f"{name!r} does not exist{_nearest(os.path.basename(path), known)}")

@@ -201,7 +201,7 @@ def test_what_differs_from_the_config_file_is_passed_on_to_its_stage():
     assert "--config.data.text=('mine.txt',)" in flags["gates"]
 
 
-def test_data_that_is_not_there_is_refused_before_anything_runs(tmp_path):
+def test_data_that_is_not_there_is_refused_before_anything_runs():
     pipeline.check_sources(make_config(data__pairs="hf:nobody/asks"))
     for field, name, problem in (
         ("data.chats", "nowhere.jsonl", "'nowhere.jsonl' does not exist"),
