@@ -22,7 +22,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.data.problems = ("synthetic:additions",)
     config.data.worked = (*3 * ("synthetic:additions",), "synthetic:chats")  # or it forgets how to chat
 
-    config.pretrain.training.evaluate_every = config.pretrain.training.sample_every = 150
+    config.pretrain.training.evaluate_every = config.pretrain.training.sample_every = 300
 
     config.sft.optimizer.learning_rate = 5e-3
     config.sft.data.synthetic_rows = 14_000  # of chats, and as many drafts
@@ -37,6 +37,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.reward_model.optimizer.name = "muon"
     config.reward_model.optimizer.learning_rate = 2e-3
     config.reward_model.training.steps = 200
+    config.reward_model.training.evaluate_at_start = False  # it would be a coin's 0.5
     config.reward_model.training.evaluate_every = 200
     config.reward_model.evaluation.max_rows = 1000
 
@@ -59,13 +60,15 @@ def get_config(stage: str = "") -> ConfigDict:
     config.dpo.data.sequence_length = 128
     config.dpo.data.batch_size = 24
     config.dpo.training.steps = 88
+    config.dpo.training.evaluate_at_start = False
     config.dpo.training.evaluate_every = 88
 
     config.worked.data.sequence_length = 128
     config.worked.data.synthetic_rows = 5000
     config.worked.optimizer.learning_rate = 3e-3
-    config.worked.training.steps = 240  # stops well before it can all: there is something left to reason out
-    config.worked.training.evaluate_every = config.worked.training.sample_every = 240
+    config.worked.training.evaluate_at_start = False
+    config.worked.training.steps = 220  # stops well before it can all: there is something left to reason out
+    config.worked.training.evaluate_every = config.worked.training.sample_every = 220
 
     config.grpo.data.synthetic_rows = 6000
     config.grpo.data.sequence_length = 86
@@ -75,7 +78,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.grpo.rollout.rescore = False  # saves half a minute
     config.grpo.rollout.sampling.max_new_tokens = 60
     config.grpo.sample.sampling.max_new_tokens = 60
-    config.grpo.sample.group_size = 4
+    config.grpo.sample.group_size = 2
     config.grpo.evaluation.max_rows = 400
     config.grpo.optimizer.name = "muon"
     config.grpo.objective.clip_high = 0.28

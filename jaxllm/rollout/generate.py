@@ -23,7 +23,7 @@ from jaxllm.models import Model, unstack_layers
 from jaxllm.models.transformer import Cache, Params
 from jaxllm.rollout.sampling import SamplingConfig, sample
 
-SHORTEST = 32  # prompt positions: shorter prompts share one program
+SHORTEST = 32  # prompt positions, and slots by which a cache grows: fewer would only add programs
 
 # Once, and not in every stretch of decoding: a copy of all parameters.
 unstack = jax.jit(unstack_layers)
@@ -195,8 +195,8 @@ def pad_prompts(
 
 
 def more_slots(model: Model, slots: int) -> int:
-    """The next size up, as far as the model reaches."""
-    return min(bucket(slots + 1), model.config.max_length)
+    """The next size that is worth a program of its own, as far as the model reaches."""
+    return min(bucket(slots + SHORTEST), model.config.max_length)
 
 
 def begin(
