@@ -67,8 +67,8 @@ def get_config(stage: str = "") -> ConfigDict:
     config.worked.data.synthetic_rows = 5000
     config.worked.optimizer.learning_rate = 3e-3
     config.worked.training.evaluate_at_start = False
-    config.worked.training.steps = 220  # stops well before it can all: there is something left to reason out
-    config.worked.training.evaluate_every = config.worked.training.sample_every = 220
+    config.worked.training.steps = 200  # stops well before it can all: there is something left to reason out
+    config.worked.training.evaluate_every = config.worked.training.sample_every = 200
 
     config.grpo.data.synthetic_rows = 6000
     config.grpo.data.sequence_length = 86
@@ -85,8 +85,8 @@ def get_config(stage: str = "") -> ConfigDict:
     config.grpo.optimizer.learning_rate = 4e-4  # at 1e-3 it unlearns
     config.grpo.optimizer.schedule = "linear"
     config.grpo.optimizer.final_learning_rate = 0.3
-    config.grpo.training.steps = 224
-    config.grpo.training.evaluate_every = 224
+    config.grpo.training.steps = 320
+    config.grpo.training.evaluate_every = 320
 
     config.gates.max_rows = 500
     config.gates.max_new_tokens = 64
