@@ -14,6 +14,7 @@ from jaxllm.data.chat_template import ChatTemplate, load_template
 from jaxllm.data.tokenizer import BaseTokenizer, load_tokenizer
 from jaxllm.errors import ConfigError
 from jaxllm.models import Model, ModelConfig, ScalarModel, build_model, build_scalar_model
+from jaxllm.models.config import for_platform
 from jaxllm.sharding import placed
 from jaxllm.training.checkpoint import find_checkpoint
 from jaxllm.training.state import init_state
@@ -41,7 +42,8 @@ def load_checkpoint(
     folder = find_checkpoint(path)
     config = json.loads((folder / "config.json").read_text())
     build = build_scalar_model if config["stage"] == "reward_model" else build_model
-    model = build(parse(ModelConfig, config["model"], "model"))
+    trained = parse(ModelConfig, config["model"], "model")
+    model = build(for_platform(trained, jax.default_backend()))
     wanted = jax.eval_shape(model.init, jax.random.key(0))
     if untrained:
         key = jax.random.key(config["seed"])

@@ -17,7 +17,7 @@ import jax
 from experiments.train_config import TrainConfig
 from jaxllm.config import did_you_mean, nearest_multiples
 from jaxllm.errors import ConfigError
-from jaxllm.models.config import flops_per_token
+from jaxllm.models.config import ATTENTION, flops_per_token, runs_on
 from jaxllm.sharding import batch_sharding, make_mesh, matching, placed, shardings
 from jaxllm.training.metrics import parameter_count
 from jaxllm.training.optimizer import make_optimizer, make_schedule
@@ -38,9 +38,11 @@ class Program:
             raise ConfigError(f"stage={config.stage!r} is not that of the config file: choose another file")
         self.mesh = make_mesh(config.mesh, devices)
         platform = self.mesh.devices.flat[0].platform
-        if config.model.attention == "cudnn" and platform != "gpu":
+        if not runs_on(config.model, platform):
+            attention = config.model.attention
             raise ConfigError(
-                f"model.attention=cudnn needs an NVIDIA GPU, this is a {platform}: set model.attention=xla"
+                f"model.attention={attention} needs a {ATTENTION[attention]}, this is a {platform}: "
+                "set model.attention=xla"
             )
         check_sizes(config, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
         self.model, loss_fn = self.stage.build(config)

@@ -129,9 +129,11 @@ def test_what_does_not_fit_is_refused_before_compiling_with_the_mend(changes, me
         Program(load("pretrain_text.py", **changes))
 
 
-def test_flash_attention_is_refused_before_compiling_where_there_is_no_gpu():
-    config = load("pretrain_text.py:tiny", model__attention="cudnn", model__compute_dtype="bfloat16")
-    with pytest.raises(ConfigError, match=r"model\.attention=cudnn needs an NVIDIA GPU, this is a cpu"):
+@pytest.mark.parametrize(("attention", "platform"), [("cudnn", "gpu"), ("splash", "tpu")])
+def test_flash_attention_is_refused_before_compiling_where_it_does_not_run(attention, platform):
+    config = load("pretrain_text.py:tiny", model__attention=attention, model__compute_dtype="bfloat16")
+    problem = rf"model\.attention={attention} needs a {platform}, this is a cpu: set model\.attention=xla"
+    with pytest.raises(ConfigError, match=problem):
         Program(config)
 
 

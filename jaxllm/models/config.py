@@ -1,6 +1,9 @@
 """What a decoder is made of: sizes and switches; and what a token costs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+# Ways to compute attention, and the platform that each needs.
+ATTENTION = {"xla": None, "cudnn": "gpu", "splash": "tpu"}
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,19 @@ class ModelConfig:
     tie_embeddings: bool
     scan_layers: bool  # one compiled block for all layers; False unrolls them
     remat: str  # "none", "full", "dots" (keep matrix products) or "attention" (keep attention's output)
-    attention: str  # "xla", "cudnn" (NVIDIA) or "splash" (TPU)
+    attention: str  # of ATTENTION: "xla", "cudnn" (NVIDIA) or "splash" (TPU)
     compute_dtype: str
     param_dtype: str
+
+
+def runs_on(config: ModelConfig, platform: str) -> bool:
+    """Whether a platform ("cpu", "gpu", "tpu") can compute the model's attention."""
+    return ATTENTION[config.attention] in (None, platform)
+
+
+def for_platform(config: ModelConfig, platform: str) -> ModelConfig:
+    """The same model on a platform that it may not have been trained on: weights know no kernels."""
+    return config if runs_on(config, platform) else replace(config, attention="xla")
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxllm.errors import ConfigError
 from jaxllm.models.attention import Attention, LayerCache, keep_attention
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ATTENTION, ModelConfig
 from jaxllm.models.layers import GatedMLP, RMSNorm, rotary_angles
 from jaxllm.sharding import BATCH, P, constrain
 
@@ -86,7 +86,7 @@ def check_model_config(config: ModelConfig) -> None:
     choices = {
         "activation": ("silu", "gelu"),
         "remat": ("none", *REMAT_POLICIES),
-        "attention": ("xla", "cudnn", "splash"),
+        "attention": tuple(ATTENTION),
         "compute_dtype": ("float32", "bfloat16", "float16"),
         "param_dtype": ("float32", "bfloat16"),
     }

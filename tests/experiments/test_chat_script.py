@@ -1,13 +1,15 @@
 """experiments/chat.py: what it answers, keeps, saves, and refuses in one line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from experiments import chat as chat_script
+from experiments import loading
 from experiments.chat import Chat, printable
 from experiments.loading import load_checkpoint
-from jaxllm.config import run_script
+from jaxllm.config import parse, run_script
 from jaxllm.data.chat import conversation
 from jaxllm.data.chat_template import load_template
 from jaxllm.errors import ConfigError
@@ -64,6 +66,15 @@ def test_what_cannot_talk_is_refused_in_one_line(chat_model, reward_model, capsy
         assert run_script(chat_script.main, None, chat_script.define_flags, arguments) == code
         (message,) = capsys.readouterr().err.splitlines()
         assert line in message
+
+
+def test_what_was_trained_on_a_gpu_talks_on_a_laptop(chat_model, monkeypatch):
+    def trained_there(*arguments):
+        return replace(parse(*arguments), attention="cudnn", compute_dtype="bfloat16")
+
+    monkeypatch.setattr(loading, "parse", trained_there)
+    chat = Chat(load_checkpoint(str(chat_model)), GREEDY, None, seed=0)
+    assert "".join(chat.answer("one and two?"))
 
 
 def test_the_conversation_so_far_is_in_the_prompt(chat):

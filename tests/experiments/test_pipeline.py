@@ -46,8 +46,8 @@ def get_config(stage=""):
 """
 
 
-def run(config, workdir, *flags, stop_in=None):
-    """The pipeline as a user runs it; with SIGTERM once it has begun the stage `stop_in`."""
+def run(config, workdir, *flags, stop_in=None, by=signal.SIGTERM):
+    """The pipeline as a user runs it; with a signal once it has begun the stage `stop_in`."""
     command = [
         sys.executable,
         "experiments/pipeline.py",
@@ -66,7 +66,7 @@ def run(config, workdir, *flags, stop_in=None):
     )
     while stop_in and process.poll() is None:
         if (workdir / stop_in / "metrics.jsonl").exists():
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(by)
             break
         time.sleep(0.05)
     output, errors = process.communicate(timeout=500)
@@ -75,30 +75,37 @@ def run(config, workdir, *flags, stop_in=None):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A config file, the folder of its pipeline, and what was said until it was stopped and after."""
+    """A config file, the folder of its pipeline, and what was said until it was stopped, killed, and after."""
     folder = tmp_path_factory.mktemp("pipeline")
     (folder / "tiny.py").write_text(TINY)
     config, workdir = folder / "tiny.py", folder / "run"
     stopped = run(config, workdir, stop_in="sft")
-    return config, workdir, stopped, run(config, workdir)
+    killed = run(config, workdir, stop_in="dpo", by=signal.SIGKILL)
+    return config, workdir, stopped, killed, run(config, workdir)
+
+
+def stages_of(output):
+    return [line.split()[1] for line in output.splitlines() if line.startswith("[")]
 
 
 def test_a_pipeline_that_is_stopped_goes_on_where_it_was(tiny):
-    _, workdir, (code, output, errors), (_, continued, _) = tiny
+    _, workdir, (code, output, errors), (_, after_stop, _), _ = tiny
     assert code == 75, errors
     assert "the same command goes on" in errors
-    assert "[1/8] pretrain" in output
-    assert "[1/8]" not in continued
-    assert [line.split()[1] for line in continued.splitlines() if line.startswith("[")] == [
-        *list(PARENTS)[1:],
-        "gates",
-    ]
-    log = (workdir / "logs" / "sft.txt").read_text()
-    assert "resumed at step" in log
+    assert stages_of(output) == ["pretrain"]
+    assert stages_of(after_stop)[0] == "sft"
+    assert "resumed at step" in (workdir / "logs" / "sft.txt").read_text()
+
+
+def test_a_pipeline_that_is_killed_goes_on_where_it_was(tiny):
+    _, workdir, _, (code, output, _), (_, after_kill, errors) = tiny
+    assert code == -signal.SIGKILL
+    assert stages_of(output) == ["sft", "reward_model", "ppo"]
+    assert stages_of(after_kill) == ["dpo", "worked", "grpo", "gates"], errors
 
 
 def test_a_gate_that_is_failed_fails_the_command_and_says_what_was_measured(tiny):
-    _, workdir, _, (code, output, errors) = tiny
+    _, workdir, _, _, (code, output, errors) = tiny
     assert code == 1, errors
     found = json.loads((workdir / "gates.json").read_text())
     assert [gate["name"] for gate in found["gates"]] == [
@@ -116,7 +123,7 @@ def test_a_gate_that_is_failed_fails_the_command_and_says_what_was_measured(tiny
 
 
 def test_every_stage_begins_with_its_parent_s_last_checkpoint(tiny):
-    _, workdir, _, _ = tiny
+    _, workdir, *_ = tiny
     for stage, parent in PARENTS.items():
         record = json.loads((workdir / stage / "run.json").read_text())
         if parent is None:
@@ -126,7 +133,7 @@ def test_every_stage_begins_with_its_parent_s_last_checkpoint(tiny):
 
 
 def test_the_commands_written_down_are_those_that_ran(tiny):
-    config, workdir, _, _ = tiny
+    config, workdir, *_ = tiny
     record = json.loads((workdir / "pipeline.json").read_text())
     commands = {stage["name"]: shlex.split(stage["command"]) for stage in record["stages"]}
     assert list(commands) == [*PARENTS, "gates"]
@@ -141,7 +148,7 @@ def test_the_commands_written_down_are_those_that_ran(tiny):
 
 
 def test_all_models_are_shown_with_the_same_prompts(tiny):
-    _, workdir, _, _ = tiny
+    _, workdir, *_ = tiny
     shown = json.loads((workdir / "shown.json").read_text())
     assert [each["name"] for each in shown["answers"]] == ["random", "pretrain", "sft", "ppo", "dpo", "grpo"]
     assert all(len(each["texts"]) == len(shown["prompts"]) for each in shown["answers"])
@@ -149,7 +156,7 @@ def test_all_models_are_shown_with_the_same_prompts(tiny):
 
 
 def test_a_finished_pipeline_is_not_run_again_but_judged_again(tiny):
-    config, workdir, _, _ = tiny
+    config, workdir, *_ = tiny
     before = (workdir / "pipeline.json").read_bytes()
     code, output, _ = run(config, workdir)
     assert code == 1
@@ -159,7 +166,7 @@ def test_a_finished_pipeline_is_not_run_again_but_judged_again(tiny):
 
 
 def test_another_config_is_refused_before_anything_runs(tiny):
-    config, workdir, _, _ = tiny
+    config, workdir, *_ = tiny
     code, _, errors = run(config, workdir, "--config.ppo.optimizer.learning_rate=0.5")
     assert code == 78
     assert "--config.optimizer.learning_rate=0.5" in errors
