@@ -109,7 +109,8 @@ def main(_: None, flags: "FlagValues") -> None:
     row = asking.answer_metrics(answers, flags.samples, "", kl)
     for name, value in row.items():
         if not name.endswith("_se"):
-            print(f"{name} {value:.4g} ± {row[f'{name}_se']:.2g}")
+            error = row[f"{name}_se"]  # NaN: of a single prompt nothing is known
+            print(f"{name} {value:.4g}" + (f" ± {error:.2g}" if error == error else ""))
 
 
 if __name__ == "__main__":

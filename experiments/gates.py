@@ -174,7 +174,7 @@ def reward_gate(gates: "GatesConfig", row: dict[str, float]) -> Gate:
         error,
         needed,
         accuracy >= max(needed, 0.5 + gates.errors * error),
-        f"{percent(accuracy, error)} of held-out pairs; label noise leaves {gates.reward_ceiling:.0%}",
+        f"{percent(accuracy, error)} of held-out pairs; at best {gates.reward_ceiling:.0%}",
     )
 
 

@@ -232,11 +232,13 @@ def passing_on(process: subprocess.Popen) -> Iterator[None]:
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """The folder is this process's alone."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         file = locked(folder / "lock")
     except BlockingIOError:
         raise ConfigError(f"--workdir={folder}: another pipeline is running there") from None
+    except OSError as error:
+        raise ConfigError(f"--workdir={folder}: {error.strerror}") from None
     with file:
         yield
 

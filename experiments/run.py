@@ -92,7 +92,8 @@ def initial_state(
         print(f"resumed at step {step}", flush=True)
         return state, metadata
     state = program.fresh_state(None if start.parent is None else start.params())
-    print("fresh run" + (f" with the weights of {start.parent}" if start.parent else ""), flush=True)
+    weights = f"the weights of {start.parent}" if start.parent else "random weights (no --init_from)"
+    print(f"fresh run with {weights}", flush=True)
     return state, {}
 
 

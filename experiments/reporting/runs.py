@@ -208,7 +208,10 @@ def read_all(paths: list[Path]) -> list[Run | Pipeline]:
         elif any((folder / file).exists() for file in (*PIPELINE_FILES, "pretrain/run.json")):
             found.append(read_pipeline(folder, name))
         else:
-            raise ConfigError(f"{folder} is no run: it has neither run.json nor pipeline.json")
+            inside = sorted(path.parent.name for path in folder.glob("*/run.json"))
+            inside += sorted(path.parent.name for path in folder.glob("*/pipeline.json"))
+            hint = f"; in it are {', '.join(inside)}" if inside else ""
+            raise ConfigError(f"{folder} is no run: it has neither run.json nor pipeline.json{hint}")
     return found
 
 

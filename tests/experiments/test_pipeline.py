@@ -75,7 +75,7 @@ def run(config, workdir, *flags, stop_in=None, by=signal.SIGTERM):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A config file, the folder of its pipeline, and what was said until it was stopped, killed, and after."""
+    """A config file, the folder of its pipeline, and what was said until it was stopped, killed and over."""
     folder = tmp_path_factory.mktemp("pipeline")
     (folder / "tiny.py").write_text(TINY)
     config, workdir = folder / "tiny.py", folder / "run"
@@ -98,7 +98,7 @@ def test_a_pipeline_that_is_stopped_goes_on_where_it_was(tiny):
 
 
 def test_a_pipeline_that_is_killed_goes_on_where_it_was(tiny):
-    _, workdir, _, (code, output, _), (_, after_kill, errors) = tiny
+    _, _, _, (code, output, _), (_, after_kill, errors) = tiny
     assert code == -signal.SIGKILL
     assert stages_of(output) == ["sft", "reward_model", "ppo"]
     assert stages_of(after_kill) == ["dpo", "worked", "grpo", "gates"], errors
@@ -180,6 +180,16 @@ def test_two_pipelines_do_not_share_a_folder(tmp_path):
         pipeline.claimed(tmp_path),
     ):
         pass
+
+
+def test_a_folder_that_cannot_be_made_is_named_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with (
+            pytest.raises(pipeline.ConfigError, match=f"^--workdir={folder}: [A-Z]"),
+            pipeline.claimed(folder),
+        ):
+            pass
 
 
 def make_config(**changes):

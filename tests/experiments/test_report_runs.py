@@ -343,6 +343,7 @@ def test_one_run_has_its_report_in_its_folder_and_several_beside_them(run, monke
     [
         (["empty"], "is no run: it has neither run.json nor pipeline.json"),
         (["mine", "nowhere"], "nowhere is no run"),
+        (["."], "nor pipeline.json; in it are mine"),
         (["mine", "mine"], "the same folder is given twice"),
         (["mine", "--output=mine/run.json"], "mine/run.json: "),
         (["--config=x"], "unknown flag"),
