@@ -43,12 +43,15 @@ def run_seed(seed: int, job: int, jobs: int, workdir: Path, config: str, flags: 
 
 
 def table(folders: list[Path]) -> str:
-    """A row a gate, a column a seed."""
+    """A row a gate, a column a seed; SEED.txt has what lies behind each figure."""
     found = [json.loads((folder / "gates.json").read_text())["gates"] for folder in folders]
     lines = [f"| gate | {' | '.join(f'seed {folder.name}' for folder in folders)} |"]
     lines.append("|---" * (len(folders) + 1) + "|")
     for gates in zip(*found, strict=True):
-        cells = [f"{gate['says']} {'✓' if gate['passed'] else '✗'}" for gate in gates]
+        cells = [
+            f"{gate['measured']:.3f} ± {gate['standard_error']:.3f} {'✓' if gate['passed'] else '✗'}"
+            for gate in gates
+        ]
         lines.append(f"| {gates[0]['name']}: {gates[0]['claim']} | {' | '.join(cells)} |")
     minutes = [json.loads((folder / "pipeline.json").read_text())["seconds"] / 60 for folder in folders]
     lines.append(f"| minutes | {' | '.join(f'{each:.1f}' for each in minutes)} |")

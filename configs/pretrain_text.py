@@ -87,6 +87,7 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.training.sample_every = (count + 4) // 5
     config.training.checkpoint_every = (count + 4) // 5
     config.training.patience = 0  # evaluations without a better checkpoint.best_metric that end the run
+    config.training.target = config_dict.placeholder(float)  # a checkpoint.best_metric that ends the run
     config.training.max_bad_steps = 20  # steps in a row without a finite gradient that end the run
     config.training.hang_timeout = 1800.0  # seconds without a step that end the run
 

@@ -67,8 +67,10 @@ def get_config(stage: str = "") -> ConfigDict:
     config.worked.data.synthetic_rows = 5000
     config.worked.optimizer.learning_rate = 3e-3
     config.worked.training.evaluate_at_start = False
-    config.worked.training.steps = 200  # stops well before it can all: there is something left to reason out
-    config.worked.training.evaluate_every = config.worked.training.sample_every = 200
+    config.worked.training.steps = 280
+    config.worked.training.evaluate_every = 20
+    config.worked.training.target = 0.025  # well before it can all: something is left to reason out
+    config.worked.training.checkpoint_every = config.worked.training.sample_every = 0
 
     config.grpo.data.synthetic_rows = 6000
     config.grpo.data.sequence_length = 86

@@ -204,12 +204,15 @@ def is_over(
     config: TrainConfig, step: int, best: Best | None, unfinished_row: dict[str, float] | None
 ) -> bool:
     """Whether there is nothing left to do, which is then said."""
-    given_up = best is not None and best.given_up
-    left = step < config.training.steps and not given_up
-    if left or ((step == config.training.steps or given_up) and unfinished_row is not None):
+    over = best is not None and best.over
+    left = step < config.training.steps and not over
+    if left or ((step == config.training.steps or over) and unfinished_row is not None):
         return False
-    field = "patience" if step < config.training.steps else "steps"
-    print(f"nothing to do: {step} steps are done; for more, raise training.{field}")
+    if step >= config.training.steps:
+        mend = "raise training.steps"
+    else:
+        mend = "set training.target=none" if best.reached else "raise training.patience"
+    print(f"nothing to do: {step} steps are done; for more, {mend}")
     return True
 
 
@@ -247,7 +250,10 @@ def make_best(config: TrainConfig, saved: dict[str, Any] | None) -> Best | None:
     if config.checkpoint.best_metric is None:
         return None
     best = Best(
-        config.checkpoint.best_metric, config.checkpoint.best_is == "highest", config.training.patience
+        config.checkpoint.best_metric,
+        config.checkpoint.best_is == "highest",
+        config.training.patience,
+        config.training.target,
     )
     if saved is not None:
         best.value, best.step, best.waited = saved["value"], saved["step"], saved["waited"]
@@ -258,7 +264,7 @@ def describe_end(step: int, best: Best | None) -> str:
     """How far the run came, and which step was best."""
     text = f"{step} steps"
     if best is not None and best.step is not None:
-        early = ", stopped early" if best.given_up else ""
+        early = ", stopped early" if best.over and not best.reached else ""
         text += f"{early} (best {best.metric} {best.value:.4g} at step {best.step})"
     return text
 

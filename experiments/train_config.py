@@ -58,11 +58,13 @@ class TrainConfig:
     wandb_project: str | None
 
     def __post_init__(self):
-        if self.training.patience and self.checkpoint.best_metric is None:
-            raise ConfigError(
-                f"training.patience={self.training.patience} waits for a better checkpoint.best_metric: name "
-                f"one, such as eval/loss"
-            )
+        for name, unset in (("patience", 0), ("target", None)):
+            value = getattr(self.training, name)
+            if value != unset and self.checkpoint.best_metric is None:
+                raise ConfigError(
+                    f"training.{name}={value} waits for a better checkpoint.best_metric: name one, such as "
+                    "eval/loss"
+                )
 
 
 # What may differ between a run and its resumption: how long, how often, what is logged and kept.
@@ -75,6 +77,7 @@ MAY_DIFFER = (
     "training.sample_every",
     "training.checkpoint_every",
     "training.patience",
+    "training.target",
     "training.max_bad_steps",
     "training.hang_timeout",
     "checkpoint.keep",

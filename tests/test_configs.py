@@ -152,6 +152,11 @@ def test_flash_attention_is_refused_before_compiling_where_it_does_not_run(atten
             "training.patience=2 waits for a better checkpoint.best_metric: name one",
         ),
         (
+            "sft_chat.py",
+            {"checkpoint__best_metric": "none", "training__target": "2"},
+            "training.target=2.0 waits for a better checkpoint.best_metric: name one",
+        ),
+        (
             "reward_model_pairs.py",
             {"stage": "dpo"},
             "stage='dpo' is not that of the config file: choose another",

@@ -245,6 +245,17 @@ def test_a_run_that_gets_no_better_ends_and_goes_on_only_with_more_patience(chat
         find_checkpoint(workdir / "best")
 
 
+def test_a_run_that_is_good_enough_ends_and_goes_on_only_without_its_target(chat_run, text, tmp_path, capsys):
+    workdir = tmp_path / "enough"
+    for target, steps in (("90.0", 0), ("90.0", 0), ("none", 4)):
+        config = make_config(text, "sft", training__target=target, training__steps="4")
+        run(config, workdir, init_from=str(chat_run[0]))
+        assert read_metrics(workdir / "metrics.jsonl")[-1]["step"] == steps
+    printed = capsys.readouterr().out
+    assert "done: 0 steps (best eval/loss" in printed
+    assert "nothing to do: 0 steps are done; for more, set training.target=none" in printed
+
+
 def test_a_chat_template_of_one_s_own_stays_with_the_weights(finished, text, tmp_path):
     template = tmp_path / "mine.jinja"
     template.write_text(

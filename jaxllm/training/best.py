@@ -1,4 +1,4 @@
-"""The best checkpoint of a run by one metric, and when to give up waiting for a better one."""
+"""The best checkpoint of a run by one metric, and whether to wait for a better one."""
 
 import dataclasses
 import math
@@ -11,6 +11,7 @@ class Best:
     metric: str
     highest: bool  # whether higher is better
     patience: int  # evaluations without a better value that end the run; 0: none do
+    target: float | None = None  # a value that ends the run; None: none does
     value: float | None = None
     step: int | None = None
     waited: int = 0  # evaluations since
@@ -27,5 +28,13 @@ class Best:
         return better
 
     @property
-    def given_up(self) -> bool:
-        return 0 < self.patience <= self.waited
+    def reached(self) -> bool:
+        """Whether the target is."""
+        if self.target is None or self.value is None:
+            return False
+        return self.value >= self.target if self.highest else self.value <= self.target
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self.reached or 0 < self.patience <= self.waited

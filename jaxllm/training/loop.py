@@ -31,6 +31,7 @@ class LoopConfig:
     sample_every: int  # and once at the end
     checkpoint_every: int  # and once at the end
     patience: int  # evaluations in a row without a better checkpoint.best_metric that end the run; 0: none
+    target: float | None  # value of checkpoint.best_metric that ends the run; None: none does
     max_bad_steps: int  # so many steps in a row without a finite loss and gradient stop the run
     hang_timeout: float  # seconds without a step after which the run dumps its stacks and exits
 
@@ -81,7 +82,7 @@ class Loop:
         batches = self.feed.batches(state, self.watch.check)
         self.throughput.restart()
         for step in range(start + 1, self.config.steps + 1):
-            if self.best is not None and self.best.given_up:
+            if self.best is not None and self.best.over:
                 break
             self._profile(step)
             asked = time.perf_counter()
@@ -155,7 +156,7 @@ class Loop:
             self._write(step, row)
             if self.best is not None:
                 is_best = self._compare(step, row, due_hooks)
-                last = last or self.best.given_up
+                last = last or self.best.over
         stopping = self.watch.requested
         self.row = row
         if stopping and not (last and finished):

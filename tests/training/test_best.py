@@ -9,9 +9,9 @@ from jaxllm.training.best import Best
 NAN = math.nan
 
 
-def after(values, *, highest=False, patience=0):
+def after(values, *, highest=False, patience=0, target=None):
     """The comparison after an evaluation every ten steps, and which of them were the best yet."""
-    best = Best("eval/loss", highest, patience)
+    best = Best("eval/loss", highest, patience, target)
     return best, [best.update(10 * i, value) for i, value in enumerate(values, 1)]
 
 
@@ -39,12 +39,29 @@ def test_nan_is_never_the_best():
 
 
 def test_patience_ends_after_so_many_evaluations_without_a_better_one():
-    assert not after([1, 2, 2], patience=3)[0].given_up
-    assert after([1, 2, 2, 2], patience=3)[0].given_up
-    assert not after([1, 2, 2, 0, 2, 2], patience=3)[0].given_up  # a better one begins the count anew
-    assert after([NAN, NAN], patience=2)[0].given_up
+    assert not after([1, 2, 2], patience=3)[0].over
+    assert after([1, 2, 2, 2], patience=3)[0].over
+    assert not after([1, 2, 2, 0, 2, 2], patience=3)[0].over  # a better one begins the count anew
+    assert after([NAN, NAN], patience=2)[0].over
 
 
-def test_without_patience_nothing_is_given_up():
-    assert not after([1] + [2] * 100, patience=0)[0].given_up
-    assert not after([], patience=1)[0].given_up
+def test_without_patience_nothing_is_over():
+    assert not after([1] + [2] * 100, patience=0)[0].over
+    assert not after([], patience=1)[0].over
+
+
+@pytest.mark.parametrize(
+    ("highest", "values", "over"),
+    [
+        (False, [3, 2.1], False),
+        (False, [3, 2], True),
+        (False, [1, 3], True),  # it was there
+        (True, [1, 1.9], False),
+        (True, [1, 2.5], True),
+        (False, [NAN], False),
+        (False, [], False),
+    ],
+)
+def test_a_target_that_is_reached_ends_the_run(highest, values, over):
+    assert after(values, highest=highest, target=2.0)[0].over is over
+    assert not after(values, highest=highest)[0].over

@@ -59,6 +59,7 @@ class Run:
             "num_microbatches": 1,
             "evaluate_at_start": False,
             "patience": 0,
+            "target": None,
             "log_every": 2,
             "evaluate_every": 0,
             "sample_every": 0,
@@ -224,6 +225,13 @@ def test_a_run_out_of_patience_ends_early_with_its_last_step_saved(tmp_path, wat
     assert int(run().step) == 4
     assert run.saved == [(1, 1.0, None), (2, 2.0, None), (4, 4.0, None)]
     assert run.rows[-1]["step"] == 4
+
+
+def test_a_run_that_has_reached_its_target_ends_early(tmp_path, watch):
+    best = Best("eval/loss", highest=False, patience=0, target=2.5)
+    run = Run(tmp_path, watch, hooks=(scores(3, 2, 1),), best=best, checkpoint_every=0)
+    assert int(run().step) == 2
+    assert run.saved[-1] == (2, 2.0, None)
 
 
 def test_a_run_that_had_lost_patience_takes_no_step_when_resumed(tmp_path, watch):
