@@ -146,10 +146,10 @@ class Engine:
 
     def _await_work(self) -> bool:
         """Forget who has gone, wait until there is something to do; False: to end."""
+        self._owners = [owner and (None if owner.cancelled else owner) for owner in self._owners]
+        if not any(self._owners) and self._state.tokens.shape[1] > self._first_slots:
+            self._state = resize_jit(self._state, self._first_slots)  # may compile: not with the lock
         with self._changed:
-            self._owners = [owner and (None if owner.cancelled else owner) for owner in self._owners]
-            if not any(self._owners) and self._state.tokens.shape[1] > self._first_slots:
-                self._state = resize_jit(self._state, self._first_slots)
             self._changed.wait_for(lambda: self._closed or self._waiting or any(self._owners))
             return not self._closed
 
@@ -169,10 +169,10 @@ class Engine:
         lengths[:count] = [len(request.prompt) for request in new]
         T = self._size(max(lengths.max(), SHORTEST))
         tokens, limits, seeds = np.zeros((P, T), np.int32), lengths.copy(), np.zeros(P, np.uint32)
-        rows = np.full(P, self._rows)  # beyond the last: nowhere
+        rows, longest = np.full(P, self._rows), self.model.config.max_length  # row B: nowhere
         for i, request in enumerate(new):
             tokens[i, : lengths[i]], seeds[i], rows[i] = request.prompt, request.seed, free[i]
-            limits[i] = min(lengths[i] + request.sampling.max_new_tokens, self.model.config.max_length)
+            limits[i] = min(len(request.prompt) + request.sampling.max_new_tokens, longest)  # no int32 yet
         if self._state.tokens.shape[1] < T:
             self._state = resize_jit(self._state, T)
         keys = jax.vmap(jax.random.key)(seeds)

@@ -191,7 +191,8 @@ def pad_prompts(
     tokens = np.zeros((len(prompts), T), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    return tokens, lengths, np.minimum(lengths + max_new_tokens, model.config.max_length)
+    longest = model.config.max_length
+    return tokens, lengths, np.minimum(lengths + min(max_new_tokens, longest), longest)  # no int32 overflows
 
 
 def more_slots(model: Model, slots: int) -> int:

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from jaxllm.errors import DataError, RunError
 from jaxllm.rollout import engine as module
 from jaxllm.rollout.engine import Busy, Engine
-from jaxllm.rollout.generate import generate
+from jaxllm.rollout.generate import generate, resize_jit
 from jaxllm.rollout.sampling import SamplingConfig, row_sampling, sample, sample_rows
 
 PLAIN = SamplingConfig(temperature=1.0, top_k=None, top_p=None, min_p=None, max_new_tokens=30)
@@ -114,9 +115,10 @@ def test_who_goes_away_makes_room(start):
     assert gone.pieces.empty()
 
 
-def test_the_model_length_ends_an_answer(start, tiny):
+@pytest.mark.parametrize("limit", [100, 2**31 - 1, 3 * 10**9])
+def test_the_model_length_ends_an_answer(start, tiny, limit):
     engine = start(stop_ids=())
-    tokens, reason = ask(engine, [1] * (tiny.max_length - 7), replace(PLAIN, max_new_tokens=100)).all()
+    tokens, reason = ask(engine, [1] * (tiny.max_length - 7), replace(PLAIN, max_new_tokens=limit)).all()
     assert (len(tokens), reason) == (7, "length")
 
 
@@ -136,6 +138,28 @@ def test_a_handful_of_programs_serves_all(start, counted, no_compilation, tiny):
     with no_compilation():
         for _ in range(3):
             serve()
+
+
+def test_a_request_is_taken_in_while_the_caches_shrink(start, monkeypatch):
+    began, go_on = threading.Event(), threading.Event()
+
+    def resize_slowly(state, slots):
+        if slots < state.tokens.shape[1]:
+            began.set()
+            go_on.wait(60)
+        return resize_jit(state, slots)
+
+    monkeypatch.setattr(module, "resize_jit", resize_slowly)
+    engine = start()
+    ask(engine, [1] * 150).all()
+    assert began.wait(60)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, engine, [2])
+        try:
+            listener = asked.result(timeout=10)
+        finally:
+            go_on.set()
+    assert listener.all()[0]
 
 
 # Limits, bad input, the end

@@ -125,9 +125,11 @@ def test_decoding_ends_with_the_last_row(model, params, prompts, keys, greedy):
     assert stopped.steps == max(map(len, stopped.tokens)) <= 4
 
 
-def test_a_row_ends_where_the_model_does(model, params, tiny, keys):
+@pytest.mark.parametrize("limit", [20, 2**31 - 1, 3 * 10**9])
+def test_a_row_ends_where_the_model_does(model, params, tiny, keys, limit):
     prompts = [[1] * (tiny.max_length - 1), [1] * (tiny.max_length - 3)]
-    completions = generate(model, params, prompts, sampling=GREEDY, stop_ids=(), keys=keys[:2])
+    sampling = replace(GREEDY, max_new_tokens=limit)
+    completions = generate(model, params, prompts, sampling=sampling, stop_ids=(), keys=keys[:2])
     assert [len(said) for said in completions.tokens] == [1, 3]
     assert completions.stop_reasons == ["length", "length"]
 
