@@ -48,14 +48,17 @@ def table(folders: list[Path]) -> str:
     lines = [f"| gate | {' | '.join(f'seed {folder.name}' for folder in folders)} |"]
     lines.append("|---" * (len(folders) + 1) + "|")
     for gates in zip(*found, strict=True):
-        cells = [
-            f"{gate['measured']:.3f} ± {gate['standard_error']:.3f} {'✓' if gate['passed'] else '✗'}"
-            for gate in gates
-        ]
+        cells = [outcome(gate) for gate in gates]
         lines.append(f"| {gates[0]['name']}: {gates[0]['claim']} | {' | '.join(cells)} |")
     minutes = [json.loads((folder / "pipeline.json").read_text())["seconds"] / 60 for folder in folders]
     lines.append(f"| minutes | {' | '.join(f'{each:.1f}' for each in minutes)} |")
     return "\n".join(lines)
+
+
+def outcome(gate: dict) -> str:
+    if gate["passed"] is None:
+        return "not measured"
+    return f"{gate['measured']:.3f} ± {gate['standard_error']:.3f} {'✓' if gate['passed'] else '✗'}"
 
 
 def preferences(folders: list[Path]) -> str:

@@ -1,6 +1,6 @@
-"""Learn to reason from answers that can be checked. The size is that of the model it begins with.
+r"""Learn to reason from answers that can be checked. The size is that of the model it begins with.
 
-    python experiments/train.py --config=configs/grpo_problems.py:1m --workdir=runs/reasoner \\
+    python experiments/train.py --config=configs/grpo_problems.py:1m --workdir=runs/reasoner \
         --init_from=runs/worked
 
 Rows have a `prompt` or `messages`, and whatever the rewards read, such as `answer`.

@@ -1,6 +1,6 @@
-"""Follow a reward model that learnt what people prefer. The size is that of the model it begins with.
+r"""Follow a reward model that learnt what people prefer. The size is that of the model it begins with.
 
-    python experiments/train.py --config=configs/ppo_preferences.py:1m --workdir=runs/preferred \\
+    python experiments/train.py --config=configs/ppo_preferences.py:1m --workdir=runs/preferred \
         --init_from=runs/chat --config.reward.model=runs/reward
 
 Rows have a `prompt` or `messages`, or are the pairs that the reward model learnt from.

@@ -1,7 +1,7 @@
 """The models of a pipeline asked the same things, to compare what they say."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +54,7 @@ class Asking:
     ) -> list[dict[str, Any]]:
         """A row an answer: the prompt's, with `completion`, `rewards` by name and, to `reference`, `kl`.
 
-        Rows with a `reference` are judged by the rubric, and all by the reward model if `judged`. `plain`
+        Rows with references are judged by the rubric, and all by the reward model if `judged`. `plain`
         prompts have no chat template.
         """
         loaded = check_speaks(load_checkpoint(str(self.folder / stage)), stage)
@@ -65,7 +65,7 @@ class Asking:
             loaded,
             template,
             prompts,
-            functions=RUBRIC if all("reference" in prompt.row for prompt in prompts) else (),
+            functions=RUBRIC if has_references([prompt.row for prompt in prompts]) else (),
             reward_model=str(self.folder / "reward_model") if judged else None,
             samples=1,
             sampling=sampling,
@@ -92,6 +92,13 @@ class Asking:
 def unfiltered(temperature: float, max_new_tokens: int) -> SamplingConfig:
     """The model's own distribution but for the temperature."""
     return SamplingConfig(temperature, top_k=None, top_p=None, min_p=None, max_new_tokens=max_new_tokens)
+
+
+def has_references(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all rows of prompts bring what the rubric judges answers by."""
+    needed = {"answer", "key", "rivals"}
+    references = [row.get("reference") for row in rows]
+    return all(isinstance(each, dict) and needed <= each.keys() for each in references)
 
 
 def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:

@@ -110,7 +110,7 @@ def main(_: None, flags: "FlagValues") -> None:
     if not records:
         raise DataError(f"--input={flags.input}: no row can be scored")
     rewards = score(loaded, sequences)
-    known = loaded.metadata["metrics"]
+    known = loaded.metadata["metrics"] or {}  # none where an evaluation was broken off
     level, spread = known.get("eval/reward_mean", 0.0), known.get("eval/reward_std", 1.0) or 1.0
     groups: list[list[int]] = [[] for _ in records]
     for i, owner in enumerate(owners):

@@ -71,16 +71,18 @@ def main(config: "PipelineConfig", flags: "FlagValues") -> None:
 
 def measure(config: "PipelineConfig", folder: Path) -> Iterator[Gate]:
     """All gates, in the order of the stages."""
-    from experiments.asking import Asking
+    from experiments.asking import Asking, has_references
 
     asking, gates = Asking(config.gates, folder, config.seed), config.gates
     yield text_gate(config, folder)
     before = asking.ask("sft", judged=True)
-    told = "reference" in before[0]
+    told = has_references(before)
     if told:
         yield answers_gate(gates, asking)
     else:
-        yield unmeasured("answers", "the rows of gates.prompts have no `reference` to compare answers with")
+        yield unmeasured(
+            "answers", "rows of gates.prompts have no `reference` with `answer`, `key`, `rivals`"
+        )
     yield reward_gate(gates, evaluated(folder, "reward_model")[-1])
     for name in ("ppo", "dpo"):
         after = asking.ask(name, judged=True, reference="sft")

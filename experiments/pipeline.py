@@ -91,6 +91,8 @@ def main(config: "PipelineConfig", flags: "FlagValues") -> int:
             record.add(name, command, seconds, memory)
             outcome = f"{headline(folder, name)}{time_left(config, record)}"
             print(f"{title} {clock(seconds):>6}  {outcome}", flush=True)
+            for warning in warnings(folder / "logs" / f"{name}.txt"):
+                print(f"      {warning}", flush=True)
     return conclude(folder, record)
 
 
@@ -180,15 +182,15 @@ def run_stage(command: Sequence[str], log: Path, report: Callable[[], None]) -> 
         process = subprocess.Popen(
             [*END_WITH_PARENT, *command], stdout=output, stderr=output, start_new_session=True
         )
-        with passing_on(process):
+        with passing_on(process) as passed:
             memory, code = 0, None
             while code is None:
                 memory = max(memory, peak_memory(process.pid))
                 report()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     code = process.wait(timeout=1.0)
-    if code == Stopped.exit_code:
-        raise Stopped(f"saved; the same command goes on: {shlex.join([sys.executable, *sys.argv])}")
+    if code == Stopped.exit_code or (passed and code == -signal.SIGTERM):  # before there was anything to save
+        raise Stopped(f"the same command goes on: {shlex.join([sys.executable, *sys.argv])}")
     if code:
         last = " ".join(log.read_text(errors="replace").strip().splitlines()[-1:])
         raise StageFailed(f"{Path(command[1]).name} ended with exit code {code}: {last} (see {log})", code)
@@ -215,12 +217,18 @@ class StageFailed(RunError):
 
 
 @contextlib.contextmanager
-def passing_on(process: subprocess.Popen) -> Iterator[None]:
-    """SIGINT and SIGTERM are the child's to answer."""
+def passing_on(process: subprocess.Popen) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are the child's to answer. Gives those that have come."""
+    passed: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        passed.append(number)
+        process.send_signal(signal.SIGTERM)
+
     signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(each, lambda *_: process.send_signal(signal.SIGTERM)) for each in signals]
+    before = [signal.signal(each, pass_on) for each in signals]
     try:
-        yield
+        yield passed
     finally:
         for each, handler in zip(signals, before, strict=True):
             signal.signal(each, handler)
@@ -303,6 +311,12 @@ def time_left(config: "PipelineConfig", record: Record) -> str:
     pace = sum(over.values()) / sum(expected[name] for name in over) if over else 1.0
     left = pace * sum(expected[name] for name in expected if name not in over)
     return f"  about {max(1, round(left / 60))} min left"
+
+
+def warnings(log: Path) -> list[str]:
+    """What a stage warned of, each thing once. The built-in data is cut on purpose."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("warning:")]
+    return [line for line in dict.fromkeys(lines) if "synthetic:" not in line]
 
 
 def headline(folder: Path, name: str) -> str:

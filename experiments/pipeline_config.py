@@ -48,6 +48,9 @@ class GatesConfig:
     errors: float
 
     def __post_init__(self):
+        for name in ("prompts", "shown"):
+            if not getattr(self, name):
+                raise ConfigError(f"gates.{name} is empty: name at least one")
         if self.max_rows < 2:
             raise ConfigError(f"gates.max_rows={self.max_rows} must be at least 2, for a standard error")
 

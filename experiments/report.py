@@ -38,7 +38,7 @@ def main(_: None, flags: "FlagValues") -> None:
 
     if not flags.run:
         raise ConfigError("give a run's folder, or several: python experiments/report.py runs/quickstart")
-    runs = [Path(run) for run in flags.run]
+    runs = [Path(run).expanduser() for run in flags.run]
     folder = runs[0] if len(runs) == 1 else Path("report")
     print(write_report(runs, folder if flags.output is None else Path(flags.output).expanduser()))
 

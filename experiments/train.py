@@ -1,4 +1,4 @@
-"""Train a language model: the stage, the model and the data are the config's.
+r"""Train a language model: the stage, the model and the data are the config's.
 
     python experiments/train.py --config=configs/pretrain_text.py:1m --workdir=runs/shakespeare \
         --config.data.train=input.txt

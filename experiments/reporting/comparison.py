@@ -3,6 +3,7 @@
 import itertools
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -136,12 +137,16 @@ def stage_comparison(stage: str, runs: Sequence[Run]) -> list[Block]:
 
 
 def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs whose configs differ in the seed only, together."""
-    groups: dict[str, list[Run]] = {}
+    """Runs whose configs differ in the seed only, together. A seed that was run twice is no second seed."""
+    groups: dict[tuple[str, int], list[Run]] = {}
+    repeats: Counter[str] = Counter()
     for i, run in enumerate(runs):
-        others = {name: value for name, value in run.config.items() if name != "seed"}
         # One without a config is like no other.
-        groups.setdefault(json.dumps(others, sort_keys=True) if run.config else str(i), []).append(run)
+        whole = json.dumps(run.config, sort_keys=True) if run.config else str(i)
+        others = {name: value for name, value in run.config.items() if name != "seed"}
+        key = json.dumps(others, sort_keys=True) if run.config else str(i)
+        groups.setdefault((key, repeats[whole]), []).append(run)
+        repeats[whole] += 1
     return list(groups.values())
 
 

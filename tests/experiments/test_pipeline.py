@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart, sft_chat
-from experiments import gates, pipeline
+from experiments import asking, gates, pipeline
 from experiments.pipeline_config import PARENTS, PipelineConfig
 from jaxllm.config import override, parse
 from jaxllm.errors import DataError
@@ -218,6 +218,21 @@ def test_what_differs_from_the_config_file_is_passed_on_to_its_stage():
     assert "--config.data.text=('mine.txt',)" in flags["gates"]
 
 
+def test_data_or_a_seed_of_one_stage_is_that_stage_s_alone():
+    for order in (("data__pairs", "ppo__data__train"), ("ppo__data__train", "data__pairs")):
+        config = make_config(**{field: f"{field}.jsonl" for field in order})
+        assert config.ppo.data.train == ("ppo__data__train.jsonl",)
+        assert config.dpo.data.train == config.reward_model.data.train == ("data__pairs.jsonl",)
+    with pytest.raises(pipeline.ConfigError, match=r"dpo\.seed is not that of the pipeline"):
+        make_config(dpo__seed="3")
+
+
+@pytest.mark.parametrize("field", ["prompts", "shown"])
+def test_gates_without_prompts_are_refused(field):
+    with pytest.raises(pipeline.ConfigError, match=rf"gates\.{field} is empty"):
+        make_config(**{f"gates__{field}": ""})
+
+
 def test_data_that_is_not_there_is_refused_before_anything_runs():
     pipeline.check_sources(make_config(data__pairs="hf:nobody/asks"))
     for field, name, problem in (
@@ -242,6 +257,24 @@ def test_a_stage_that_fails_ends_the_pipeline_with_its_exit_code(tmp_path):
     with pytest.raises(pipeline.StageFailed, match="error: no such file") as caught:
         pipeline.run_stage(command, tmp_path / "logs" / "x.txt", lambda: None)
     assert caught.value.exit_code == 78
+
+
+def test_a_stage_that_is_interrupted_before_it_can_save_has_not_failed(tmp_path):
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    interrupt = iter([True])
+
+    def report():
+        if next(interrupt, False):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(pipeline.Stopped, match="the same command goes on"):
+        pipeline.run_stage(command, tmp_path / "logs" / "x.txt", report)
+
+
+def test_what_a_stage_warned_of_is_said_once_but_not_of_built_in_data(tmp_path):
+    lines = ("warning: 40% of mine.jsonl is longer", "step 1", "warning: 23% of synthetic:chats is longer")
+    (tmp_path / "sft.txt").write_text("\n".join((*lines, lines[0])))
+    assert pipeline.warnings(tmp_path / "sft.txt") == [lines[0]]
 
 
 def test_a_stage_s_memory_is_measured(tmp_path):
@@ -284,6 +317,20 @@ def test_preferences_must_raise_the_rubric_by_three_standard_errors_near_sft(ris
     assert found.passed is passed
     assert found.standard_error == pytest.approx(0.005, rel=0.1)
     assert found.measured == pytest.approx((after - before).mean())
+
+
+@pytest.mark.parametrize(
+    ("references", "judged"),
+    [
+        ([{"answer": "In Rome.", "key": "Rome", "rivals": []}] * 2, True),
+        ([{"answer": "In Rome.", "key": "Rome", "rivals": []}, None], False),
+        (["Rome"], False),
+        ([{"answer": "In Rome."}], False),
+    ],
+)
+def test_the_rubric_judges_only_where_every_row_brings_what_it_needs(references, judged):
+    rows = [{"prompt": "Where?"} | ({} if each is None else {"reference": each}) for each in references]
+    assert asking.has_references(rows) is judged
 
 
 def test_unchanged_answers_are_no_rise():

@@ -84,6 +84,12 @@ def test_runs_that_are_all_seeds_of_one_are_also_compared_one_by_one(tmp_path):
     assert [row[1:3] for row in verdicts(page)] == [["run0", "run1"]]
 
 
+def test_a_seed_that_was_run_twice_is_no_second_seed(tmp_path):
+    page, _, _ = report(*runs_at(tmp_path, [3.0, 3.0], values=seeds(0, 0)), output=tmp_path / "out")
+    assert "Over seeds" not in page.words
+    assert verdicts(page) == [["Loss", "run0", "run1", "0.000 ± 0.055", "not distinguishable"]]
+
+
 def test_pipelines_in_other_folders_are_seeds_of_one(tmp_path):
     for seed in (0, 1):
         folder = tmp_path / f"seed{seed}"
