@@ -88,7 +88,9 @@ class Calls:
         return JSONResponse({"object": "list", "data": models})
 
     async def chat(self, request: Request) -> Response:
-        asked = completions.read_request(await read_json(request), self.speakers, self.sampling)
+        body = await read_json(request)
+        # In a thread: a Jinja template takes seconds to render a thousand messages.
+        asked = await asyncio.to_thread(completions.read_request, body, self.speakers, self.sampling)
         speaker, prompt = asked.speaker, asked.prompt
         if asked.stream:
             pieces = speaker.say(prompt, asked.sampling, asked.seed, asked.stop)

@@ -16,6 +16,7 @@ from jaxllm.rollout.sampling import SamplingConfig
 
 MAX_CHOICES = 16  # n
 MAX_STOPS = 4
+LONGEST_STOP = 256  # characters: each piece of an answer is searched for every beginning of it
 # Those we follow, those that ask nothing of the answer; any other must have a value that asks for nothing.
 FIELDS = {
     "model",
@@ -29,6 +30,7 @@ FIELDS = {
 }
 FIELDS |= {"seed", "stop", "n", "stream", "stream_options"}
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+NOTHING = {"response_format": ({"type": "text"},), "tool_choice": ("none", "auto")}  # and what is empty
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def read_request(
 ) -> ChatRequest:
     """Checks every field; ApiError names the one that is wrong. What is not given is as `sampling` has it."""
     for name, value in body.items():
-        if name not in FIELDS | IGNORED and value not in (None, False, 0, "", [], {}):
+        if name not in FIELDS | IGNORED and value not in (None, False, 0, "", [], {}, *NOTHING.get(name, ())):
             raise ApiError(400, f"{name} is not supported", name)
     name = body.get("model") or next(iter(speakers))
     if not isinstance(name, str) or name not in speakers:
@@ -141,10 +143,12 @@ def read_stop(value: Any) -> tuple[str, ...]:
     if (
         not isinstance(texts, list)
         or len(texts) > MAX_STOPS
-        or not all(isinstance(x, str) and x for x in texts)
+        or not all(isinstance(x, str) and 0 < len(x) <= LONGEST_STOP for x in texts)
     ):
         raise ApiError(
-            400, f"stop must be a text or a list of at most {MAX_STOPS}, none of them empty", "stop"
+            400,
+            f"stop must be a text or a list of at most {MAX_STOPS}, each of 1 to {LONGEST_STOP} characters",
+            "stop",
         )
     return tuple(texts)
 

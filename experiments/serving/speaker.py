@@ -38,19 +38,24 @@ class Speaker(NamedTuple):
 
     def prompt(self, messages: Messages, max_new_tokens: int) -> list[int]:
         """The tokens to continue. ApiError for a conversation that cannot be answered."""
+        room = min(max_new_tokens, ROOM, max(1, self.max_length // 4))
+
+        def check(length: int, unit: str) -> None:
+            if length + room > self.max_length:
+                raise ApiError(
+                    400,
+                    f"the messages are {length} {unit}; the model reads {self.max_length} tokens, and its "
+                    f"answer needs {room} of them: shorten them",
+                    "messages",
+                    "context_length_exceeded",
+                )
+
+        check(len(messages), "in number")  # a token each at least, and a Jinja template is rendered for each
         try:
             tokens = self.template.prompt(messages)
         except (BadRow, ConfigError) as error:
             raise ApiError(400, str(error), "messages") from None
-        room = min(max_new_tokens, ROOM, max(1, self.max_length // 4))
-        if len(tokens) + room > self.max_length:
-            raise ApiError(
-                400,
-                f"the messages are {len(tokens)} tokens; the model reads {self.max_length}, and its "
-                f"answer needs {room} of them: shorten them",
-                "messages",
-                "context_length_exceeded",
-            )
+        check(len(tokens), "tokens")
         return tokens
 
     def say(
@@ -108,5 +113,5 @@ class Speaker(NamedTuple):
 
 def held_back(text: str, stop: Sequence[str]) -> int:
     """Characters at the end that may be the beginning of a stop text."""
-    ends = (n for word in stop for n in range(len(word) - 1, 0, -1) if text.endswith(word[:n]))
-    return max(ends, default=0)
+    begun = (n for word in stop for n in range(1, min(len(word), len(text) + 1)) if text.endswith(word[:n]))
+    return max(begun, default=0)

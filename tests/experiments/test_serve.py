@@ -224,11 +224,14 @@ def test_models_are_listed(client, chat_model):
         ({"stop": [""]}, 400, "stop"),
         ({"stop": 3}, 400, "stop"),
         ({"stop": list("abcde")}, 400, "stop"),
+        ({"stop": "x" * 257}, 400, "stop"),
         ({"n": 99}, 400, "n"),
         ({"n": 2, "stream": True}, 400, "n"),
         ({"stream": "yes"}, 400, "stream"),
         ({"stream_options": 3}, 400, "include_usage"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"logprobs": True}, 400, "logprobs"),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
     ],
@@ -239,8 +242,50 @@ def test_a_bad_field_is_named(client, change, status, field):
     assert body["error"]["type"] == "invalid_request_error"
 
 
-def test_fields_that_ask_for_nothing_are_no_error(client):
-    assert client.chat(user="ann", frequency_penalty=0, tools=[], logprobs=False, top_p=None)[0] == 200
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "ann", "frequency_penalty": 0, "tools": [], "logprobs": False, "top_p": None},
+        {"response_format": {"type": "text"}, "tool_choice": "none"},
+        {"tool_choice": "auto"},
+    ],
+)
+def test_fields_that_ask_for_nothing_are_no_error(client, fields):
+    assert client.chat(**fields)[0] == 200
+
+
+class SlowTemplate:
+    """Takes its time to render, until it is let."""
+
+    stop_ids = ()
+
+    def __init__(self):
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def prompt(self, messages):
+        self.begun.set()
+        self.go_on.wait(60)
+        return [1] * len(messages)
+
+
+def test_a_slow_template_holds_up_nobody_else(speaker, tmp_path):
+    slow = parrot(speaker, "Yes.")._replace(template=SlowTemplate())
+    with serving([slow], tmp_path / "a.jsonl") as client, ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(client.chat)
+        assert slow.template.begun.wait(20)
+        try:
+            assert pool.submit(client.send, "GET", "/v1/models").result(timeout=20)[0] == 200
+        finally:
+            slow.template.go_on.set()
+        assert asked.result()[0] == 200
+
+
+def test_more_messages_than_the_model_reads_tokens_are_not_rendered(speaker, tmp_path):
+    slow = speaker._replace(template=SlowTemplate())
+    with serving([slow], tmp_path / "a.jsonl") as client:
+        status, body = client.chat(messages=QUESTIONS[0] * speaker.max_length)
+    assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+    assert not slow.template.begun.is_set()
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"a": \xff}', b"[" * 100_000, b"9" * 9999])
