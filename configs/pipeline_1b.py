@@ -1,4 +1,4 @@
-"""The quickstart's recipe for a pod: 1B parameters, their state split over all devices.
+"""The quickstart's recipe for a TPU host: 1B parameters, their state split over all devices.
 
     python experiments/pipeline.py --config=configs/pipeline_1b.py --workdir=runs/1b
 
