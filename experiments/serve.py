@@ -157,7 +157,7 @@ def main(_: None, flags: "FlagValues") -> None:
     set_up_process()
     with ExitStack() as stack:
         bound = stack.enter_context(bind(flags.host, flags.port))
-        file = PreferenceFile(Path(flags.preferences).expanduser().absolute())
+        file = PreferenceFile(Path(flags.preferences).expanduser())
         stack.callback(file.close)
         if file.cut_off:
             print(f"cut off a last line that was never finished: {file.cut_off[:60]!r}...", file=sys.stderr)

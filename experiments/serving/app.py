@@ -148,9 +148,10 @@ class Calls:
 
     async def undo(self, request: Request) -> Response:
         rater = read_rater(await read_json(request))
-        offer = await asyncio.to_thread(self.board.undo, rater)
-        if offer is None:
-            raise ApiError(409, "there is no choice of yours to take back", "rater")
+        try:
+            offer = await asyncio.to_thread(self.board.undo, rater)
+        except Refused as error:
+            raise ApiError(409, str(error), "rater") from None
         return await self.offered(rater, offer)
 
     async def offered(self, rater: str, offer: Offer | None) -> Response:

@@ -64,7 +64,7 @@ class Offer:
 
 
 class Refused(Exception):
-    """A choice that cannot be taken; the message is for the rater."""
+    """A choice that cannot be taken, or taken back; the message is for the rater."""
 
 
 class Board:
@@ -79,7 +79,7 @@ class Board:
         self.lock = threading.RLock()
         for row in file.rows:
             made = self.comparisons.setdefault(row["comparison"], comparison_of(row))
-            if sorted(made.answers) == sorted(row["answers"]):  # nobody has edited one of them
+            if not edited(made, row):
                 made.labels[row["rater"]] = label(made, row)
         seen = {json.dumps(made.prompt) for made in self.comparisons.values()}
         self.prompts = [prompt for prompt in unique(prompts) if json.dumps(prompt) not in seen]
@@ -147,14 +147,16 @@ class Board:
             offer.comparison.labels[rater] = label(offer.comparison, row)
             del self.offers[rater]
 
-    def undo(self, rater: str) -> Offer | None:
+    def undo(self, rater: str) -> Offer:
         """Take back this rater's last choice, and offer the comparison to them again, as it was shown."""
         with self.lock:
             row = next((row for row in reversed(self.file.rows) if row["rater"] == rater), None)
             if row is None:
-                return None
-            self.file.remove(row)
+                raise Refused("there is no choice of yours to take back")
             made = self.comparisons[row["comparison"]]
+            if edited(made, row):
+                raise Refused("an answer of your last choice was edited by hand: its row stays in the file")
+            self.file.remove(row)
             made.labels.pop(rater, None)
             first = made.answers.index(row["answers"][0])
             self.offers[rater] = Offer(made, rater, (first, 1 - first))
@@ -187,6 +189,11 @@ def comparison_of(row: Mapping[str, Any]) -> Comparison:
     """As the first rater saw it."""
     fields = ("prompt", "answers", "seeds", "checkpoints", "sampling")
     return Comparison(**{name: row[name] for name in fields}, id=row["comparison"])
+
+
+def edited(made: Comparison, row: Mapping[str, Any]) -> bool:
+    """Whether somebody has changed an answer in the file."""
+    return sorted(made.answers) != sorted(row["answers"])
 
 
 def label(made: Comparison, row: Mapping[str, Any]) -> Any:

@@ -16,14 +16,14 @@ CHOICES = (0, 1, "tie", "bad")
 class PreferenceFile:
     """Rows in the order of the file, which one process at a time may write.
 
-    A row is appended and synced, so a machine that stops loses at most a row that nobody was promised: a last
-    line without its end, which the next start cuts off. To take a row back the whole file is written anew and
+    A row is appended and synced, so a machine that stops loses at most a row that nobody was promised: half a
+    line, which the next start cuts off. To take a row back the whole file is written anew and
     renamed: a line that says "not that one" would mean nothing to a reward model.
     """
 
     def __init__(self, path: Path):
         """Reads what is there. Lines that are not ours stay as they are."""
-        self.path = path
+        self.path = path = path.resolve()  # behind a link, rows taken back would leave the link's file
         if not path.parent.is_dir():
             raise DataError(f"--preferences={path}: there is no folder {path.parent}")
         try:
@@ -65,22 +65,31 @@ class PreferenceFile:
 
     def _repair(self) -> bytes:
         """Cut off and return a last line that was never finished; make the file if there is none."""
-        with self.path.open("ab+") as file:
+        with self.path.open("ab+", buffering=0) as file:
             file.seek(0)
             content = file.read()
             end = content.rfind(b"\n") + 1
-            if end < len(content):
+            last = content[end:]
+            if read_object(last) is not None:  # a whole row: not everybody ends the last line
+                file.write(b"\n")
+                last = b""
+            elif last:
                 file.truncate(end)
             os.fsync(file.fileno())
-        return content[end:]
+        return last
+
+
+def read_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def own_row(line: bytes) -> dict[str, Any] | None:
     """The row of a line that this server wrote."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
+    row = read_object(line)
     fields = {"id", "comparison", "prompt", "answers", "choice", "rater", "seeds", "sampling", "checkpoints"}
-    ours = isinstance(row, dict) and fields <= row.keys() and row["choice"] in CHOICES
+    ours = row is not None and fields <= row.keys() and row["choice"] in CHOICES
     return row if ours and isinstance(row["answers"], list) and len(row["answers"]) == 2 else None

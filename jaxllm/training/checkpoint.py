@@ -300,9 +300,12 @@ def checkpoint_hash(folder: Path) -> str:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write so that, whenever the machine stops, `path` holds all of `content` or what it held before."""
+    """Write so that, whenever the machine stops, `path` holds all of `content` or what it held before. A file
+    that is replaced keeps its mode."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
+        if path.exists():
+            shutil.copymode(path, temporary)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

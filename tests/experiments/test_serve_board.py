@@ -144,7 +144,8 @@ def test_undo_takes_the_raters_own_last_row_out_of_the_file(open_board, path):
     assert [row.get("rater") for row in rows] == ["ann", "bob", None]
     board.choose(again.id, "ann", 0)
     assert board.progress("ann")["mine"] == 2
-    assert board.undo("eve") is None
+    with pytest.raises(Refused, match="no choice of yours"):
+        board.undo("eve")
 
 
 def test_a_start_goes_on_where_the_file_ends(open_board):
@@ -227,6 +228,45 @@ def test_a_half_written_last_line_is_cut_off_at_the_next_start(open_board, path)
     assert path.read_bytes() == whole
     judge(filled(board, 1), "bob", "No")
     assert len(read(path)) == 2
+
+
+def test_a_whole_last_row_without_its_line_end_stays(open_board, path):
+    row = b'{"prompt": "From", "chosen": "another", "rejected": "hand"}'
+    path.write_bytes(row)
+    board = open_board()
+    assert board.file.cut_off == b""
+    judge(filled(board, 1), "ann", "Yes")
+    assert path.read_bytes().startswith(row + b"\n")
+    assert len(read(path)) == 2
+
+
+def test_undo_keeps_the_link_and_the_mode_of_the_file(open_board, path, tmp_path):
+    target = tmp_path / "elsewhere.jsonl"
+    target.touch()
+    target.chmod(0o664)
+    path.symlink_to(target)
+    board = filled(open_board(), 1)
+    judge(board, "ann", "Yes")
+    board.undo("ann")
+    assert path.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o664
+    judge(board, "ann", "No")
+    assert len(read(target)) == 1
+    with pytest.raises(DataError, match="another server"):
+        PreferenceFile(target)
+
+
+def test_a_row_edited_by_hand_is_not_taken_back(open_board, path):
+    judge(filled(open_board(2), 1), "ann", "Yes")
+    judge(open_board(2), "bob", "Yes")
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first}\n{second.replace('Yes', 'Perhaps')}\n")
+    board = open_board(2)
+    with pytest.raises(Refused, match="edited"):
+        board.undo("bob")
+    assert len(read(path)) == 2
+    board.undo("ann")
+    assert "Perhaps" in read(path)[0]["answers"][read(path)[0]["choice"]]
 
 
 def test_a_full_disk_is_no_acknowledgement_and_leaves_no_half_line(open_board, path, monkeypatch):
