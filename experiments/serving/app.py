@@ -8,14 +8,14 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from experiments.serving import completions
 from experiments.serving.board import Board, Offer, Refused
 from experiments.serving.comparing import Comparing
-from experiments.serving.errors import ApiError
+from experiments.serving.errors import ApiError, AsciiJSONResponse
 from experiments.serving.guard import COOKIE, Guard, cookie_of, same
 from experiments.serving.preferences import CHOICES
 from experiments.serving.speaker import Speaker
@@ -85,7 +85,7 @@ class Calls:
         models = [
             {"id": name, "object": "model", "created": 0, "owned_by": "jaxllm"} for name in self.speakers
         ]
-        return JSONResponse({"object": "list", "data": models})
+        return AsciiJSONResponse({"object": "list", "data": models})
 
     async def chat(self, request: Request) -> Response:
         body = await read_json(request)
@@ -99,13 +99,13 @@ class Calls:
         answers = asyncio.gather(
             *(speaker.answer(prompt, asked.sampling, seed, asked.stop) for seed in seeds)
         )
-        return JSONResponse(completions.response(asked, await while_connected(request, answers)))
+        return AsciiJSONResponse(completions.response(asked, await while_connected(request, answers)))
 
     async def login(self, request: Request) -> Response:
         token = (await read_json(request)).get("token")
         if self.token is not None and not (isinstance(token, str) and same(token, self.token)):
             raise ApiError(401, "this is not the token", "token", "token")
-        response = JSONResponse({})
+        response = AsciiJSONResponse({})
         if self.token is not None:
             response.set_cookie(COOKIE, cookie_of(self.token), httponly=True, samesite="strict")
         return response
@@ -113,7 +113,7 @@ class Calls:
     async def state(self, request: Request) -> Response:
         rater = request.query_params.get("rater", "")
         progress = await asyncio.to_thread(self.board.progress, rater)
-        return JSONResponse({"models": list(self.speakers), "progress": progress})
+        return AsciiJSONResponse({"models": list(self.speakers), "progress": progress})
 
     async def next(self, request: Request) -> Response:
         """The next comparison; with a `prompt`, of answers to that."""
@@ -144,7 +144,7 @@ class Calls:
             await asyncio.to_thread(self.board.choose, id, rater, choice)
         except Refused as error:
             raise ApiError(409, str(error), "id") from None
-        return JSONResponse({"progress": await asyncio.to_thread(self.board.progress, rater)})
+        return AsciiJSONResponse({"progress": await asyncio.to_thread(self.board.progress, rater)})
 
     async def undo(self, request: Request) -> Response:
         rater = read_rater(await read_json(request))
@@ -160,7 +160,7 @@ class Calls:
         if offer is not None:
             shown = {"id": offer.id, "prompt": offer.comparison.prompt, "answers": offer.answers}
         progress = await asyncio.to_thread(self.board.progress, rater)
-        return JSONResponse({"offer": shown, "progress": progress})
+        return AsciiJSONResponse({"offer": shown, "progress": progress})
 
 
 async def read_json(request: Request) -> dict[str, Any]:

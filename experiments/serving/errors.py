@@ -1,6 +1,16 @@
-"""What a client is told when something cannot be done, in OpenAI's form."""
+"""What a client is told, and, in OpenAI's form, what it is told when something cannot be done."""
+
+import json
+from typing import Any
 
 from starlette.responses import JSONResponse
+
+
+class AsciiJSONResponse(JSONResponse):
+    """JSON with escapes: half a surrogate pair, which a client may send so, has no other form in UTF-8."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False).encode()
 
 
 class ApiError(Exception):
@@ -10,8 +20,8 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
-    def response(self) -> JSONResponse:
+    def response(self) -> AsciiJSONResponse:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         headers = {"Retry-After": "1"} if self.status == 503 else {}
-        return JSONResponse({"error": error}, self.status, headers)
+        return AsciiJSONResponse({"error": error}, self.status, headers)

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 SAMPLING = SamplingConfig(temperature=1.0, top_k=None, top_p=None, min_p=None, max_new_tokens=12)
 QUESTIONS = [[{"role": "user", "content": f"{n} and {m}?"}] for n in ("one", "six") for m in ("two", "ten")]
 ASK = {"messages": QUESTIONS[0], "seed": 7}
+HALF = "\ud83d"  # of a surrogate pair: JSON can say it, UTF-8 cannot
 
 
 class Client:
@@ -103,7 +104,7 @@ def serving(speakers, path, *, prompts=(), raters_per_pair=1, token=None, sampli
         board,
         sampling,
         seed=0,
-        names=serve.LOCAL,
+        names=[*serve.LOCAL, "DESKTOP-A"],
         token=token,
     )
     bound, server = serve.bind("127.0.0.1", 0), serve.make_server(app)
@@ -233,6 +234,7 @@ def test_models_are_listed(client, chat_model):
         ({"tool_choice": "required"}, 400, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"logprobs": True}, 400, "logprobs"),
+        ({HALF: 1}, 400, HALF),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
     ],
 )
@@ -353,6 +355,17 @@ def test_a_prompt_of_ones_own_is_compared_first(speaker, tmp_path):
         assert judge(client, "ann", "bad") == body["offer"]
 
 
+def test_half_a_character_in_a_prompt_is_no_bug(speaker, tmp_path):
+    half, own = (f"{text} {HALF}" for text in ("one", "six"))
+    prompts = [[{"role": "user", "content": half}]]
+    with serving([speaker], tmp_path / "rows.jsonl", prompts=prompts) as client:
+        assert judge(client, "ann", 0)["prompt"][0]["content"] == half
+        _, body = client.post("/api/next", {"rater": "ann", "prompt": own})
+        assert body["offer"]["prompt"][0]["content"] == own
+        assert judge(client, "ann", 1) == body["offer"]
+        assert client.chat(messages=prompts[0])[0] == 200
+
+
 def test_answers_that_cannot_differ_are_not_compared(speaker, tmp_path):
     greedy = SamplingConfig(temperature=0.0, top_k=None, top_p=None, min_p=None, max_new_tokens=12)
     long = [{"role": "user", "content": "one " * 99}]
@@ -417,6 +430,8 @@ def test_twenty_clients_at_once_lose_nothing(speaker, tmp_path):
         ({"Host": "localhost:1"}, 200),
         ({"Host": "127.0.0.1"}, 200),
         ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "desktop-a:8000"}, 200),
+        ({"Host": "Desktop-A:8000", "Origin": "http://desktop-a:8000"}, 200),
         ({"Host": "evil.example"}, 403),
         ({"Host": "127.0.0.1.evil.example"}, 403),
         ({"Host": ""}, 403),
@@ -425,6 +440,7 @@ def test_twenty_clients_at_once_lose_nothing(speaker, tmp_path):
         ({"Host": "localhost:1", "Origin": "http://localhost:2"}, 403),
         ({"Host": "localhost:1", "Origin": "https://evil.example"}, 403),
         ({"Host": "localhost:1", "Origin": "null"}, 403),
+        ({"Host": "localhost:1", "Origin": "http://["}, 403),
     ],
 )
 def test_foreign_hosts_and_origins_are_refused(client, headers, status):
@@ -481,13 +497,15 @@ def test_without_the_token_there_is_only_the_page(speaker, tmp_path):
             assert client.post("/v1/chat/completions", ASK, **headers)[0] == 401
             assert client.post("/api/next", {"rater": "ann"}, **headers)[0] == 401
         assert client.send("GET", "/v1/models", Authorization=f"Bearer {token}")[0] == 200
-        assert client.post("/api/login", {"token": "wröng"})[0] == 401
+        for wrong in ("wröng", HALF):
+            assert client.post("/api/login", {"token": wrong})[0] == 401
         status, _, headers = client.send("POST", "/api/login", {"token": token})
         cookie, *attributes = headers["set-cookie"].split("; ")
         assert status == 200
         assert {"HttpOnly", "SameSite=strict"} <= set(attributes)
         assert token not in cookie
-        assert client.send("GET", "/v1/models", Cookie=cookie)[0] == 200
+        for others in ("", "a=b; ", 'theme={"dark": 1}; ', "x=1, 2; ", "flag; ", "user=J\xf6rg; "):
+            assert client.send("GET", "/v1/models", Cookie=others + cookie)[0] == 200
 
 
 # The script
