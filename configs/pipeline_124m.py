@@ -18,7 +18,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.model.attention = "cudnn"
     config.model.remat = "attention"
 
-    config.pretrain.training.num_microbatches = 8
+    config.pretrain.training.num_microbatches = 32
 
     config.sft.training.steps = 3000
     config.sft.data.batch_size = 64

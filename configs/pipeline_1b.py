@@ -21,8 +21,11 @@ def get_config(stage: str = "") -> ConfigDict:
     config.mesh.data = 1
     config.mesh.fsdp = -1
 
+    config.pretrain.training.num_microbatches = 16  # of 512 rows: 4 a device at a time on 8
+
     config.sft.training.steps = 3000
     config.sft.data.batch_size = 128
+    config.sft.training.num_microbatches = 2
     config.sft.optimizer.learning_rate = 2e-5
 
     config.reward_model.training.steps = 450
@@ -33,6 +36,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.ppo.rollout.prompts = 512
     config.ppo.rollout.max_rows = 512
     config.ppo.rollout.gather = True
+    config.ppo.training.num_microbatches = 4
     config.ppo.optimizer.learning_rate = 1e-6
 
     config.dpo.training.steps = 450
@@ -47,5 +51,6 @@ def get_config(stage: str = "") -> ConfigDict:
     config.grpo.rollout.prompts = 128
     config.grpo.rollout.max_rows = 1024
     config.grpo.rollout.gather = True
+    config.grpo.training.num_microbatches = 4
     config.grpo.optimizer.learning_rate = 1e-6
     return pipeline.part(config, stage)
