@@ -100,19 +100,19 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def load_speaker(name: str, rows: int) -> Any:
-    """A checkpoint with its engine running."""
+def load_speaker(name: str, folder: Path, rows: int) -> Any:
+    """A checkpoint with its engine running, which is to be closed."""
     from experiments.answers import check_speaks
     from experiments.loading import checkpoint_template, load_checkpoint
     from experiments.serving.speaker import Speaker
-    from jaxllm.rollout.engine import IDLE, Engine
+    from jaxllm.rollout.engine import Engine
     from jaxllm.training.checkpoint import checkpoint_hash
 
-    loaded = check_speaks(load_checkpoint(name), f"--checkpoint={name}")
+    loaded = check_speaks(load_checkpoint(str(folder)), f"--checkpoint={name}")
     if loaded.stage == "pretrain":
         print(f"note: {name} is only pretrained and has not learnt to answer", file=sys.stderr)
     template = checkpoint_template(loaded)
-    speaker = Speaker(
+    return Speaker(
         name,
         {"path": str(loaded.folder), "hash": checkpoint_hash(loaded.folder)},
         Engine(loaded.model, loaded.params, stop_ids=template.stop_ids, rows=rows),
@@ -120,10 +120,14 @@ def load_speaker(name: str, rows: int) -> Any:
         loaded.tokenizer,
         loaded.model.config.max_length,
     )
-    # Compiles what every answer needs while nobody waits for one yet.
-    prompt = template.prompt([{"role": "user", "content": "?"}])
+
+
+def warm_up(speaker: Any) -> None:
+    """Compile what every answer needs while nobody waits for one yet."""
+    from jaxllm.rollout.engine import IDLE
+
+    prompt = speaker.template.prompt([{"role": "user", "content": "?"}])
     speaker.engine.submit(prompt, sampling=IDLE, seed=0, say=lambda *_: None)
-    return speaker
 
 
 def read_prompts(flags: "FlagValues") -> list[list[dict[str, str]]]:
@@ -153,6 +157,7 @@ def main(_: None, flags: "FlagValues") -> None:
     from experiments.serving.app import build_app
     from experiments.serving.board import Board
     from experiments.serving.preferences import PreferenceFile
+    from jaxllm.training.checkpoint import find_checkpoint
 
     set_up_process()
     with ExitStack() as stack:
@@ -162,9 +167,12 @@ def main(_: None, flags: "FlagValues") -> None:
         if file.cut_off:
             print(f"cut off a last line that was never finished: {file.cut_off[:60]!r}...", file=sys.stderr)
         board = Board(file, read_prompts(flags), flags.raters_per_pair)
-        speakers = {name: load_speaker(name, flags.rows) for name in flags.checkpoint}
-        for speaker in speakers.values():
-            stack.callback(speaker.engine.close)
+        folders = {name: find_checkpoint(name) for name in flags.checkpoint}  # all, before any is loaded
+        speakers = {}
+        for name, folder in folders.items():
+            speakers[name] = load_speaker(name, folder, flags.rows)
+            stack.callback(speakers[name].engine.close)
+            warm_up(speakers[name])
         bound.listen()  # from here on who calls is answered, if a little later
         names = {*LOCAL, *flags.names, flags.host, socket.gethostname()}
         app = build_app(speakers, board, sampling, seed=flags.seed, names=names, token=flags.token)

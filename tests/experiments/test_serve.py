@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,11 @@ from experiments.serving.board import Board
 from experiments.serving.preferences import PreferenceFile
 from experiments.serving.speaker import held_back
 from jaxllm.config import run_script
+from jaxllm.errors import ConfigError
+from jaxllm.rollout.engine import Busy
 from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.training.checkpoint import find_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SAMPLING = SamplingConfig(temperature=1.0, top_k=None, top_p=None, min_p=None, max_new_tokens=12)
@@ -122,7 +126,7 @@ def serving(speakers, path, *, prompts=(), raters_per_pair=1, token=None, sampli
 
 @pytest.fixture(scope="session")
 def speaker(chat_model):
-    made = serve.load_speaker(str(chat_model), 8)
+    made = serve.load_speaker(str(chat_model), find_checkpoint(chat_model), 8)
     yield made
     made.engine.close()
 
@@ -308,6 +312,33 @@ def test_who_goes_away_frees_the_row(speaker, tmp_path, stream):
         connection.close()
         assert slow.engine.cancelled.wait(20)
         slow.engine.go_on.set()
+
+
+class Narrow:
+    """An engine with room for one request, to which it says nothing."""
+
+    def __init__(self):
+        self.taken, self.cancelled = False, threading.Event()
+
+    def submit(self, prompt, *, sampling, seed, say):
+        if self.taken:
+            raise Busy("try again in a moment")
+        self.taken = True
+        return self
+
+    def cancel(self):
+        self.cancelled.set()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/chat/completions", {**ASK, "n": 2}), ("/api/next", {"rater": "ann", "prompt": "Well?"})],
+)
+def test_where_one_answer_is_refused_the_others_are_not_written(speaker, tmp_path, path, body):
+    engine = Narrow()
+    with serving([speaker._replace(engine=engine)], tmp_path / "a.jsonl") as client:
+        assert client.post(path, body)[0] == 503
+        assert engine.cancelled.wait(20)
 
 
 # Comparisons
@@ -551,6 +582,40 @@ def test_what_cannot_be_served_is_refused_in_one_line(flags, message, capsys, mo
     code = run_script(serve.main, None, serve.define_flags, ["serve.py", *checkpoint, *flags])
     (line,) = capsys.readouterr().err.splitlines()
     assert (code, message in line) == (78, True), line
+
+
+@pytest.fixture
+def start(chat_model, monkeypatch, tmp_path, capsys):
+    """(checkpoint, load) -> what a start with chat_model and another checkpoint says; `load` loads them."""
+
+    def start(other, load):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(serve, "load_speaker", load)
+        arguments = ["serve.py", f"--checkpoint={chat_model},{other}", "--port=0"]
+        assert run_script(serve.main, None, serve.define_flags, arguments) > 0
+        return capsys.readouterr().err
+
+    return start
+
+
+def test_a_checkpoint_that_is_not_there_is_named_before_any_is_loaded(start):
+    loaded = []
+    assert "runs/none does not exist" in start("runs/none", lambda *given: loaded.append(given))
+    assert loaded == []
+
+
+def test_an_engine_is_closed_where_the_next_checkpoint_cannot_be_loaded(start, chat_model, tmp_path):
+    other, load, threads = shutil.copytree(chat_model, tmp_path / "other"), serve.load_speaker, []
+
+    def load_one(name, *given):
+        if name == str(other):
+            raise ConfigError("cannot be loaded")
+        speaker = load(name, *given)
+        threads.append(speaker.engine._thread)
+        return speaker
+
+    assert "cannot be loaded" in start(other, load_one)
+    assert not threads[0].is_alive(), "a process that ends while its threads compile aborts"
 
 
 def test_a_missing_extra_is_one_line_with_the_command(monkeypatch, capsys):

@@ -7,6 +7,7 @@ from test_serve import QUESTIONS, ROOT, parrot, serving
 
 from experiments import serve
 from experiments.loading import load_checkpoint
+from jaxllm.training.checkpoint import find_checkpoint
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
@@ -88,7 +89,7 @@ class Page:
 
 @pytest.fixture(scope="module")
 def speaker(chat_model):
-    made = serve.load_speaker(str(chat_model), 8)
+    made = serve.load_speaker(str(chat_model), find_checkpoint(chat_model), 8)
     yield made
     made.engine.close()
 
