@@ -18,7 +18,7 @@ from experiments.serving.comparing import Comparing
 from experiments.serving.errors import ApiError, AsciiJSONResponse
 from experiments.serving.guard import COOKIE, Guard, cookie_of, same
 from experiments.serving.preferences import CHOICES
-from experiments.serving.speaker import Speaker
+from experiments.serving.speaker import Speaker, together
 from jaxllm.rollout.sampling import SamplingConfig
 
 MAX_BODY = 1 << 20  # bytes
@@ -96,9 +96,7 @@ class Calls:
             pieces = speaker.say(prompt, asked.sampling, asked.seed, asked.stop)
             return StreamingResponse(completions.events(asked, pieces), media_type="text/event-stream")
         seeds = [(asked.seed + i) % 2**32 for i in range(asked.n)]
-        answers = asyncio.gather(
-            *(speaker.answer(prompt, asked.sampling, seed, asked.stop) for seed in seeds)
-        )
+        answers = together(speaker.answer(prompt, asked.sampling, seed, asked.stop) for seed in seeds)
         return AsciiJSONResponse(completions.response(asked, await while_connected(request, answers)))
 
     async def login(self, request: Request) -> Response:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from experiments.serving.board import Board, Comparison, Messages, Offer
 from experiments.serving.errors import ApiError
-from experiments.serving.speaker import Speaker
+from experiments.serving.speaker import Speaker, together
 from jaxllm.data.sources import BadRow
 from jaxllm.rollout.sampling import SamplingConfig
 
@@ -73,11 +73,9 @@ class Comparing:
             speakers = self._random.sample(self.speakers, 2) if len(self.speakers) > 1 else self.speakers * 2
             seeds = [self._random.getrandbits(32) for _ in speakers]
             limit = self.sampling.max_new_tokens
-            said = await asyncio.gather(
-                *(
-                    speaker.answer(speaker.prompt(prompt, limit), self.sampling, seed)
-                    for speaker, seed in zip(speakers, seeds, strict=True)
-                )
+            said = await together(
+                speaker.answer(speaker.prompt(prompt, limit), self.sampling, seed)
+                for speaker, seed in zip(speakers, seeds, strict=True)
             )
             answers = [each.text.strip() for each in said]
             if answers[0] != answers[1] and all(

@@ -1,7 +1,7 @@
 """A checkpoint that answers: messages in, text out as it is said."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, NamedTuple
 
@@ -109,6 +109,16 @@ class Speaker(NamedTuple):
                     told, counted = max(told, len(text)), len(tokens)
         finally:
             request.cancel()
+
+
+async def together(answers: Iterable[Coroutine[Any, Any, Said]]) -> list[Said]:
+    """All of them; where one fails the others are ended, and its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(answer) for answer in answers]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def held_back(text: str, stop: Sequence[str]) -> int:
