@@ -108,7 +108,7 @@ async function* pieces(response) {
 }
 
 // Asks for an answer, forgetting the oldest exchanges where the model cannot read so much.
-async function ask(signal) {
+async function ask(conversation, signal) {
   for (let forgotten = 0; ; forgotten += 2) {
     try {
       const response = await call("/v1/chat/completions", { model: $("model").value, messages: conversation, stream: true }, signal);
@@ -123,21 +123,22 @@ async function ask(signal) {
 
 const say = guarded(async (text) => {
   const list = $("messages");
+  const mine = conversation; // "New conversation" begins another, even while the answer is coming
   const asked = message("user", text);
   const answer = message("assistant writing", "");
   list.append(asked, answer);
-  conversation.push({ role: "user", content: text });
+  mine.push({ role: "user", content: text });
   speaking = new AbortController();
   busy(true);
   follow();
   try {
-    for await (const piece of pieces(await ask(speaking.signal))) {
+    for await (const piece of pieces(await ask(mine, speaking.signal))) {
       answer.textContent += piece;
       follow();
     }
   } catch (error) {
     if (error.name !== "AbortError") {
-      conversation.pop();
+      mine.pop();
       asked.remove();
       answer.remove();
       $("text").value = text;
@@ -147,7 +148,7 @@ const say = guarded(async (text) => {
     busy(false);
     speaking = null;
   }
-  conversation.push({ role: "assistant", content: answer.textContent.trim() || "…" });
+  mine.push({ role: "assistant", content: answer.textContent.trim() || "…" });
   answer.className = "assistant";
   answer.append(Object.assign(document.createElement("small"), { textContent: $("model").value }));
 });
@@ -250,11 +251,14 @@ const undo = step(async () => {
 });
 
 const compareOwn = step(async (prompt) => {
+  const before = offer;
   show(null);
   $("waiting").textContent = "Two answers are being written…";
   const next = await json("/api/next", { rater: rater(), prompt }).catch((error) => {
     $("waiting").textContent = "";
+    show(before);
     $("own").value = prompt;
+    $("own").focus();
     throw error;
   });
   show(next.offer);

@@ -76,8 +76,10 @@ class Parrot:
         self.speaker, self.text = speaker, text
         self.begun, self.go_on, self.cancelled = (threading.Event() for _ in range(3))
         self.go_on.set()
+        self.asked = []
 
     def submit(self, prompt, *, sampling, seed, say):
+        self.asked.append(prompt)
         tokens = self.speaker.tokenizer.encode(f"{self.text} {seed}")
 
         def work():

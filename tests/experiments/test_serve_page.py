@@ -129,6 +129,35 @@ def test_an_answer_shows_as_it_is_said_and_can_be_stopped(page, speaker, tmp_pat
         slow.engine.go_on.set()
 
 
+def test_a_new_conversation_forgets_the_answer_that_was_coming(page, speaker, tmp_path):
+    slow = parrot(speaker, "Yes, one two three four five six.")
+    slow.engine.go_on.clear()
+    with serving([slow], tmp_path / "a.jsonl") as client:
+        page.open(client)
+        page.write("#text", "Well?\n")
+        page.wait(lambda: page.texts("#messages .writing") not in ([], [""]))
+        page.find("#reset").click()
+        page.wait(lambda: page.find("#send").is_displayed())
+        slow.engine.go_on.set()
+        page.say("And now?")
+        assert page.texts("#messages .user") == ["And now?"]
+        assert slow.engine.asked[-1] == speaker.template.prompt([{"role": "user", "content": "And now?"}])
+
+
+def test_a_prompt_that_cannot_be_compared_leaves_the_pair_to_be_judged(page, speaker, tmp_path):
+    with serving([speaker], tmp_path / "a.jsonl", prompts=QUESTIONS) as client:
+        page.open(client, "compare")
+        page.name("Ann")
+        shown = page.texts(".answer .said")
+        page.write("#own", "seven " * 99 + "\n")
+        page.wait(lambda: page.find("#error").is_displayed())
+        page.wait(lambda: page.texts(".answer .said") == shown)
+        assert page.find("#own").get_attribute("value").startswith("seven seven")
+        page.find("[data-choice=tie]").click()
+        page.wait(lambda: page.count.startswith("1 by you"))
+        assert client.rows[0]["answers"] == shown
+
+
 def test_what_a_model_says_is_text_and_no_html(page, speaker, tmp_path):
     with serving([parrot(speaker, HOSTILE)], tmp_path / "a.jsonl", prompts=QUESTIONS) as client:
         page.open(client)
