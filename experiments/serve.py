@@ -10,6 +10,7 @@ get in with --host=0.0.0.0 --token=SECRET; what they send is not encrypted, so f
 TLS before it. Ctrl-C ends it.
 """
 
+import contextlib
 import secrets
 import socket
 import sys
@@ -207,10 +208,9 @@ def run_server(app: Any, bound: socket.socket) -> None:
     import signal
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it again when it has ended
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # a background job has none: SIGINT is ignored there
         make_server(app).run(sockets=[bound])
-    except KeyboardInterrupt:
-        print("stopped")
+    print("stopped")
 
 
 if __name__ == "__main__":
