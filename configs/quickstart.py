@@ -94,12 +94,12 @@ def get_config(stage: str = "") -> ConfigDict:
     config.gates.max_new_tokens = 64
 
     # On 2 cores of a server.
-    config.expected_seconds.pretrain = 145.0
-    config.expected_seconds.sft = 125.0
-    config.expected_seconds.reward_model = 105.0
-    config.expected_seconds.ppo = 110.0
-    config.expected_seconds.dpo = 75.0
-    config.expected_seconds.worked = 50.0
-    config.expected_seconds.grpo = 205.0
-    config.expected_seconds.gates = 80.0
+    config.expected_seconds.pretrain = 128.0
+    config.expected_seconds.sft = 108.0
+    config.expected_seconds.reward_model = 93.0
+    config.expected_seconds.ppo = 105.0
+    config.expected_seconds.dpo = 57.0
+    config.expected_seconds.worked = 44.0
+    config.expected_seconds.grpo = 193.0
+    config.expected_seconds.gates = 61.0
     return pipeline.part(config, stage)
