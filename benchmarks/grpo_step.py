@@ -96,6 +96,7 @@ def make_config(flags: argparse.Namespace) -> grpo.Config:
     config.data.sequence_length = flags.prompt + flags.new
     config.data.batch_size = flags.prompts * flags.group
     config.rollout.prompts, config.rollout.group_size = flags.prompts, flags.group
+    config.rollout.minibatches = config.rollout.epochs = 1
     config.rollout.max_rows = flags.rows
     config.rollout.rescore = flags.rescore
     config.rollout.sampling.max_new_tokens = flags.new
