@@ -33,7 +33,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.ppo.training.steps = 1600
     config.ppo.rollout.prompts = 256
     config.ppo.rollout.max_rows = 256
-    config.ppo.training.num_microbatches = 8
+    config.ppo.training.num_microbatches = 16
     config.ppo.optimizer.learning_rate = 1e-5
 
     config.dpo.training.steps = 900
