@@ -10,6 +10,7 @@ prompts are printed, with their standard errors.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,8 +110,8 @@ def main(_: None, flags: "FlagValues") -> None:
     row = asking.answer_metrics(answers, flags.samples, "", kl)
     for name, value in row.items():
         if not name.endswith("_se"):
-            error = row[f"{name}_se"]  # NaN: of a single prompt nothing is known
-            print(f"{name} {value:.4g}" + (f" ± {error:.2g}" if error == error else ""))
+            error = row[f"{name}_se"]  # NaN where there is one prompt alone
+            print(f"{name} {value:.4g}" + (f" ± {error:.2g}" if not math.isnan(error) else ""))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,11 @@ def load_checkpoint(
     without --init_from begins with."""
     if path is None:
         raise ConfigError("--checkpoint=RUN_FOLDER is missing")
-    folder = find_checkpoint(path)
+    return load_folder(find_checkpoint(path), mesh, untrained=untrained)
+
+
+def load_folder(folder: Path, mesh: jax.sharding.Mesh | None = None, *, untrained: bool = False) -> Loaded:
+    """`load_checkpoint` of a step folder that `find_checkpoint` has found to be whole."""
     config = json.loads((folder / "config.json").read_text())
     build = build_scalar_model if config["stage"] == "reward_model" else build_model
     trained = parse(ModelConfig, config["model"], "model")

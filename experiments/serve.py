@@ -6,8 +6,8 @@ python experiments/train.py --config=configs/reward_model_pairs.py:1m --workdir=
     --init_from=runs/chat --config.data.train=preferences.jsonl
 
 Choices are added to preferences.jsonl, which reward models and DPO train on as it is. Others on the network
-get in with --host=0.0.0.0 --token=SECRET; what they send is not encrypted, so for strangers put a proxy with
-TLS before it. Ctrl-C ends it.
+get in with --host=0.0.0.0 --token=A_LONG_SECRET; what they send is not encrypted, so for strangers put a
+proxy with TLS before it. Ctrl-C ends it.
 """
 
 import contextlib
@@ -104,12 +104,12 @@ def bind(host: str, port: int) -> socket.socket:
 def load_speaker(name: str, folder: Path, rows: int) -> Any:
     """A checkpoint with its engine running, which is to be closed."""
     from experiments.answers import check_speaks
-    from experiments.loading import checkpoint_template, load_checkpoint
+    from experiments.loading import checkpoint_template, load_folder
     from experiments.serving.speaker import Speaker
     from jaxllm.rollout.engine import Engine
     from jaxllm.training.checkpoint import checkpoint_hash
 
-    loaded = check_speaks(load_checkpoint(str(folder)), f"--checkpoint={name}")
+    loaded = check_speaks(load_folder(folder), f"--checkpoint={name}")
     if loaded.stage == "pretrain":
         print(f"note: {name} is only pretrained and has not learnt to answer", file=sys.stderr)
     template = checkpoint_template(loaded)
@@ -152,8 +152,6 @@ def main(_: None, flags: "FlagValues") -> None:
     check_flags(flags)
     sampling = read_sampling(flags)
 
-    from contextlib import ExitStack
-
     from experiments.process import set_up_process
     from experiments.serving.app import build_app
     from experiments.serving.board import Board
@@ -161,7 +159,7 @@ def main(_: None, flags: "FlagValues") -> None:
     from jaxllm.training.checkpoint import find_checkpoint
 
     set_up_process()
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         bound = stack.enter_context(bind(flags.host, flags.port))
         file = PreferenceFile(Path(flags.preferences).expanduser())
         stack.callback(file.close)

@@ -139,14 +139,13 @@ def stage_comparison(stage: str, runs: Sequence[Run]) -> list[Block]:
 def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
     """Runs whose configs differ in the seed only, together. A seed that was run twice is no second seed."""
     groups: dict[tuple[str, int], list[Run]] = {}
-    repeats: Counter[str] = Counter()
+    repeats: Counter[tuple[str, str]] = Counter()
     for i, run in enumerate(runs):
-        # One without a config is like no other.
-        whole = json.dumps(run.config, sort_keys=True) if run.config else str(i)
-        others = {name: value for name, value in run.config.items() if name != "seed"}
-        key = json.dumps(others, sort_keys=True) if run.config else str(i)
-        groups.setdefault((key, repeats[whole]), []).append(run)
-        repeats[whole] += 1
+        config = run.config or {"unknown": i}  # one without a config is like no other
+        others = json.dumps({name: config[name] for name in config if name != "seed"}, sort_keys=True)
+        seed = (others, str(config.get("seed")))
+        groups.setdefault((others, repeats[seed]), []).append(run)
+        repeats[seed] += 1
     return list(groups.values())
 
 

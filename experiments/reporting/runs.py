@@ -208,8 +208,8 @@ def read_all(paths: list[Path]) -> list[Run | Pipeline]:
         elif any((folder / file).exists() for file in (*PIPELINE_FILES, "pretrain/run.json")):
             found.append(read_pipeline(folder, name))
         else:
-            inside = sorted(path.parent.name for path in folder.glob("*/run.json"))
-            inside += sorted(path.parent.name for path in folder.glob("*/pipeline.json"))
+            files = [file for name in ("run", "pipeline") for file in folder.glob(f"*/{name}.json")]
+            inside = sorted({file.parent.name for file in files})
             hint = f"; in it are {', '.join(inside)}" if inside else ""
             raise ConfigError(f"{folder} is no run: it has neither run.json nor pipeline.json{hint}")
     return found

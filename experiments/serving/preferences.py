@@ -17,8 +17,8 @@ class PreferenceFile:
     """Rows in the order of the file, which one process at a time may write.
 
     A row is appended and synced, so a machine that stops loses at most a row that nobody was promised: half a
-    line, which the next start cuts off. To take a row back the whole file is written anew and
-    renamed: a line that says "not that one" would mean nothing to a reward model.
+    line, which the next start cuts off. To take a row back the whole file is written anew and renamed: a line
+    that says "not that one" would mean nothing to a reward model.
     """
 
     def __init__(self, path: Path):

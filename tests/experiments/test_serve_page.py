@@ -1,6 +1,7 @@
 """The page in a browser: chat, choose, take back; and the file that comes of it trains a reward model."""
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 from test_serve import QUESTIONS, ROOT, parrot, serving
@@ -11,6 +12,7 @@ from jaxllm.training.checkpoint import find_checkpoint
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+SLOW_ANSWER = "Yes, one two three four five six."
 
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and shutil.which("chromedriver")), reason="needs chromium and chromedriver"
@@ -113,15 +115,22 @@ def test_a_chat_goes_on_and_begins_anew(page, speaker, tmp_path):
         assert page.find("#text").get_attribute("value").startswith("seven seven")
 
 
-def test_an_answer_shows_as_it_is_said_and_can_be_stopped(page, speaker, tmp_path):
-    slow = parrot(speaker, "Yes, one two three four five six.")
+@contextmanager
+def answering(page, speaker, path):
+    """A model in the middle of its answer to "Well?", which goes on when it is told to."""
+    slow = parrot(speaker, SLOW_ANSWER)
     slow.engine.go_on.clear()
-    with serving([slow], tmp_path / "a.jsonl") as client:
+    with serving([slow], path) as client:
         page.open(client)
         page.write("#text", "Well?\n")
         page.wait(lambda: page.texts("#messages .writing") not in ([], [""]))
+        yield slow
+
+
+def test_an_answer_shows_as_it_is_said_and_can_be_stopped(page, speaker, tmp_path):
+    with answering(page, speaker, tmp_path / "a.jsonl") as slow:
         begun = page.texts("#messages .writing")[0]
-        assert "Yes, one two three four five six.".startswith(begun)
+        assert SLOW_ANSWER.startswith(begun)
         page.find("#stop").click()
         page.wait(lambda: page.find("#send").is_displayed())
         assert slow.engine.cancelled.wait(20)
@@ -130,12 +139,7 @@ def test_an_answer_shows_as_it_is_said_and_can_be_stopped(page, speaker, tmp_pat
 
 
 def test_a_new_conversation_forgets_the_answer_that_was_coming(page, speaker, tmp_path):
-    slow = parrot(speaker, "Yes, one two three four five six.")
-    slow.engine.go_on.clear()
-    with serving([slow], tmp_path / "a.jsonl") as client:
-        page.open(client)
-        page.write("#text", "Well?\n")
-        page.wait(lambda: page.texts("#messages .writing") not in ([], [""]))
+    with answering(page, speaker, tmp_path / "a.jsonl") as slow:
         page.find("#reset").click()
         page.wait(lambda: page.find("#send").is_displayed())
         slow.engine.go_on.set()
