@@ -47,10 +47,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.peers import even_words, llama_config
 from benchmarks.rollout import our_runs
 from configs import grpo_problems
-from experiments.process import keep_freed_memory
-from experiments.program import Program
-from experiments.stages import grpo
-from experiments.weights import Start
+from jaxllm.runs.process import keep_freed_memory
+from jaxllm.runs.program import Program
+from jaxllm.stages import grpo
+from jaxllm.runs.weights import InitialWeights
 from jaxllm.config import load_config, parse
 from jaxllm.data.prompts import Prompts
 from jaxllm.data.rows import Dataset, Example
@@ -95,10 +95,10 @@ def make_config(flags: argparse.Namespace) -> grpo.Config:
     config.training.num_microbatches = flags.microbatches
     config.data.sequence_length = flags.prompt + flags.new
     config.data.batch_size = flags.prompts * flags.group
-    config.rollout.prompts, config.rollout.group_size = flags.prompts, flags.group
-    config.rollout.minibatches = config.rollout.epochs = 1
-    config.rollout.max_rows = flags.rows
-    config.rollout.rescore = flags.rescore
+    config.rollout.num_prompts, config.rollout.group_size = flags.prompts, flags.group
+    config.rollout.num_minibatches = config.rollout.epochs = 1
+    config.rollout.decode_batch_size = flags.rows
+    config.rollout.recompute_log_probs = flags.rescore
     config.rollout.sampling.max_new_tokens = flags.new
     config.reward.functions = (f"{REWARD}:{even_words.__name__}",)
     return parse(grpo.Config, config)
@@ -111,8 +111,8 @@ def our_steps(
     rows = [Example((ids,), (np.zeros(len(ids), bool),), "", "prompt", row={}) for ids in prompts]
     data = Dataset((Prompts(rows),), (), (), "", "", template=SimpleNamespace(stop_ids=stop_ids))
     state = program.fresh_state()
-    start = Start(None, "", lambda: state.params)
-    with closing(grpo.make_feed(program, data, Words(program.config.model.vocab_size), start)) as feed:
+    start = InitialWeights(None, "", lambda: state.params)
+    with closing(grpo.make_source(program, data, Words(program.config.model.vocab_size), start)) as feed:
         batches = feed.batches(state, lambda: None)
         for step in count(1):
             began, cpu_began = time.perf_counter(), time.process_time()
@@ -129,8 +129,8 @@ def generate_alone(
 ) -> Callable[[], float]:
     """Says as many answers and does nothing else: tokens a second."""
     rollout = config.rollout
-    runs = our_runs(config.model, rollout.group_size, rollout.max_rows, rollout.sampling.max_new_tokens)
-    asked = prompts[: rollout.prompts].tolist()
+    runs = our_runs(config.model, rollout.group_size, rollout.decode_batch_size, rollout.sampling.max_new_tokens)
+    asked = prompts[: rollout.num_prompts].tolist()
 
     def run() -> float:
         began = time.perf_counter()
@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="rows we decode at a time; TRL decodes all")
     parser.add_argument("--microbatches", type=int, default=8, help="pieces of an update")
     parser.add_argument(
-        "--rescore", action=argparse.BooleanOptionalAction, default=True, help="rollout.rescore"
+        "--rescore", action=argparse.BooleanOptionalAction, default=True, help="rollout.recompute_log_probs"
     )
     flags = parser.parse_args()
     keep_freed_memory()  # as experiments/train.py does; TRL is in the same process, and has it too

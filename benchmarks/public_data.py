@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.countdown import ROOT, easy_rows, worked_rows, write_rows
-from jaxllm.data.synthetic import split_of
+from jaxllm.toy_world import split_of
 
 TEXT, CHATS = ("tinystories_train.jsonl.gz", "gutenberg_train.jsonl.gz"), "alpaca_5000.jsonl.gz"
 PAIRS, COUNTDOWN = "hh_helpful_base_open.jsonl.gz", "countdown_tinyzero_train.jsonl.gz"
@@ -44,8 +44,8 @@ SETTINGS = {
     "ppo.training.steps": 64,
     "dpo.data.sequence_length": 512,
     "dpo.data.batch_size": 16,
-    "worked.training.steps": 400,
-    "worked.training.evaluate_every": 400,
+    "sft_reasoning.training.steps": 400,
+    "sft_reasoning.training.evaluate_every": 400,
     "grpo.data.sequence_length": 40,
     "grpo.reward.functions": ("countdown",),
     "grpo.rollout.sampling.max_new_tokens": 16,
@@ -83,7 +83,7 @@ def main() -> int:
         "data.chats": str(find(CHATS)),
         "data.pairs": write_rows(data / "pairs.jsonl", pairs(find(PAIRS), "train")),
         "gates.prompts": write_rows(data / "held_out_pairs.jsonl", pairs(find(PAIRS), "validation")),
-        "data.worked": write_rows(data / "worked.jsonl", worked_rows(20_000, taken)),
+        "data.solutions": write_rows(data / "worked.jsonl", worked_rows(20_000, taken)),
         "data.problems": problems,
     }
     command = [sys.executable, "experiments/pipeline.py", "--config=configs/quickstart.py"]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from absl.flags import FlagValues
     from ml_collections import ConfigDict
 
-    from experiments.train_config import TrainConfig
+    from jaxllm.runs.config import TrainConfig
 
 PEER_COMPILED = "transformers, torch.compile"
 
@@ -44,7 +44,7 @@ def define_flags(flag_values: "FlagValues") -> None:
 
 def config_class(config: "ConfigDict") -> type:
     """Late, since it imports jax."""
-    from experiments.program import find_stage
+    from jaxllm.runs.program import find_stage
 
     return find_stage(config.stage).Config
 
@@ -74,7 +74,7 @@ def our_step(config: "TrainConfig") -> Callable[[], None]:
     import jax
     import jax.numpy as jnp
 
-    from experiments.program import Program
+    from jaxllm.runs.program import Program
     from jaxllm.batches import TokenBatch
 
     program = Program(config)
@@ -126,7 +126,7 @@ def peer_steps(config: "TrainConfig") -> dict[str, Callable[[], None]]:
 
 def main(config: "TrainConfig", flags: "FlagValues") -> None:
     """Time all contestants in turn and print a table."""
-    from experiments.process import keep_freed_memory
+    from jaxllm.runs.process import keep_freed_memory
     from jaxllm.models.config import flops_per_token
 
     keep_freed_memory()  # as experiments/train.py does; the peer is in the same process, and has it too

@@ -9,7 +9,7 @@ Rows are as in configs/reward_model_pairs.py.
 
 from ml_collections import ConfigDict
 
-from configs import finetune
+from configs.base import finetune
 
 
 def get_config(size: str = "1m") -> ConfigDict:
@@ -19,7 +19,7 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.objective.beta = 0.1  # how far from the reference: small is far (Rafailov et al. 2023)
     config.objective.variant = "sigmoid"  # or robust, hinge, ipo, apo_zero, sppo
     config.objective.label_smoothing = 0.0  # share of the choices taken for wrong (sigmoid, robust)
-    config.objective.length_normalised = False  # ipo: log-probs a token, as TRL has it
+    config.objective.length_normalized = False  # ipo: log-probs a token, as TRL has it
     config.data.train = ("synthetic:preferences",)
     config.data.synthetic_rows = 4000
     config.data.sequence_length = 192  # every pair is padded to it; longer ones are left out

@@ -8,7 +8,7 @@ Rows have a `prompt` or `messages`, and whatever the rewards read, such as `answ
 
 from ml_collections import ConfigDict
 
-from configs import reinforcement
+from configs.base import reinforcement
 
 
 def get_config(size: str = "1m") -> ConfigDict:
@@ -28,9 +28,9 @@ def get_config(size: str = "1m") -> ConfigDict:
 
     config.data.train = ("synthetic:problems",)
     config.data.sequence_length = 256  # prompt and answer
-    config.rollout.prompts = 32
-    config.rollout.minibatches = 2
-    config.rollout.max_rows = 128
+    config.rollout.num_prompts = 32
+    config.rollout.num_minibatches = 2
+    config.rollout.decode_batch_size = 128
     config.reward.functions = ("math_answer",)
     config.reward.weights = (1.0,)
     return config

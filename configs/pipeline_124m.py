@@ -7,7 +7,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import pipeline
+from configs.base import pipeline
 
 
 def get_config(stage: str = "") -> ConfigDict:
@@ -31,8 +31,8 @@ def get_config(stage: str = "") -> ConfigDict:
     config.reward_model.optimizer.learning_rate = 3e-5
 
     config.ppo.training.steps = 1600
-    config.ppo.rollout.prompts = 256
-    config.ppo.rollout.max_rows = 256
+    config.ppo.rollout.num_prompts = 256
+    config.ppo.rollout.decode_batch_size = 256
     config.ppo.training.num_microbatches = 16
     config.ppo.optimizer.learning_rate = 1e-5
 
@@ -41,15 +41,15 @@ def get_config(stage: str = "") -> ConfigDict:
     config.dpo.training.num_microbatches = 8
     config.dpo.optimizer.learning_rate = 1e-5
 
-    config.worked.training.steps = 600
-    config.worked.data.batch_size = 32
-    config.worked.training.num_microbatches = 2
-    config.worked.optimizer.learning_rate = 1e-4
+    config.sft_reasoning.training.steps = 600
+    config.sft_reasoning.data.batch_size = 32
+    config.sft_reasoning.training.num_microbatches = 2
+    config.sft_reasoning.optimizer.learning_rate = 1e-4
 
     config.grpo.training.steps = 1000
-    config.grpo.rollout.prompts = 128
-    config.grpo.rollout.minibatches = 2
-    config.grpo.rollout.max_rows = 512
+    config.grpo.rollout.num_prompts = 128
+    config.grpo.rollout.num_minibatches = 2
+    config.grpo.rollout.decode_batch_size = 512
     config.grpo.training.num_microbatches = 16
     config.grpo.optimizer.learning_rate = 5e-6
     return pipeline.part(config, stage)

@@ -8,7 +8,7 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 and --config.model.attention=
 
 from ml_collections import ConfigDict
 
-from configs import pipeline
+from configs.base import pipeline
 
 
 def get_config(stage: str = "") -> ConfigDict:
@@ -33,9 +33,9 @@ def get_config(stage: str = "") -> ConfigDict:
     config.reward_model.optimizer.learning_rate = 1e-5
 
     config.ppo.training.steps = 1600
-    config.ppo.rollout.prompts = 512
-    config.ppo.rollout.max_rows = 512
-    config.ppo.rollout.gather = True
+    config.ppo.rollout.num_prompts = 512
+    config.ppo.rollout.decode_batch_size = 512
+    config.ppo.rollout.replicate_params = True
     config.ppo.training.num_microbatches = 4
     config.ppo.optimizer.learning_rate = 1e-6
 
@@ -43,14 +43,14 @@ def get_config(stage: str = "") -> ConfigDict:
     config.dpo.data.batch_size = 128
     config.dpo.optimizer.learning_rate = 1e-6
 
-    config.worked.training.steps = 200
-    config.worked.data.batch_size = 128
-    config.worked.optimizer.learning_rate = 2e-5
+    config.sft_reasoning.training.steps = 200
+    config.sft_reasoning.data.batch_size = 128
+    config.sft_reasoning.optimizer.learning_rate = 2e-5
 
     config.grpo.training.steps = 1000
-    config.grpo.rollout.prompts = 128
-    config.grpo.rollout.max_rows = 1024
-    config.grpo.rollout.gather = True
+    config.grpo.rollout.num_prompts = 128
+    config.grpo.rollout.decode_batch_size = 1024
+    config.grpo.rollout.replicate_params = True
     config.grpo.training.num_microbatches = 4
     config.grpo.optimizer.learning_rate = 1e-6
     return pipeline.part(config, stage)

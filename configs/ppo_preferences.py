@@ -8,7 +8,7 @@ Rows have a `prompt` or `messages`, or are the pairs that the reward model learn
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import reinforcement
+from configs.base import reinforcement
 
 
 def get_config(size: str = "1m") -> ConfigDict:
@@ -20,8 +20,8 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.objective.value_coefficient = 0.1
     config.objective.entropy_coefficient = 0.0
     config.objective.discount = 1.0
-    config.objective.lambda_ = 0.95  # of GAE
-    config.objective.whiten = True  # advantages
+    config.objective.gae_lambda = 0.95  # of GAE
+    config.objective.whiten_advantages = True  # advantages
     config.objective.kl_coefficient = 0.05  # reward that a nat away from the weights it begins with costs
     config.objective.kl_target = config_dict.placeholder(float)  # nats an answer to adapt it to, such as 6
     config.objective.kl_horizon = 2000.0  # answers in which the coefficient may change by the factor e
@@ -29,10 +29,10 @@ def get_config(size: str = "1m") -> ConfigDict:
 
     config.data.train = ("synthetic:preferences",)
     config.data.sequence_length = 144  # prompt and answer
-    config.rollout.prompts = 64
+    config.rollout.num_prompts = 64
     config.rollout.group_size = 1
     config.rollout.epochs = 4
-    config.rollout.minibatches = 2
+    config.rollout.num_minibatches = 2
     config.reward.model = "runs/reward"
-    config.reward.missing_stop = -1.0
+    config.reward.missing_eos_penalty = -1.0
     return config

@@ -10,7 +10,7 @@ shapes for a mesh (--config.mesh.fsdp=-1).
 
 from ml_collections import ConfigDict, config_dict
 
-from configs.models import model
+from configs.base.models import model
 
 # steps, sequences a step, tokens a sequence, learning rate
 RECIPES = {

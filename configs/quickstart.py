@@ -13,14 +13,14 @@ and one stage of it alone
 
 from ml_collections import ConfigDict
 
-from configs import pipeline
+from configs.base import pipeline
 
 
 def get_config(stage: str = "") -> ConfigDict:
     """configs/pipeline.py, with numbers for a model this small."""
     config = pipeline.base("1m")
     config.data.problems = ("synthetic:additions",)
-    config.data.worked = (*3 * ("synthetic:additions",), "synthetic:chats")  # or it forgets how to chat
+    config.data.solutions = (*3 * ("synthetic:additions",), "synthetic:chats")  # or it forgets how to chat
 
     config.pretrain.training.evaluate_every = config.pretrain.training.sample_every = 300
 
@@ -42,9 +42,9 @@ def get_config(stage: str = "") -> ConfigDict:
     config.reward_model.evaluation.max_rows = 1000
 
     config.ppo.objective.kl_coefficient = 0.05
-    config.ppo.rollout.prompts = 128
+    config.ppo.rollout.num_prompts = 128
     config.ppo.rollout.epochs = 2
-    config.ppo.rollout.minibatches = 4
+    config.ppo.rollout.num_minibatches = 4
     config.ppo.data.synthetic_rows = 4000
     config.ppo.data.sequence_length = 128
     config.ppo.training.num_microbatches = 2  # 1 takes 4.5 GB
@@ -63,21 +63,21 @@ def get_config(stage: str = "") -> ConfigDict:
     config.dpo.training.evaluate_at_start = False
     config.dpo.training.evaluate_every = 88
 
-    config.worked.data.sequence_length = 128
-    config.worked.data.synthetic_rows = 5000
-    config.worked.optimizer.learning_rate = 3e-3
-    config.worked.training.evaluate_at_start = False
-    config.worked.training.steps = 280
-    config.worked.training.evaluate_every = 20
-    config.worked.training.target = 0.025  # well before it can all: something is left to reason out
-    config.worked.training.checkpoint_every = config.worked.training.sample_every = 0
+    config.sft_reasoning.data.sequence_length = 128
+    config.sft_reasoning.data.synthetic_rows = 5000
+    config.sft_reasoning.optimizer.learning_rate = 3e-3
+    config.sft_reasoning.training.evaluate_at_start = False
+    config.sft_reasoning.training.steps = 280
+    config.sft_reasoning.training.evaluate_every = 20
+    config.sft_reasoning.training.target = 0.025  # well before it can all: something is left to reason out
+    config.sft_reasoning.training.checkpoint_every = config.sft_reasoning.training.sample_every = 0
 
     config.grpo.data.synthetic_rows = 6000
     config.grpo.data.sequence_length = 86
-    config.grpo.rollout.prompts = 64
-    config.grpo.rollout.minibatches = 8
-    config.grpo.rollout.max_rows = 256
-    config.grpo.rollout.rescore = False  # saves half a minute
+    config.grpo.rollout.num_prompts = 64
+    config.grpo.rollout.num_minibatches = 8
+    config.grpo.rollout.decode_batch_size = 256
+    config.grpo.rollout.recompute_log_probs = False  # saves half a minute
     config.grpo.rollout.sampling.max_new_tokens = 60
     config.grpo.sample.sampling.max_new_tokens = 60
     config.grpo.sample.group_size = 2
@@ -99,7 +99,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.expected_seconds.reward_model = 93.0
     config.expected_seconds.ppo = 105.0
     config.expected_seconds.dpo = 57.0
-    config.expected_seconds.worked = 44.0
+    config.expected_seconds.sft_reasoning = 44.0
     config.expected_seconds.grpo = 193.0
     config.expected_seconds.gates = 61.0
     return pipeline.part(config, stage)

@@ -9,7 +9,7 @@ Rows are `prompt`, `chosen`, `rejected` (texts or messages), transcripts as in h
 
 from ml_collections import ConfigDict
 
-from configs import finetune
+from configs.base import finetune
 
 
 def get_config(size: str = "1m") -> ConfigDict:

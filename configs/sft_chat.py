@@ -9,7 +9,7 @@ Rows are conversations (`messages`, ShareGPT's `conversations`), `prompt` and `c
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import finetune
+from configs.base import finetune
 
 
 def get_config(size: str = "1m") -> ConfigDict:
@@ -22,15 +22,15 @@ def get_config(size: str = "1m") -> ConfigDict:
 
     # Add a source of {"text": ...} rows or .txt files, with weights, to replay pretraining and forget less.
     config.data.train = ("synthetic:chats",)
-    config.data.learn = "assistant"  # its every turn; "last": its last turn; "all": every token
+    config.data.loss_on = "assistant"  # its every turn; "last": its last turn; "all": every token
     config.data.packing = True  # several conversations a row; they do not see each other
-    config.data.too_long = "drop"  # or "cut": what does not fit into sequence_length
+    config.data.overlong = "drop"  # or "truncate": what does not fit into sequence_length
 
     config.checkpoint.best_metric = "eval/loss"
 
     config.sample = ConfigDict()
     config.sample.prompts = ("What is an LLM?",)  # to answer
-    config.sample.held_out = 32  # held-out prompts to answer too; eval/stopped_fraction: how many answers end
+    config.sample.num_held_out = 32  # held-out prompts to answer too; eval/stopped_fraction: how many answers end
     config.sample.sampling = ConfigDict()
     config.sample.sampling.max_new_tokens = 200
     config.sample.sampling.temperature = 0.0  # greedy

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from experiments.sampling_flags import define_sampling_flags, read_sampling
+from jaxllm.command_line import define_sampling_flags, read_sampling
 from jaxllm.config import run_script
 from jaxllm.data.show import printable
 from jaxllm.errors import ConfigError
@@ -44,7 +44,7 @@ class Chat:
     def __init__(self, loaded: Any, sampling: Any, system: str | None, seed: int):
         import jax
 
-        from experiments.loading import checkpoint_template
+        from jaxllm.runs.checkpoints import checkpoint_template
 
         self.loaded, self.sampling, self.key = loaded, sampling, jax.random.key(seed)
         self.template = checkpoint_template(loaded)
@@ -117,8 +117,8 @@ class Chat:
 
 def main(_: None, flags: "FlagValues") -> None:
     """Read lines and answer them until the input ends."""
-    from experiments.loading import load_checkpoint
-    from experiments.process import set_up_process
+    from jaxllm.runs.checkpoints import load_checkpoint
+    from jaxllm.runs.process import set_up_process
 
     sampling = read_sampling(flags)
     set_up_process()

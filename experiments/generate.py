@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from experiments.sampling_flags import define_sampling_flags, read_sampling
+from jaxllm.command_line import define_sampling_flags, read_sampling
 from jaxllm.config import run_script
 from jaxllm.errors import ConfigError
 
@@ -38,8 +38,8 @@ def main(_: None, flags: "FlagValues") -> None:
         raise ConfigError(f"--num_samples={flags.num_samples} must be at least 1")
     import jax
 
-    from experiments.loading import load_checkpoint
-    from experiments.process import set_up_process
+    from jaxllm.runs.checkpoints import load_checkpoint
+    from jaxllm.runs.process import set_up_process
     from jaxllm.rollout.generate import generate
 
     sampling = read_sampling(flags)

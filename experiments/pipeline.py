@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from experiments.lock import locked
+from jaxllm.files import locked
 from jaxllm.config import as_dict, differences, load_config, parse, run_script
 from jaxllm.errors import ConfigError, DataError, RunError, Stopped
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from absl.flags import FlagValues
     from ml_collections import ConfigDict
 
-    from experiments.pipeline_config import PipelineConfig
+    from jaxllm.pipeline.config import PipelineConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,7 +47,7 @@ HEADLINES = {
     "reward_model": "eval/accuracy",
     "ppo": "eval/reward/model",
     "dpo": "eval/rewards/accuracies",
-    "worked": "eval/loss",
+    "sft_reasoning": "eval/loss",
     "grpo": "eval/sampled_pass@1",
 }
 
@@ -62,7 +62,7 @@ def define_flags(flag_values: "FlagValues") -> None:
 
 def config_class(config: "ConfigDict") -> type:
     """The pipeline's dataclass. Late, since it imports jax."""
-    from experiments.pipeline_config import PipelineConfig
+    from jaxllm.pipeline.config import PipelineConfig
 
     if "gates" not in config:
         raise ConfigError("the config file is of one stage: run it with experiments/train.py")
@@ -111,7 +111,7 @@ def check_sources(config: "PipelineConfig") -> None:
 
 def conclude(folder: Path, record: "Record") -> int:
     """Write the report and say which gates were passed; the exit code."""
-    from experiments.reporting import write_report
+    from jaxllm.report import write_report
 
     gates = json.loads((folder / "gates.json").read_text())
     marks = {True: "passed", False: "FAILED", None: "not measured"}
@@ -125,10 +125,10 @@ def conclude(folder: Path, record: "Record") -> int:
 
 def dry_run(config: "PipelineConfig") -> int:
     """Compile the train step of every stage, and say what it takes."""
-    from experiments.pipeline_config import PARENTS
-    from experiments.process import set_up_process
-    from experiments.program import Program
-    from experiments.program import dry_run as compile_stage
+    from jaxllm.pipeline.config import PARENTS
+    from jaxllm.runs.process import set_up_process
+    from jaxllm.runs.program import Program
+    from jaxllm.runs.program import dry_run as compile_stage
 
     set_up_process()
     for name in PARENTS:
@@ -141,7 +141,7 @@ def dry_run(config: "PipelineConfig") -> int:
 
 def stage_commands(config: "PipelineConfig", config_file: str, workdir: str) -> dict[str, list[str]]:
     """The command of each stage, with what differs from the config file as flags."""
-    from experiments.pipeline_config import PARENTS, PipelineConfig
+    from jaxllm.pipeline.config import PARENTS, PipelineConfig
 
     plain = as_dict(parse(PipelineConfig, load_config(config_file)))
     changed = differences(plain, as_dict(config))
@@ -272,7 +272,7 @@ class Record:
 
     def add(self, name: str, command: Sequence[str], seconds: float, memory: int) -> None:
         """A stage that is over."""
-        from experiments.pipeline_config import PARENTS
+        from jaxllm.pipeline.config import PARENTS
         from jaxllm.training.checkpoint import to_json, write_file
 
         stage = {"name": name, "workdir": name, "parent": PARENTS.get(name), "command": shown(command)}

@@ -34,7 +34,7 @@ def define_flags(flag_values: "FlagValues") -> None:
 
 def main(_: None, flags: "FlagValues") -> None:
     """Write the report and say where it is."""
-    from experiments.reporting import write_report
+    from jaxllm.report import write_report
 
     if not flags.run:
         raise ConfigError("give a run's folder, or several: python experiments/report.py runs/quickstart")

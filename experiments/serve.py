@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from experiments.sampling_flags import define_sampling_flags, read_sampling
+from jaxllm.command_line import define_sampling_flags, read_sampling
 from jaxllm.config import run_script
 from jaxllm.errors import ConfigError
 
@@ -103,9 +103,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 def load_speaker(name: str, folder: Path, rows: int) -> Any:
     """A checkpoint with its engine running, which is to be closed."""
-    from experiments.answers import check_speaks
-    from experiments.loading import checkpoint_template, load_folder
-    from experiments.serving.speaker import Speaker
+    from jaxllm.evaluation.completions import check_speaks
+    from jaxllm.runs.checkpoints import checkpoint_template, load_folder
+    from jaxllm.serve.speaker import ServedModel
     from jaxllm.rollout.engine import Engine
     from jaxllm.training.checkpoint import checkpoint_hash
 
@@ -113,7 +113,7 @@ def load_speaker(name: str, folder: Path, rows: int) -> Any:
     if loaded.stage == "pretrain":
         print(f"note: {name} is only pretrained and has not learnt to answer", file=sys.stderr)
     template = checkpoint_template(loaded)
-    return Speaker(
+    return ServedModel(
         name,
         {"path": str(loaded.folder), "hash": checkpoint_hash(loaded.folder)},
         Engine(loaded.model, loaded.params, stop_ids=template.stop_ids, rows=rows),
@@ -133,7 +133,7 @@ def warm_up(speaker: Any) -> None:
 
 def read_prompts(flags: "FlagValues") -> list[list[dict[str, str]]]:
     """The messages of each prompt of --prompts; rows without one are named on stderr."""
-    from experiments.answers import read_questions
+    from jaxllm.evaluation.completions import read_questions
 
     if flags.prompts is None:
         return []
@@ -152,10 +152,10 @@ def main(_: None, flags: "FlagValues") -> None:
     check_flags(flags)
     sampling = read_sampling(flags)
 
-    from experiments.process import set_up_process
-    from experiments.serving.app import build_app
-    from experiments.serving.board import Board
-    from experiments.serving.preferences import PreferenceFile
+    from jaxllm.runs.process import set_up_process
+    from jaxllm.serve.app import build_app
+    from jaxllm.serve.board import ComparisonQueue
+    from jaxllm.serve.preferences import PreferenceFile
     from jaxllm.training.checkpoint import find_checkpoint
 
     set_up_process()
@@ -165,7 +165,7 @@ def main(_: None, flags: "FlagValues") -> None:
         stack.callback(file.close)
         if file.cut_off:
             print(f"cut off a last line that was never finished: {file.cut_off[:60]!r}...", file=sys.stderr)
-        board = Board(file, read_prompts(flags), flags.raters_per_pair)
+        board = ComparisonQueue(file, read_prompts(flags), flags.raters_per_pair)
         folders = {name: find_checkpoint(name) for name in flags.checkpoint}  # all, before any is loaded
         speakers = {}
         for name, folder in folders.items():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from absl.flags import FlagValues
     from ml_collections import ConfigDict
 
-    from experiments.train_config import TrainConfig
+    from jaxllm.runs.config import TrainConfig
 
 
 def define_flags(flag_values: "FlagValues") -> None:
@@ -37,16 +37,16 @@ def define_flags(flag_values: "FlagValues") -> None:
 
 def config_class(config: "ConfigDict") -> type:
     """What the stage of the config file is configured by. Late, since it imports jax."""
-    from experiments.program import find_stage
+    from jaxllm.runs.program import find_stage
 
     return find_stage(config.stage).Config
 
 
 def main(config: "TrainConfig", flags: "FlagValues") -> None:
     """Train, or say what training would take."""
-    from experiments.process import set_up_process
-    from experiments.program import Program, dry_run
-    from experiments.run import train
+    from jaxllm.runs.process import set_up_process
+    from jaxllm.runs.program import Program, dry_run
+    from jaxllm.runs.train import train
 
     if flags.dry_run:
         set_up_process()

@@ -257,7 +257,7 @@ def load_config(file_and_argument: str) -> "ConfigDict":
         raise ConfigError(f"config file {file}: no such Python file{did_you_mean(path.name, beside)}")
     root = str(Path(__file__).parents[1])
     if root not in sys.path:
-        sys.path.append(root)  # so that a config file anywhere can `from configs.models import ...`
+        sys.path.append(root)  # so that a config file anywhere can `from configs.base.models import ...`
     try:
         spec = importlib.util.spec_from_file_location("config_file", path)
         module = importlib.util.module_from_spec(spec)

@@ -9,8 +9,8 @@ import jax
 import pytest
 from test_resume import read_all
 
-from experiments import run as run_module
-from experiments.program import Program, find_stage
+from jaxllm.runs import train as run_module
+from jaxllm.runs.program import Program, find_stage
 from jaxllm.config import load_config, override, parse
 from jaxllm.training.checkpoint import find_checkpoint
 from jaxllm.training.metrics import read_metrics
@@ -46,10 +46,10 @@ STAGES = {
 }
 ROLLOUTS = {  # 4 iterations of 2 updates on 16 answers
     "data.batch_size": 8,
-    "rollout.prompts": 4,
+    "rollout.num_prompts": 4,
     "rollout.group_size": 4,
     "rollout.epochs": 1,
-    "rollout.minibatches": 2,
+    "rollout.num_minibatches": 2,
     "rollout.sampling.max_new_tokens": 6,
     "sample.sampling.max_new_tokens": 6,
     "training.steps": 8,

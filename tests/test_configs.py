@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs.models import SHAPES
-from experiments.pipeline_config import PARENTS, PipelineConfig
-from experiments.program import Program, find_stage
-from experiments.train_config import MAY_DIFFER
+from configs.base.models import SHAPES
+from jaxllm.pipeline.config import PARENTS, PipelineConfig
+from jaxllm.runs.program import Program, find_stage
+from jaxllm.runs.config import MAY_DIFFER
 from jaxllm.config import as_dict, load_config, override, parse
 from jaxllm.errors import ConfigError
 from jaxllm.training.metrics import parameter_count
@@ -80,7 +80,7 @@ def test_every_stage_of_a_pipeline_builds_and_is_found_by_name(name):
     for stage in PARENTS:
         assert load(f"{name}:{stage}") == getattr(whole, stage)
         program = Program(load(f"{name}:{stage}", model__attention="xla"), jax.devices()[: PIPELINES[name]])
-        assert program.stage.__name__.endswith("sft" if stage == "worked" else stage)
+        assert program.stage.__name__.endswith("sft" if stage == "sft_reasoning" else stage)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -140,8 +140,8 @@ def test_flash_attention_is_refused_before_compiling_where_it_does_not_run(atten
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("sft_chat.py", {"data__learn": "user"}, "data.learn='user': choose one of assistant, last, all"),
-        ("sft_chat.py", {"data__too_long": "keep"}, "data.too_long='keep': choose one of drop, cut"),
+        ("sft_chat.py", {"data__loss_on": "user"}, "data.loss_on='user': choose one of assistant, last, all"),
+        ("sft_chat.py", {"data__overlong": "keep"}, "data.overlong='keep': choose one of drop, truncate"),
         ("sft_chat.py", {"data__rename": "question"}, "data.rename has 'question': write THEIRS=OURS"),
         ("sft_chat.py", {"objective__dft": "true", "objective__z_loss": "1e-4"}, "set objective.z_loss=0"),
         ("sft_chat.py", {"objective__neftune_alpha": "-5"}, "neftune_alpha=-5.0 must not be negative"),
@@ -176,7 +176,7 @@ def test_flash_attention_is_refused_before_compiling_where_it_does_not_run(atten
         (
             "dpo_pairs.py",
             {"objective__length_normalised": "true"},
-            "objective.length_normalised has no meaning in variant 'sigmoid'",
+            "objective.length_normalized has no meaning in variant 'sigmoid'",
         ),
         (
             "dpo_pairs.py",

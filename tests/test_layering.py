@@ -16,7 +16,7 @@ LAYERS = {
     "jaxllm.config": 0,
     "jaxllm.losses": 0,
     "jaxllm.models": 1,
-    "jaxllm.sharding": 1,
+    "jaxllm.parallel.sharding": 1,
     "jaxllm.rewards": 1,
     "jaxllm.data": 1,
     "jaxllm.objectives": 2,

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from rl_runs import arrays_of, checkpoint_of, make_config, make_policy, metadata_of, rows_of, run
 
-from experiments.loading import load_checkpoint
-from experiments.program import Program
-from experiments.stages import ppo
+from jaxllm.runs.checkpoints import load_checkpoint
+from jaxllm.runs.program import Program
+from jaxllm.stages import ppo
 from jaxllm.errors import ConfigError
 
 TARGET, HORIZON = 0.05, 100.0  # of the KL
@@ -32,7 +32,7 @@ def configure(folder, **changes):
     usual = {
         "data__train": folder / "prompts.jsonl",
         "rollout__group_size": 1,
-        "rollout__prompts": 16,
+        "rollout__num_prompts": 16,
         "reward__model": folder / "reward",
         "reward__functions": f"{folder}/mine.py:vowels",
         "reward__weights": 0.0,
@@ -64,7 +64,7 @@ def test_nothing_is_learnt_before_the_first_update_of_a_rollout(folder, tmp_path
         return batch, row
 
     monkeypatch.setattr(ppo.ActorCriticRollouts, "worth", recorded)
-    once = {"rollout__prompts": 8, "rollout__minibatches": 1, "objective__kl_target": None}
+    once = {"rollout__num_prompts": 8, "rollout__num_minibatches": 1, "objective__kl_target": None}
     every = {f"training__{name}_every": 1 for name in ("log", "evaluate", "checkpoint")}
     config = configure(folder, **once, **every, objective__critic_warmup=0, training__steps=3)
     rows = rows_of(run(config, tmp_path / "r", init_from=folder / "policy"))
@@ -117,8 +117,8 @@ def test_only_the_critic_learns_during_its_warm_up(folder, whole):
 
 
 def test_the_reference_stays_what_the_run_began_with(folder, tmp_path, monkeypatch):
-    feeds, make_feed = [], ppo.make_feed
-    monkeypatch.setattr(ppo, "make_feed", lambda *args: feeds.append(make_feed(*args)) or feeds[-1])
+    feeds, make_source = [], ppo.make_source
+    monkeypatch.setattr(ppo, "make_source", lambda *args: feeds.append(make_source(*args)) or feeds[-1])
     run(configure(folder, objective__critic_warmup=0, training__steps=4), tmp_path / "r",
         init_from=folder / "policy")  # fmt: skip
     begun = load_checkpoint(folder / "policy").params
@@ -213,7 +213,7 @@ def test_a_mesh_measures_the_same(folder, whole, tmp_path):
         ({"reward__functions": (), "reward__weights": (), "reward__model": None}, "both empty: name one"),
         ({"reward__functions": "length,a.py:length", "reward__weights": "1,1"}, "two of the name 'length'"),
         ({"reward__functions": "a.py:model"}, "two of the name 'model'"),
-        ({"reward__missing_stop": 1.0}, r"reward.missing_stop=1.0 must not pay for going on: 0 or less"),
+        ({"reward__missing_stop": 1.0}, r"reward.missing_eos_penalty=1.0 must not pay for going on: 0 or less"),
         ({"objective__entropy_coefficient": 0.1}, r"objective.entropy_coefficient=0.1 would move the policy"),
         ({"optimizer__weight_decay": 0.1}, r"optimizer.weight_decay=0.1 would move .*critic_warmup=0"),
         ({"objective__kl_target": 0.0}, r"objective.kl_target=0.0 must be above 0, or none"),
@@ -234,7 +234,7 @@ def test_a_reward_model_that_does_not_fit_is_refused_with_the_mend(folder, tmp_p
     refused("policy", "is of stage sft, not a reward model")
     never = {"training__evaluate_every": 0, "training__steps": 2, "checkpoint__best_metric": None}
     train_reward_model(folder, "unmeasured", **never)
-    refused("unmeasured", r"without an evaluation.*set reward.normalise=False")
+    refused("unmeasured", r"without an evaluation.*set reward.normalize=False")
     train_reward_model(folder, "foreign", init_from=None)
     refused("foreign", "another tokenizer than the policy: train it from the same model")
     larger = {"model__num_layers": 2, "tokenizer__path": folder / "policy" / "tokenizer.model"}

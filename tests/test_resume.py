@@ -37,7 +37,7 @@ OVERRIDES = {
 }
 STAGE_OVERRIDES = {
     "pretrain": {"data.sequence_length": 32, "sample.sampling.max_new_tokens": 4},
-    "sft": {"data.sequence_length": 64, "sample.sampling.max_new_tokens": 4, "sample.held_out": 4},
+    "sft": {"data.sequence_length": 64, "sample.sampling.max_new_tokens": 4, "sample.num_held_out": 4},
     "reward_model": {"data.sequence_length": 64, "data.batch_size": 8},
     "dpo": {"data.sequence_length": 64, "data.batch_size": 8},
 }

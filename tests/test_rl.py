@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from rl_runs import arrays_of, make_config, make_policy, metadata_of, rows_of, run
 
-from experiments import rollouts
-from experiments.rollouts import Rollout
-from experiments.stages import grpo
+from jaxllm.rl import rollouts
+from jaxllm.rl.rollouts import Rollout
+from jaxllm.stages import grpo
 from jaxllm.errors import ConfigError
 
 REWARDS = """
@@ -56,7 +56,7 @@ def whole(folder):
 
 
 def test_the_first_update_of_a_rollout_has_the_ratio_1_and_sampler_and_trainer_agree(folder, tmp_path):
-    changes = {"rollout__prompts": 2, "rollout__minibatches": 1, "training__steps": 2}
+    changes = {"rollout__num_prompts": 2, "rollout__num_minibatches": 1, "training__steps": 2}
     changes |= {f"training__{name}_every": 1 for name in ("log", "evaluate", "checkpoint")}
     rows = rows_of(learn(folder, tmp_path / "r", **changes))
     for step in (1, 2):
@@ -121,7 +121,7 @@ def answers(rewards, lengths):
 
 def test_an_answer_further_from_the_reference_is_worth_less(folder):
     kl = np.float32([[0.3, 0.1, 0, 0], [0, 0, 0, 0], [0.1, 0.1, 0.2, -0.4], [0, 0, 0, 0]])
-    rollout, group = answers([1, 1, 0, 1], [2, 3, 4, 1]), {"rollout__group_size": 2, "rollout__prompts": 8}
+    rollout, group = answers([1, 1, 0, 1], [2, 3, 4, 1]), {"rollout__group_size": 2, "rollout__num_prompts": 8}
     in_reward = {"objective__kl_in": "reward", "objective__kl_coefficient": 0.5}
     scale = {"objective__advantage_scale": "none"}
     found = grpo.advantages(configure(folder, **group, **in_reward, **scale), rollout, kl)
@@ -151,7 +151,7 @@ def test_reinforce_plus_plus_whitens_what_comes_of_every_token(folder):
 
 
 def test_importance_weights_reach_the_loss(folder, tmp_path, monkeypatch):
-    changes = {"rollout__importance": "token", "rollout__dtype": "bfloat16", "training__steps": 2}
+    changes = {"rollout__importance_sampling": "token", "rollout__dtype": "bfloat16", "training__steps": 2}
     changes |= {"training__evaluate_every": 0, "training__checkpoint_every": 0}
     row = rows_of(learn(folder, tmp_path / "r", **changes))[2]
     assert 1e-4 < row["sampler/log_prob_difference_mean"] < 0.1
@@ -164,7 +164,7 @@ def test_importance_weights_reach_the_loss(folder, tmp_path, monkeypatch):
 def test_the_sampler_may_be_taken_at_its_word_after_the_first_rollout(folder, tmp_path):
     changes = {"training__steps": 4, "training__evaluate_every": 0, "training__checkpoint_every": 0}
     recomputed = rows_of(learn(folder, tmp_path / "recomputed", **changes))
-    believed = rows_of(learn(folder, tmp_path / "believed", **changes, rollout__rescore=False))
+    believed = rows_of(learn(folder, tmp_path / "believed", **changes, rollout__recompute_log_probs=False))
     assert believed[2]["sampler/log_prob_difference_mean"] < 1e-5
     assert recomputed[4]["sampler/log_prob_difference_mean"] < 1e-5
     assert "sampler/log_prob_difference_mean" not in believed[4]
@@ -176,7 +176,7 @@ def test_the_sampler_may_be_taken_at_its_word_after_the_first_rollout(folder, tm
 def test_groups_without_signal_are_replaced(folder, tmp_path):
     changes = {"reward": "more.py:of_odd", "training__evaluate_at_start": False, "training__sample_every": 2}
     left = learn(folder, tmp_path / "left", **changes)
-    refilled = learn(folder, tmp_path / "refilled", **changes, rollout__refills=9)
+    refilled = learn(folder, tmp_path / "refilled", **changes, rollout__max_resamples=9)
     assert max(row["reward/zero_std_fraction"] for row in rows_of(left).values()) > 0.2
     assert {row["reward/zero_std_fraction"] for row in rows_of(refilled).values()} == {0.0}
     assert metadata_of(refilled)["prompts_consumed"] > metadata_of(left)["prompts_consumed"] == 16
@@ -233,7 +233,7 @@ def test_every_row_has_the_rollout_of_its_own_step(folder, tmp_path):
 def test_a_mesh_gives_the_same_answers_and_the_same_parameters(folder, tmp_path):
     changes = {"optimizer__epsilon": 1e-3, "training__steps": 4, "training__sample_every": 2}
     split = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "devices": 8}
-    kinds = {"one": {}, "split": split, "gathered": split | {"rollout__gather": True}}
+    kinds = {"one": {}, "split": split, "gathered": split | {"rollout__replicate_params": True}}
     runs = [learn(folder, tmp_path / name, **changes, **kind) for name, kind in kinds.items()]
     for step in (2, 4):
         (text,) = {(workdir / "samples" / f"{step}.txt").read_text() for workdir in runs}
@@ -252,7 +252,7 @@ def test_a_mesh_gives_the_same_answers_and_the_same_parameters(folder, tmp_path)
     ("changes", "message"),
     [
         ({"rollout__group_size": 1}, r"rollout.group_size=1: answers are compared with others"),
-        ({"rollout__minibatches": 3}, r"= 16 does not divide into rollout.minibatches=3: make it 15 or 18"),
+        ({"rollout__num_minibatches": 3}, r"= 16 does not divide into rollout.num_minibatches=3: make it 15 or 18"),
         ({"data__batch_size": 4}, r"data.batch_size=4 must be .* = 8"),
         ({"training__steps": 7}, r"training.steps=7 must be a multiple of .* = 2: use 6 or 8"),
         ({"rollout__sampling__temperature": 0}, "a greedy policy does not explore"),
@@ -262,10 +262,10 @@ def test_a_mesh_gives_the_same_answers_and_the_same_parameters(folder, tmp_path)
         ({"objective__variant": "ppo"}, "objective.variant='ppo': choose one of grpo, dr_grpo"),
         ({"reward": "more.py:evne"}, r"more.py: no function 'evne'.*did you mean 'even'"),
         ({"objective__kl_in": "advantage"}, "objective.kl_in='advantage': choose one of loss, reward"),
-        ({"rollout__importance": "row"}, "rollout.importance='row': choose token, sequence or none"),
+        ({"rollout__importance_sampling": "row"}, "rollout.importance_sampling='row': choose token, sequence or none"),
         ({"rollout__dtype": "float16"}, "rollout.dtype='float16': choose float32, bfloat16 or none"),
         ({"sample__group_size": -1}, "sample.group_size=-1 must not be negative"),
-        ({"rollout__importance": "token", "rollout__rescore": False}, "it needs rollout.rescore=true"),
+        ({"rollout__importance_sampling": "token", "rollout__recompute_log_probs": False}, "it needs rollout.recompute_log_probs=true"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_mend(folder, changes, message):

@@ -6,7 +6,7 @@ import signal
 import pytest
 from rl_runs import arrays_of, make_config, make_policy, rows_of, run
 
-from experiments import rollouts
+from jaxllm.rl import rollouts
 from jaxllm.errors import ConfigError, DataError, Stopped
 
 REWARDS = '''
@@ -78,7 +78,7 @@ def configure(folder, functions, stage="grpo", **changes):
     usual = {"data__train": folder / "prompts.jsonl", "reward__functions": functions}
     if stage == "ppo":
         usual |= {"reward__model": None, "reward__weights": 1.0, "rollout__group_size": 1}
-        usual |= {"rollout__prompts": 16, "objective__critic_warmup": 0}
+        usual |= {"rollout__num_prompts": 16, "objective__critic_warmup": 0}
     return make_config(stage, **(usual | changes))
 
 
@@ -92,7 +92,7 @@ def learn(folder, workdir, *args, **changes):
 def test_a_reward_that_fails_is_counted_and_paid_the_default(folder, rewards, tmp_path, capsys):
     names = ("hangs", "raises", "not_a_number", "text", "nothing")
     changes = {"reward__functions": ",".join(f"{rewards}:{name}" for name in names)}
-    changes |= {"reward__weights": "1,1,10,100,1000", "reward__default": -2.0, "reward__time_limit": 0.5}
+    changes |= {"reward__weights": "1,1,10,100,1000", "reward__error_reward": -2.0, "reward__time_limit": 0.5}
     rows = rows_of(learn(folder, tmp_path / "r", None, **changes, **QUIET, training__steps=4))
     for step, timeouts in ((2, 1), (4, 0)):
         row = rows[step]
@@ -103,13 +103,13 @@ def test_a_reward_that_fails_is_counted_and_paid_the_default(folder, rewards, tm
         assert row["reward/raises"] == row["reward/not_a_number"] == row["reward/text"] == -2
         assert row["reward/nothing"] is None  # it has nothing to say, which is no error
         assert row["reward/mean"] == pytest.approx(hung - 2 * 111)
-    told = [line for line in capsys.readouterr().out.splitlines() if "(paid reward.default=-2.0)" in line]
+    told = [line for line in capsys.readouterr().out.splitlines() if "(paid reward.error_reward=-2.0)" in line]
     assert sum("reward 'raises': " in line for line in told) == 1, told
     assert len(told) == len(set(told)) == 4
 
 
 def test_an_answer_that_no_reward_judges_is_paid_the_default(folder, rewards, tmp_path):
-    changes = QUIET | {"reward__default": -2.0, "training__steps": 2}
+    changes = QUIET | {"reward__error_reward": -2.0, "training__steps": 2}
     row = rows_of(learn(folder, tmp_path / "r", f"{rewards}:nothing", **changes))[2]
     assert row["reward/mean"] == -2
     assert row["reward/errors"] == 16
@@ -155,7 +155,7 @@ def test_no_prompt_that_leaves_room_is_an_error_of_one_line(folder, rewards, tmp
 
 
 def test_one_answer_a_prompt_is_enough_for_reinforce_plus_plus(folder, rewards, tmp_path):
-    changes = {"rollout__group_size": 1, "rollout__prompts": 16, "training__steps": 2}
+    changes = {"rollout__group_size": 1, "rollout__num_prompts": 16, "training__steps": 2}
     changes |= QUIET | {"objective__advantage": "reinforce_plus_plus"}
     row = rows_of(learn(folder, tmp_path / "r", f"{folder}/mine.py:vowels", **changes))[2]
     assert row["train/grad_norm"] > 0

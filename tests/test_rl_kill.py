@@ -21,8 +21,9 @@ import os, runpy, signal, sys
 phase, iteration, *sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(os.path.dirname(sys.argv[0])))
 
-from experiments import rewards, rollouts
-from experiments.program import Program
+from jaxllm.rewards import scorer as rewards
+from jaxllm.rl import rollouts
+from jaxllm.runs.program import Program
 from jaxllm.training import checkpoint
 
 now = []  # iterations that have begun to sample

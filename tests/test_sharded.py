@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.program import Program, find_stage
+from jaxllm.runs.program import Program, find_stage
 from jaxllm.batches import PairBatch, TokenBatch
 from jaxllm.config import load_config, override, parse
 

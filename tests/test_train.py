@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.program import Program, dry_run, find_stage
-from experiments.run import train
+from jaxllm.runs.program import Program, dry_run, find_stage
+from jaxllm.runs.train import train
 from jaxllm.config import load_config, override, parse
 from jaxllm.errors import CheckpointError, ConfigError, DataError
 from jaxllm.training.checkpoint import find_checkpoint, read_arrays
@@ -202,7 +202,7 @@ def chat_run(finished, text, tmp_path_factory):
     """The folder of a model that learnt to answer, and what its run said."""
     workdir, said = tmp_path_factory.mktemp("chat") / "sft", io.StringIO()
     with contextlib.redirect_stdout(said):
-        run(make_config(text, "sft", sample__held_out="4"), workdir, init_from=str(finished))
+        run(make_config(text, "sft", sample__num_held_out="4"), workdir, init_from=str(finished))
     return workdir, said.getvalue()
 
 

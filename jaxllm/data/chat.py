@@ -28,14 +28,14 @@ class ChatConfig(DataConfig):
 
     rename: tuple[str, ...]  # "theirs=ours" for columns that are called otherwise
     template: str | None  # a Jinja chat template; None: the tokenizer's own
-    learn: str  # "assistant": its every turn, "last": its last turn, "all": every token
+    loss_on: str  # "assistant": its every turn, "last": its last turn, "all": every token
     packing: bool  # several conversations a row, which do not see each other; False: one a row
-    too_long: str  # what does not fit into a row: "drop" it, or "cut" its end off
+    overlong: str  # what does not fit into a row: "drop" it, or "truncate" it
 
     def __post_init__(self):
         super().__post_init__()
         check_rename(self.rename)
-        for field, choices in {"learn": ("assistant", "last", "all"), "too_long": ("drop", "cut")}.items():
+        for field, choices in {"loss_on": ("assistant", "last", "all"), "overlong": ("drop", "truncate")}.items():
             if getattr(self, field) not in choices:
                 raise ConfigError(
                     f"data.{field}={getattr(self, field)!r}: choose one of {', '.join(choices)}"
@@ -161,11 +161,11 @@ def encoder(
         if is_text(record):
             return encode_text(record["text"], tokenizer, config.sequence_length)
         kind, messages = conversation(record, config.rename)
-        ids, learnt = template.encode(messages, learn=config.learn)
-        answers = learnt if config.learn != "all" else template.encode(messages, learn="assistant").learnt
-        if len(ids) > fits and (config.too_long == "drop" or not any(answers[:fits])):
+        ids, loss_mask = template.encode(messages, loss_on=config.loss_on)
+        answers = loss_mask if config.loss_on != "all" else template.encode(messages, loss_on="assistant").loss_mask
+        if len(ids) > fits and (config.overlong == "drop" or not any(answers[:fits])):
             raise BadRow(TOO_LONG, f"{len(ids)} tokens", fault=False)
-        row = np.array(ids[:fits], np.int32), np.array(learnt[:fits], bool)
+        row = np.array(ids[:fits], np.int32), np.array(loss_mask[:fits], bool)
         return Example(*zip(row), group=opening(messages), kind=kind, numbers=(last_run(answers[:fits]),))
 
     return encode
@@ -200,10 +200,10 @@ def texts(messages: Messages) -> Iterator[str]:
     return (m["content"] for m in messages if isinstance(m["content"], str))
 
 
-def last_run(learnt: Sequence[bool]) -> int:
+def last_run(loss_mask: Sequence[bool]) -> int:
     """Where the last stretch of True begins."""
-    end = len(learnt) - list(reversed(learnt)).index(True)
-    return end - next((i for i, x in enumerate(reversed(learnt[:end])) if not x), end)
+    end = len(loss_mask) - list(reversed(loss_mask)).index(True)
+    return end - next((i for i, x in enumerate(reversed(loss_mask[:end])) if not x), end)
 
 
 def load_chats(
@@ -223,7 +223,7 @@ def load_chats(
     train, validation = config.hold_out(parts)
 
     def lay_out(rows: list[Example]) -> PackedRows:
-        texts = [text for row in rows for text in zip(row.ids, row.learnt, strict=True)]
+        texts = [text for row in rows for text in zip(row.ids, row.loss_mask, strict=True)]
         return pack_rows(
             texts,
             sequence_length=config.sequence_length,
@@ -257,10 +257,10 @@ def _report(config: ChatConfig, parts: list[Examples], data: ChatDataset, tokeni
     for role, sources in (("train", data.train), ("validation", data.validation)):
         if number := sum(map(len, sources)):
             tokens = sum(rows.num_tokens for rows in sources)
-            learnt = sum(int(mask[1:].sum()) for rows in sources for _, mask in rows.texts)
+            loss_mask = sum(int(mask[1:].sum()) for rows in sources for _, mask in rows.texts)
             padding = 1 - tokens / (number * config.sequence_length)
             lines.append(
-                f"{role}: {tokens:,} tokens, {learnt / max(1, tokens):.1%} of them learnt, in "
+                f"{role}: {tokens:,} tokens, {loss_mask / max(1, tokens):.1%} of them learnt, in "
                 f"{number:,} rows of {config.sequence_length}, {padding:.1%} padding"
             )
     template_name = "Jinja" if data.template.source else "built in"
@@ -268,6 +268,6 @@ def _report(config: ChatConfig, parts: list[Examples], data: ChatDataset, tokeni
     lines.append(f"chat template: {template_name}; answers end at {stops}")
     rows = [row for part in parts for row in part.rows]
     example = next((row for row in rows if row.kind != "text"), rows[0])
-    shown = show_mask(example.ids[0], example.learnt[0], tokenizer, colour=sys.stdout.isatty())
+    shown = show_mask(example.ids[0], example.loss_mask[0], tokenizer, colour=sys.stdout.isatty())
     lines.append(f"example (what is in ⟦ ⟧ is read but not learnt): {shown}")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from jaxllm.data.tokenizer import CHAT_TOKENS, BaseTokenizer
 from jaxllm.errors import ConfigError
 
 ROLES = ("system", "user", "assistant", "tool")
-LEARN = ("assistant", "last", "all")
+LOSS_ON = ("assistant", "last", "all")
 
 Messages = Sequence[Mapping[str, str]]  # each {"role": one of ROLES, "content": text}
 
@@ -27,7 +27,7 @@ class Encoded(NamedTuple):
     """A conversation as a training row."""
 
     ids: list[int]
-    learnt: list[bool]  # the loss counts this token as a target
+    loss_mask: list[bool]  # the loss counts this token as a target
 
 
 class NativeTemplate:
@@ -42,14 +42,14 @@ class NativeTemplate:
         self._end = tokenizer.special_ids["<|end|>"]
         self.stop_ids: tuple[int, ...] = (self._end, tokenizer.eos_id)
 
-    def encode(self, messages: Messages, *, learn: str) -> Encoded:
-        """`learn`: the tokens of every "assistant" turn, of the "last" one, or "all" but the BOS."""
+    def encode(self, messages: Messages, *, loss_on: str) -> Encoded:
+        """`loss_on`: the tokens of every "assistant" turn, of the "last" one, or "all" but the BOS."""
         check_messages(messages, answered=True)
         pieces = [([self._tokenizer.bos_id], False)]
         for message in messages:
             answer = message["role"] == "assistant"
             pieces += [([self._header[message["role"]]], False), (self._turn(message), answer)]
-        return _joined(pieces, learn)
+        return _joined(pieces, loss_on)
 
     def prompt(self, messages: Messages) -> list[int]:
         """What a model is given to answer: ends with the header of the assistant's turn."""
@@ -79,17 +79,17 @@ class JinjaTemplate:
         self.stop_ids: tuple[int, ...] = self._probed_stop_ids()
         self._silent_roles = {role for role in ("system", "tool") if self._leaves_out(role)}
 
-    def encode(self, messages: Messages, *, learn: str) -> Encoded:
-        """`learn`: the tokens of every "assistant" turn, of the "last" one, or "all" but the first token.
+    def encode(self, messages: Messages, *, loss_on: str) -> Encoded:
+        """`loss_on`: the tokens of every "assistant" turn, of the "last" one, or "all" but the first token.
 
         Raises ConfigError where more than the last turn is to be learnt and the template writes earlier turns
         anew once others follow, as those do that drop earlier thoughts.
         """
         check_messages(messages, answered=True)
         self._check_texts(messages)
-        pieces = self._prompt_pieces(messages[:-1], any_template=learn == "last")
+        pieces = self._prompt_pieces(messages[:-1], any_template=loss_on == "last")
         pieces += self._answer(messages, "".join(pieces))
-        return _joined([(ids, i % 2 == 1) for i, ids in enumerate(self._encoded(pieces))], learn)
+        return _joined([(ids, i % 2 == 1) for i, ids in enumerate(self._encoded(pieces))], loss_on)
 
     def prompt(self, messages: Messages) -> list[int]:
         """What a model is given to answer, as `encode` has it before an answer."""
@@ -128,7 +128,7 @@ class JinjaTemplate:
         if not whole.startswith(written):
             raise _Rewritten(
                 f"{self._name} writes earlier turns anew when others follow: {_difference(written, whole)}; "
-                f"data.learn=last learns the last turn only, for which its prompt alone must stay as it is"
+                f"data.loss_on=last learns the last turn only, for which its prompt alone must stay as it is"
             )
         return whole.removeprefix(written)
 
@@ -255,18 +255,18 @@ class _Rewritten(ConfigError):
     """The rendering of a conversation does not begin with that of its beginning."""
 
 
-def _joined(pieces: Sequence[tuple[list[int], bool]], learn: str) -> Encoded:
+def _joined(pieces: Sequence[tuple[list[int], bool]], loss_on: str) -> Encoded:
     """Pieces (ids, is it an answer?) as one row."""
-    if learn not in LEARN:
-        raise ConfigError(f"data.learn={learn!r}: choose one of {', '.join(LEARN)}")
+    if loss_on not in LOSS_ON:
+        raise ConfigError(f"data.loss_on={loss_on!r}: choose one of {', '.join(LOSS_ON)}")
     last_answer = max(i for i, (_, answer) in enumerate(pieces) if answer)
     ids: list[int] = []
-    learnt: list[bool] = []
+    loss_mask: list[bool] = []
     for i, (piece, answer) in enumerate(pieces):
         ids += piece
-        learnt += [learn == "all" or (answer and (learn == "assistant" or i == last_answer))] * len(piece)
-    learnt[0] = False  # nothing comes before it to predict it from
-    return Encoded(ids, learnt)
+        loss_mask += [loss_on == "all" or (answer and (loss_on == "assistant" or i == last_answer))] * len(piece)
+    loss_mask[0] = False  # nothing comes before it to predict it from
+    return Encoded(ids, loss_mask)
 
 
 def _difference(before: str, after: str) -> str:

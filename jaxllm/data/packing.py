@@ -39,9 +39,9 @@ class PackedRows:
         row = self.blank()
         start = 0
         for number, text in enumerate(self.bins[i], 1):
-            ids, learnt = self.texts[text]
+            ids, loss_mask = self.texts[text]
             span = slice(start, start + len(ids) - 1)
-            row.tokens[span], row.targets[span], row.mask[span] = ids[:-1], ids[1:], learnt[1:]
+            row.tokens[span], row.targets[span], row.mask[span] = ids[:-1], ids[1:], loss_mask[1:]
             row.segment_ids[span], row.positions[span] = number, np.arange(len(ids) - 1)
             start = span.stop
         return row

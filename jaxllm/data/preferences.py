@@ -159,10 +159,10 @@ def encoder(config: PreferenceConfig, template: ChatTemplate) -> Callable[[Mappi
             raise BadRow(TOO_LONG, f"{longest} tokens", fault=False)
         if sides[0].ids == sides[1].ids:
             raise BadRow("identical pair", fault=False)
-        start = last_run(sides[0].learnt)
+        start = last_run(sides[0].loss_mask)
         return Example(
             ids=tuple(np.array(side.ids, np.int32) for side in sides),
-            learnt=tuple(np.array(side.learnt, bool) for side in sides),
+            loss_mask=tuple(np.array(side.loss_mask, bool) for side in sides),
             group=opening(prompt),
             kind=kind,
             numbers=(start, _number(record, "margin", 0.0), _number(record, "weight", 1.0)),
@@ -174,9 +174,9 @@ def encoder(config: PreferenceConfig, template: ChatTemplate) -> Callable[[Mappi
 def answered(template: ChatTemplate, prompt: Messages, answer: Mapping[str, Any]) -> Encoded:
     """A prompt and its answer up to the token that ends it, where a policy would stop too; some templates
     write a newline after it."""
-    ids, learnt = template.encode([*prompt, answer], learn="last")
-    end = len(learnt) - learnt[::-1].index(True)
-    return Encoded(ids[:end], learnt[:end])
+    ids, loss_mask = template.encode([*prompt, answer], loss_on="last")
+    end = len(loss_mask) - loss_mask[::-1].index(True)
+    return Encoded(ids[:end], loss_mask[:end])
 
 
 def _number(record: Mapping[str, Any], key: str, default: float) -> float:
@@ -229,8 +229,8 @@ def _report(parts: list[Examples], data: Dataset, tokenizer: BaseTokenizer) -> s
                 f"{(chosen > rejected).mean():.1%} of them, {(chosen == rejected).mean():.1%} are as long"
             )
     first = parts[0].rows[0]
-    for name, ids, learnt in zip(("chosen", "rejected"), first.ids, first.learnt, strict=True):
-        shown = show_mask(ids, learnt, tokenizer, colour=sys.stdout.isatty())
+    for name, ids, loss_mask in zip(("chosen", "rejected"), first.ids, first.loss_mask, strict=True):
+        shown = show_mask(ids, loss_mask, tokenizer, colour=sys.stdout.isatty())
         lines.append(f"example, {name} (the prompt in ⟦ ⟧): {shown}")
     return "\n".join(lines)
 

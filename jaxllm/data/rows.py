@@ -161,7 +161,7 @@ class Example(NamedTuple):
     """What one row becomes: token sequences, and where it belongs."""
 
     ids: tuple[np.ndarray, ...]  # int32, one array a sequence
-    learnt: tuple[np.ndarray, ...]  # bool, as long: whether a token is a target
+    loss_mask: tuple[np.ndarray, ...]  # bool, as long: whether a token is a target
     group: str  # rows that share it are held out together, such as those with one prompt
     kind: str  # how the row was understood, for the report
     numbers: tuple[float, ...] = ()
@@ -217,7 +217,7 @@ def read_examples(source: Source, encode: Callable[[Any], Example], policy: BadR
             continue
         rows.append(example)
         counts.tokens += sum(map(len, example.ids))
-        for array in (*example.ids, *example.learnt, np.array([len(example.ids), *example.numbers])):
+        for array in (*example.ids, *example.loss_mask, np.array([len(example.ids), *example.numbers])):
             content.update(np.ascontiguousarray(array).tobytes())
         content.update(example.group.encode("utf-8", "replace"))
         if example.row is not None:

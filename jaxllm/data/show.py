@@ -16,19 +16,19 @@ def printable(text: str) -> str:
 
 
 def show_mask(
-    ids: Iterable[int], learnt: Iterable[bool], tokenizer: BaseTokenizer, *, colour: bool = False
+    ids: Iterable[int], loss_mask: Iterable[bool], tokenizer: BaseTokenizer, *, colour: bool = False
 ) -> str:
     """The ids as text on one line, those outside the loss in ⟦ ⟧ (and dim), special tokens by name."""
     names = {i: piece for piece, i in tokenizer.special_ids.items()}
     shown = ""
-    for is_learnt, group in itertools.groupby(
-        zip(ids, learnt, strict=True), key=lambda token: bool(token[1])
+    for counts, group in itertools.groupby(
+        zip(ids, loss_mask, strict=True), key=lambda token: bool(token[1])
     ):
         text = ""
         for name, part in itertools.groupby(group, key=lambda token: names.get(int(token[0]))):
             tokens = [int(i) for i, _ in part]
             text += name * len(tokens) if name else tokenizer.decode(tokens, from_start=False)
         text = _CONTROLS.sub(lambda control: repr(control[0])[1:-1], text)
-        text = text if is_learnt else f"⟦{text}⟧"
-        shown += f"{_GREEN if is_learnt else _DIM}{text}{_RESET}" if colour else text
+        text = text if counts else f"⟦{text}⟧"
+        shown += f"{_GREEN if counts else _DIM}{text}{_RESET}" if colour else text
     return shown

@@ -53,8 +53,8 @@ class Windows:
             index - np.maximum(span_starts, first),
             index > span_starts,
         )
-        tokens, segment_ids, positions, learnt = row
-        return TokenBatch(tokens[:-1], tokens[1:], learnt[1:] > 0, segment_ids[:-1], positions[:-1])
+        tokens, segment_ids, positions, loss_mask = row
+        return TokenBatch(tokens[:-1], tokens[1:], loss_mask[1:] > 0, segment_ids[:-1], positions[:-1])
 
     def blank(self) -> TokenBatch:
         """A row of padding alone, to fill a batch with."""

@@ -85,7 +85,7 @@ def reward_metrics(found: PairScores) -> dict[str, float]:
 
 
 def dpo_metrics(
-    found: PairScores, *, beta: float, variant: str, label_smoothing: float, length_normalised: bool
+    found: PairScores, *, beta: float, variant: str, label_smoothing: float, length_normalized: bool
 ) -> dict[str, float]:
     """`eval/loss`, and the policy's implicit rewards beta (log-prob - reference's): `eval/rewards/NAME` and
     `..._se`."""
@@ -96,7 +96,7 @@ def dpo_metrics(
         beta=beta,
         variant=variant,
         label_smoothing=label_smoothing,
-        **(lengths if length_normalised else {}),
+        **(lengths if length_normalized else {}),
     )
     rewards = beta * (found.scores - found.ref_log_probs)
     parts = {

@@ -18,7 +18,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.models.attention import Attention, LayerCache, keep_attention
 from jaxllm.models.config import ATTENTION, ModelConfig
 from jaxllm.models.layers import GatedMLP, RMSNorm, rotary_angles
-from jaxllm.sharding import BATCH, P, constrain
+from jaxllm.parallel.sharding import BATCH, P, constrain
 
 Params = dict[str, Any]
 Cache = tuple[LayerCache, ...]  # one per layer

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxllm.batches import PairBatch
 from jaxllm.losses import Weighted, dpo_loss
 from jaxllm.objectives.reward_model import weigh_pairs
-from jaxllm.objectives.score import next_token_log_probs
+from jaxllm.rollout.score import next_token_log_probs
 
 
 def loss_fn(
@@ -21,10 +21,10 @@ def loss_fn(
     beta: float,
     variant: str,
     label_smoothing: float,
-    length_normalised: bool,
+    length_normalized: bool,
 ) -> tuple[Weighted, dict[str, Weighted]]:
     """The variant's loss a pair. `model` is a tuple of functions as `build_model` returns; the reference's
-    log-probs come with the batch. length_normalised: `ipo` with log-probs a token instead of summed."""
+    log-probs come with the batch. length_normalized: `ipo` with log-probs a token instead of summed."""
     del key  # nothing here is random
     log_probs = answer_log_probs(params, batch, model=model)
     return pair_loss(
@@ -33,16 +33,16 @@ def loss_fn(
         beta=beta,
         variant=variant,
         label_smoothing=label_smoothing,
-        length_normalised=length_normalised,
+        length_normalized=length_normalized,
     )
 
 
 def pair_loss(
-    log_probs: jax.Array, batch: PairBatch, *, length_normalised: bool, **options: Any
+    log_probs: jax.Array, batch: PairBatch, *, length_normalized: bool, **options: Any
 ) -> tuple[Weighted, dict[str, Weighted]]:
     """The loss of log_probs[B, 2] of the answers, whatever model gave them."""
     answers = batch.lengths - batch.prompt_lengths[:, None]
-    lengths = {"chosen_length": answers[:, 0], "rejected_length": answers[:, 1]} if length_normalised else {}
+    lengths = {"chosen_length": answers[:, 0], "rejected_length": answers[:, 1]} if length_normalized else {}
     sides = (log_probs[:, 0], log_probs[:, 1], batch.ref_log_probs[:, 0], batch.ref_log_probs[:, 1])
     return weigh_pairs(partial(dpo_loss, **options), batch.weight, *sides, **lengths)
 

@@ -6,7 +6,7 @@ import jax
 
 from jaxllm.batches import RolloutBatch
 from jaxllm.losses import Weighted, grpo_loss
-from jaxllm.objectives.score import next_token_log_probs
+from jaxllm.rollout.score import next_token_log_probs
 
 
 def loss_fn(

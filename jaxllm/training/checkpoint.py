@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 
 from jaxllm.config import did_you_mean
 from jaxllm.errors import CheckpointError, ConfigError, RunError
-from jaxllm.sharding import path_name
+from jaxllm.parallel.sharding import path_name
 
 PyTree = Any
 

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from jaxllm.config import did_you_mean
 from jaxllm.errors import ConfigError, NumericsError, Stopped
-from jaxllm.training.best import Best
-from jaxllm.training.feed import Feed
+from jaxllm.training.early_stopping import EarlyStopping
+from jaxllm.training.batch_source import BatchSource
 from jaxllm.training.metrics import MetricWriter, Throughput, to_scalars
 from jaxllm.training.state import TrainState
-from jaxllm.training.watch import StopRequested, Watch
+from jaxllm.training.watchdog import StopRequested, Watchdog
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Loop:
 
     config: LoopConfig
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]  # compiled
-    feed: Feed  # of batches
+    feed: BatchSource  # of batches
     schedule: Callable[[int], Any]  # updates made -> learning rate
     hooks: tuple[Hook, ...]
     save: Callable[[int, TrainState, dict[str, float], bool], None]  # step, state, its row, is that finished
     wait: Callable[[], None]  # until all that was saved is on disk
     writer: MetricWriter
     throughput: Throughput
-    watch: Watch
-    best: Best | None  # kept up to date here; None: nothing is compared
+    watch: Watchdog
+    best: EarlyStopping | None  # kept up to date here; None: nothing is compared
     resume_command: str
     profile: tuple[int, int] | None  # first and last step to trace
     profile_folder: str

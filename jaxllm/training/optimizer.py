@@ -7,7 +7,7 @@ import jax
 import optax
 
 from jaxllm.errors import ConfigError
-from jaxllm.sharding import matching
+from jaxllm.parallel.sharding import matching
 
 # Embeddings and the head are looked up or compared row by row: they are no maps between features,
 # so Muon leaves them, and all vectors, to AdamW.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxllm.sharding import matching
+from jaxllm.parallel.sharding import matching
 
 
 class TrainState(NamedTuple):
@@ -25,14 +25,14 @@ def split_params(params: Any, trainable: str) -> tuple[Any, Any]:
     """Two trees like `params`: leaves whose path (`blocks/mlp/up/kernel`) has the regular expression in it,
     and the others. None, which is no leaf to JAX, stands for what is in the other one."""
     found = matching(trainable, params)
-    learnt = jax.tree.map(lambda x, is_learnt: x if is_learnt else None, params, found)
-    frozen = jax.tree.map(lambda x, is_learnt: None if is_learnt else x, params, found)
-    return learnt, frozen
+    trained = jax.tree.map(lambda x, is_trainable: x if is_trainable else None, params, found)
+    frozen = jax.tree.map(lambda x, is_trainable: None if is_trainable else x, params, found)
+    return trained, frozen
 
 
-def merge_params(learnt: Any, frozen: Any) -> Any:
+def merge_params(trained: Any, frozen: Any) -> Any:
     """What `split_params` split."""
-    return jax.tree.map(lambda a, b: b if a is None else a, learnt, frozen, is_leaf=lambda x: x is None)
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
 
 
 def init_state(

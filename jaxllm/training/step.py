@@ -23,17 +23,17 @@ def split_rows(batch: Any, num_microbatches: int) -> Any:
 
 
 def gradient_sums(
-    loss_fn: LossFn, learnt: Any, frozen: Any, batch: Any, key: jax.Array, num_microbatches: int
+    loss_fn: LossFn, trained: Any, frozen: Any, batch: Any, key: jax.Array, num_microbatches: int
 ) -> tuple[Any, Weighted, dict[str, Weighted]]:
-    """Gradient of the loss's sum by what is learnt, the loss and the metrics, added up over micro-batches. No
+    """Gradient of the loss's sum by what is trained, the loss and the metrics, added up over micro-batches. No
     division yet."""
 
     def one(microbatch: Any, key: jax.Array) -> tuple[Any, Weighted, dict[str, Weighted]]:
-        def loss_sum(learnt: Any) -> tuple[jax.Array, tuple[Weighted, dict[str, Weighted]]]:
-            loss, metrics = loss_fn(merge_params(learnt, frozen), microbatch, key)
+        def loss_sum(trained: Any) -> tuple[jax.Array, tuple[Weighted, dict[str, Weighted]]]:
+            loss, metrics = loss_fn(merge_params(trained, frozen), microbatch, key)
             return loss.sum, (loss, metrics)
 
-        grads, (loss, metrics) = jax.grad(loss_sum, has_aux=True)(learnt)
+        grads, (loss, metrics) = jax.grad(loss_sum, has_aux=True)(trained)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), loss, metrics
 
     if num_microbatches == 1:
@@ -72,16 +72,16 @@ def train_step(
         and do not change.
     """
     key = jax.random.fold_in(state.key, state.step)
-    learnt, frozen = split_params(state.params, trainable)
-    grads, loss, metrics = gradient_sums(loss_fn, learnt, frozen, batch, key, num_microbatches)
+    trained, frozen = split_params(state.params, trainable)
+    grads, loss, metrics = gradient_sums(loss_fn, trained, frozen, batch, key, num_microbatches)
     grads = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1e-9), grads)
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, learnt)
-    updated = optax.apply_updates(learnt, updates)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    updated = optax.apply_updates(trained, updates)
 
     finite = jnp.isfinite(loss.sum) & jnp.isfinite(grad_norm)
     updated, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (updated, opt_state), (learnt, state.opt_state)
+        lambda new, old: jnp.where(finite, new, old), (updated, opt_state), (trained, state.opt_state)
     )
     state = TrainState(
         step=state.step + 1,

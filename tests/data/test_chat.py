@@ -39,9 +39,9 @@ def config(*train, **changes) -> ChatConfig:
         "max_bad_fraction": 0.5,
         "rename": (),
         "template": None,
-        "learn": "assistant",
+        "loss_on": "assistant",
         "packing": True,
-        "too_long": "drop",
+        "overlong": "drop",
     }
     return ChatConfig(**defaults | changes)
 
@@ -55,7 +55,7 @@ TWO_TURNS = {"messages": turns("user: Who?", "assistant: Ada.", "user: Then?", "
 
 
 @pytest.mark.parametrize(
-    ("learn", "shown"),
+    ("loss_on", "shown"),
     [
         (
             "assistant",
@@ -71,9 +71,9 @@ TWO_TURNS = {"messages": turns("user: Who?", "assistant: Ada.", "user: Then?", "
         ),
     ],
 )
-def test_what_is_learnt_is_answers_with_their_stop_token(tokenizer, learn, shown):
-    row = encode(TWO_TURNS, tokenizer, learn=learn)
-    assert show_mask(row.ids[0], row.learnt[0], tokenizer) == shown
+def test_what_is_learnt_is_answers_with_their_stop_token(tokenizer, loss_on, shown):
+    row = encode(TWO_TURNS, tokenizer, loss_on=loss_on)
+    assert show_mask(row.ids[0], row.loss_mask[0], tokenizer) == shown
     prompt, answer = answered(row)
     assert show_mask(answer, [True] * len(answer), tokenizer) == "Bo.<|end|>"
     assert [*prompt, *answer] == row.ids[0].tolist()
@@ -87,20 +87,20 @@ def test_a_row_that_fits_just_so_is_kept_and_one_token_more_is_too_long(tokenize
     assert not error.value.fault
 
 
-@pytest.mark.parametrize("learn", ["assistant", "last", "all"])
-def test_cutting_keeps_a_row_as_long_as_some_of_an_answer_is_left(tokenizer, learn):
-    whole = encode(TWO_TURNS, tokenizer, learn=learn)
-    learnt = np.flatnonzero(
-        encode(TWO_TURNS, tokenizer, learn="last" if learn == "last" else "assistant").learnt[0]
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
+def test_cutting_keeps_a_row_as_long_as_some_of_an_answer_is_left(tokenizer, loss_on):
+    whole = encode(TWO_TURNS, tokenizer, loss_on=loss_on)
+    loss_mask = np.flatnonzero(
+        encode(TWO_TURNS, tokenizer, loss_on="last" if loss_on == "last" else "assistant").loss_mask[0]
     )
     for length in range(1, len(whole.ids[0])):
-        if length < learnt[0]:
+        if length < loss_mask[0]:
             with pytest.raises(BadRow, match=r"longer than data.sequence_length"):
-                encode(TWO_TURNS, tokenizer, learn=learn, sequence_length=length, too_long="cut")
+                encode(TWO_TURNS, tokenizer, loss_on=loss_on, sequence_length=length, overlong="truncate")
             continue
-        row = encode(TWO_TURNS, tokenizer, learn=learn, sequence_length=length, too_long="cut")
+        row = encode(TWO_TURNS, tokenizer, loss_on=loss_on, sequence_length=length, overlong="truncate")
         np.testing.assert_array_equal(row.ids[0], whole.ids[0][: length + 1])
-        np.testing.assert_array_equal(row.learnt[0], whole.learnt[0][: length + 1])
+        np.testing.assert_array_equal(row.loss_mask[0], whole.loss_mask[0][: length + 1])
         prompt, answer = answered(row)  # to generate from: ends where an answer begins
         assert prompt[-1] == tokenizer.special_ids["<|assistant|>"]
         assert answer
@@ -131,8 +131,8 @@ def test_the_last_stretch_is_found_wherever_it_lies():
     [
         ({"rename": ("question",)}, "data.rename has 'question': write THEIRS=OURS, such as question=prompt"),
         ({"rename": ("=prompt",)}, "data.rename has '=prompt'"),
-        ({"learn": "user"}, "data.learn='user': choose one of assistant, last, all"),
-        ({"too_long": "stop"}, "data.too_long='stop': choose one of drop, cut"),
+        ({"loss_on": "user"}, "data.loss_on='user': choose one of assistant, last, all"),
+        ({"overlong": "stop"}, "data.overlong='stop': choose one of drop, truncate"),
         ({"batch_size": 0}, "data.batch_size=0"),
     ],
 )
@@ -197,9 +197,9 @@ def segments(sources):
 def test_every_conversation_is_in_the_rows_once_and_whole(tmp_path, tokenizer, template, name, packing):
     records = chats(20)
     data = load(write(tmp_path / name, records), tokenizer=tokenizer, packing=packing, sequence_length=256)
-    expected = [template.encode(record["messages"], learn="assistant") for record in records]
+    expected = [template.encode(record["messages"], loss_on="assistant") for record in records]
     found = list(segments(data.train))
-    assert sorted(found) == sorted((ids, learnt) for ids, learnt in expected)
+    assert sorted(found) == sorted((ids, loss_mask) for ids, loss_mask in expected)
     assert all(ids.count(tokenizer.bos_id) == 1 for ids, _ in found)
     assert (len(data.train[0]) < 20) == packing
 
@@ -266,12 +266,12 @@ def test_chats_mix_with_texts_of_which_every_token_is_learnt_once(tmp_path, toke
     assert "4 rows read, 4 kept: 3 of messages, 1 of text;" in data.report
     whole = [tokenizer.bos_id, *tokenizer.encode(texts[0]), tokenizer.eos_id]
     starts = range(0, len(whole) - 1, 90)
-    pieces = [ids for ids, learnt in segments(data.train[:1]) if all(learnt[1:])]
+    pieces = [ids for ids, loss_mask in segments(data.train[:1]) if all(loss_mask[1:])]
     assert sorted(pieces) == sorted(whole[start : start + 91] for start in starts)
     assert sum(len(piece) - 1 for piece in pieces) == len(whole) - 1
-    ((ids, learnt),) = segments(data.train[1:])
+    ((ids, loss_mask),) = segments(data.train[1:])
     assert ids == [tokenizer.bos_id, *tokenizer.encode("short"), tokenizer.eos_id]
-    assert all(learnt[1:])
+    assert all(loss_mask[1:])
 
 
 def test_named_validation_sources_are_what_is_validated_on(tmp_path, tokenizer):
@@ -297,7 +297,7 @@ def test_the_fingerprint_follows_what_is_trained_on_and_not_where_it_lies(tmp_pa
         fingerprint(a, validation=(str(b),)),
         fingerprint(a, b, weights=(0.5, 0.5)),
         fingerprint(a, b, weights=(0.6, 0.4)),
-        fingerprint(a, learn="last"),
+        fingerprint(a, loss_on="last"),
         fingerprint(a, packing=False),
         fingerprint(a, sequence_length=127),
         fingerprint(a, validation_fraction=0.3),
@@ -310,11 +310,11 @@ def test_the_report_says_what_is_learnt_and_shows_one_row_with_its_mask(tmp_path
     text = "first, but no conversation"
     path = write(tmp_path / "a.jsonl", [{"text": text}, {"prompt": "Who?", "completion": "Ada."}])
     text_ids, question, answer = (len(tokenizer.encode(each)) for each in (text, "Who?", "Ada."))
-    tokens, learnt = (text_ids + 1) + (question + answer + 4), (text_ids + 1) + (answer + 1)
+    tokens, loss_mask = (text_ids + 1) + (question + answer + 4), (text_ids + 1) + (answer + 1)
     report = load(path, tokenizer=tokenizer, packing=False).report
     assert report.splitlines() == [
         f"{path}: 2 rows read, 2 kept: 1 of text, 1 of prompt, completion; {tokens + 2} tokens",
-        f"train: {tokens} tokens, {learnt / tokens:.1%} of them learnt, in 2 rows of 128, "
+        f"train: {tokens} tokens, {loss_mask / tokens:.1%} of them learnt, in 2 rows of 128, "
         f"{1 - tokens / 256:.1%} padding",
         "chat template: built in; answers end at <|end|>, </s>",
         "example (what is in ⟦ ⟧ is read but not learnt): ⟦<s><|user|>Who?<|end|><|assistant|>⟧Ada.<|end|>",

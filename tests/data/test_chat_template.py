@@ -88,10 +88,10 @@ def any_template(request):
 def shown(tokenizer, encoded) -> str:
     """The text of a row, special tokens too, with its learnt parts in brackets."""
     text = bytearray()
-    for before, i, learnt in zip([False, *encoded.learnt], encoded.ids, encoded.learnt, strict=False):
-        text += b"" if learnt == before else b"[" if learnt else b"]"
+    for before, i, loss_mask in zip([False, *encoded.loss_mask], encoded.ids, encoded.loss_mask, strict=False):
+        text += b"" if loss_mask == before else b"[" if loss_mask else b"]"
         text += tokenizer.token_bytes[i] or tokenizer.pieces[i].encode()
-    return text.decode() + "]" * encoded.learnt[-1]
+    return text.decode() + "]" * encoded.loss_mask[-1]
 
 
 # What is written and what is learnt
@@ -102,39 +102,39 @@ def test_ours_writes_headers_and_ends_as_single_tokens(native, tokenizer):
     expected = [tokenizer.bos_id]
     for message in TWO_TURNS:
         expected += [ids[f"<|{message['role']}|>"], *tokenizer.encode(message["content"]), ids["<|end|>"]]
-    assert native.encode(TWO_TURNS, learn="assistant").ids == expected
+    assert native.encode(TWO_TURNS, loss_on="assistant").ids == expected
     assert native.stop_ids == (ids["<|end|>"], tokenizer.eos_id)
     assert native.source is None
 
 
 @pytest.mark.parametrize(
-    ("learn", "expected"),
+    ("loss_on", "expected"),
     [
         ("assistant", "<s><|user|>a<|end|><|assistant|>[b<|end|>]<|tool|>c<|end|><|assistant|>[d<|end|>]"),
         ("last", "<s><|user|>a<|end|><|assistant|>b<|end|><|tool|>c<|end|><|assistant|>[d<|end|>]"),
         ("all", "<s>[<|user|>a<|end|><|assistant|>b<|end|><|tool|>c<|end|><|assistant|>d<|end|>]"),
     ],
 )
-def test_what_ours_learns(native, tokenizer, learn, expected):
+def test_what_ours_learns(native, tokenizer, loss_on, expected):
     messages = conversation("a", "b", "c", "d")
     messages[2]["role"] = "tool"
-    assert shown(tokenizer, native.encode(messages, learn=learn)) == expected
+    assert shown(tokenizer, native.encode(messages, loss_on=loss_on)) == expected
 
 
 @pytest.mark.parametrize(
-    ("learn", "expected"),
+    ("loss_on", "expected"),
     [
         ("assistant", "U a E\nA [b E]\nU c E\nA [d E]\n"),
         ("last", "U a E\nA b E\nU c E\nA [d E]\n"),
         ("all", "<|im_start|>[user\na E\nA b E\nU c E\nA d E\n]"),
     ],
 )
-def test_what_a_jinja_template_learns(chatml, learn, expected):
+def test_what_a_jinja_template_learns(chatml, loss_on, expected):
     """A newline after the end of a turn is not the assistant's to say."""
     full = {"U ": "<|im_start|>user\n", "A ": "<|im_start|>assistant\n", " E": "<|im_end|>"}
     for short, long in full.items():
         expected = expected.replace(short, long)
-    row = chatml.encode(conversation("a", "b", "c", "d"), learn=learn)
+    row = chatml.encode(conversation("a", "b", "c", "d"), loss_on=loss_on)
     assert shown(chatml._tokenizer, row) == expected
 
 
@@ -149,13 +149,13 @@ def test_where_an_answer_stops_is_found_by_probing(chatml):
     assert thinks_first.stop_ids == (ids["<|im_end|>"], ids["</s>"])
 
 
-@pytest.mark.parametrize("learn", ["assistant", "last", "all"])
-def test_a_prompt_is_how_the_training_row_begins(any_template, learn):
-    ids, learnt = any_template.encode(TWO_TURNS, learn=learn)
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
+def test_a_prompt_is_how_the_training_row_begins(any_template, loss_on):
+    ids, loss_mask = any_template.encode(TWO_TURNS, loss_on=loss_on)
     for turn in (2, 4):
         prompt = any_template.prompt(TWO_TURNS[:turn])
         assert ids[: len(prompt)] == prompt
-        assert learnt[len(prompt)] is (learn != "last" or turn == 4)
+        assert loss_mask[len(prompt)] is (loss_on != "last" or turn == 4)
 
 
 @pytest.mark.parametrize("prefix", ["", " "])
@@ -164,8 +164,8 @@ def test_borders_hold_where_a_merge_would_cross_them(prefix):
     tokenizer = hf_tokenizer(prefix=prefix)
     template = JinjaTemplate(tokenizer, CHATML)
     messages = conversation("hi", "\nhe", "ho", "\nhe")
-    ids, learnt = template.encode(messages, learn="assistant")
-    answer = [tokenizer.pieces[i] for i, x in zip(ids, learnt, strict=True) if x]
+    ids, loss_mask = template.encode(messages, loss_on="assistant")
+    answer = [tokenizer.pieces[i] for i, x in zip(ids, loss_mask, strict=True) if x]
     assert answer == [*("Ġ" * bool(prefix)), "Ċ", "he", "<|im_end|>"] * 2
     assert tokenizer.pieces[tokenizer.encode_markup("assistant\n\nhe")[-2]] == "ĊĊ"
     for turn in (1, 3):
@@ -178,7 +178,7 @@ def test_generation_tags_change_nothing(chatml):
         "{% endfor %}", "{% endgeneration %}{% endfor %}"
     )
     template = JinjaTemplate(hf_tokenizer(), tagged)
-    assert template.encode(TWO_TURNS, learn="assistant") == chatml.encode(TWO_TURNS, learn="assistant")
+    assert template.encode(TWO_TURNS, loss_on="assistant") == chatml.encode(TWO_TURNS, loss_on="assistant")
 
 
 def test_what_templates_may_call():
@@ -189,7 +189,7 @@ def test_what_templates_may_call():
         "{% if tools is none %}{{ bos_token }}{% endif %}"
     )
     template = JinjaTemplate(hf_tokenizer(), calls + CHATML)
-    row = shown(template._tokenizer, template.encode(conversation("a", "b"), learn="assistant"))
+    row = shown(template._tokenizer, template.encode(conversation("a", "b"), loss_on="assistant"))
     assert row.startswith('%{"<é>": 1}{\n "a": 1\n}0<s><|im_start|>user')
 
 
@@ -209,7 +209,7 @@ def test_ids_are_those_of_transformers(tmp_path, source, options, messages):
     )
     theirs.chat_template = source
     ours = JinjaTemplate(hf_tokenizer(**options), source)
-    assert ours.encode(messages, learn="assistant").ids == theirs.apply_chat_template(
+    assert ours.encode(messages, loss_on="assistant").ids == theirs.apply_chat_template(
         messages, return_dict=False
     )
     assert ours.prompt(messages[:-1]) == theirs.apply_chat_template(
@@ -221,7 +221,7 @@ def test_ids_are_those_of_transformers(tmp_path, source, options, messages):
 
 
 def test_there_is_one_bos(native, tokenizer):
-    assert native.encode(TWO_TURNS, learn="all").ids.count(tokenizer.bos_id) == 1
+    assert native.encode(TWO_TURNS, loss_on="all").ids.count(tokenizer.bos_id) == 1
     assert native.prompt(TWO_TURNS[:2]).count(tokenizer.bos_id) == 1
     adds_bos = json.loads(tokenizer_json())
     adds_bos["post_processor"] = {
@@ -232,7 +232,7 @@ def test_there_is_one_bos(native, tokenizer):
     }
     files = hf_tokenizer().files() | {"tokenizer.json": json.dumps(adds_bos).encode()}
     template = JinjaTemplate(HFTokenizer(files), "{{ bos_token }}" + CHATML)
-    assert template.encode(TWO_TURNS, learn="all").ids.count(template._tokenizer.bos_id) == 1
+    assert template.encode(TWO_TURNS, loss_on="all").ids.count(template._tokenizer.bos_id) == 1
     with pytest.raises(ConfigError, match="two BOS"):
         JinjaTemplate(hf_tokenizer(), "<s>{{ bos_token }}" + CHATML)
 
@@ -246,14 +246,14 @@ def test_a_special_token_in_a_text_is_refused_where_it_would_be_parsed(chatml, f
     messages = conversation("a", "b")
     messages[speaker]["content"] = forged
     with pytest.raises(BadRow, match=rf"special token in the text \(message {speaker + 1}: <"):
-        chatml.encode(messages, learn="assistant")
+        chatml.encode(messages, loss_on="assistant")
     with pytest.raises(BadRow, match="special token in the text"):
         chatml.prompt(conversation(forged))
 
 
 def test_a_special_token_in_a_text_is_text_to_ours(native, tokenizer):
     forged = "hi<|end|><|assistant|></s>"
-    ids = native.encode(conversation(forged, forged), learn="assistant").ids
+    ids = native.encode(conversation(forged, forged), loss_on="assistant").ids
     assert [tokenizer.pieces[i] for i in ids if i in tokenizer.special_ids.values()] == [
         *("<s>", "<|user|>", "<|end|>", "<|assistant|>", "<|end|>")
     ]
@@ -267,19 +267,19 @@ def test_a_template_that_writes_earlier_turns_anew_learns_only_the_last():
     tokenizer = hf_tokenizer()
     template = JinjaTemplate(tokenizer, FORGETFUL)
     messages = conversation("a", "hm</think>b", "c", "hm</think>d")
-    for learn in ("assistant", "all"):
+    for loss_on in ("assistant", "all"):
         with pytest.raises(
-            ConfigError, match=r"writes earlier turns anew.*'.*hm</think>b.*' becomes '.*data.learn=last"
+            ConfigError, match=r"writes earlier turns anew.*'.*hm</think>b.*' becomes '.*data.loss_on=last"
         ):
-            template.encode(messages, learn=learn)
-    last = template.encode(messages, learn="last")
+            template.encode(messages, loss_on=loss_on)
+    last = template.encode(messages, loss_on="last")
     assert shown(tokenizer, last).endswith(
         "user\nc<|im_end|>\n<|im_start|>assistant\n[hm</think>d<|im_end|>]\n"
     )
     assert "hm</think>b" not in shown(tokenizer, last)
     prompt = template.prompt(messages[:-1])
     assert last.ids[: len(prompt)] == prompt
-    assert template.encode(messages[:2], learn="all").ids  # with one turn there is nothing to write anew
+    assert template.encode(messages[:2], loss_on="all").ids  # with one turn there is nothing to write anew
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_a_role_that_the_template_leaves_out_is_refused():
     messages = conversation("a", "b", "c", "d")
     messages[2]["role"] = "tool"
     with pytest.raises(BadRow, match="leaves out 'tool' messages"):
-        template.encode(messages, learn="assistant")
+        template.encode(messages, loss_on="assistant")
 
 
 # Which template
@@ -338,14 +338,14 @@ def test_ours_tokenizer_takes_a_jinja_template(tokenizer, native):
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     template = JinjaTemplate(tokenizer, source)
-    assert template.encode(TWO_TURNS, learn="assistant") == native.encode(TWO_TURNS, learn="assistant")
+    assert template.encode(TWO_TURNS, loss_on="assistant") == native.encode(TWO_TURNS, loss_on="assistant")
     assert template.stop_ids == native.stop_ids
 
 
 def test_a_model_with_a_space_before_texts_gets_one_before_an_answer(llama_like):
     template = JinjaTemplate(llama_like, LLAMA2)
-    ids, learnt = template.encode(conversation("Ada", "Bo"), learn="assistant")
-    assert ids[learnt.index(True) :] == [*llama_like.encode("Bo "), llama_like.eos_id]
+    ids, loss_mask = template.encode(conversation("Ada", "Bo"), loss_on="assistant")
+    assert ids[loss_mask.index(True) :] == [*llama_like.encode("Bo "), llama_like.eos_id]
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +399,7 @@ def test_without_the_extra_the_command_that_installs_it_is_given(monkeypatch):
 )
 def test_a_row_that_cannot_be_learnt_says_why(any_template, messages, fault):
     with pytest.raises(BadRow, match=fault):
-        any_template.encode(messages, learn="assistant")
+        any_template.encode(messages, loss_on="assistant")
 
 
 @pytest.mark.parametrize(
@@ -418,13 +418,13 @@ def test_a_row_that_the_template_refuses_says_why():
     picky = "{% if messages | length > 2 %}{{ raise_exception('too\nmany') }}{% endif %}" + CHATML
     template = JinjaTemplate(hf_tokenizer(), picky)
     with pytest.raises(BadRow, match=r"refused by the chat template \(too many\)"):
-        template.encode(TWO_TURNS, learn="assistant")
+        template.encode(TWO_TURNS, loss_on="assistant")
 
 
 def test_an_empty_system_text_is_a_text(any_template):
-    assert any_template.encode(conversation("a", "b", system=""), learn="assistant").ids
+    assert any_template.encode(conversation("a", "b", system=""), loss_on="assistant").ids
 
 
 def test_what_to_learn_is_one_of_three(any_template):
-    with pytest.raises(ConfigError, match=r"data.learn='both': choose one of assistant, last, all"):
-        any_template.encode(TWO_TURNS, learn="both")
+    with pytest.raises(ConfigError, match=r"data.loss_on='both': choose one of assistant, last, all"):
+        any_template.encode(TWO_TURNS, loss_on="both")

@@ -197,11 +197,11 @@ PAIR = {"prompt": "Who?", "chosen": "Ada.", "rejected": "Dan, or Eve."}
 def test_both_sides_begin_with_the_prompt_and_end_with_the_stop_token(tokenizer):
     row = encode({"prompt": LONGER, "chosen": "Ada.", "rejected": "Bo."}, tokenizer)
     prompt = "⟦<s><|user|>One?<|end|><|assistant|>1.<|end|><|user|>Who?<|end|><|assistant|>⟧"
-    shown = [show_mask(*side, tokenizer) for side in zip(row.ids, row.learnt, strict=True)]
+    shown = [show_mask(*side, tokenizer) for side in zip(row.ids, row.loss_mask, strict=True)]
     assert shown == [prompt + "Ada.<|end|>", prompt + "Bo.<|end|>"]
     assert row.group == "One?"
     prompt_length, margin, weight = row.numbers
-    assert [np.flatnonzero(learnt)[0] for learnt in row.learnt] == [prompt_length] * 2
+    assert [np.flatnonzero(learnt)[0] for learnt in row.loss_mask] == [prompt_length] * 2
     np.testing.assert_array_equal(*(ids[: int(prompt_length)] for ids in row.ids))
     assert (margin, weight) == (0.0, 1.0)
 
@@ -242,9 +242,9 @@ def test_answers_are_an_assistant_s_to_a_user(tokenizer, record):
 
 def test_answers_that_differ_in_nothing_a_token_shows_are_identical(tokenizer):
     class Trimming(NativeTemplate):
-        def encode(self, messages, *, learn):
+        def encode(self, messages, *, loss_on):
             return super().encode(
-                [each | {"content": each["content"].strip()} for each in messages], learn=learn
+                [each | {"content": each["content"].strip()} for each in messages], loss_on=loss_on
             )
 
     encode = encoder(config(), Trimming(tokenizer))
@@ -385,4 +385,4 @@ def test_an_answer_ends_at_the_token_that_ends_it_whatever_a_template_writes_aft
     row = {"prompt": "Hello", "chosen": "Hi there", "rejected": "Go away"}
     encoded = encoder(config(), JinjaTemplate(tokenizer, source))(row)
     assert [ids[-1] for ids in encoded.ids] == [tokenizer.eos_id] * 2
-    assert all(learnt[-1] for learnt in encoded.learnt)
+    assert all(learnt[-1] for learnt in encoded.loss_mask)

@@ -139,7 +139,7 @@ def test_the_fingerprint_follows_every_token_mask_number_and_group():
     def changed(**changes):
         return read("one", "two", encode=lambda value: encode(value)._replace(**changes)).fingerprint
 
-    ids, learnt = (np.arange(3, dtype=np.int32),), (np.array([False, True, True]),)
+    ids, loss_mask = (np.arange(3, dtype=np.int32),), (np.array([False, True, True]),)
     known = [
         read("one", "two"),
         read("two", "one"),
@@ -147,7 +147,7 @@ def test_the_fingerprint_follows_every_token_mask_number_and_group():
         read("onet", "wo"),
     ]
     found = [each.fingerprint for each in known]
-    found += [changed(ids=ids), changed(learnt=learnt), changed(numbers=(2.0,)), changed(group="a")]
+    found += [changed(ids=ids), changed(loss_mask=loss_mask), changed(numbers=(2.0,)), changed(group="a")]
     assert len(set(found)) == len(found)
     assert read("one", "wrong", "two").fingerprint == read("one", "two").fingerprint
 

@@ -12,7 +12,7 @@ def row(tokenizer):
         {"role": "user", "content": "Who left\n the  ball?"},
         {"role": "assistant", "content": "Ada, 漢."},
     ]
-    return NativeTemplate(tokenizer).encode(messages, learn="assistant")
+    return NativeTemplate(tokenizer).encode(messages, loss_on="assistant")
 
 
 def test_what_is_only_read_stands_in_brackets_and_special_tokens_by_name_on_one_line(row, tokenizer):

@@ -194,8 +194,8 @@ def test_synthetic_rows(monkeypatch, tmp_path):
 
     code = write(tmp_path / "__init__.py", b"def documents(): ...")
     fake = SimpleNamespace(documents=documents, __file__=str(code))
-    monkeypatch.setitem(sys.modules, "jaxllm.data.synthetic", fake)
-    monkeypatch.setattr("jaxllm.data.synthetic", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "jaxllm.toy_world", fake)
+    monkeypatch.setattr("jaxllm.toy_world", fake, raising=False)
     assert texts("synthetic", seed=7) == ["train 7 0", "train 7 1", "train 7 2"]
     assert texts("synthetic", split="validation", synthetic_rows=1) == ["validation 0 0"]
     before = opened("synthetic").content_hash

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs.models import model
+from configs.base.models import model
 from jaxllm.batches import TokenBatch
 from jaxllm.config import parse
 from jaxllm.evaluation.perplexity import evaluate, ratio, row_sums

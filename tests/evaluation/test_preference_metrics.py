@@ -95,7 +95,7 @@ def test_standard_errors_cover_the_truth_as_often_as_they_should():
 
 # DPO
 
-OPTIONS = {"beta": 0.1, "variant": "sigmoid", "label_smoothing": 0.0, "length_normalised": False}
+OPTIONS = {"beta": 0.1, "variant": "sigmoid", "label_smoothing": 0.0, "length_normalized": False}
 LOG_PROBS = pair_scores(
     [[-10, -20], [-30, -12], [-7, -7]],
     [[5, 4], [6, 3], [2, 2]],
@@ -116,7 +116,7 @@ def test_implicit_rewards_are_beta_times_the_gain_over_the_reference():
 
 
 @pytest.mark.parametrize(
-    ("variant", "label_smoothing", "length_normalised"),
+    ("variant", "label_smoothing", "length_normalized"),
     [
         ("sigmoid", 0.1, False),
         ("robust", 0.1, False),
@@ -125,16 +125,16 @@ def test_implicit_rewards_are_beta_times_the_gain_over_the_reference():
         ("sppo", 0.0, False),
     ],
 )
-def test_every_figure_is_that_of_the_training_loss(variant, label_smoothing, length_normalised):
+def test_every_figure_is_that_of_the_training_loss(variant, label_smoothing, length_normalized):
     options = {"beta": 0.2, "variant": variant, "label_smoothing": label_smoothing}
     lengths = dict(zip(("chosen_length", "rejected_length"), LOG_PROBS.answer_lengths.T, strict=True))
     columns = [*LOG_PROBS.scores.T, *LOG_PROBS.ref_log_probs.T]
     _, expected = dpo_loss(
         *(column.astype(np.float32) for column in columns),
         **options,
-        **(lengths if length_normalised else {}),
+        **(lengths if length_normalized else {}),
     )
-    found = dpo_metrics(LOG_PROBS, **options, length_normalised=length_normalised)
+    found = dpo_metrics(LOG_PROBS, **options, length_normalized=length_normalized)
     assert {name: found[f"eval/{name}"] for name in expected} == pytest.approx(
         {name: float(value.mean) for name, value in expected.items()}, rel=1e-5
     )

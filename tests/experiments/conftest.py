@@ -13,8 +13,8 @@ NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine
 
 
 def train_stage(name, workdir, init_from=None, **changes):
-    from experiments.program import find_stage
-    from experiments.run import train
+    from jaxllm.runs.program import find_stage
+    from jaxllm.runs.train import train
     from jaxllm.config import load_config, override, parse
 
     config = load_config(f"{ROOT / 'configs' / name}.py:tiny")

@@ -22,7 +22,7 @@ from jaxllm.models.attention import (
     weigh,
     write_cache,
 )
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.parallel.sharding import MeshConfig, make_mesh
 
 
 def queries_keys_values(config, batch, length, seed=0):

@@ -10,7 +10,7 @@ import pytest
 
 from jaxllm.errors import ConfigError
 from jaxllm.models import build_model, unstack_layers
-from jaxllm.sharding import path_name
+from jaxllm.parallel.sharding import path_name
 
 
 def random_params(model, seed=0):

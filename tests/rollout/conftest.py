@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import jax
 import pytest
 
-from configs.models import model as model_shape
+from configs.base.models import model as model_shape
 from jaxllm.config import parse
 from jaxllm.models import ModelConfig, build_model
 

@@ -11,7 +11,7 @@ from jaxllm.rollout import collect as module
 from jaxllm.rollout.collect import STRETCH, collect
 from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig
-from jaxllm.sharding import MeshConfig, make_mesh, shardings
+from jaxllm.parallel.sharding import MeshConfig, make_mesh, shardings
 
 SAMPLED = SamplingConfig(temperature=1.0, top_k=None, top_p=0.95, min_p=None, max_new_tokens=40)
 GREEDY = replace(SAMPLED, temperature=0.0, top_p=None)

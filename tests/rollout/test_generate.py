@@ -13,7 +13,7 @@ from jaxllm.losses.language_model import token_log_probs
 from jaxllm.models import build_model
 from jaxllm.rollout.generate import begin, bucket, decode, generate, stream
 from jaxllm.rollout.sampling import SamplingConfig, sample
-from jaxllm.sharding import MeshConfig, make_mesh, shardings
+from jaxllm.parallel.sharding import MeshConfig, make_mesh, shardings
 
 GREEDY = SamplingConfig(temperature=0.0, top_k=None, top_p=None, min_p=None, max_new_tokens=20)
 SAMPLED = replace(GREEDY, temperature=0.9, top_k=50, top_p=0.95)

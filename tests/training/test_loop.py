@@ -10,12 +10,12 @@ import pytest
 
 from jaxllm.errors import ConfigError, NumericsError, Stopped
 from jaxllm.losses import Weighted
-from jaxllm.training.best import Best
-from jaxllm.training.feed import Feed
+from jaxllm.training.early_stopping import EarlyStopping
+from jaxllm.training.batch_source import BatchSource
 from jaxllm.training.loop import Hook, Loop, LoopConfig
 from jaxllm.training.metrics import MetricWriter, Throughput
 from jaxllm.training.state import TrainState
-from jaxllm.training.watch import Watch
+from jaxllm.training.watchdog import Watchdog
 
 
 def count_step(state, batch, *, bad_from=10**9):
@@ -31,7 +31,7 @@ def make_state(step=0):
     return TrainState(jnp.int32(step), jnp.float32(step), (), jnp.zeros(2), jnp.int32(0), jnp.int32(0))
 
 
-class Numbers(Feed):
+class Numbers(BatchSource):
     """Batch i is the number 100 + i."""
 
     def batches(self, state, check):
@@ -107,7 +107,7 @@ class Run:
 
 @pytest.fixture
 def watch(tmp_path):
-    with Watch(tmp_path, hang_timeout=60.0) as watch:
+    with Watchdog(tmp_path, hang_timeout=60.0) as watch:
         yield watch
 
 
@@ -203,7 +203,7 @@ def scores(*values, every=1):
 
 
 def lowest(patience=0):
-    return Best("eval/loss", highest=False, patience=patience)
+    return EarlyStopping("eval/loss", highest=False, patience=patience)
 
 
 def test_the_best_step_is_saved_even_where_no_checkpoint_is_due(tmp_path, watch):
@@ -228,7 +228,7 @@ def test_a_run_out_of_patience_ends_early_with_its_last_step_saved(tmp_path, wat
 
 
 def test_a_run_that_has_reached_its_target_ends_early(tmp_path, watch):
-    best = Best("eval/loss", highest=False, patience=0, target=2.5)
+    best = EarlyStopping("eval/loss", highest=False, patience=0, target=2.5)
     run = Run(tmp_path, watch, hooks=(scores(3, 2, 1),), best=best, checkpoint_every=0)
     assert int(run().step) == 2
     assert run.saved[-1] == (2, 2.0, None)
@@ -313,7 +313,7 @@ def test_a_trace_that_was_begun_is_ended(tmp_path, watch, monkeypatch, profile, 
 
 
 def test_a_best_metric_that_nothing_measures_is_an_error_as_soon_as_all_is_measured(tmp_path, watch):
-    best = Best("eval/los", highest=False, patience=0)
+    best = EarlyStopping("eval/los", highest=False, patience=0)
     hook = Hook(5, lambda step, state: {"eval/loss": 1.0})
     with pytest.raises(ConfigError, match="best_metric=eval/los is not measured, did you mean 'eval/loss'"):
         Run(tmp_path, watch, hooks=(hook,), best=best, unfinished={}, evaluate_every=5)()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from configs.models import model
+from configs.base.models import model
 from jaxllm.config import parse
 from jaxllm.losses import Weighted
 from jaxllm.models import ModelConfig, build_model

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxllm.losses import Weighted
-from jaxllm.sharding import path_name
+from jaxllm.parallel.sharding import path_name
 from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxllm.training.state import init_state, merge_params, split_params
 from jaxllm.training.step import split_rows, train_step

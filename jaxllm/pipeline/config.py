@@ -1,0 +1,96 @@
+"""What a pipeline is made of. Every field is commented in configs/pipeline.py."""
+
+from dataclasses import dataclass
+
+from jaxllm.stages import dpo, grpo, ppo, pretrain, reward_model, sft
+from jaxllm.errors import ConfigError
+from jaxllm.models.config import ModelConfig
+from jaxllm.parallel.sharding import MeshConfig
+
+# Each stage in the order they run, and the one whose weights it begins with.
+PARENTS = {
+    "pretrain": None,
+    "sft": "pretrain",
+    "reward_model": "sft",
+    "ppo": "sft",
+    "dpo": "sft",
+    "sft_reasoning": "sft",
+    "grpo": "sft_reasoning",
+}
+
+
+@dataclass(frozen=True)
+class SourcesConfig:
+    """What each stage learns from."""
+
+    text: tuple[str, ...]
+    chats: tuple[str, ...]
+    pairs: tuple[str, ...]
+    solutions: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GatesConfig:
+    """What must be reached."""
+
+    prompts: tuple[str, ...]  # held-out rows with a prompt; with `reference` if the rubric is to judge
+    max_rows: int
+    max_new_tokens: int
+    shown: tuple[str, ...]  # prompts for the report, put to every model
+    text_share: float
+    answer_rise: float
+    reward_ceiling: float
+    reward_share: float
+    preference_errors: float
+    kl_limit: float
+    pass_rise: float
+    errors: float
+
+    def __post_init__(self):
+        for name in ("prompts", "shown"):
+            if not getattr(self, name):
+                raise ConfigError(f"gates.{name} is empty: name at least one")
+        if self.max_rows < 2:
+            raise ConfigError(f"gates.max_rows={self.max_rows} must be at least 2, for a standard error")
+
+
+@dataclass(frozen=True)
+class ExpectedSeconds:
+    """How long each stage takes on the machine it was written for; only to tell the time left."""
+
+    pretrain: float
+    sft: float
+    reward_model: float
+    ppo: float
+    dpo: float
+    sft_reasoning: float
+    grpo: float
+    gates: float
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """A whole run of each stage."""
+
+    seed: int
+    model: ModelConfig
+    mesh: MeshConfig
+    data: SourcesConfig
+    pretrain: pretrain.Config
+    sft: sft.Config
+    reward_model: reward_model.Config
+    ppo: ppo.Config
+    dpo: dpo.Config
+    sft_reasoning: sft.Config
+    grpo: grpo.Config
+    gates: GatesConfig
+    expected_seconds: ExpectedSeconds
+
+    def __post_init__(self):
+        for name in PARENTS:
+            for field in ("seed", "model", "mesh"):
+                if getattr(getattr(self, name), field) != getattr(self, field):
+                    raise ConfigError(
+                        f"{name}.{field} is not that of the pipeline: set {field} for all stages"
+                    )

@@ -1,0 +1,122 @@
+"""A report as one HTML file: no script, nothing from elsewhere, light or dark as the reader's screen is."""
+
+import html
+import re
+from pathlib import Path
+
+from jaxllm.report.document import (
+    Block,
+    Card,
+    Code,
+    Gallery,
+    Heading,
+    Legend,
+    Paragraph,
+    Picture,
+    Report,
+    Table,
+)
+from jaxllm.data.show import printable
+
+# A policy against what the texts of a model might try, should one ever not be escaped.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+_STYLE = (Path(__file__).parent / "style.css").read_text()
+
+LONG_CELL = 32  # characters; only such have lines broken, so that no column gets narrow on a phone
+_MOODS = {"passed": "good", "failed": "bad", "they differ": "strong"}
+
+
+def to_html(report: Report) -> str:
+    """The page."""
+    headings = [block.text for block in report.blocks if isinstance(block, Heading) and block.level == 2]
+    links = "".join(f'<a href="#{_anchor(text)}">{_text(text)}</a>' for text in headings)
+    facts = "".join(f"<span>{_text(fact)}</span>" for fact in report.facts)
+    verdict = report.verdict
+    says = f'<p class="verdict {verdict.mood}">{_text(verdict.text)}</p>' if verdict else ""
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{_text(report.title)}</title>",
+            f"<style>{_STYLE}</style></head><body><main>",
+            f'<header><h1>{_text(report.title)}</h1>{says}<p class="facts">{facts}</p>',
+            f"<nav>{links}</nav></header>" if len(headings) > 1 else "</header>",
+            *map(_block, report.blocks),
+            "</main></body></html>\n",
+        ]
+    )
+
+
+def _text(text: str) -> str:
+    return html.escape(printable(text))
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Heading(2, text):
+            return f'<h2 id="{_anchor(text)}">{_text(text)}</h2>'
+        case Heading(level, text):
+            return f"<h{level}>{_text(text)}</h{level}>"
+        case Paragraph(text, mood):
+            return f'<p class="{mood}">{_text(text)}</p>'
+        case Table():
+            return _table(block)
+        case Code(title, text):
+            return f'<div class="title">{_text(title)}</div><pre><code>{_text(text)}</code></pre>'
+        case Gallery(pictures):
+            return f'<div class="gallery">{"".join(map(_picture, pictures))}</div>' if pictures else ""
+        case Card():
+            return _card(block)
+
+
+def _table(table: Table) -> str:
+    numeric = [' class="number"' if table.is_numeric(i) else "" for i in range(len(table.header))]
+    head = "".join(f"<th{kind}>{_text(cell)}</th>" for cell, kind in zip(table.header, numeric, strict=True))
+    rows = []
+    for row in table.rows:
+        cells = "".join(_cell(cell, kind) for cell, kind in zip(row, numeric, strict=True))
+        rows.append(f"<tr>{cells}</tr>")
+    caption = f"<caption>{_text(table.title)}</caption>" if table.title and not table.folded else ""
+    whole = (
+        f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+    return f"<details><summary>{_text(table.title)}</summary>{whole}</details>" if table.folded else whole
+
+
+def _cell(cell: str, kind: str) -> str:
+    if cell in _MOODS:
+        kind = f' class="{_MOODS[cell]}"'
+    elif len(cell) > LONG_CELL:
+        kind = ' class="long"'
+    return f"<td{kind}>{_text(cell)}</td>"
+
+
+def _picture(picture: Picture) -> str:
+    legend = "".join(map(_legend, picture.legend))
+    svg = picture.svg.replace("<svg", f'<svg role="img" aria-label="{_text(picture.title)}"', 1)
+    return (
+        f"<figure><figcaption><strong>{_text(picture.title)}</strong>"
+        f'<span class="legend">{legend}</span></figcaption>{svg}</figure>'
+    )
+
+
+def _legend(legend: Legend) -> str:
+    dash = ("solid", "dashed", "dotted", "double")[legend.dash % 4]
+    line = f'<i style="border-top-color: var(--series-{legend.colour}); border-top-style: {dash}"></i>'
+    return f"<span>{line}{_text(legend.label)}</span>"
+
+
+def _card(card: Card) -> str:
+    rows = []
+    for model, kind, text in card.answers:
+        said = f"<dd>{_text(text)}</dd>" if text.strip() else '<dd class="nothing">nothing</dd>'
+        rows.append(f"<div><dt>{_text(model)} <small>{_text(kind)}</small></dt>{said}</div>")
+    return f'<section class="card"><h3>{_text(card.prompt)}</h3><dl>{"".join(rows)}</dl></section>'

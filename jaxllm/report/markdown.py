@@ -1,0 +1,55 @@
+"""A report as Markdown: the same content without the pictures."""
+
+import re
+
+from jaxllm.report.document import Block, Card, Code, Gallery, Heading, Paragraph, Report, Table
+from jaxllm.data.show import printable
+
+# What would be read as markup; an underscore within a word is none.
+_MARKUP = re.compile(r"[\\`*\[\]<>|~#]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def to_markdown(report: Report) -> str:
+    """The text of report.md."""
+    head = [f"# {_text(report.title)}"]
+    if report.verdict is not None:
+        head.append(f"**{_text(report.verdict.text)}**")
+    if report.facts:
+        head.append(_text(" · ".join(report.facts)))
+    blocks = [_block(block) for block in report.blocks]
+    return "\n\n".join([*head, *(block for block in blocks if block)]) + "\n"
+
+
+def _text(text: str) -> str:
+    """On one line, with nothing in it that is markup."""
+    escaped = _MARKUP.sub(lambda found: f"\\{found[0]}", printable(text).replace("&", "&amp;").strip())
+    return "<br>".join(escaped.splitlines())
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Heading(level, text):
+            return f"{'#' * level} {_text(text)}"
+        case Paragraph(text):
+            return _text(text)
+        case Table(header, rows, title):
+            lines = [header, [_rule(block, i) for i in range(len(header))], *rows]
+            written = "\n".join(_row(cells, i == 1) for i, cells in enumerate(lines))
+            return f"{_text(title)}\n\n{written}" if title else written
+        case Code(title, text):
+            fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+            titled = f"{_text(title)}\n\n" if title else ""
+            return f"{titled}{fence}\n{printable(text)}\n{fence}"
+        case Gallery():
+            return ""
+        case Card(prompt, answers):
+            rows = [(f"{model} ({kind})" if kind else model, text or "–") for model, kind, text in answers]
+            return f"### {_text(prompt)}\n\n" + _block(Table(("model", "says"), rows))
+
+
+def _rule(table: Table, column: int) -> str:
+    return "---:" if table.is_numeric(column) else "---"
+
+
+def _row(cells: tuple[str, ...] | list[str], is_rule: bool) -> str:
+    return f"| {' | '.join(cells if is_rule else map(_text, cells))} |"

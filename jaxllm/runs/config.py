@@ -1,0 +1,89 @@
+"""What a training run is made of, whatever its stage: the sections that a config file and flags fill
+in. Each module of experiments/stages adds what is its own."""
+
+from dataclasses import dataclass
+
+from jaxllm.data.tokenizer import TokenizerConfig
+from jaxllm.errors import ConfigError
+from jaxllm.models.config import ModelConfig
+from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.parallel.sharding import MeshConfig
+from jaxllm.training.loop import LoopConfig
+from jaxllm.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept."""
+
+    keep: int  # the newest so many
+    best_metric: str | None  # such as "eval/loss": its best step is kept too, as WORKDIR/best
+    best_is: str  # "lowest" or "highest"
+
+    def __post_init__(self):
+        if self.keep < 1:
+            raise ConfigError(f"checkpoint.keep={self.keep} must be at least 1")
+        if self.best_is not in ("lowest", "highest"):
+            raise ConfigError(f"checkpoint.best_is={self.best_is!r} must be 'lowest' or 'highest'")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How much held-out data is scored."""
+
+    max_rows: int | None  # from its start; None: all
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Texts written while training."""
+
+    prompts: tuple[str, ...]  # pretraining continues them, and "" starts a document; later stages answer them
+    sampling: SamplingConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. See configs/pretrain_text.py for every field with its meaning."""
+
+    stage: str
+    seed: int
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    optimizer: OptimizerConfig
+    mesh: MeshConfig
+    training: LoopConfig
+    checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
+    wandb_project: str | None
+
+    def __post_init__(self):
+        for name, unset in (("patience", 0), ("target", None)):
+            value = getattr(self.training, name)
+            if value != unset and self.checkpoint.best_metric is None:
+                raise ConfigError(
+                    f"training.{name}={value} waits for a better checkpoint.best_metric: name one, such as "
+                    "eval/loss"
+                )
+
+
+# What may differ between a run and its resumption: how long, how often, what is logged and kept.
+MAY_DIFFER = (
+    "training.steps",
+    "optimizer.warmup_steps",  # follows training.steps
+    "training.log_every",
+    "training.evaluate_at_start",
+    "training.evaluate_every",
+    "training.sample_every",
+    "training.checkpoint_every",
+    "training.patience",
+    "training.target",
+    "training.max_bad_steps",
+    "training.hang_timeout",
+    "checkpoint.keep",
+    "evaluation.max_rows",
+    "sample",
+    "wandb_project",
+    "data.cache_dir",
+    "mesh",
+)

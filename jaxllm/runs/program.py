@@ -1,0 +1,186 @@
+"""What a training run puts on the devices: model, sharded state and compiled step, from the config alone.
+
+What differs between stages is in experiments/stages: a module a stage, found by its name, with the same names
+(`Config`, `build`, `batch_shapes`, `tokenizer_text`, `initial_params`, `load`, `make_source`, `make_hooks`).
+"""
+
+import functools
+import importlib
+import math
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from jaxllm.runs.config import TrainConfig
+from jaxllm.config import did_you_mean, nearest_multiples
+from jaxllm.errors import ConfigError
+from jaxllm.models.config import ATTENTION, flops_per_token, runs_on
+from jaxllm.parallel.sharding import batch_sharding, make_mesh, matching, placed, shardings
+from jaxllm.training.metrics import parameter_count
+from jaxllm.training.optimizer import make_optimizer, make_schedule
+from jaxllm.training.state import TrainState, init_state
+from jaxllm.training.step import train_step
+
+
+class Program:
+    """What runs on the devices: the model, the sharded state and the train step, from the config alone.
+
+    Building it compiles nothing and reads no data, and raises ConfigError for whatever does not fit.
+    """
+
+    def __init__(self, config: TrainConfig, devices: list[jax.Device] | None = None):
+        self.config = config
+        self.stage = find_stage(config.stage)
+        if not isinstance(config, self.stage.Config):
+            raise ConfigError(f"stage={config.stage!r} is not that of the config file: choose another file")
+        self.mesh = make_mesh(config.mesh, devices)
+        platform = self.mesh.devices.flat[0].platform
+        if not runs_on(config.model, platform):
+            attention = config.model.attention
+            raise ConfigError(
+                f"model.attention={attention} needs a {ATTENTION[attention]}, this is a {platform}: "
+                "set model.attention=xla"
+            )
+        check_sizes(config, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        self.model, loss_fn = self.stage.build(config)
+        self.schedule = make_schedule(config.optimizer, config.training.steps)
+        optimizer, trainable = make_optimizer(config.optimizer, self.schedule), config.optimizer.trainable
+        self.init = functools.partial(
+            init_state, init=self.model.init, optimizer=optimizer, trainable=trainable
+        )
+        self.abstract_state = jax.eval_shape(self.init, jax.random.key(config.seed))
+        self.shardings = shardings(self.abstract_state, self.mesh)
+        self.batch_sharding = batch_sharding(self.mesh)
+        self.trained = trained_count(self.abstract_state.params, trainable)
+        self.train_step = functools.partial(
+            train_step,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            num_microbatches=config.training.num_microbatches,
+            trainable=trainable,
+        )
+
+    @property
+    def placed_state(self) -> TrainState:
+        """The state's shapes with their shardings: what a checkpoint is restored into."""
+        return placed(self.abstract_state, self.mesh)
+
+    def fresh_state(self, params: Any = None) -> TrainState:
+        """The state at step 0, every array made where it belongs: with these weights, or random ones."""
+        key = jax.random.key(self.config.seed)
+        if params is None:
+            return jax.jit(self.init, out_shardings=self.shardings)(key)
+
+        def with_params(key, params):  # to make random ones as well would take seconds to compile
+            return self.init(key, init=lambda _: params)
+
+        return jax.jit(with_params, out_shardings=self.shardings)(key, params)
+
+    def compile(self) -> jax.stages.Compiled:
+        """The train step for just these shapes, which can therefore never compile again."""
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.batch_sharding),
+            self.stage.batch_shapes(self.config),
+        )
+        step = jax.jit(self.train_step, donate_argnums=0, out_shardings=(self.shardings, None))
+        with jax.set_mesh(self.mesh):
+            return step.lower(self.placed_state, batch).compile()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of all sequences of a batch."""
+        return math.prod(self.stage.batch_shapes(self.config).tokens.shape)
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Rows that are computed together, over all devices: a micro-batch."""
+        return self.config.data.batch_size // self.config.training.num_microbatches
+
+    @property
+    def models(self) -> list[Any]:
+        """The parameters of each model that is trained: one, but for an actor with its critic."""
+        params = self.abstract_state.params
+        return [params] if "embed" in params else list(params.values())
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of training, for all models."""
+        return len(self.models) * flops_per_token(self.config.model, self.config.data.sequence_length)
+
+    def describe(self) -> str:
+        """Devices, mesh, parameters and batch arithmetic, in a few lines."""
+        config, data, mesh = self.config, self.config.data, dict(self.mesh.shape)
+        parameters = parameter_count(self.abstract_state.params)
+        table = sum(parameter_count(params["embed"]) for params in self.models)
+        trained = "" if self.trained == parameters else f", {self.trained:,} of them trained"
+        tokens, steps = self.tokens_per_step, config.training.steps
+        flops = self.flops_per_token
+        rows = data.batch_size // (mesh["data"] * mesh["fsdp"]) // config.training.num_microbatches
+        return "\n".join(
+            [
+                f"devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), "
+                f"mesh {' x '.join(f'{axis}={size}' for axis, size in mesh.items())}",
+                f"model: {parameters:,} parameters ({parameters - table:,} outside the embedding{trained}), "
+                f"{config.model.compute_dtype} over {config.model.param_dtype}",
+                f"batch: {data.batch_size} rows, {tokens:,} tokens of {data.sequence_length} a sequence; "
+                f"{rows} rows a device at a time",
+                f"run: {steps:,} steps, {steps * tokens:,} tokens, "
+                f"{flops:.3g} FLOPs a token, {steps * tokens * flops:.3g} in all",
+            ]
+        )
+
+
+def trained_count(params: Any, trainable: str) -> int:
+    """How many numbers are trained; ConfigError where none would be."""
+    found = matching(trainable, params)
+    sizes = jax.tree.map(lambda x, is_trained: x.size * is_trained, params, found)
+    if not any(jax.tree.leaves(sizes)):
+        raise ConfigError(f"optimizer.trainable={trainable!r} is found in the path of no parameter")
+    return sum(jax.tree.leaves(sizes))
+
+
+def find_stage(name: str) -> ModuleType:
+    """The module of experiments/stages with this name."""
+    stages = sorted(path.stem for path in (Path(__file__).parent / "stages").glob("*.py"))
+    if name not in stages:
+        raise ConfigError(f"stage={name!r}: choose one of {', '.join(stages)}{did_you_mean(name, stages)}")
+    return importlib.import_module(f"jaxllm.stages.{name}")
+
+
+def check_sizes(config: TrainConfig, row_devices: int) -> None:
+    """ConfigError, with the nearest values that work, where batch, mesh and lengths do not go together."""
+    data, pieces = config.data, config.training.num_microbatches
+    for name in ("steps", "num_microbatches", "max_bad_steps"):
+        if getattr(config.training, name) < 1:
+            raise ConfigError(f"training.{name}={getattr(config.training, name)} must be at least 1")
+    if data.batch_size % (row_devices * pieces):
+        sizes = " or ".join(map(str, nearest_multiples(data.batch_size, row_devices * pieces)))
+        raise ConfigError(
+            f"data.batch_size={data.batch_size} does not divide over {row_devices} devices (mesh data x "
+            f"fsdp) times training.num_microbatches={pieces}: use {sizes}"
+        )
+    if data.sequence_length > config.model.max_length:
+        raise ConfigError(
+            f"data.sequence_length={data.sequence_length} is over "
+            f"model.max_length={config.model.max_length}: lower the first or raise the second"
+        )
+
+
+def dry_run(program: Program) -> str:
+    """Compile, and say what the step takes of each device and which knobs change that."""
+    start = time.perf_counter()
+    memory = program.compile().memory_analysis()
+    state, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    return "\n".join(
+        [
+            program.describe(),
+            f"compiled in {time.perf_counter() - start:.1f} s (data and weights were not looked at)",
+            f"memory a device: {(state + temporary) / 1e9:.3f} GB = {state / 1e9:.3f} GB state and batch + "
+            f"{temporary / 1e9:.3f} GB temporaries",
+            "to lower temporaries: training.num_microbatches, model.remat (attention, dots, full), "
+            "data.batch_size, model.compute_dtype=bfloat16; to lower the state: mesh.fsdp, mesh.tensor",
+        ]
+    )

@@ -1,0 +1,90 @@
+"""What may end a run from outside its own steps: signals, and silence."""
+
+import faulthandler
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+EXIT_HANG = 71
+
+
+class StopRequested(Exception):
+    """Raised by `Watchdog.check` once a signal has come, to leave an evaluation or rollout early."""
+
+
+class Watchdog:
+    """A context that turns the first SIGTERM or SIGINT into a request, and a hang into exit 71.
+
+    The second signal ends the process at once; the last checkpoint stays valid. A hang is no `beat`
+    within max(hang_timeout, 10 x the median time between beats): all stacks go to logs/hang.txt.
+    """
+
+    def __init__(self, workdir: Path, hang_timeout: float):
+        self.requested = False
+        self.hang_timeout = hang_timeout
+        self.log = workdir / "logs" / "hang.txt"
+        self.intervals: list[float] = []
+        self.last_beat: float | None = None  # None while nothing is expected to beat
+        self.closed = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        self.previous = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed.set()
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def beat(self) -> None:
+        """A step is done."""
+        now = time.monotonic()
+        if self.last_beat is not None:
+            self.intervals = [*self.intervals[-99:], now - self.last_beat]
+        self.last_beat = now
+
+    def check(self) -> None:
+        """For long work between steps: leave it (StopRequested) if a signal has come, else show life."""
+        if self.requested:
+            raise StopRequested
+        if self.last_beat is not None:
+            self.last_beat = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No hang is suspected inside: the first run of something compiles for as long as it must."""
+        self.last_beat = None
+        yield
+        self.last_beat = time.monotonic()
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self.requested:
+            os._exit(128 + number)
+        self.requested = True
+        name = signal.Signals(number).name
+        print(f"\n{name}: saving after this step; once more ends at once", file=sys.stderr, flush=True)
+
+    def _watch(self) -> None:
+        while not self.closed.wait(min(1.0, self.hang_timeout / 4)):
+            last, limit = self.last_beat, self.hang_timeout
+            if self.intervals:
+                limit = max(limit, 10 * statistics.median(self.intervals))
+            if last is not None and time.monotonic() - last > limit:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                with self.log.open("w") as file:
+                    faulthandler.dump_traceback(file, all_threads=True)
+                message = (
+                    f"error: no step for {limit:.0f} s (training.hang_timeout); stacks are in {self.log}"
+                )
+                print(message, file=sys.stderr, flush=True)
+                os._exit(EXIT_HANG)

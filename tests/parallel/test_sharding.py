@@ -1,0 +1,233 @@
+"""The mesh, the rule table, and that splitting a model changes none of its numbers."""
+
+import logging
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from configs.base.models import model as model_size
+from jaxllm import sharding
+from jaxllm.config import parse
+from jaxllm.errors import ConfigError
+from jaxllm.models import ModelConfig, build_model, build_scalar_model
+from jaxllm.parallel.sharding import (
+    BATCH,
+    MeshConfig,
+    batch_sharding,
+    constrain,
+    make_mesh,
+    placed,
+    rule_for,
+    shardings,
+    whole,
+)
+from jaxllm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxllm.training.state import init_state
+
+
+@pytest.fixture(scope="module")
+def every_leaf() -> ModelConfig:
+    """A decoder with every optional parameter."""
+    config = parse(ModelConfig, model_size("tiny"))
+    switches = {"qk_norm": True, "qkv_bias": True, "output_bias": True, "mlp_bias": True}
+    return replace(config, tie_embeddings=False, **switches)
+
+
+def abstract_state(config, optimizer_name):
+    optimizer = make_optimizer(
+        OptimizerConfig(
+            name=optimizer_name,
+            learning_rate=1e-3,
+            schedule="constant",
+            warmup_steps=0,
+            decay_fraction=0.0,
+            final_learning_rate=0.0,
+            beta1=0.9,
+            beta2=0.95,
+            epsilon=1e-8,
+            weight_decay=0.1,
+            decay_pattern="kernel$",
+            clip_norm=1.0,
+            muon_momentum=0.95,
+            trainable="",
+        ),
+        lambda count: 1e-3 * jnp.ones_like(count, jnp.float32),
+    )
+    key = jax.random.key(0)
+    return jax.eval_shape(
+        lambda key: init_state(key, init=lambda key: all_params(config, key), optimizer=optimizer), key
+    )
+
+
+def all_params(config, key):
+    """Those of a decoder and those of a reward model in one tree."""
+    return build_model(config).init(key) | build_scalar_model(config).init(key)
+
+
+# The mesh
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(8, 1, 1), (8, 1, 1)),
+        (MeshConfig(-1, 2, 2), (2, 2, 2)),
+        (MeshConfig(1, -1, 2), (1, 4, 2)),
+        (MeshConfig(1, 1, -1), (1, 1, 8)),
+    ],
+)
+def test_the_free_axis_takes_the_devices_that_are_left(config, shape):
+    mesh = make_mesh(config)
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+def test_a_mesh_takes_the_devices_it_is_given():
+    devices = jax.devices()[2:4]
+    assert make_mesh(MeshConfig(1, -1, 1), devices).devices.ravel().tolist() == devices
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(2, 2, 1), r"data=2 x fsdp=2 x tensor=1 does not cover 8 devices.*-1"),
+        (MeshConfig(-1, 3, 1), r"does not cover 8 devices"),
+        (MeshConfig(16, -1, 1), r"does not cover 8 devices"),
+        (MeshConfig(-1, -1, 1), r"at most one of them -1.*'fsdp': -1"),
+        (MeshConfig(8, 0, 1), r"1 or more.*'fsdp': 0"),
+        (MeshConfig(8, -2, 1), r"1 or more.*'fsdp': -2"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_a_config_error(config, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(config)
+
+
+# The table
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+def test_every_leaf_of_a_state_matches_one_rule(every_leaf, optimizer_name):
+    for config in (every_leaf, replace(every_leaf, tie_embeddings=True)):
+        leaves = jax.tree_util.tree_leaves_with_path(abstract_state(config, optimizer_name))
+        assert len(leaves) > 50
+        for path, leaf in leaves:
+            spec = rule_for(sharding.path_name(path))  # raises otherwise
+            assert len(spec) <= leaf.ndim, f"{sharding.path_name(path)}: {spec} for {leaf.shape}"
+
+
+def test_every_rule_is_of_use(every_leaf):
+    paths = [
+        sharding.path_name(path)
+        for optimizer_name in ("adamw", "muon")
+        for path, _ in jax.tree_util.tree_leaves_with_path(abstract_state(every_leaf, optimizer_name))
+    ]
+    idle = [pattern for pattern, _ in sharding.RULES if not any(re.search(pattern, path) for path in paths)]
+    assert idle == []
+
+
+def test_moments_lie_like_their_parameters(every_leaf):
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    state = shardings(abstract_state(every_leaf, "adamw"), mesh)
+    assert optax.tree.get(state.opt_state, "mu") == optax.tree.get(state.opt_state, "nu") == state.params
+
+
+@pytest.mark.parametrize("path", ["params/blocks/mixer/kernel", "params/heads/kernel", "step/extra"])
+def test_a_path_without_a_rule_is_an_error(path):
+    with pytest.raises(ValueError, match=rf"{path} matches no rule"):
+        rule_for(path)
+
+
+def test_a_path_with_two_rules_is_an_error(monkeypatch):
+    monkeypatch.setattr(sharding, "RULES", (*sharding.RULES, (r"up/kernel$", P())))
+    with pytest.raises(ValueError, match=r"params/blocks/mlp/up/kernel matches rules .*gate\|up.*'up/kernel"):
+        rule_for("params/blocks/mlp/up/kernel")
+
+
+def test_an_axis_that_does_not_divide_is_dropped_and_said_once(caplog):
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    tree = {"embed": {"table": jax.ShapeDtypeStruct((61, 32), jnp.float32)}}
+    with caplog.at_level(logging.INFO):
+        resolved = shardings(tree, mesh)
+    assert resolved["embed"]["table"] == NamedSharding(mesh, P(None, "fsdp"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "embed/table: 61 does not divide over tensor=2; kept whole"
+    ]
+
+
+def test_what_a_checkpoint_is_read_into_has_shapes_dtypes_and_shardings(every_leaf):
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    state = abstract_state(every_leaf, "adamw")
+    leaves = jax.tree.leaves(placed(state, mesh))
+    assert [(x.shape, x.dtype) for x in leaves] == [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
+    assert [x.sharding for x in leaves] == jax.tree.leaves(shardings(state, mesh))
+
+
+def test_whole_keeps_tensor_parallel_parts_and_nothing_else_apart(every_leaf):
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    params = jax.eval_shape(lambda: all_params(every_leaf, jax.random.key(0)))
+    layout = whole(params, mesh)
+    kernels = layout["blocks"]["attention"]["query"]["kernel"], layout["blocks"]["mlp"]["down"]["kernel"]
+    assert [tuple(kernel.spec) for kernel in kernels] == [(None, None, "tensor"), (None, "tensor", None)]
+    assert tuple(layout["embed"]["table"].spec) == ("tensor", None)
+    for ours, split in zip(jax.tree.leaves(layout), jax.tree.leaves(shardings(params, mesh)), strict=True):
+        assert tuple(ours.spec) == tuple(None if axis == "fsdp" else axis for axis in split.spec)
+
+
+# What it must not change
+
+
+@pytest.fixture(scope="module")
+def single(every_leaf):
+    """A model, a loss, a batch, and what one device makes of them."""
+    model = build_model(replace(every_leaf, vocab_size=511, scan_layers=True))  # odd: its axis is dropped
+    draw = np.random.default_rng(0)
+    batch = draw.integers(0, 511, (8, 12)), np.sort(draw.integers(1, 3, (8, 12)))
+    weights = draw.normal(size=(8, 12, every_leaf.width)).astype(np.float32)
+
+    def loss(params, tokens, segment_ids):
+        hidden, _ = model.apply(params, tokens, segment_ids=segment_ids)
+        return (hidden * weights).sum()
+
+    params = jax.jit(model.init)(jax.random.key(0))
+    return model, loss, batch, params, jax.jit(jax.value_and_grad(loss))(params, *batch)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+def test_a_mesh_changes_no_value_and_no_gradient_and_splits_the_parameters(single, sizes):
+    model, loss, batch, whole_params, (expected_value, expected_gradient) = single
+    mesh = make_mesh(MeshConfig(*sizes))
+    layout = shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh)
+    with jax.set_mesh(mesh):
+        params = jax.jit(model.init, out_shardings=layout)(jax.random.key(0))
+        step = jax.jit(jax.value_and_grad(loss), out_shardings=(NamedSharding(mesh, P()), layout))
+        value, gradient = step(params, *jax.device_put(batch, batch_sharding(mesh)))
+    jax.tree.map(np.testing.assert_array_equal, params, whole_params)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+    blocks = jax.tree.leaves(params["blocks"])
+    share = sum(leaf.addressable_shards[0].data.nbytes for leaf in blocks) / sum(
+        leaf.nbytes for leaf in blocks
+    )
+    _, fsdp, tensor = sizes
+    assert share == pytest.approx(1 / (fsdp * tensor), rel=0.05)  # norms and some biases stay whole
+
+
+def test_activations_stay_split_by_rows_where_rows_divide():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    whole = jnp.ones((8, 6))
+    assert constrain(whole, BATCH) is whole  # no mesh
+    with jax.set_mesh(mesh):
+        split = jax.jit(constrain, static_argnums=1)(whole, BATCH)
+        left_alone = jax.make_jaxpr(constrain, static_argnums=1)(jnp.ones((3, 6)), BATCH)
+    assert split.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"))), 2)
+    assert left_alone.eqns == []

@@ -1,0 +1,375 @@
+"""The pipeline: one command through all stages, stopped and gone on with, and gates that can be failed."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import quickstart, sft_chat
+from jaxllm.pipeline import prompts as asking
+from jaxllm.pipeline import gates
+from experiments import pipeline
+from jaxllm.pipeline.config import PARENTS, PipelineConfig
+from jaxllm.config import override, parse
+from jaxllm.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+
+TINY = """
+from configs.base import pipeline
+
+def get_config(stage=""):
+    config = pipeline.base("tiny")
+    config.model.num_layers, config.model.width = 1, 32
+    config.data.solutions = config.data.problems = ("synthetic:additions",)
+    config.gates.max_rows, config.gates.max_new_tokens = 20, 8
+    for name in ("pretrain", "sft", "reward_model", "dpo", "sft_reasoning", "ppo", "grpo"):
+        section = config[name]
+        section.data.synthetic_rows, section.data.sequence_length = 300, 128
+        section.evaluation.max_rows = 16
+        section.training.steps = section.training.evaluate_every = section.training.checkpoint_every = 4
+        section.training.sample_every = 0
+        if name in ("ppo", "grpo"):
+            section.rollout.num_prompts, section.rollout.group_size = 4, 2
+            section.rollout.epochs = section.rollout.num_minibatches = 1
+            section.rollout.sampling.max_new_tokens = section.sample.sampling.max_new_tokens = 8
+        else:
+            section.data.batch_size = 4
+    config.grpo.sample.group_size = 2
+    return pipeline.part(config, stage)
+"""
+
+
+def run(config, workdir, *flags, stop_in=None, by=signal.SIGTERM):
+    """The pipeline as a user runs it; with a signal once it has begun the stage `stop_in`."""
+    command = [
+        sys.executable,
+        "experiments/pipeline.py",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *flags,
+    ]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    process = subprocess.Popen(
+        [*command, *flags],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while stop_in and process.poll() is None:
+        if (workdir / stop_in / "metrics.jsonl").exists():
+            process.send_signal(by)
+            break
+        time.sleep(0.05)
+    output, errors = process.communicate(timeout=500)
+    return process.returncode, output, errors
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A config file, the folder of its pipeline, and what was said until it was stopped, killed and over."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "tiny.py").write_text(TINY)
+    config, workdir = folder / "tiny.py", folder / "run"
+    stopped = run(config, workdir, stop_in="sft")
+    killed = run(config, workdir, stop_in="dpo", by=signal.SIGKILL)
+    return config, workdir, stopped, killed, run(config, workdir)
+
+
+def stages_of(output):
+    return [line.split()[1] for line in output.splitlines() if line.startswith("[")]
+
+
+def test_a_pipeline_that_is_stopped_goes_on_where_it_was(tiny):
+    _, workdir, (code, output, errors), (_, after_stop, _), _ = tiny
+    assert code == 75, errors
+    assert "the same command goes on" in errors
+    assert stages_of(output) == ["pretrain"]
+    assert stages_of(after_stop)[0] == "sft"
+    assert "resumed at step" in (workdir / "logs" / "sft.txt").read_text()
+
+
+def test_a_pipeline_that_is_killed_goes_on_where_it_was(tiny):
+    _, _, _, (code, output, _), (_, after_kill, errors) = tiny
+    assert code == -signal.SIGKILL
+    assert stages_of(output) == ["sft", "reward_model", "ppo"]
+    assert stages_of(after_kill) == ["dpo", "sft_reasoning", "grpo", "gates"], errors
+
+
+def test_a_gate_that_is_failed_fails_the_command_and_says_what_was_measured(tiny):
+    _, workdir, _, _, (code, output, errors) = tiny
+    assert code == 1, errors
+    found = json.loads((workdir / "gates.json").read_text())
+    assert [gate["name"] for gate in found["gates"]] == [
+        "text",
+        "answers",
+        "reward_model",
+        "ppo",
+        "dpo",
+        "reasoning",
+    ]
+    assert not found["passed"]
+    text = found["gates"][0]
+    assert f"FAILED        text         {text['measured']:.3f}" in output
+    assert text["measured"] > text["needed"] > 0
+
+
+def test_every_stage_begins_with_its_parent_s_last_checkpoint(tiny):
+    _, workdir, *_ = tiny
+    for stage, parent in PARENTS.items():
+        record = json.loads((workdir / stage / "run.json").read_text())
+        if parent is None:
+            assert record["parent"] is None
+        else:
+            assert Path(record["parent"]["path"]) == workdir / parent / "checkpoints" / "4"
+
+
+def test_the_commands_written_down_are_those_that_ran(tiny):
+    config, workdir, *_ = tiny
+    record = json.loads((workdir / "pipeline.json").read_text())
+    commands = {stage["name"]: shlex.split(stage["command"]) for stage in record["stages"]}
+    assert list(commands) == [*PARENTS, "gates"]
+    assert commands["sft"][1:] == [
+        "experiments/train.py",
+        f"--config={config}:sft",
+        f"--workdir={workdir}/sft",
+        f"--init_from={workdir}/pretrain",
+    ]
+    assert f"--config.reward.model={workdir}/reward_model" in commands["ppo"]
+    assert all(stage["seconds"] > 0 and stage["peak_memory_bytes"] > 1e8 for stage in record["stages"])
+
+
+def test_all_models_are_shown_with_the_same_prompts(tiny):
+    _, workdir, *_ = tiny
+    shown = json.loads((workdir / "shown.json").read_text())
+    assert [each["name"] for each in shown["answers"]] == ["random", "pretrain", "sft", "ppo", "dpo", "grpo"]
+    assert all(len(each["texts"]) == len(shown["prompts"]) for each in shown["answers"])
+    assert "What is an LLM?" in (workdir / "report.html").read_text()
+
+
+def test_a_finished_pipeline_is_not_run_again_but_judged_again(tiny):
+    config, workdir, *_ = tiny
+    before = (workdir / "pipeline.json").read_bytes()
+    code, output, _ = run(config, workdir)
+    assert code == 1
+    assert "FAILED" in output
+    assert not [line for line in output.splitlines() if line.startswith("[")]
+    assert (workdir / "pipeline.json").read_bytes() == before
+
+
+def test_another_config_is_refused_before_anything_runs(tiny):
+    config, workdir, *_ = tiny
+    code, _, errors = run(config, workdir, "--config.ppo.optimizer.learning_rate=0.5")
+    assert code == 78
+    assert "--config.optimizer.learning_rate=0.5" in errors
+    assert "choose another --workdir" in errors
+
+
+def test_two_pipelines_do_not_share_a_folder(tmp_path):
+    with (
+        pipeline.claimed(tmp_path),
+        pytest.raises(pipeline.ConfigError, match="another pipeline"),
+        pipeline.claimed(tmp_path),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with (
+            pytest.raises(pipeline.ConfigError, match=f"^--workdir={folder}: [A-Z]"),
+            pipeline.claimed(folder),
+        ):
+            pass
+
+
+def make_config(**changes):
+    config = quickstart.get_config()
+    for field, text in changes.items():
+        override(config, PipelineConfig, field.replace("__", "."), text)
+    return parse(PipelineConfig, config)
+
+
+def test_what_differs_from_the_config_file_is_passed_on_to_its_stage():
+    config = make_config(
+        data__text="mine.txt",
+        seed="3",
+        pretrain__optimizer__clip_norm="none",
+        grpo__reward__functions="countdown",
+    )
+    commands = pipeline.stage_commands(config, f"{ROOT}/configs/quickstart.py", "runs/x")
+    flags = {name: set(command[4:]) for name, command in commands.items()}
+    assert flags["pretrain"] == {
+        "--config.seed=3",
+        "--config.data.train=('mine.txt',)",
+        "--config.optimizer.clip_norm=none",
+    }
+    assert "--config.reward.functions=('countdown',)" in flags["grpo"]
+    assert "--config.data.train=('mine.txt',)" not in flags["sft"]
+    assert "--config.data.text=('mine.txt',)" in flags["gates"]
+
+
+def test_data_or_a_seed_of_one_stage_is_that_stage_s_alone():
+    for order in (("data__pairs", "ppo__data__train"), ("ppo__data__train", "data__pairs")):
+        config = make_config(**{field: f"{field}.jsonl" for field in order})
+        assert config.ppo.data.train == ("ppo__data__train.jsonl",)
+        assert config.dpo.data.train == config.reward_model.data.train == ("data__pairs.jsonl",)
+    with pytest.raises(pipeline.ConfigError, match=r"dpo\.seed is not that of the pipeline"):
+        make_config(dpo__seed="3")
+
+
+@pytest.mark.parametrize("field", ["prompts", "shown"])
+def test_gates_without_prompts_are_refused(field):
+    with pytest.raises(pipeline.ConfigError, match=rf"gates\.{field} is empty"):
+        make_config(**{f"gates__{field}": ""})
+
+
+def test_data_that_is_not_there_is_refused_before_anything_runs():
+    pipeline.check_sources(make_config(data__pairs="hf:nobody/asks"))
+    for field, name, problem in (
+        ("data.chats", "nowhere.jsonl", "'nowhere.jsonl' does not exist"),
+        ("gates.prompts", "synthetic:chat", "did you mean 'chats'"),
+        ("data.text", str(ROOT / "Makefile"), "only .txt"),
+    ):
+        changes = {field.replace(".", "__"): name}
+        with pytest.raises(DataError, match=f"^{field}: .*{problem}"):
+            pipeline.check_sources(make_config(**changes))
+
+
+def test_stages_that_are_not_of_one_model_or_seed_are_refused():
+    config = quickstart.get_config()
+    config.sft = sft_chat.get_config("tiny")
+    with pytest.raises(pipeline.ConfigError, match=r"sft\.model .* set model for all stages"):
+        parse(PipelineConfig, config)
+
+
+def test_a_stage_that_fails_ends_the_pipeline_with_its_exit_code(tmp_path):
+    command = [sys.executable, "-c", "import sys; print('error: no such file'); sys.exit(78)"]
+    with pytest.raises(pipeline.StageFailed, match="error: no such file") as caught:
+        pipeline.run_stage(command, tmp_path / "logs" / "x.txt", lambda: None)
+    assert caught.value.exit_code == 78
+
+
+def test_a_stage_that_is_interrupted_before_it_can_save_has_not_failed(tmp_path):
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    interrupt = iter([True])
+
+    def report():
+        if next(interrupt, False):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(pipeline.Stopped, match="the same command goes on"):
+        pipeline.run_stage(command, tmp_path / "logs" / "x.txt", report)
+
+
+def test_what_a_stage_warned_of_is_said_once_but_not_of_built_in_data(tmp_path):
+    lines = ("warning: 40% of mine.jsonl is longer", "step 1", "warning: 23% of synthetic:chats is longer")
+    (tmp_path / "sft.txt").write_text("\n".join((*lines, lines[0])))
+    assert pipeline.warnings(tmp_path / "sft.txt") == [lines[0]]
+
+
+def test_a_stage_s_memory_is_measured(tmp_path):
+    command = [sys.executable, "-c", "import time; x = bytearray(700 * 10**6); time.sleep(1)"]
+    _, memory = pipeline.run_stage(command, tmp_path / "logs" / "x.txt", lambda: None)
+    assert 0.7e9 < memory < 0.8e9
+
+
+def test_time_left_follows_the_pace_so_far(tmp_path):
+    config = make_config()
+    expected = config.expected_seconds
+    total = sum(vars(expected).values())
+    record = pipeline.Record(tmp_path, 0, "x.py", {})
+    assert pipeline.time_left(config, record) == f"  about {round(total / 60)} min left"
+    record.add("pretrain", ["python", "x"], 2 * expected.pretrain, 1)
+    rest = 2 * (total - expected.pretrain)
+    assert pipeline.time_left(config, record) == f"  about {round(rest / 60)} min left"
+    unknown = replace(config, expected_seconds=replace(expected, ppo=0.0))
+    assert pipeline.time_left(unknown, record) == ""
+
+
+# Gates
+
+GATES = make_config().gates
+
+
+def answers(rubric, kl=1.0):
+    return [{"rewards": {"rubric": value}, "kl": kl} for value in rubric]
+
+
+@pytest.mark.parametrize(
+    ("rise", "kl", "passed"),
+    [(0.05, 1.0, True), (0.0, 1.0, False), (-0.05, 1.0, False), (0.05, 11.0, False), (0.004, 1.0, False)],
+)
+def test_preferences_must_raise_the_rubric_by_three_standard_errors_near_sft(rise, kl, passed):
+    draw = np.random.default_rng(0)
+    before = draw.uniform(0, 1, 400)
+    after = before + rise + draw.normal(0, 0.1, 400)  # a standard error of 0.005
+    found = gates.preference_gate(GATES, "ppo", answers(before), answers(after, kl), "rubric")
+    assert found.passed is passed
+    assert found.standard_error == pytest.approx(0.005, rel=0.1)
+    assert found.measured == pytest.approx((after - before).mean())
+
+
+@pytest.mark.parametrize(
+    ("references", "judged"),
+    [
+        ([{"answer": "In Rome.", "key": "Rome", "rivals": []}] * 2, True),
+        ([{"answer": "In Rome.", "key": "Rome", "rivals": []}, None], False),
+        (["Rome"], False),
+        ([{"answer": "In Rome."}], False),
+    ],
+)
+def test_the_rubric_judges_only_where_every_row_brings_what_it_needs(references, judged):
+    rows = [{"prompt": "Where?"} | ({} if each is None else {"reference": each}) for each in references]
+    assert asking.has_references(rows) is judged
+
+
+def test_unchanged_answers_are_no_rise():
+    same = answers(np.full(10, 0.5))
+    assert gates.preference_gate(GATES, "ppo", same, same, "rubric").passed is False
+
+
+def test_without_a_rubric_the_gate_is_not_measured():
+    rows = [{"rewards": {"model": float(i)}, "kl": 1.0} for i in range(9)]
+    found = gates.preference_gate(GATES, "dpo", rows, rows, "model")
+    assert found.passed is None
+    assert "4.000" in found.says
+
+
+@pytest.mark.parametrize(
+    ("after", "error", "passed"), [(0.55, 0.02, True), (0.45, 0.02, False), (0.55, 0.05, False)]
+)
+def test_reasoning_must_rise_by_twenty_points_and_five_standard_errors(after, error, passed):
+    rows = [
+        {"eval/sampled_pass@1": 0.3, "eval/sampled_pass@1_se": error},
+        {"eval/sampled_pass@1": 0.9, "eval/sampled_pass@1_se": error},
+        {"eval/sampled_pass@1": after, "eval/sampled_pass@1_se": error},
+    ]
+    found = gates.reasoning_gate(GATES, rows)
+    assert found.passed is passed
+    assert found.standard_error == pytest.approx(error * 2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "error", "passed"), [(0.75, 0.01, True), (0.65, 0.01, False), (0.75, 0.06, False)]
+)
+def test_the_reward_model_must_be_near_the_ceiling_and_far_from_chance(accuracy, error, passed):
+    found = gates.reward_gate(GATES, {"eval/accuracy": accuracy, "eval/accuracy_se": error})
+    assert found.passed is passed
+
+
+def test_what_was_not_evaluated_is_not_passed_over_in_silence():
+    assert gates.reward_gate(GATES, {}).passed is None
+    assert "held-out pairs" in gates.reward_gate(GATES, {}).says
+    assert "group_size" in gates.reasoning_gate(GATES, [{"eval/pass@1": 0.5}]).says
