@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
 
-.PHONY: install test lint quickstart gates clean
+.PHONY: install test lint docs smoke quickstart gates clean
 
 install: $(VENV)/installed-$(EXTRAS)
 
@@ -21,6 +21,16 @@ test: install
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+# Builds the pages of docs/ into site/, offline, and fails on a broken link.
+docs: install
+	$(BIN)/mkdocs build --strict
+
+# Every stage for a few steps, in a fresh folder: does it run here?
+smoke: install
+	rm -rf runs/smoke
+	$(BIN)/python experiments/pipeline.py --config=configs/smoke.py --workdir=runs/smoke
 
 quickstart: install
 	$(BIN)/python experiments/pipeline.py --config=configs/quickstart.py --workdir=runs/quickstart

@@ -48,7 +48,7 @@ from benchmarks.peers import even_words, llama_config
 from benchmarks.rollout import our_runs
 from configs import grpo_problems
 from jaxllm.runs.process import keep_freed_memory
-from jaxllm.runs.program import Program
+from jaxllm.stages import build_program
 from jaxllm.stages import grpo
 from jaxllm.runs.weights import InitialWeights
 from jaxllm.config import load_config, parse
@@ -333,7 +333,7 @@ def main() -> None:
     )
     flags = parser.parse_args()
     keep_freed_memory()  # as experiments/train.py does; TRL is in the same process, and has it too
-    program = Program(make_config(flags))
+    program = build_program(make_config(flags))
     began = time.perf_counter()
     train_step = program.compile()
     print(f"{program.describe()}\ntrain step compiled in {time.perf_counter() - began:.1f} s", flush=True)

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("jaxllm", "tests/conftest.py", "tests/losses", "docs/losses.md", "pyproject.toml")
+COPIED = (
+    "jaxllm",
+    "tests/conftest.py",
+    "tests/tiny_runs.py",
+    "tests/losses",
+    "docs/losses.md",
+    "pyproject.toml",
+)
 
 
 class Mutation(NamedTuple):

@@ -45,7 +45,7 @@ def our_runs(config: ModelConfig, group: int, rows: int, new_tokens: int) -> dic
             sampling=sampling,
             stop_ids=stop_ids,
             keys=keys,
-            max_rows=rows,
+            decode_batch_size=rows,
         )
         return sum(map(len, said.tokens))
 

@@ -44,7 +44,7 @@ def define_flags(flag_values: "FlagValues") -> None:
 
 def config_class(config: "ConfigDict") -> type:
     """Late, since it imports jax."""
-    from jaxllm.runs.program import find_stage
+    from jaxllm.stages import find_stage
 
     return find_stage(config.stage).Config
 
@@ -74,10 +74,10 @@ def our_step(config: "TrainConfig") -> Callable[[], None]:
     import jax
     import jax.numpy as jnp
 
-    from jaxllm.runs.program import Program
+    from jaxllm.stages import build_program
     from jaxllm.batches import TokenBatch
 
-    program = Program(config)
+    program = build_program(config)
     start = time.perf_counter()
     step = program.compile()
     print(program.describe())

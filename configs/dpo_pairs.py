@@ -1,8 +1,8 @@
-"""Follow people's preferences without a reward model. The size is that of the model it begins with, which is
+"""DPO: preferences without a reward model. The size is that of the model it is initialized from, which is
 also the frozen reference.
 
     python experiments/train.py --config=configs/dpo_pairs.py:1m --workdir=runs/dpo \
-        --init_from=runs/chat --config.data.train=pairs.jsonl
+        --init_from=runs/sft --config.data.train=pairs.jsonl
 
 Rows are as in configs/reward_model_pairs.py.
 """
@@ -16,9 +16,9 @@ def get_config(size: str = "1m") -> ConfigDict:
     """Every field of a DPO run that is not pretraining's."""
     config = finetune.base("dpo", size, steps=120, batch_size=16, learning_rate=1e-4)
     config.objective = ConfigDict()
-    config.objective.beta = 0.1  # how far from the reference: small is far (Rafailov et al. 2023)
+    config.objective.beta = 0.1  # pull to the reference (Rafailov et al. 2023); smaller: further away
     config.objective.variant = "sigmoid"  # or robust, hinge, ipo, apo_zero, sppo
-    config.objective.label_smoothing = 0.0  # share of the choices taken for wrong (sigmoid, robust)
+    config.objective.label_smoothing = 0.0  # assumed share of flipped labels (sigmoid, robust)
     config.objective.length_normalized = False  # ipo: log-probs a token, as TRL has it
     config.data.train = ("synthetic:preferences",)
     config.data.synthetic_rows = 4000

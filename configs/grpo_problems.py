@@ -1,7 +1,7 @@
-r"""Learn to reason from answers that can be checked. The size is that of the model it begins with.
+r"""GRPO on problems whose answers can be checked. The size is that of the model it is initialized from.
 
     python experiments/train.py --config=configs/grpo_problems.py:1m --workdir=runs/reasoner \
-        --init_from=runs/worked
+        --init_from=runs/sft_reasoning
 
 Rows have a `prompt` or `messages`, and whatever the rewards read, such as `answer`.
 """
@@ -18,7 +18,7 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.objective.variant = "grpo"  # or dr_grpo, dapo, gspo, cispo
     config.objective.clip_low = 0.2
     config.objective.clip_high = 0.2  # 0.28 in DAPO (clip-higher)
-    config.objective.kl_coefficient = 0.0  # of the KL to the weights it begins with; 0 needs no second model
+    config.objective.kl_coefficient = 0.0  # of the KL to the initial weights; 0 needs no second model
     config.objective.kl_in = "loss"  # or "reward"
     config.objective.kl_estimator = "k3"  # in the loss
     config.objective.entropy_coefficient = 0.0

@@ -1,9 +1,9 @@
-r"""Follow a reward model that learnt what people prefer. The size is that of the model it begins with.
+r"""PPO against a reward model. The size is that of the model it is initialized from.
 
     python experiments/train.py --config=configs/ppo_preferences.py:1m --workdir=runs/preferred \
-        --init_from=runs/chat --config.reward.model=runs/reward
+        --init_from=runs/sft --config.reward.model=runs/reward
 
-Rows have a `prompt` or `messages`, or are the pairs that the reward model learnt from.
+Rows have a `prompt` or `messages`, or are the pairs that the reward model was trained on.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -20,12 +20,12 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.objective.value_coefficient = 0.1
     config.objective.entropy_coefficient = 0.0
     config.objective.discount = 1.0
-    config.objective.gae_lambda = 0.95  # of GAE
+    config.objective.gae_lambda = 0.95
     config.objective.whiten_advantages = True  # advantages
-    config.objective.kl_coefficient = 0.05  # reward that a nat away from the weights it begins with costs
-    config.objective.kl_target = config_dict.placeholder(float)  # nats an answer to adapt it to, such as 6
-    config.objective.kl_horizon = 2000.0  # answers in which the coefficient may change by the factor e
-    config.objective.critic_warmup = 2  # rollouts at the start from which only the critic learns
+    config.objective.kl_coefficient = 0.05  # KL penalty: reward per nat to the initial weights
+    config.objective.kl_target = config_dict.placeholder(float)  # nats a completion to adapt it to, such as 6
+    config.objective.kl_horizon = 2000.0  # completions over which it changes by e^0.2 at most
+    config.objective.critic_warmup = 2  # rollouts at the start on which only the critic trains
 
     config.data.train = ("synthetic:preferences",)
     config.data.sequence_length = 144  # prompt and answer

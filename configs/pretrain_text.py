@@ -1,6 +1,6 @@
 """Pretrain on your own text. The dial is the model's size; everything else follows and can be changed.
 
-    python experiments/train.py --config=configs/pretrain_text.py:1m --workdir=runs/shakespeare \
+    python experiments/train.py --config=configs/pretrain_text.py:1m --workdir=runs/pretrained \
         --config.data.train=input.txt
 
 On 2 CPU cores `1m` takes about 3 minutes; `10m` is for a good laptop and half an hour, `60m` and `124m`
@@ -28,7 +28,7 @@ RECIPES = {
 def get_config(size: str = "1m") -> ConfigDict:
     """Every field of a pretraining run."""
     config = ConfigDict()
-    config.stage = "pretrain"  # the module of experiments/stages
+    config.stage = "pretrain"  # a module of jaxllm/stages
     config.seed = 0  # of the initial weights, the order of the data and the samples
     config.model = model(size)
     steps, batch_size, sequence_length, learning_rate = RECIPES[size]
@@ -49,13 +49,13 @@ def get_config(size: str = "1m") -> ConfigDict:
     # Files (.txt .jsonl, also .gz, .parquet), globs, folders saved by datasets, hf:NAME, or synthetic.
     config.data.train = ("synthetic",)
     config.data.weights = ()  # one a source, to mix them; () takes all of their windows
-    config.data.validation = ()  # sources; () holds back a part of train
+    config.data.validation = ()  # sources; () holds out a part of train
     config.data.validation_fraction = 0.1
     config.data.text_key = "text"  # column or JSON key of the text
     config.data.synthetic_rows = 20_000  # how many the source "synthetic" writes
     config.data.sequence_length = sequence_length  # tokens
     config.data.batch_size = batch_size  # sequences an optimizer step, over all devices
-    config.data.on_bad_row = "stop"  # or "skip": write it to bad_rows.jsonl and go on
+    config.data.on_bad_row = "stop"  # or "skip": write it to bad_rows.jsonl and continue
     config.data.max_bad_fraction = 0.01  # more bad rows than this stop the run even so
     config.data.cache_dir = "~/.cache/jaxllm"  # tokenised text, kept between runs
 

@@ -1,7 +1,8 @@
-"""Learn from pairs of answers which one people prefer. The size is that of the model it begins with.
+"""A reward model from pairs of completions, one preferred. The size is that of the model it is
+initialized from.
 
     python experiments/train.py --config=configs/reward_model_pairs.py:1m --workdir=runs/reward \
-        --init_from=runs/chat --config.data.train=pairs.jsonl
+        --init_from=runs/sft --config.data.train=pairs.jsonl
 
 Rows are `prompt`, `chosen`, `rejected` (texts or messages), transcripts as in hh-rlhf, or Alpaca's
 `instruction` and `input` with `chosen` and `rejected`; optional `margin` and `weight`.

@@ -1,10 +1,10 @@
-"""Teach a pretrained model to answer. The size is that of the model it begins with.
+"""Instruction fine-tuning (SFT) of a pretrained model. The size is that of the model it is initialized from.
 
-    python experiments/train.py --config=configs/sft_chat.py:1m --workdir=runs/chat \
-        --init_from=runs/shakespeare --config.data.train=chats.jsonl
+    python experiments/train.py --config=configs/sft_chat.py:1m --workdir=runs/sft \
+        --init_from=runs/pretrained --config.data.train=chats.jsonl
 
 Rows are conversations (`messages`, ShareGPT's `conversations`), `prompt` and `completion`, or Alpaca's
-`instruction`, `input`, `output`. Then talk to it: python experiments/chat.py --checkpoint=runs/chat
+`instruction`, `input`, `output`. Then talk to it: python experiments/chat.py --checkpoint=runs/sft
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -18,7 +18,7 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.objective = ConfigDict()
     config.objective.z_loss = 0.0  # weight of logsumexp(logits)^2
     config.objective.neftune_alpha = 0.0  # noise in the embeddings; 5 in the paper (NEFTune, 2023)
-    config.objective.dft = False  # weigh each token's loss by its probability (Dynamic Fine-Tuning, 2025)
+    config.objective.dft = False  # weight each token's loss by its probability (Dynamic Fine-Tuning, 2025)
 
     # Add a source of {"text": ...} rows or .txt files, with weights, to replay pretraining and forget less.
     config.data.train = ("synthetic:chats",)
@@ -29,8 +29,8 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.checkpoint.best_metric = "eval/loss"
 
     config.sample = ConfigDict()
-    config.sample.prompts = ("What is an LLM?",)  # to answer
-    config.sample.num_held_out = 32  # held-out prompts to answer too; eval/stopped_fraction: how many answers end
+    config.sample.prompts = ("What is an LLM?",)  # to complete
+    config.sample.num_held_out = 32  # held-out prompts to complete too, for eval/stopped_fraction
     config.sample.sampling = ConfigDict()
     config.sample.sampling.max_new_tokens = 200
     config.sample.sampling.temperature = 0.0  # greedy

@@ -38,18 +38,16 @@ def main(_: None, flags: "FlagValues") -> None:
         raise ConfigError(f"--num_samples={flags.num_samples} must be at least 1")
     import jax
 
-    from jaxllm.runs.checkpoints import load_checkpoint
+    from jaxllm.runs.checkpoints import check_generates, load_checkpoint
     from jaxllm.runs.process import set_up_process
     from jaxllm.rollout.generate import generate
 
     sampling = read_sampling(flags)
     set_up_process()
-    loaded = load_checkpoint(flags.checkpoint)
+    loaded = check_generates(load_checkpoint(flags.checkpoint), f"--checkpoint={flags.checkpoint}")
     model, tokenizer = loaded.model, loaded.tokenizer
-    if loaded.stage == "reward_model":
-        raise ConfigError(f"--checkpoint={flags.checkpoint} is a reward model, which writes nothing")
     texts = [prompt for prompt in flags.prompt for _ in range(flags.num_samples)]
-    said = generate(
+    completions = generate(
         model,
         loaded.params,
         [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts],
@@ -57,11 +55,11 @@ def main(_: None, flags: "FlagValues") -> None:
         stop_ids=(tokenizer.eos_id,),
         keys=jax.random.split(jax.random.key(flags.seed), len(texts)),
     )
-    for number, (text, tokens) in enumerate(zip(texts, said.tokens, strict=True)):
+    for number, (text, tokens) in enumerate(zip(texts, completions.tokens, strict=True)):
         print("" if number == 0 else "-" * 20)
         print(text + tokenizer.decode(tokens, from_start=False))
-        if said.stop_reasons[number] == "length" and len(tokens) < sampling.max_new_tokens:
-            print(f"note: ends at model.max_length={model.config.max_length} tokens", file=sys.stderr)
+        if completions.stop_reasons[number] == "length" and len(tokens) < sampling.max_new_tokens:
+            print(f"note: truncated at model.max_length={model.config.max_length} tokens", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ r"""Train a language model: the stage, the model and the data are the config's.
     python experiments/train.py --config=configs/pretrain_text.py:1m --workdir=runs/shakespeare \
         --config.data.train=input.txt
 
-The folder then holds checkpoints, metrics and samples; the same command again goes on where it stopped.
+The folder then holds checkpoints, metrics and samples; the same command again resumes where it stopped.
 """
 
 import functools
@@ -29,32 +29,34 @@ def define_flags(flag_values: "FlagValues") -> None:
 
     define = functools.partial(flags.DEFINE_string, flag_values=flag_values)
     define("workdir", None, "folder of the run: checkpoints, metrics, samples")
-    define("resume", "auto", "auto: go on if the folder holds this run; must; never: refuse; or a STEP")
-    define("init_from", None, "begin with the weights of this run, checkpoint folder or step folder")
+    define("resume", "auto", "auto: resume if the folder holds this run; must; never; or a STEP")
+    define("init_from", None, "initialize the weights from this run, checkpoint folder or step folder")
     define("profile", None, "FIRST:LAST, steps to trace into WORKDIR/profile")
     flags.DEFINE_bool("dry_run", False, "compile, print sizes and memory, and exit", flag_values=flag_values)
 
 
 def config_class(config: "ConfigDict") -> type:
-    """What the stage of the config file is configured by. Late, since it imports jax."""
-    from jaxllm.runs.program import find_stage
+    """The config dataclass of the config file's stage. Late, since it imports jax."""
+    from jaxllm.stages import find_stage
 
     return find_stage(config.stage).Config
 
 
 def main(config: "TrainConfig", flags: "FlagValues") -> None:
-    """Train, or say what training would take."""
+    """Train, or print what training would take."""
     from jaxllm.runs.process import set_up_process
-    from jaxllm.runs.program import Program, dry_run
+    from jaxllm.runs.program import dry_run
     from jaxllm.runs.train import train
+    from jaxllm.stages import build_program, find_stage
 
     if flags.dry_run:
         set_up_process()
-        print(dry_run(Program(config)))
+        print(dry_run(build_program(config)))
         return
     if flags.workdir is None:
         raise ConfigError("--workdir=FOLDER is missing")
     train(
+        find_stage(config.stage),
         config,
         workdir=flags.workdir,
         resume=flags.resume,

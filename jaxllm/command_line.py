@@ -1,27 +1,38 @@
-"""The flags that say how to sample, for every script that does. Light, so that --help is quick."""
+"""Flags that several scripts share. Imports little, so that --help is quick."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
+
+    from jaxllm.rollout.sampling import SamplingConfig
 
 
 def define_sampling_flags(flag_values: "FlagValues") -> None:
     """--seed, and a flag for each field of a SamplingConfig."""
     from absl import flags
 
-    where = {"flag_values": flag_values}
-    flags.DEFINE_integer("seed", 0, "of the samples", **where)
-    flags.DEFINE_integer("max_new_tokens", 200, "longest text", **where)
-    flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token every time", **where)
-    flags.DEFINE_integer("top_k", None, "only the k likeliest tokens", **where)
-    flags.DEFINE_float("top_p", None, "only the likeliest tokens that hold this probability", **where)
-    flags.DEFINE_float("min_p", None, "only tokens this fraction as likely as the likeliest", **where)
+    flags.DEFINE_integer("seed", 0, "random seed", flag_values=flag_values)
+    flags.DEFINE_integer(
+        "max_new_tokens", 200, "maximum length of a completion, in tokens", flag_values=flag_values
+    )
+    flags.DEFINE_integer("top_k", None, "sample from the k most likely tokens", flag_values=flag_values)
+    for name, default, meaning in (
+        ("temperature", 0.8, "divides the logits; 0 is greedy decoding"),
+        ("top_p", None, "sample from the most likely tokens that reach this probability together"),
+        ("min_p", None, "sample from tokens at least this fraction as likely as the most likely one"),
+    ):
+        flags.DEFINE_float(name, default, meaning, flag_values=flag_values)
 
 
-def read_sampling(flags: "FlagValues") -> Any:
-    """The SamplingConfig that the flags describe."""
+def read_sampling(flags: "FlagValues") -> "SamplingConfig":
+    """The SamplingConfig that the flags describe; ConfigError where a value is out of range."""
     from jaxllm.rollout.sampling import SamplingConfig
 
-    names = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")
-    return SamplingConfig(**{name: getattr(flags, name) for name in names})
+    return SamplingConfig(
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        min_p=flags.min_p,
+        max_new_tokens=flags.max_new_tokens,
+    )

@@ -18,8 +18,9 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, Union, cast
 
+from jaxllm.config_versions import current_name
 from jaxllm.errors import ConfigError, RunError, Stopped
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 Config = TypeVar("Config")
+Values = Union[Mapping[str, Any], "ConfigDict"]
 
 
-def parse(config_class: type[Config], values: Mapping[str, Any], path: str = "config") -> Config:
+def parse(config_class: type[Config], values: "Values", path: str = "config") -> Config:
     """`values`, a ConfigDict or what JSON gave, as an instance of the dataclass `config_class`.
 
     Every field must be there, no other beside them, each of its declared type: int, float, bool, str,
@@ -38,26 +40,30 @@ def parse(config_class: type[Config], values: Mapping[str, Any], path: str = "co
     kinds = typing.get_type_hints(config_class)
     for name in [*values, *kinds]:
         _check_key(name, values, kinds, path)
-    return config_class(**{name: _parse_value(kinds[name], values[name], f"{path}.{name}") for name in kinds})
+    given: Any = values
+    return config_class(**{name: _parse_value(kinds[name], given[name], f"{path}.{name}") for name in kinds})
 
 
-def _check_key(name: str, values: Mapping[str, Any], kinds: Mapping[str, Any], path: str) -> None:
+def _check_key(name: str, values: "Values", kinds: Mapping[str, Any], path: str) -> None:
     if name not in kinds:
-        raise ConfigError(f"{path}.{name}: unknown key{did_you_mean(name, kinds)}")
+        new_name = current_name(f"{path}.{name}".removeprefix("config."))
+        hint = f", it is now called {new_name}" if new_name is not None else did_you_mean(name, kinds)
+        raise ConfigError(f"{path}.{name}: unknown key{hint}")
     if name not in values:
         raise ConfigError(f"{path}.{name}: missing key")
 
 
 def _parse_value(kind: Any, value: Any, path: str) -> Any:
     inner = _without_none(kind)
-    if value is None and inner is not kind:
-        return None
-    if dataclasses.is_dataclass(inner) and hasattr(value, "keys"):
+    if value is None:
+        if inner is not kind:
+            return None
+    elif isinstance(inner, type) and dataclasses.is_dataclass(inner) and hasattr(value, "keys"):
         return parse(inner, value, path)
     if typing.get_origin(inner) is tuple and isinstance(value, tuple | list):
         item = typing.get_args(inner)[0]
         return tuple(_parse_value(item, each, f"{path}[{i}]") for i, each in enumerate(value))
-    if inner is float and type(value) in (int, float) and math.isfinite(value):
+    if inner is float and isinstance(value, int | float) and type(value) is not bool and math.isfinite(value):
         return float(value)
     if inner in (int, bool, str) and type(value) is inner:  # type(), because a bool is an int to isinstance
         return value
@@ -120,14 +126,6 @@ def nearest_multiples(value: int, of: int) -> tuple[int, ...]:
     """The multiples of `of` next to `value`, below and above: 24 and 32 for 30 and 8."""
     below = value // of * of
     return (below,) if below == value else tuple(n for n in (below, below + of) if n > 0)
-
-
-def nearest_divisors(value: int, of: int) -> tuple[int, ...]:
-    """The divisors of `of` next to `value`, below and above: 4 and 8 for 5 and 32."""
-    divisors = [n for n in range(1, of + 1) if of % n == 0]
-    if value in divisors:
-        return (value,)
-    return tuple([n for n in divisors if n < value][-1:] + [n for n in divisors if n > value][:1])
 
 
 # The command line
@@ -225,8 +223,8 @@ def override(section: "ConfigDict", config_class: type, field: str, text: str, p
     if not rest:
         with section.ignore_type():
             section[name] = _parse_value(kind, _read_text(kind, text), path)
-    elif dataclasses.is_dataclass(kind):
-        override(section[name], kind, rest, text, path)
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        override(cast("ConfigDict", section[name]), kind, rest, text, path)
     else:
         raise ConfigError(f"{path}.{rest}: unknown key, {path} is {_describe(kind)}")
 
@@ -260,6 +258,8 @@ def load_config(file_and_argument: str) -> "ConfigDict":
         sys.path.append(root)  # so that a config file anywhere can `from configs.base.models import ...`
     try:
         spec = importlib.util.spec_from_file_location("config_file", path)
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = _call(module.get_config, [argument] if colon else [])

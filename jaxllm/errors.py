@@ -1,12 +1,12 @@
-"""What can go wrong in a run, and the exit code each kind ends the process with.
+"""The errors of a run, and the exit code of the process for each.
 
-A script catches `RunError`, prints its one line and exits with its code; anything else is a bug
+A script catches `RunError`, prints its one line and exits with its code; any other exception is a bug
 and keeps its traceback.
 """
 
 
 class RunError(Exception):
-    """A failure the user can mend; the message is one line that names the field and the mend."""
+    """A failure that the user can fix; the message is one line that names the field and the fix."""
 
     exit_code = 1
 
@@ -24,16 +24,16 @@ class DataError(RunError):
 
 
 class CheckpointError(RunError):
-    """A checkpoint that is missing, damaged, of another run, or could not be written."""
+    """A checkpoint that is missing, damaged, of another run, or cannot be written."""
 
 
 class NumericsError(RunError):
-    """Too many steps in a row whose loss or gradient was not finite."""
+    """Numbers that training cannot continue with, such as a loss that stays not finite."""
 
     exit_code = 70
 
 
 class Stopped(RunError):
-    """A signal asked for the end; everything is saved."""
+    """The run stopped because of a signal; everything is saved."""
 
     exit_code = 75

@@ -1,4 +1,4 @@
-"""Every test sees 8 CPU devices, and compiled programs are kept between runs."""
+"""Every test sees 8 CPU devices; compiled programs are kept between runs; tests share tiny trained runs."""
 
 import os
 
@@ -11,3 +11,5 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+pytest_plugins = ["tiny_runs"]

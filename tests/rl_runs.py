@@ -2,16 +2,14 @@
 
 import json
 import random
-from functools import partial
 from pathlib import Path
 
 import jax
-import pytest
 from test_resume import read_all
 
-from jaxllm.runs import train as run_module
-from jaxllm.runs.program import Program, find_stage
 from jaxllm.config import load_config, override, parse
+from jaxllm.runs.train import train
+from jaxllm.stages import find_stage
 from jaxllm.training.checkpoint import find_checkpoint
 from jaxllm.training.metrics import read_metrics
 
@@ -86,16 +84,14 @@ def make_config(stage, **changes):
 
 def run(config, workdir, *, init_from=None, devices=1):
     """Train, on the first so many devices; returns the run folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "Program", partial(Program, devices=jax.devices()[:devices]))
-        run_module.train(
-            config,
-            workdir=str(workdir),
-            resume="auto",
-            init_from=init_from and str(init_from),
-            profile=None,
-            command=["train.py"],
-        )
+    train(
+        find_stage(config.stage),
+        config,
+        workdir=str(workdir),
+        init_from=init_from and str(init_from),
+        command=["train.py"],
+        devices=jax.devices()[:devices],
+    )
     return workdir
 
 

@@ -16,7 +16,6 @@ from jaxllm.config import (
     as_dict,
     differences,
     load_config,
-    nearest_divisors,
     nearest_multiples,
     override,
     parse,
@@ -370,9 +369,3 @@ def test_nearest_multiples_for_a_size_that_must_be_divisible():
     assert nearest_multiples(30, of=8) == (24, 32)
     assert nearest_multiples(32, of=8) == (32,)
     assert nearest_multiples(3, of=8) == (8,)
-
-
-def test_nearest_divisors_for_a_size_that_must_divide():
-    assert nearest_divisors(5, of=32) == (4, 8)
-    assert nearest_divisors(4, of=32) == (4,)
-    assert nearest_divisors(64, of=32) == (32,)

@@ -1,4 +1,4 @@
-"""Which module may import what, read from the source: lower layers know nothing of the higher ones."""
+"""Which module may import what, read from the source; and where the names of stages may stand."""
 
 import ast
 import importlib.util
@@ -9,29 +9,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# The longest name that fits a module counts.
-LAYERS = {
-    "jaxllm.errors": 0,
-    "jaxllm.batches": 0,
-    "jaxllm.config": 0,
-    "jaxllm.losses": 0,
-    "jaxllm.models": 1,
-    "jaxllm.parallel.sharding": 1,
-    "jaxllm.rewards": 1,
-    "jaxllm.data": 1,
-    "jaxllm.objectives": 2,
-    "jaxllm.training": 2,
-    "jaxllm.training.loop": 3,
-    "jaxllm.rollout": 3,
-    "jaxllm.evaluation": 3,
-    "configs": 4,
-    "experiments": 4,
-}
 
-# These are given a model as functions.
-WITHOUT_MODELS = ("jaxllm.losses", "jaxllm.objectives", "jaxllm.training")
+def load_import_graph():
+    spec = importlib.util.spec_from_file_location("import_graph", ROOT / "docs" / "import_graph.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-# Libraries with one door each.
+
+graph = load_import_graph()
+
+# Of what these train or score, they know functions only.
+WITHOUT_MODELS = ("jaxllm.losses", "jaxllm.training")
+
+# Libraries that only some folders import.
 ONLY_IN = {
     "flax": ("jaxllm.models",),
     "ml_collections": ("jaxllm.config", "configs", "experiments"),
@@ -40,117 +31,167 @@ ONLY_IN = {
 
 LOSSES_IMPORT = {"jax", "numpy", "chex"} | sys.stdlib_module_names
 
+LONGEST_SCRIPT = 120  # lines
+
+# Where a stage is named: where it is, in the configs that choose it and the recipe that runs all of them.
+STAGE_NAMES_IN = ("jaxllm.stages", "jaxllm.pipeline", "configs")
+# (module, name) -> what else is called so there.
+OTHER_MEANINGS = {
+    ("jaxllm.losses.grpo", "grpo"): "a variant of the loss",
+    ("experiments.evaluate", "reward_model"): "a flag",
+}
+
 
 def within(module, *places):
     return any(f"{module}.".startswith(f"{place}.") for place in places)
 
 
-def layer(module):
-    names = [name for name in LAYERS if within(module, name)]
-    return LAYERS[max(names, key=len)] if names else None
-
-
-def read_imports(module, source):
-    """Dotted names of all that the module imports, wherever in it the import stands."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name(
-                "." * node.level + (node.module or ""), module.rpartition(".")[0]
-            )
-            found |= {f"{base}.{alias.name}" for alias in node.names}
-    return found
-
-
-def violations(module, imports):
-    if layer(module) is None:
-        yield "has no layer"
-        return
-    for name in imports:
+def broken_rules(module, names):
+    """What a module imports that no layer forbids."""
+    for name in names:
         library = name.partition(".")[0]
-        if (layer(name) or 0) > layer(module):
-            yield f"imports {name} of a higher layer"
         if within(name, "jaxllm.models") and within(module, *WITHOUT_MODELS):
-            yield f"imports {name}, but is to be given functions"
+            yield f"imports {name}, but must be given functions"
         if library in ONLY_IN and not within(module, *ONLY_IN[library]):
             yield f"imports {name}, which only {ONLY_IN[library]} may"
         if within(module, "jaxllm.losses") and not (
             library in LOSSES_IMPORT or within(name, "jaxllm.losses")
         ):
-            yield f"imports {name}, but is to be usable on its own"
-
-
-def reach(module, tree):
-    """All that importing `module` imports; `tree` says what each of our modules imports itself."""
-    reached, new = set(), {module}
-    while new:
-        reached |= new
-        ours = {ours for name in new for ours in tree if within(name, ours)}
-        new = set().union(*(tree[name] for name in ours)) - reached
-    return reached
+            yield f"imports {name}, but must be usable on its own"
 
 
 def reads_data_with_jax(module, tree):
-    """Workers that only read data start in a fraction of the time, and touch no device."""
+    """Processes that only read data start in a fraction of the time, and touch no device."""
     data = within(module, "jaxllm.data") and not within(module, "jaxllm.data.loader")
-    return data and any(within(name, "jax") for name in reach(module, tree))
+    reached = {module} | graph.reach(module, graph.make_arrows(tree))
+    return data and any(within(name, "jax") for ours in reached for name in tree[ours])
+
+
+def stage_names(module, source, stages):
+    """Lines with a string that is the name of a stage, where none may stand."""
+    if within(module, *STAGE_NAMES_IN):
+        return
+    parsed = ast.parse(source)
+    allowed = set()
+    if module == "jaxllm.runs.checkpoints":  # what the checkpoints of the first version were, by their stage
+        tables = [node for node in parsed.body if ast.unparse(node).startswith("VERSION_1")]
+        allowed = {node for table in tables for node in ast.walk(table)}
+    for node in ast.walk(parsed):
+        is_name = isinstance(node, ast.Constant) and node.value in stages and node not in allowed
+        if is_name and (module, node.value) not in OTHER_MEANINGS:
+            yield f"{module}:{node.lineno}: {node.value!r}"
 
 
 @pytest.fixture(scope="module")
 def tree():
-    files = [path for top in ("jaxllm", "configs", "experiments") for path in (ROOT / top).rglob("*.py")]
-    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
-    return {
-        names[path].removesuffix(".__init__"): read_imports(names[path], path.read_text()) for path in files
-    }
+    return graph.read_tree(ROOT)
 
 
-def test_every_module_keeps_to_its_layer(tree):
-    assert len(tree) > 10
-    modules = tree.keys() - {"jaxllm"}
-    assert [f"{module} {what}" for module in modules for what in violations(module, tree[module])] == []
+def test_arrows_point_downwards_and_make_no_cycle(tree):
+    assert len(tree) > 100
+    assert list(graph.violations(graph.make_arrows(tree))) == []
+
+
+def test_libraries_are_imported_where_they_belong(tree):
+    assert [f"{module} {what}" for module in tree for what in broken_rules(module, tree[module])] == []
 
 
 def test_data_is_read_without_jax(tree):
     assert [module for module in tree if reads_data_with_jax(module, tree)] == []
 
 
+def test_look_ups_by_name_are_arrows(tree):
+    assert graph.read_names("jaxllm.a", "find(f'jaxllm.stages.{name}')") == {"jaxllm.stages.*"}
+    arrows = graph.make_arrows(tree)
+    assert {"jaxllm.stages.sft", "jaxllm.stages.grpo"} <= arrows["jaxllm.stages"]
+    assert {"jaxllm.rewards.length", "jaxllm.rewards.math_answer"} <= arrows["jaxllm.rewards.load"]
+    assert "jaxllm.rewards.pool" not in arrows["jaxllm.rewards.load"]  # not a reward
+    assert "jaxllm.rewards.worker" in arrows["jaxllm.rewards.pool"]
+    assert "jaxllm.toy_world.rubric" in arrows["jaxllm.pipeline.completions"]
+
+
+def test_scripts_are_short():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "experiments").glob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_SCRIPT} == {}
+
+
+def test_names_of_stages_stand_in_few_places(tree):
+    stages = {path.stem for path in (ROOT / "jaxllm" / "stages").glob("[!_]*.py")}
+    assert len(stages) == 6
+    found = []
+    for module in tree:
+        path = ROOT.joinpath(*module.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        found += stage_names(module, path.read_text(), stages)
+    assert found == []
+
+
+# What is not allowed is found
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("jaxllm.losses.dpo", "from jaxllm.stages import dpo"),
+        ("jaxllm.training.step", "def f():\n    from jaxllm.runs.program import Program"),
+        ("jaxllm.training.step", "from ..runs import program"),
+        ("jaxllm.training.step", "from jaxllm.rollout.generate import generate"),  # beside it
+        ("jaxllm.evaluation.perplexity", "import experiments.train"),
+        ("jaxllm.runs.program", "SCORE = 'jaxllm.evaluation.perplexity.score'"),
+        ("jaxllm.pipeline.run", "command = [sys.executable, scripts / 'train.py']"),
+    ],
+)
+def test_an_arrow_upwards_is_found(tree, module, source):
+    changed = tree | {module: graph.read_names(module, source)}
+    found = [line for line in graph.violations(graph.make_arrows(changed)) if line.startswith(f"{module} ")]
+    assert "not of a lower layer" in " ".join(found)
+
+
+def test_a_module_without_a_layer_is_found(tree):
+    assert "jaxllm.utils has no layer" in graph.violations(graph.make_arrows(tree | {"jaxllm.utils": set()}))
+
+
+def test_a_cycle_is_found():
+    arrows = {"jaxllm.data.a": {"jaxllm.data.b"}, "jaxllm.data.b": {"jaxllm.data.c", "jaxllm.data.d"}}
+    arrows |= {"jaxllm.data.c": {"jaxllm.data.a"}, "jaxllm.data.d": set()}
+    assert graph.cycles(arrows) == [["jaxllm.data.a", "jaxllm.data.b", "jaxllm.data.c"]]
+    (line,) = graph.violations(arrows)
+    assert line == "a cycle of 3 modules: jaxllm.data.a, jaxllm.data.b, jaxllm.data.c"
+
+
 @pytest.mark.parametrize(
     ("module", "source", "what"),
     [
-        ("jaxllm.losses.dpo", "from jaxllm.objectives import dpo", "higher layer"),
-        ("jaxllm.training.step", "from jaxllm.training import loop", "higher layer"),
-        ("jaxllm.training.step", "from .loop import train", "higher layer"),
-        ("jaxllm.evaluation.perplexity", "import experiments.train", "higher layer"),
-        ("jaxllm.objectives.sft", "def f():\n    from jaxllm.models import build_model", "given functions"),
+        ("jaxllm.training.step", "def f():\n    from jaxllm.models import build_model", "given functions"),
         ("jaxllm.training.step", "import flax.linen as nn", "only ('jaxllm.models',) may"),
         ("jaxllm.models.config", "import ml_collections", "only ('jaxllm.config'"),
         ("jaxllm.training.loop", "import orbax.checkpoint", "only ('jaxllm.training.checkpoint',) may"),
         ("jaxllm.losses.dpo", "import optax", "on its own"),
         ("jaxllm.losses.dpo", "from jaxllm.batches import TokenBatch", "on its own"),
-        ("jaxllm.utils", "", "no layer"),
     ],
 )
-def test_what_breaks_a_layer_is_seen(module, source, what):
-    assert what in " ".join(violations(module, read_imports(module, source)))
+def test_a_library_in_the_wrong_place_is_found(module, source, what):
+    assert what in " ".join(broken_rules(module, graph.read_names(module, source)))
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
         ("jaxllm.losses.dpo", "import math, jax, numpy\nfrom .aggregate import Weighted"),
-        ("jaxllm.models.transformer", "import flax\nfrom jaxllm import sharding"),
-        ("jaxllm.training.loop", "from jaxllm.evaluation.perplexity import evaluate"),
+        ("jaxllm.models.transformer", "import flax\nfrom jaxllm.parallel import sharding"),
+        ("jaxllm.stages.sft", "from jaxllm.evaluation.perplexity import evaluate"),
+        ("jaxllm.toy_world.language", "from importlib import resources\nresources.files('jaxllm.toy_world')"),
         ("experiments.train", "import ml_collections\nfrom jaxllm.models import build_model"),
     ],
 )
-def test_what_keeps_to_the_layers_is_let_be(module, source):
-    assert list(violations(module, read_imports(module, source))) == []
+def test_what_is_allowed_passes(tree, module, source):
+    names = graph.read_names(module, source)
+    assert list(broken_rules(module, names)) == []
+    found = graph.violations(graph.make_arrows(tree | {module: names}))
+    assert set(found) <= set(graph.violations(graph.make_arrows(tree)))
 
 
-def test_jax_is_seen_behind_another_module():
+def test_jax_is_found_behind_another_module():
     tree = {
         "jaxllm.data.text": {"jaxllm.data.pack.windows"},
         "jaxllm.data.pack": {"jax.numpy"},
@@ -161,3 +202,15 @@ def test_jax_is_seen_behind_another_module():
         "jaxllm.data.text",
         "jaxllm.data.pack",
     ]
+
+
+def test_the_name_of_a_stage_is_found():
+    source = "VERSION_1 = {'sft': 1}\nif stage == 'sft':\n    pass"
+    assert list(stage_names("jaxllm.runs.train", source, {"sft"})) == [
+        "jaxllm.runs.train:1: 'sft'",
+        "jaxllm.runs.train:2: 'sft'",
+    ]
+    assert list(stage_names("jaxllm.runs.checkpoints", source, {"sft"})) == [
+        "jaxllm.runs.checkpoints:2: 'sft'"
+    ]
+    assert list(stage_names("jaxllm.stages.grpo", source, {"sft"})) == []

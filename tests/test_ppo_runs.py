@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 from rl_runs import arrays_of, checkpoint_of, make_config, make_policy, metadata_of, rows_of, run
 
-from jaxllm.runs.checkpoints import load_checkpoint
-from jaxllm.runs.program import Program
-from jaxllm.stages import ppo
 from jaxllm.errors import ConfigError
+from jaxllm.runs.checkpoints import load_checkpoint
+from jaxllm.stages import build_program, ppo
 
 TARGET, HORIZON = 0.05, 100.0  # of the KL
 
@@ -36,7 +35,7 @@ def configure(folder, **changes):
         "reward__model": folder / "reward",
         "reward__functions": f"{folder}/mine.py:vowels",
         "reward__weights": 0.0,
-        "reward__missing_stop": -1.0,
+        "reward__missing_eos_penalty": -1.0,
         "objective__kl_target": TARGET,
         "objective__kl_horizon": HORIZON,
         "objective__critic_warmup": 1,
@@ -48,22 +47,22 @@ def configure(folder, **changes):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    """A run of four rollouts, each learnt from in two updates."""
+    """A run of four rollouts with two updates on each."""
     return run(configure(folder), folder / "whole", init_from=folder / "policy")
 
 
-# What it begins with
+# Initialization
 
 
-def test_nothing_is_learnt_before_the_first_update_of_a_rollout(folder, tmp_path, monkeypatch):
-    batches, worth = [], ppo.ActorCriticRollouts.worth
+def test_at_the_first_update_on_a_rollout_the_ratio_is_1(folder, tmp_path, monkeypatch):
+    batches, make_batch = [], ppo.PPO.make_batch
 
     def recorded(self, state, rollout):
-        batch, row = worth(self, state, rollout)
+        batch, row = make_batch(self, state, rollout)
         batches.append(batch)
         return batch, row
 
-    monkeypatch.setattr(ppo.ActorCriticRollouts, "worth", recorded)
+    monkeypatch.setattr(ppo.PPO, "make_batch", recorded)
     once = {"rollout__num_prompts": 8, "rollout__num_minibatches": 1, "objective__kl_target": None}
     every = {f"training__{name}_every": 1 for name in ("log", "evaluate", "checkpoint")}
     config = configure(folder, **once, **every, objective__critic_warmup=0, training__steps=3)
@@ -79,36 +78,36 @@ def test_nothing_is_learnt_before_the_first_update_of_a_rollout(folder, tmp_path
         assert rows[step]["value/explained_variance"] == pytest.approx(explained, abs=1e-3)
 
 
-def test_the_critic_begins_as_the_reward_model_in_the_units_that_answers_are_paid_in(folder):
+def test_the_critic_is_initialized_from_the_reward_model_in_the_units_of_the_rewards(folder):
     config = configure(folder, reward__model_weight=3.0)
-    program = Program(config, jax.devices()[:1])
-    begun = ppo.initial_params(program, checkpoint_of(folder / "policy"))
+    program = build_program(config, jax.devices()[:1])
+    initial = ppo.initial_params(program, checkpoint_of(folder / "policy"))
     reward_model = load_checkpoint(folder / "reward")
     head = reward_model.params.pop("scalar_head")["kernel"]
-    critic = dict(begun["critic"])
+    critic = dict(initial["critic"])
     scale = 3.0 / reward_model.metadata["metrics"]["eval/reward_std"]
     np.testing.assert_allclose(critic.pop("scalar_head")["kernel"], head * scale, rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, critic, reward_model.params)
-    jax.tree.map(np.testing.assert_array_equal, begun["policy"], load_checkpoint(folder / "policy").params)
+    jax.tree.map(np.testing.assert_array_equal, initial["policy"], load_checkpoint(folder / "policy").params)
 
 
 def test_without_a_reward_model_the_critic_is_the_policy_with_a_head_of_zeros(folder):
     config = configure(folder, reward__model=None)
-    begun = ppo.initial_params(Program(config, jax.devices()[:1]), checkpoint_of(folder / "policy"))
-    assert not np.any(begun["critic"].pop("scalar_head")["kernel"])
-    jax.tree.map(np.testing.assert_array_equal, begun["critic"], begun["policy"])
-    pairs = zip(jax.tree.leaves(begun["critic"]), jax.tree.leaves(begun["policy"]), strict=True)
+    initial = ppo.initial_params(build_program(config, jax.devices()[:1]), checkpoint_of(folder / "policy"))
+    assert not np.any(initial["critic"].pop("scalar_head")["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, initial["critic"], initial["policy"])
+    pairs = zip(jax.tree.leaves(initial["critic"]), jax.tree.leaves(initial["policy"]), strict=True)
     assert not any(a is b for a, b in pairs)  # the step could not donate one buffer twice
 
 
-# What moves when
+# Updates
 
 
-def test_only_the_critic_learns_during_its_warm_up(folder, whole):
-    begun = arrays_of(folder / "policy")
-    begun = {name: begun[f"params/{name}"] for name in arrays_of(whole, "params/policy/")}
-    assert arrays_of(whole, "params/policy/", 2) == begun
-    assert arrays_of(whole, "params/policy/", 4) != begun
+def test_only_the_critic_trains_during_its_warm_up(folder, whole):
+    initial = arrays_of(folder / "policy")
+    initial = {name: initial[f"params/{name}"] for name in arrays_of(whole, "params/policy/")}
+    assert arrays_of(whole, "params/policy/", 2) == initial
+    assert arrays_of(whole, "params/policy/", 4) != initial
     critics = [arrays_of(whole, "params/critic/", step) for step in (2, 4)]
     reward_model = arrays_of(folder / "reward", "params/")
     assert critics[0].keys() == reward_model.keys()
@@ -116,15 +115,15 @@ def test_only_the_critic_learns_during_its_warm_up(folder, whole):
     assert critics[0] != critics[1]
 
 
-def test_the_reference_stays_what_the_run_began_with(folder, tmp_path, monkeypatch):
-    feeds, make_source = [], ppo.make_source
-    monkeypatch.setattr(ppo, "make_source", lambda *args: feeds.append(make_source(*args)) or feeds[-1])
+def test_the_reference_stays_the_initial_policy(folder, tmp_path, monkeypatch):
+    sources, make_source = [], ppo.make_source
+    monkeypatch.setattr(ppo, "make_source", lambda *args: sources.append(make_source(*args)) or sources[-1])
     run(configure(folder, objective__critic_warmup=0, training__steps=4), tmp_path / "r",
         init_from=folder / "policy")  # fmt: skip
-    begun = load_checkpoint(folder / "policy").params
-    jax.tree.map(np.testing.assert_array_equal, feeds[0].reference, begun)
+    initial = load_checkpoint(folder / "policy").params
+    jax.tree.map(np.testing.assert_array_equal, sources[0].algorithm.log_probs.reference, initial)
     assert not np.array_equal(
-        load_checkpoint(tmp_path / "r").params["embed"]["table"], begun["embed"]["table"]
+        load_checkpoint(tmp_path / "r").params["embed"]["table"], initial["embed"]["table"]
     )
 
 
@@ -141,10 +140,10 @@ def test_the_kl_coefficient_falls_below_the_target_and_rises_above_it(whole):
     assert expected[4] > expected[3] > expected[2]
 
 
-# What it is paid
+# Rewards
 
 
-def test_it_is_paid_by_the_model_and_for_ending_and_not_by_what_only_measures(folder, whole):
+def test_the_reward_is_the_models_and_the_missing_eos_penalty_without_functions_of_weight_0(folder, whole):
     known = metadata_of(folder / "reward")["metrics"]
     fractions = []
     for step in (2, 4, 6, 8):
@@ -156,8 +155,8 @@ def test_it_is_paid_by_the_model_and_for_ending_and_not_by_what_only_measures(fo
     assert any(0 < fraction < 1 for fraction in fractions)
 
 
-def test_a_function_alone_is_followed(folder, tmp_path):
-    changes = {"reward__model": None, "reward__weights": 1.0, "reward__missing_stop": 0.0}
+def test_the_reward_of_a_function_alone_rises(folder, tmp_path):
+    changes = {"reward__model": None, "reward__weights": 1.0, "reward__missing_eos_penalty": 0.0}
     changes |= {"objective__kl_target": None, "objective__kl_coefficient": 0.0, "objective__value_clip": None}
     config = configure(folder, **changes, training__steps=40, training__checkpoint_every=0)
     rows = rows_of(run(config, tmp_path / "r", init_from=folder / "policy"))
@@ -165,7 +164,7 @@ def test_a_function_alone_is_followed(folder, tmp_path):
     assert np.mean(means[-3:]) > np.mean(means[:2]) + 0.2
 
 
-# What goes on
+# Resuming
 
 
 def test_a_run_in_two_parts_is_one_run(folder, whole, tmp_path):
@@ -204,7 +203,7 @@ def test_a_mesh_measures_the_same(folder, whole, tmp_path):
         assert rows[2][name] == pytest.approx(expected, rel=1e-3, abs=1e-5), name
 
 
-# Refusals
+# Bad input
 
 
 @pytest.mark.parametrize(
@@ -213,25 +212,25 @@ def test_a_mesh_measures_the_same(folder, whole, tmp_path):
         ({"reward__functions": (), "reward__weights": (), "reward__model": None}, "both empty: name one"),
         ({"reward__functions": "length,a.py:length", "reward__weights": "1,1"}, "two of the name 'length'"),
         ({"reward__functions": "a.py:model"}, "two of the name 'model'"),
-        ({"reward__missing_stop": 1.0}, r"reward.missing_eos_penalty=1.0 must not pay for going on: 0 or less"),
+        ({"reward__missing_eos_penalty": 1.0}, "would reward a missing stop token: use 0 or less"),
         ({"objective__entropy_coefficient": 0.1}, r"objective.entropy_coefficient=0.1 would move the policy"),
         ({"optimizer__weight_decay": 0.1}, r"optimizer.weight_decay=0.1 would move .*critic_warmup=0"),
         ({"objective__kl_target": 0.0}, r"objective.kl_target=0.0 must be above 0, or none"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_with_the_mend(folder, changes, message):
+def test_what_does_not_fit_is_an_error_with_the_fix(folder, changes, message):
     with pytest.raises(ConfigError, match=message):
         configure(folder, **changes)
 
 
-def test_a_reward_model_that_does_not_fit_is_refused_with_the_mend(folder, tmp_path):
+def test_a_reward_model_that_does_not_fit_is_an_error_with_the_fix(folder, tmp_path):
     def refused(model, message):
         with pytest.raises(ConfigError, match=rf"reward.model=\S*{model}.*{message}"):
             run(
                 configure(folder, reward__model=folder / model), tmp_path / model, init_from=folder / "policy"
             )
 
-    refused("policy", "is of stage sft, not a reward model")
+    refused("policy", "is not a reward model; pass the run of one")
     never = {"training__evaluate_every": 0, "training__steps": 2, "checkpoint__best_metric": None}
     train_reward_model(folder, "unmeasured", **never)
     refused("unmeasured", r"without an evaluation.*set reward.normalize=False")

@@ -1,4 +1,4 @@
-"""GRPO in whole runs: a reward is followed, every option runs, and what is written down is what happened."""
+"""GRPO in whole runs: the reward rises, every option runs, samples and metrics are those of the rollout."""
 
 import json
 import re
@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from rl_runs import arrays_of, make_config, make_policy, metadata_of, rows_of, run
 
-from jaxllm.rl import rollouts
+from jaxllm.errors import ConfigError
+from jaxllm.rl import log_probs
 from jaxllm.rl.rollouts import Rollout
 from jaxllm.stages import grpo
-from jaxllm.errors import ConfigError
 
 REWARDS = """
 calls = -1
@@ -30,7 +30,7 @@ def of_odd(example, completion):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Rows, rewards, a policy that answers."""
+    """Rows, rewards, a policy that ends its completions."""
     folder = tmp_path_factory.mktemp("grpo")
     make_policy(folder)
     (folder / "more.py").write_text(REWARDS)
@@ -42,23 +42,23 @@ def configure(folder, reward="mine.py:vowels", **changes):
     return make_config("grpo", **(usual | changes))
 
 
-def learn(folder, workdir, devices=1, **changes):
-    """A run that begins with the policy."""
+def train_grpo(folder, workdir, devices=1, **changes):
+    """A run that is initialized from the policy."""
     return run(configure(folder, **changes), workdir, init_from=folder / "policy", devices=devices)
 
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    return learn(folder, folder / "whole", training__sample_every=4)
+    return train_grpo(folder, folder / "whole", training__sample_every=4)
 
 
-# What it learns
+# Training
 
 
 def test_the_first_update_of_a_rollout_has_the_ratio_1_and_sampler_and_trainer_agree(folder, tmp_path):
     changes = {"rollout__num_prompts": 2, "rollout__num_minibatches": 1, "training__steps": 2}
     changes |= {f"training__{name}_every": 1 for name in ("log", "evaluate", "checkpoint")}
-    rows = rows_of(learn(folder, tmp_path / "r", **changes))
+    rows = rows_of(train_grpo(folder, tmp_path / "r", **changes))
     for step in (1, 2):
         assert rows[step]["policy/ratio"] == pytest.approx(1, abs=1e-5)
         assert rows[step]["policy/approx_kl"] == pytest.approx(0, abs=1e-9)
@@ -66,18 +66,20 @@ def test_the_first_update_of_a_rollout_has_the_ratio_1_and_sampler_and_trainer_a
         assert {"reward/mean", "reward/zero_std_fraction", "completion/mean_length"} <= rows[step].keys()
 
 
-def test_a_reward_is_followed(folder, tmp_path):
+def test_the_reward_rises(folder, tmp_path):
     steps = {"training__steps": 40, "training__evaluate_every": 0, "training__checkpoint_every": 0}
     means = [
-        row["reward/mean"] for step, row in rows_of(learn(folder, tmp_path / "r", **steps)).items() if step
+        row["reward/mean"]
+        for step, row in rows_of(train_grpo(folder, tmp_path / "r", **steps)).items()
+        if step
     ]
     assert np.mean(means[-3:]) > np.mean(means[:2]) + 0.2
 
 
 def test_a_run_in_two_parts_is_one_run(folder, whole, tmp_path):
     parts, sampling = tmp_path / "parts", {"training__sample_every": 4}
-    learn(folder, parts, **sampling, training__steps=4)
-    learn(folder, parts, **sampling)
+    train_grpo(folder, parts, **sampling, training__steps=4)
+    train_grpo(folder, parts, **sampling)
     assert rows_of(parts) == rows_of(whole)
     assert arrays_of(parts) == arrays_of(whole)
     kept = ("prompts_consumed", "health")
@@ -97,9 +99,9 @@ def test_a_run_in_two_parts_is_one_run(folder, whole, tmp_path):
         ("cispo", {"objective__clip_high": 2.0, "objective__entropy_coefficient": 0.01}),
     ],
 )
-def test_every_variant_learns(folder, tmp_path, variant, changes):
+def test_every_variant_trains(folder, tmp_path, variant, changes):
     changes |= {"training__steps": 2, "training__evaluate_every": 0, "training__checkpoint_every": 0}
-    row = rows_of(learn(folder, tmp_path / "r", objective__variant=variant, **changes))[2]
+    row = rows_of(train_grpo(folder, tmp_path / "r", objective__variant=variant, **changes))[2]
     assert row["train/skipped_steps"] == 0
     assert 0 < row["train/grad_norm"] < 100
     assert all(value is not None for value in row.values())
@@ -108,20 +110,23 @@ def test_every_variant_learns(folder, tmp_path, variant, changes):
     assert moved[0] != moved[1]
 
 
-# What an answer is worth
+# Advantages
 
 
-def answers(rewards, lengths):
-    """A rollout of answers with these rewards and lengths, four positions long."""
+def completions(rewards, lengths):
+    """A rollout of completions with these rewards and lengths, four positions long."""
     nothing = Rollout(**dict.fromkeys(Rollout._fields))
     return nothing._replace(
         rewards=np.float32(rewards), mask=np.arange(4) < np.array(lengths)[:, None], prompts=[]
     )
 
 
-def test_an_answer_further_from_the_reference_is_worth_less(folder):
+def test_the_kl_in_the_reward_lowers_the_advantage(folder):
     kl = np.float32([[0.3, 0.1, 0, 0], [0, 0, 0, 0], [0.1, 0.1, 0.2, -0.4], [0, 0, 0, 0]])
-    rollout, group = answers([1, 1, 0, 1], [2, 3, 4, 1]), {"rollout__group_size": 2, "rollout__num_prompts": 8}
+    rollout, group = (
+        completions([1, 1, 0, 1], [2, 3, 4, 1]),
+        {"rollout__group_size": 2, "rollout__num_prompts": 8},
+    )
     in_reward = {"objective__kl_in": "reward", "objective__kl_coefficient": 0.5}
     scale = {"objective__advantage_scale": "none"}
     found = grpo.advantages(configure(folder, **group, **in_reward, **scale), rollout, kl)
@@ -132,20 +137,20 @@ def test_an_answer_further_from_the_reference_is_worth_less(folder):
     np.testing.assert_allclose(grpo.advantages(in_loss, rollout, kl), [0, 0, -0.5, 0.5], atol=1e-6)
 
 
-def test_an_answer_without_a_counted_token_is_no_part_of_its_group(folder):
-    rollout = answers([1, 0, 5, 0], [2, 3, 0, 1])
+def test_a_completion_without_a_counted_token_is_not_in_its_groups_statistics(folder):
+    rollout = completions([1, 0, 5, 0], [2, 3, 0, 1])
     config = configure(folder, objective__advantage_scale="none")
     found = grpo.advantages(config, rollout, np.zeros((4, 4), np.float32))
     np.testing.assert_allclose(found, [2 / 3, -1 / 3, 0, -1 / 3], atol=1e-6)
 
 
-def test_reinforce_plus_plus_whitens_what_comes_of_every_token(folder):
+def test_reinforce_plus_plus_whitens_the_returns_of_all_tokens(folder):
     kl = np.float32([[0.3, 0.1, 0, 0], [0, -0.2, 0.1, 0]])
     options = {"objective__advantage": "reinforce_plus_plus", "objective__kl_in": "reward"}
     config = configure(folder, **options, objective__kl_coefficient=0.5)
-    found = grpo.advantages(config, answers([1, 0], [2, 3]), kl)
-    to_come = np.array([1 - 0.2, 1 - 0.05, 0.05, 0.05, -0.05])  # 1, 2 and 3 tokens
-    expected = (to_come - to_come.mean()) / to_come.std(ddof=1)
+    found = grpo.advantages(config, completions([1, 0], [2, 3]), kl)
+    returns = np.array([1 - 0.2, 1 - 0.05, 0.05, 0.05, -0.05])  # 1, 2 and 3 tokens
+    expected = (returns - returns.mean()) / returns.std(ddof=1)
     np.testing.assert_allclose(np.asarray(found)[np.arange(4) < [[2], [3]]], expected, atol=1e-5)
     np.testing.assert_array_equal(np.asarray(found)[np.arange(4) >= [[2], [3]]], 0)
 
@@ -153,48 +158,48 @@ def test_reinforce_plus_plus_whitens_what_comes_of_every_token(folder):
 def test_importance_weights_reach_the_loss(folder, tmp_path, monkeypatch):
     changes = {"rollout__importance_sampling": "token", "rollout__dtype": "bfloat16", "training__steps": 2}
     changes |= {"training__evaluate_every": 0, "training__checkpoint_every": 0}
-    row = rows_of(learn(folder, tmp_path / "r", **changes))[2]
+    row = rows_of(train_grpo(folder, tmp_path / "r", **changes))[2]
     assert 1e-4 < row["sampler/log_prob_difference_mean"] < 0.1
     assert arrays_of(tmp_path / "r", "params/") != arrays_of(folder / "policy", "params/")
-    monkeypatch.setattr(rollouts, "truncated_importance_weights", lambda old, *_, **__: np.zeros_like(old))
-    learn(folder, tmp_path / "weightless", **changes)
+    monkeypatch.setattr(log_probs, "truncated_importance_weights", lambda old, *_, **__: np.zeros_like(old))
+    train_grpo(folder, tmp_path / "weightless", **changes)
     assert arrays_of(tmp_path / "weightless", "params/") == arrays_of(folder / "policy", "params/")
 
 
-def test_the_sampler_may_be_taken_at_its_word_after_the_first_rollout(folder, tmp_path):
+def test_the_samplers_log_probs_can_replace_the_trainers_after_the_first_rollout(folder, tmp_path):
     changes = {"training__steps": 4, "training__evaluate_every": 0, "training__checkpoint_every": 0}
-    recomputed = rows_of(learn(folder, tmp_path / "recomputed", **changes))
-    believed = rows_of(learn(folder, tmp_path / "believed", **changes, rollout__recompute_log_probs=False))
-    assert believed[2]["sampler/log_prob_difference_mean"] < 1e-5
+    recomputed = rows_of(train_grpo(folder, tmp_path / "recomputed", **changes))
+    sampled = rows_of(train_grpo(folder, tmp_path / "sampled", **changes, rollout__recompute_log_probs=False))
+    assert sampled[2]["sampler/log_prob_difference_mean"] < 1e-5
     assert recomputed[4]["sampler/log_prob_difference_mean"] < 1e-5
-    assert "sampler/log_prob_difference_mean" not in believed[4]
+    assert "sampler/log_prob_difference_mean" not in sampled[4]
     for step in (2, 4):
-        grad_norms = [rows[step]["train/grad_norm"] for rows in (believed, recomputed)]
+        grad_norms = [rows[step]["train/grad_norm"] for rows in (sampled, recomputed)]
         assert grad_norms[0] == pytest.approx(grad_norms[1], rel=1e-3)
 
 
-def test_groups_without_signal_are_replaced(folder, tmp_path):
+def test_groups_without_signal_are_resampled(folder, tmp_path):
     changes = {"reward": "more.py:of_odd", "training__evaluate_at_start": False, "training__sample_every": 2}
-    left = learn(folder, tmp_path / "left", **changes)
-    refilled = learn(folder, tmp_path / "refilled", **changes, rollout__max_resamples=9)
-    assert max(row["reward/zero_std_fraction"] for row in rows_of(left).values()) > 0.2
-    assert {row["reward/zero_std_fraction"] for row in rows_of(refilled).values()} == {0.0}
-    assert metadata_of(refilled)["prompts_consumed"] > metadata_of(left)["prompts_consumed"] == 16
-    for workdir in (left, refilled):
+    kept = train_grpo(folder, tmp_path / "kept", **changes)
+    resampled = train_grpo(folder, tmp_path / "resampled", **changes, rollout__max_resamples=9)
+    assert max(row["reward/zero_std_fraction"] for row in rows_of(kept).values()) > 0.2
+    assert {row["reward/zero_std_fraction"] for row in rows_of(resampled).values()} == {0.0}
+    assert metadata_of(resampled)["prompts_consumed"] > metadata_of(kept)["prompts_consumed"] == 16
+    for workdir in (kept, resampled):
         assert len(table(workdir, 2)) == 16
 
 
-# What is written down
+# Samples, evaluations, metrics
 
 
 def table(workdir, step):
-    """Reward and advantage of every answer in the table of a rollout."""
+    """Reward and advantage of every completion in the table of a rollout."""
     text = (workdir / "samples" / f"{step}.txt").read_text()
     lines = re.findall(r"^ *(-?[\d.e-]+) +(-?[\d.e-]+) +\d+  ", text, re.MULTILINE)
     return np.array(lines, float)
 
 
-def test_the_last_rollout_is_shown_with_rewards_and_advantages(whole):
+def test_the_last_rollout_is_written_with_rewards_and_advantages(whole):
     rewards, advantages = table(whole, 4).T
     assert rewards.mean() == pytest.approx(rows_of(whole)[4]["reward/mean"], abs=1e-3)
     groups = rewards.reshape(4, 4)
@@ -203,9 +208,9 @@ def test_the_last_rollout_is_shown_with_rewards_and_advantages(whole):
     assert np.abs(advantages).max() > 0.5
 
 
-def test_held_out_prompts_are_answered_once_and_several_times(folder, tmp_path):
+def test_held_out_prompts_are_completed_once_and_several_times(folder, tmp_path):
     steps = {"training__steps": 2, "training__evaluate_every": 2, "training__checkpoint_every": 2}
-    workdir = learn(folder, tmp_path / "r", reward="more.py:even", sample__group_size=4, **steps)
+    workdir = train_grpo(folder, tmp_path / "r", reward="more.py:even", sample__group_size=4, **steps)
     for step, row in rows_of(workdir).items():
         lines = [json.loads(line) for line in (workdir / "evals" / f"{step}.jsonl").read_text().splitlines()]
         assert len(lines) == 4
@@ -222,7 +227,7 @@ def test_held_out_prompts_are_answered_once_and_several_times(folder, tmp_path):
 def test_every_row_has_the_rollout_of_its_own_step(folder, tmp_path):
     changes = {"reward": "more.py:counted", "training__evaluate_at_start": False}
     changes |= {"training__evaluate_every": 0, "training__checkpoint_every": 8}
-    rows = rows_of(learn(folder, tmp_path / "r", **changes))
+    rows = rows_of(train_grpo(folder, tmp_path / "r", **changes))
     means = {step: row["reward/mean"] for step, row in rows.items()}
     assert means == {2: 7.5, 4: 23.5, 6: 39.5, 8: 55.5}  # of the calls 0 to 15, 16 to 31, ...
 
@@ -230,11 +235,11 @@ def test_every_row_has_the_rollout_of_its_own_step(folder, tmp_path):
 # On a mesh
 
 
-def test_a_mesh_gives_the_same_answers_and_the_same_parameters(folder, tmp_path):
+def test_a_mesh_gives_the_same_completions_and_the_same_parameters(folder, tmp_path):
     changes = {"optimizer__epsilon": 1e-3, "training__steps": 4, "training__sample_every": 2}
     split = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "devices": 8}
     kinds = {"one": {}, "split": split, "gathered": split | {"rollout__replicate_params": True}}
-    runs = [learn(folder, tmp_path / name, **changes, **kind) for name, kind in kinds.items()]
+    runs = [train_grpo(folder, tmp_path / name, **changes, **kind) for name, kind in kinds.items()]
     for step in (2, 4):
         (text,) = {(workdir / "samples" / f"{step}.txt").read_text() for workdir in runs}
         assert "advantage" in text
@@ -245,14 +250,17 @@ def test_a_mesh_gives_the_same_answers_and_the_same_parameters(folder, tmp_path)
             np.testing.assert_allclose(np.frombuffer(x, np.float32), expected, atol=1e-4, err_msg=name)
 
 
-# Refusals
+# Bad input
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollout__group_size": 1}, r"rollout.group_size=1: answers are compared with others"),
-        ({"rollout__num_minibatches": 3}, r"= 16 does not divide into rollout.num_minibatches=3: make it 15 or 18"),
+        ({"rollout__group_size": 1}, r"rollout.group_size=1: a group must have other completions"),
+        (
+            {"rollout__num_minibatches": 3},
+            r"16 is not divisible by rollout.num_minibatches=3: use 15 or 18",
+        ),
         ({"data__batch_size": 4}, r"data.batch_size=4 must be .* = 8"),
         ({"training__steps": 7}, r"training.steps=7 must be a multiple of .* = 2: use 6 or 8"),
         ({"rollout__sampling__temperature": 0}, "a greedy policy does not explore"),
@@ -262,12 +270,18 @@ def test_a_mesh_gives_the_same_answers_and_the_same_parameters(folder, tmp_path)
         ({"objective__variant": "ppo"}, "objective.variant='ppo': choose one of grpo, dr_grpo"),
         ({"reward": "more.py:evne"}, r"more.py: no function 'evne'.*did you mean 'even'"),
         ({"objective__kl_in": "advantage"}, "objective.kl_in='advantage': choose one of loss, reward"),
-        ({"rollout__importance_sampling": "row"}, "rollout.importance_sampling='row': choose token, sequence or none"),
+        (
+            {"rollout__importance_sampling": "row"},
+            "='row': choose token, sequence or none",
+        ),
         ({"rollout__dtype": "float16"}, "rollout.dtype='float16': choose float32, bfloat16 or none"),
         ({"sample__group_size": -1}, "sample.group_size=-1 must not be negative"),
-        ({"rollout__importance_sampling": "token", "rollout__recompute_log_probs": False}, "it needs rollout.recompute_log_probs=true"),
+        (
+            {"rollout__importance_sampling": "token", "rollout__recompute_log_probs": False},
+            "it needs rollout.recompute_log_probs=true",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_mend(folder, changes, message):
+def test_what_does_not_fit_is_an_error_with_the_fix(folder, changes, message):
     with pytest.raises(ConfigError, match=message):
         configure(folder, **changes)

@@ -1,4 +1,4 @@
-"""Reinforcement learning where something is wrong: rewards, prompts, answers, signals."""
+"""Reinforcement learning where something is wrong: rewards, prompts, completions, signals."""
 
 import os
 import signal
@@ -6,8 +6,8 @@ import signal
 import pytest
 from rl_runs import arrays_of, make_config, make_policy, rows_of, run
 
-from jaxllm.rl import rollouts
 from jaxllm.errors import ConfigError, DataError, Stopped
+from jaxllm.rl import rollouts
 
 REWARDS = '''
 import os, signal, time
@@ -60,7 +60,7 @@ QUIET = {"training__evaluate_every": 0, "training__checkpoint_every": 0, "traini
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Rows, and a policy that answers."""
+    """Rows, and a policy that ends its completions."""
     folder = tmp_path_factory.mktemp("faults")
     make_policy(folder)
     return folder
@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def rewards(tmp_path):
-    """A file of rewards that do what they should not."""
+    """A file of faulty rewards."""
     file = tmp_path / "faulty.py"
     file.write_text(REWARDS)
     return file
@@ -82,60 +82,62 @@ def configure(folder, functions, stage="grpo", **changes):
     return make_config(stage, **(usual | changes))
 
 
-def learn(folder, workdir, *args, **changes):
+def train_run(folder, workdir, *args, **changes):
     return run(configure(folder, *args, **changes), workdir, init_from=folder / "policy")
 
 
 # Rewards
 
 
-def test_a_reward_that_fails_is_counted_and_paid_the_default(folder, rewards, tmp_path, capsys):
+def test_a_reward_that_fails_is_counted_and_replaced_by_error_reward(folder, rewards, tmp_path, capsys):
     names = ("hangs", "raises", "not_a_number", "text", "nothing")
     changes = {"reward__functions": ",".join(f"{rewards}:{name}" for name in names)}
     changes |= {"reward__weights": "1,1,10,100,1000", "reward__error_reward": -2.0, "reward__time_limit": 0.5}
-    rows = rows_of(learn(folder, tmp_path / "r", None, **changes, **QUIET, training__steps=4))
+    rows = rows_of(train_run(folder, tmp_path / "r", None, **changes, **QUIET, training__steps=4))
     for step, timeouts in ((2, 1), (4, 0)):
         row = rows[step]
         assert row["reward/timeouts"] == timeouts
         assert row["reward/errors"] == 3 * 16
-        hung = (16 - 3 * timeouts) / 16  # one of sixteen is paid -2 in place of 1
+        hung = (16 - 3 * timeouts) / 16  # one of sixteen is -2 instead of 1
         assert row["reward/hangs"] == pytest.approx(hung)
         assert row["reward/raises"] == row["reward/not_a_number"] == row["reward/text"] == -2
-        assert row["reward/nothing"] is None  # it has nothing to say, which is no error
+        assert row["reward/nothing"] is None  # None abstains, which is no error
         assert row["reward/mean"] == pytest.approx(hung - 2 * 111)
-    told = [line for line in capsys.readouterr().out.splitlines() if "(paid reward.error_reward=-2.0)" in line]
-    assert sum("reward 'raises': " in line for line in told) == 1, told
-    assert len(told) == len(set(told)) == 4
+    shown = [
+        line for line in capsys.readouterr().out.splitlines() if "(given reward.error_reward=-2.0)" in line
+    ]
+    assert sum("reward 'raises': " in line for line in shown) == 1, shown
+    assert len(shown) == len(set(shown)) == 4
 
 
-def test_an_answer_that_no_reward_judges_is_paid_the_default(folder, rewards, tmp_path):
+def test_a_completion_of_which_every_reward_abstains_gets_error_reward(folder, rewards, tmp_path):
     changes = QUIET | {"reward__error_reward": -2.0, "training__steps": 2}
-    row = rows_of(learn(folder, tmp_path / "r", f"{rewards}:nothing", **changes))[2]
+    row = rows_of(train_run(folder, tmp_path / "r", f"{rewards}:nothing", **changes))[2]
     assert row["reward/mean"] == -2
     assert row["reward/errors"] == 16
 
 
 def test_a_reward_with_several_values_ends_the_run_and_is_named(folder, rewards, tmp_path):
-    with pytest.raises(ConfigError, match=r"faulty.py:two': returned a list of 2 values, must be one number"):
-        learn(folder, tmp_path / "r", f"{rewards}:two", **QUIET)
+    with pytest.raises(ConfigError, match=r"faulty.py:two': returned a list of 2 values; it must"):
+        train_run(folder, tmp_path / "r", f"{rewards}:two", **QUIET)
 
 
-def test_a_reward_file_that_cannot_be_read_is_refused_before_anything_is_compiled(folder, tmp_path, capsys):
+def test_a_reward_file_that_cannot_be_read_is_an_error_before_anything_is_compiled(folder, tmp_path, capsys):
     (tmp_path / "broken.py").write_text("def reward(example, completion):\n    return (\n")
     with pytest.raises(ConfigError, match=r"broken.py:2: SyntaxError: '\(' was never closed$"):
-        learn(folder, tmp_path / "r", f"{tmp_path}/broken.py:reward")
+        train_run(folder, tmp_path / "r", f"{tmp_path}/broken.py:reward")
     assert "compiling" not in capsys.readouterr().out
 
 
 # Prompts
 
 
-def test_a_prompt_that_leaves_no_room_is_left_out_and_counted(folder, rewards, tmp_path, capsys):
+def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(folder, rewards, tmp_path, capsys):
     (tmp_path / "some.jsonl").write_text(
         (folder / "prompts.jsonl").read_text() + f'{{"prompt": "{"word " * 40}", "answer": "0"}}\n'
     )
     changes = QUIET | {"data__train": tmp_path / "some.jsonl", "training__steps": 2}
-    learn(folder, tmp_path / "r", f"{rewards}:one", **changes)
+    train_run(folder, tmp_path / "r", f"{rewards}:one", **changes)
     report = capsys.readouterr().out
     assert "61 rows read, 60 kept" in report
     assert "1 dropped (1 longer than data.sequence_length - rollout.sampling.max_new_tokens" in report
@@ -145,25 +147,25 @@ def test_no_prompt_that_leaves_room_is_an_error_of_one_line(folder, rewards, tmp
     changes = {"data__sequence_length": 8, "rollout__sampling__max_new_tokens": 6}
     with pytest.raises(
         DataError,
-        match=r"no row that can be used: .*\(60 longer than data.sequence_length - rollout",
+        match=r"has no usable row: .*\(60 longer than data.sequence_length - rollout",
     ) as raised:
-        learn(folder, tmp_path / "r", f"{rewards}:one", **changes)
+        train_run(folder, tmp_path / "r", f"{rewards}:one", **changes)
     assert "\n" not in str(raised.value)
 
 
-# Answers
+# Completions
 
 
-def test_one_answer_a_prompt_is_enough_for_reinforce_plus_plus(folder, rewards, tmp_path):
+def test_one_completion_a_prompt_is_enough_for_reinforce_plus_plus(folder, rewards, tmp_path):
     changes = {"rollout__group_size": 1, "rollout__num_prompts": 16, "training__steps": 2}
     changes |= QUIET | {"objective__advantage": "reinforce_plus_plus"}
-    row = rows_of(learn(folder, tmp_path / "r", f"{folder}/mine.py:vowels", **changes))[2]
+    row = rows_of(train_run(folder, tmp_path / "r", f"{folder}/mine.py:vowels", **changes))[2]
     assert row["train/grad_norm"] > 0
     assert "reward/zero_std_fraction" not in row
 
 
-def test_equal_rewards_teach_nothing_and_it_is_said(folder, rewards, tmp_path, capsys):
-    row = rows_of(learn(folder, tmp_path / "r", f"{rewards}:one", **QUIET, training__steps=2))[2]
+def test_equal_rewards_give_no_gradient_and_a_warning(folder, rewards, tmp_path, capsys):
+    row = rows_of(train_run(folder, tmp_path / "r", f"{rewards}:one", **QUIET, training__steps=2))[2]
     assert row["reward/zero_std_fraction"] == 1
     assert row["train/grad_norm"] == row["train/loss"] == 0
     assert arrays_of(tmp_path / "r", "params/") == arrays_of(folder / "policy", "params/")
@@ -171,13 +173,13 @@ def test_equal_rewards_teach_nothing_and_it_is_said(folder, rewards, tmp_path, c
 
 
 @pytest.mark.parametrize("stage", ["grpo", "ppo"])
-def test_masked_answers_that_did_not_end_teach_nothing_and_it_is_said(
+def test_masked_truncated_completions_give_no_gradient_and_a_warning(
     folder, tmp_path, capsys, monkeypatch, stage
 ):
     collect = rollouts.collect
     monkeypatch.setattr(rollouts, "collect", lambda *args, **options: collect(*args, **options | NO_STOP))
     changes = QUIET | {"rollout__mask_truncated": True, "training__steps": 4}
-    row = rows_of(learn(folder, tmp_path / "r", f"{folder}/mine.py:vowels", stage, **changes))[4]
+    row = rows_of(train_run(folder, tmp_path / "r", f"{folder}/mine.py:vowels", stage, **changes))[4]
     assert row["completion/truncated_fraction"] == 1
     assert row["train/skipped_steps"] == row["train/grad_norm"] == row["train/loss"] == 0
     prefix = "params/policy/" if stage == "ppo" else "params/"
@@ -190,11 +192,11 @@ def test_masked_answers_that_did_not_end_teach_nothing_and_it_is_said(
 
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
-    """A run that nobody asks to stop."""
+    """A run that no signal stops."""
     rewards = tmp_path_factory.mktemp("rewards") / "faulty.py"
     rewards.write_text(REWARDS)
     rewards.with_name("faulty.py.stopped").touch()
-    return learn(folder, rewards.with_name("whole"), f"{rewards}:stops_the_run")
+    return train_run(folder, rewards.with_name("whole"), f"{rewards}:stops_the_run")
 
 
 def assert_same(workdir, expected):
@@ -204,21 +206,19 @@ def assert_same(workdir, expected):
         assert (workdir / "evals" / file.name).read_text() == file.read_text()
 
 
-def test_asked_to_stop_while_a_reward_hangs_it_goes_on_as_if_nothing_had_been(
-    folder, rewards, tmp_path, undisturbed
-):
+def test_stopped_while_a_reward_hangs_it_resumes_as_if_uninterrupted(folder, rewards, tmp_path, undisturbed):
     changes = {"reward__time_limit": 60.0}
     with pytest.raises(Stopped) as raised:
-        learn(folder, tmp_path / "r", f"{rewards}:stops_the_run", **changes)
+        train_run(folder, tmp_path / "r", f"{rewards}:stops_the_run", **changes)
     assert raised.value.exit_code == 75
     assert rewards.with_name("faulty.py.stopped").exists()
-    assert_same(learn(folder, tmp_path / "r", f"{rewards}:stops_the_run", **changes), undisturbed)
+    assert_same(train_run(folder, tmp_path / "r", f"{rewards}:stops_the_run", **changes), undisturbed)
 
 
 @pytest.mark.parametrize(
     "call", [1, 2, 3, 4], ids=["evaluation at the start", "first rollout", "second rollout", "evaluation"]
 )
-def test_asked_to_stop_while_decoding_it_goes_on_as_if_nothing_had_been(
+def test_stopped_while_decoding_it_resumes_as_if_uninterrupted(
     folder, rewards, tmp_path, undisturbed, monkeypatch, call
 ):
     calls, collect = [], rollouts.collect
@@ -236,6 +236,6 @@ def test_asked_to_stop_while_decoding_it_goes_on_as_if_nothing_had_been(
     monkeypatch.setattr(rollouts, "collect", interrupted)
     rewards.with_name("faulty.py.stopped").touch()
     with pytest.raises(Stopped):
-        learn(folder, tmp_path / "r", f"{rewards}:stops_the_run")
+        train_run(folder, tmp_path / "r", f"{rewards}:stops_the_run")
     assert len(calls) == call
-    assert_same(learn(folder, tmp_path / "r", f"{rewards}:stops_the_run"), undisturbed)
+    assert_same(train_run(folder, tmp_path / "r", f"{rewards}:stops_the_run"), undisturbed)

@@ -21,7 +21,7 @@ import os, runpy, signal, sys
 phase, iteration, *sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(os.path.dirname(sys.argv[0])))
 
-from jaxllm.rewards import scorer as rewards
+from jaxllm.rewards import scorer
 from jaxllm.rl import rollouts
 from jaxllm.runs.program import Program
 from jaxllm.training import checkpoint
@@ -37,16 +37,16 @@ def here(wanted):
     return phase == wanted and now and now[-1] == int(iteration)
 
 
-def roll_out(self, state, iteration, whole=rollouts.Rollouts.roll_out):
+def roll_out(self, state, iteration, check, whole=rollouts.RolloutSource.roll_out):
     now.append(iteration)
-    return whole(self, state, iteration)
+    return whole(self, state, iteration, check)
 
 
 def collect(*args, on_done, whole=rollouts.collect, **options):
     return whole(*args, on_done=lambda *ended: die() if here("rollout") else on_done(*ended), **options)
 
 
-def result(self, *args, whole=rewards.Judging.result):
+def result(self, *args, whole=scorer.Scoring.result):
     return die() if here("reward") else whole(self, *args)
 
 
@@ -65,7 +65,7 @@ def write_manifest(folder, whole=checkpoint._write_manifest):
     return die() if phase == "save" and folder.name == str(2 * int(iteration) + 2) else whole(folder)
 
 
-rollouts.Rollouts.roll_out, rollouts.collect, rewards.Judging.result = roll_out, collect, result
+rollouts.RolloutSource.roll_out, rollouts.collect, scorer.Scoring.result = roll_out, collect, result
 Program.compile, checkpoint._write_manifest = compile, write_manifest
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.runs.program import Program, find_stage
 from jaxllm.batches import PairBatch, TokenBatch
 from jaxllm.config import load_config, override, parse
+from jaxllm.stages import build_program, find_stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = {
@@ -42,7 +42,7 @@ def make_program(stage, optimizer, mesh):
     }
     for field, text in changes.items():
         override(config, find_stage(config.stage).Config, field, text)
-    return Program(parse(find_stage(config.stage).Config, config), jax.devices()[: math.prod(mesh)])
+    return build_program(parse(find_stage(config.stage).Config, config), jax.devices()[: math.prod(mesh)])
 
 
 def token_batch(seed):

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.runs.program import Program, dry_run, find_stage
-from jaxllm.runs.train import train
 from jaxllm.config import load_config, override, parse
 from jaxllm.errors import CheckpointError, ConfigError, DataError
+from jaxllm.runs.program import dry_run
+from jaxllm.runs.train import train
+from jaxllm.stages import build_program, find_stage
 from jaxllm.training.checkpoint import find_checkpoint, read_arrays
 from jaxllm.training.metrics import read_metrics
 
@@ -84,7 +85,7 @@ def make_config(text, stage="pretrain", **changes):
 
 def run(config, workdir, **changes):
     arguments = {"resume": "auto", "init_from": None, "profile": None, "command": ["python", "train.py"]}
-    train(config, workdir=str(workdir), **arguments | changes)
+    train(find_stage(config.stage), config, workdir=str(workdir), **arguments | changes)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_the_checkpoint_knows_all_that_is_needed_to_use_it(finished, text):
 def test_weights_of_another_run_begin_a_new_one_and_are_named_as_its_parent(finished, text, tmp_path):
     config = make_config(text, training__steps="3", optimizer__learning_rate="0.0")
     run(config, tmp_path / "child", init_from=str(finished))
-    program = Program(config)
+    program = build_program(config)
     given, child = (
         read_arrays(find_checkpoint(path), program.abstract_state.params, prefix="params")
         for path in (finished, tmp_path / "child")
@@ -183,7 +184,7 @@ def test_a_run_on_a_mesh_prints_what_it_does_first(text, tmp_path, capsys):
 
 
 def test_a_dry_run_says_what_a_step_takes(text):
-    program = Program(make_config(text))
+    program = build_program(make_config(text))
     report = dry_run(program)
     state = (
         sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract_state.params)) * 3
@@ -213,10 +214,10 @@ def params_of(workdir, program):
 def test_fine_tuning_says_what_it_reads_and_learns_and_what_comes_of_it(chat_run):
     workdir, printed = chat_run
     for line in (
-        r"chats.jsonl: 80 rows read, 80 kept: 60 of prompt, completion, 20 of messages; [\d,]+ tokens",
-        r"train: [\d,]+ tokens, 2\d\.\d% of them learnt, in \d+ rows of 64",
+        r"chats.jsonl: 80 rows read, 80 kept; formats: 60 \[prompt, completion\], 20 \[messages\]; [\d,]+ t",
+        r"train: [\d,]+ tokens, 2\d\.\d% of them in the loss, in \d+ rows of 64",
         r"validation: [\d,]+ tokens",
-        r"chat template: built in; answers end at <\|end\|>, </s>",
+        r"chat template: built-in; stop tokens: <\|end\|>, </s>",
         r"example .*: ⟦<s><\|user\|>What did the cat see\? 0<\|end\|><\|assistant\|>⟧The ball\.<\|end\|>\n",
         r"fresh run with the weights of .*/first/checkpoints/8\n",
         r"step 8/8 .*eval loss .*answers that end",
@@ -288,8 +289,8 @@ def reward_run(chat_run, text, tmp_path_factory):
 def test_a_reward_model_starts_from_a_chat_model_and_learns(reward_run):
     workdir, printed = reward_run
     for line in (
-        r"pairs.jsonl: 60 rows read, 60 kept: 60 of prompt, chosen, rejected",
-        r"train: \d+ pairs, \d+ tokens the chosen .*; the longer one is chosen in [\d.]+% of them",
+        r"pairs.jsonl: 60 rows read, 60 kept; formats: 60 \[prompt, chosen, rejected\]",
+        r"train: \d+ pairs, mean length \d+ tokens .*; the chosen completion is longer in [\d.]+% of them",
         r"example, chosen .*: ⟦.*<\|assistant\|>⟧The ball\.<\|end\|>\n",
         r"example, rejected .*: ⟦.*<\|assistant\|>⟧No ball\.<\|end\|>\n",
     ):
@@ -307,7 +308,7 @@ def test_a_reward_model_starts_from_a_reward_model_and_can_train_its_head_alone(
 ):
     config = make_config(text, "reward_model", training__steps="3", optimizer__trainable="^scalar_head")
     run(config, tmp_path / "head", init_from=str(reward_run[0]))
-    program = Program(config)
+    program = build_program(config)
     before, after = params_of(reward_run[0], program), params_of(tmp_path / "head", program)
     assert not np.array_equal(before.pop("scalar_head")["kernel"], after.pop("scalar_head")["kernel"])
     jax.tree.map(np.testing.assert_array_equal, before, after)

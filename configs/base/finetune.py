@@ -12,7 +12,7 @@ def base(stage: str, size: str, *, steps: int, batch_size: int, learning_rate: f
         del config[section]
     config.stage = stage
     config.training.steps = steps
-    config.optimizer.name = "adamw"  # weights that another optimiser made are moved gently
+    config.optimizer.name = "adamw"  # gentle with weights that another optimizer trained
     config.optimizer.learning_rate = learning_rate
     config.optimizer.schedule = "cosine"
     config.optimizer.final_learning_rate = 0.1
@@ -22,13 +22,13 @@ def base(stage: str, size: str, *, steps: int, batch_size: int, learning_rate: f
     # Files (.jsonl, also .gz, .parquet), globs, folders saved by datasets, hf:NAME, or synthetic:KIND.
     config.data.train = ("",)
     config.data.weights = ()  # one a source, to mix them; () takes all of their rows
-    config.data.validation = ()  # sources; () holds back a part of train, prompt by prompt
+    config.data.validation = ()  # sources; () holds out a part of train, prompt by prompt
     config.data.validation_fraction = 0.1
-    config.data.rename = ()  # "theirs=ours" for columns that are called otherwise, such as question=prompt
+    config.data.rename = ()  # "theirs=ours" for columns of other names, such as question=prompt
     config.data.template = config_dict.placeholder(str)  # a Jinja file; None: the tokenizer's own
     config.data.synthetic_rows = 20_000  # how many a synthetic source writes
     config.data.sequence_length = 256  # tokens
     config.data.batch_size = batch_size  # rows an optimizer step, over all devices
-    config.data.on_bad_row = "skip"  # write it to bad_rows.jsonl and go on; or "stop"
+    config.data.on_bad_row = "skip"  # write it to bad_rows.jsonl and continue; or "stop"
     config.data.max_bad_fraction = 0.02  # more bad rows than this stop the run even so
     return config

@@ -17,13 +17,13 @@ def base(size: str) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of every stage, and of the synthetic world
 
-    # What each stage learns from; validation is a part of it, prompt by prompt.
+    # What each stage trains on; validation is a part of it, prompt by prompt.
     config.data = ConfigDict()
     config.data.text = ("synthetic:documents",)
     config.data.chats = ("synthetic:chats", "synthetic:drafts")
     config.data.pairs = ("synthetic:preferences",)
-    config.data.solutions = ("synthetic:problems",)  # problems with their working, in `completion`
-    config.data.problems = ("synthetic:problems",)  # to be solved, with what the reward reads
+    config.data.solutions = ("synthetic:problems",)  # problems with worked solutions, in `completion`
+    config.data.problems = ("synthetic:problems",)  # with what the reward reads
 
     config.pretrain = pretrain_text.get_config(size)
     config.sft = sft_chat.get_config(size)
@@ -51,7 +51,8 @@ def base(size: str) -> ConfigDict:
 
     config.sft_reasoning.data.rename = ("working=completion",)
 
-    config.gates = ConfigDict()  # what must be reached; what cannot be measured on your data is left out
+    config.gates = ConfigDict()  # what must be reached; a gate that the data cannot measure is skipped
+    config.gates.must_pass = True  # a failed gate fails the command
     config.gates.prompts = ("synthetic:preferences",)  # held out; with `reference`, for the rubric
     config.gates.max_rows = 1000
     config.gates.max_new_tokens = 100

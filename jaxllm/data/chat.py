@@ -1,4 +1,4 @@
-"""Instruction data: conversations in the shapes that public datasets have, as token rows with a loss mask."""
+"""Instruction data: conversations in the formats of public datasets, as token rows with a loss mask."""
 
 import contextlib
 import itertools
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from jaxllm.data.chat_template import ChatTemplate, Messages
+from jaxllm.data.chat_template import LOSS_ON, ChatTemplate, Messages
 from jaxllm.data.packing import PackedRows, pack_rows
 from jaxllm.data.rows import TOO_LONG, DataConfig, Dataset, Example, Examples, read_sources
 from jaxllm.data.show import show_mask
@@ -24,18 +24,18 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "cha
 
 @dataclass(frozen=True)
 class ChatConfig(DataConfig):
-    """Which conversations to read, what of them to learn, and how to lay them out."""
+    """Which conversations to read, which of their tokens to train on, and how to pack them."""
 
-    rename: tuple[str, ...]  # "theirs=ours" for columns that are called otherwise
-    template: str | None  # a Jinja chat template; None: the tokenizer's own
-    loss_on: str  # "assistant": its every turn, "last": its last turn, "all": every token
-    packing: bool  # several conversations a row, which do not see each other; False: one a row
-    overlong: str  # what does not fit into a row: "drop" it, or "truncate" it
+    rename: tuple[str, ...]  # "THEIRS=OURS" for each column with another name, such as "question=prompt"
+    template: str | None  # path of a Jinja chat template; None: the tokenizer's own
+    loss_on: str  # "assistant": every assistant turn, "last": the last one, "all": every token
+    packing: bool  # several conversations per row, without attention between them; False: one per row
+    overlong: str  # "drop" or "truncate" conversations longer than sequence_length
 
     def __post_init__(self):
         super().__post_init__()
         check_rename(self.rename)
-        for field, choices in {"loss_on": ("assistant", "last", "all"), "overlong": ("drop", "truncate")}.items():
+        for field, choices in {"loss_on": LOSS_ON, "overlong": ("drop", "truncate")}.items():
             if getattr(self, field) not in choices:
                 raise ConfigError(
                     f"data.{field}={getattr(self, field)!r}: choose one of {', '.join(choices)}"
@@ -43,32 +43,32 @@ class ChatConfig(DataConfig):
 
 
 @dataclass(frozen=True)
-class ChatDataset(Dataset):
-    """Conversations ready to be batched."""
+class ChatDataset(Dataset[PackedRows]):
+    """Packed conversations, and the held-out ones as prompts to generate from."""
 
-    held_out: tuple[tuple[list[int], list[int]], ...] = ()  # prompt and answer of each held-out conversation
+    held_out: tuple[tuple[list[int], list[int]], ...] = ()  # (prompt, completion) ids of each conversation
 
 
 def check_rename(rename: Sequence[str]) -> None:
-    """ConfigError where an entry is not "theirs=ours"."""
+    """Raise ConfigError where an entry is not THEIRS=OURS."""
     for entry in rename:
         theirs, equals, ours = entry.partition("=")
         if not (theirs and equals and ours):
-            raise ConfigError(f"data.rename has {entry!r}: write THEIRS=OURS, such as question=prompt")
+            raise ConfigError(f"data.rename has {entry!r}; write THEIRS=OURS, such as question=prompt")
 
 
 def renamed(record: Mapping[str, Any], rename: Sequence[str]) -> dict[str, Any]:
-    """The record with columns called as this module calls them."""
+    """The record under this module's names for its columns."""
     names = dict(entry.split("=", 1) for entry in rename)
     return {names.get(key, key): value for key, value in record.items()}
 
 
 def conversation(record: Mapping[str, Any], rename: Sequence[str] = ()) -> tuple[str, list[dict[str, Any]]]:
-    """How a record says it, and the messages it holds.
+    """The format of a record, and its messages.
 
-    `messages` of role and content; ShareGPT's `conversations` of from and value; `prompt` (a text or
-    messages) and `completion`; Alpaca's `instruction`, `input`, `output`, with LIMA's `history` of earlier
-    exchanges. All may have a `system` text besides. Raises BadRow for anything else.
+    The formats are: `messages` of role and content; ShareGPT's `conversations` of from and value; `prompt` (a
+    text or messages) and `completion`; Alpaca's `instruction`, `input`, `output`, with LIMA's `history` of
+    earlier exchanges. Each may have a `system` text too. Raises BadRow for anything else.
     """
     record = renamed(record, rename)
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
@@ -81,57 +81,57 @@ def conversation(record: Mapping[str, Any], rename: Sequence[str] = ()) -> tuple
     if "instruction" in record and "output" in record:
         history = record.get("history") or []
         if not isinstance(history, list) or not all(isinstance(x, list) and len(x) == 2 for x in history):
-            raise BadRow("wrong type", "'history' must be a list of questions with their answers")
+            raise BadRow("wrong type", "'history' must be a list of [question, answer] pairs")
         turns = itertools.chain.from_iterable(
-            exchange(*pair) for pair in [*history, (question(record), record["output"])]
+            exchange(*pair) for pair in [*history, (alpaca_prompt(record), record["output"])]
         )
         return "instruction, input, output", [*system, *turns]
     if "chosen" in record:
         raise BadRow(
             "unknown format",
-            "pairs of answers are for reward models and DPO; here set data.rename=chosen=completion",
+            "a preference pair; to train on its chosen completion, set data.rename=chosen=completion",
         )
     raise BadRow(
-        "unknown format", f"no answer among the keys {', '.join(record)}; set data.rename=THEIRS=OURS"
+        "unknown format", f"no completion among the keys {', '.join(record)}; set data.rename=THEIRS=OURS"
     )
 
 
 def is_text(record: Mapping[str, Any]) -> bool:
-    """Whether a record is a plain text. Some conversations have a `text` too, which says them once more."""
+    """Whether a record is a plain text. Some conversations have a `text` too, which repeats their content."""
     return "text" in record and not {"messages", "conversations", "completion", "output"} & record.keys()
 
 
-def question(record: Mapping[str, Any]) -> str:
-    """Alpaca's `instruction`, and its `input` below it if there is one."""
+def alpaca_prompt(record: Mapping[str, Any]) -> str:
+    """Alpaca's `instruction`, followed by its `input` if there is one."""
     instruction, context = record["instruction"], record.get("input") or ""
     if not isinstance(instruction, str) or not isinstance(context, str):
         raise BadRow("wrong type", "'instruction' and 'input' must be strings")
     return f"{instruction}\n\n{context}" if context.strip() else instruction
 
 
-def exchange(question: Any, answer: Any) -> list[dict[str, Any]]:
-    """A user's turn and the answer to it."""
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def exchange(prompt: Any, completion: Any) -> list[dict[str, Any]]:
+    """A user turn and the assistant turn that follows it."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
 
 def as_messages(value: Any, role: str, rename: Sequence[str]) -> list[dict[str, Any]]:
-    """A list of messages as it is, a text as one message of this role."""
+    """The messages of a list, or a text as one message of this role."""
     if isinstance(value, list):
         return [message(each, rename) for each in value]
     return [{"role": role, "content": value}]
 
 
 def message(value: Any, rename: Sequence[str]) -> dict[str, Any]:
-    """{"role", "content"} of a message in that form or in ShareGPT's (from, value)."""
+    """{"role", "content"} of a message in that format or in ShareGPT's ("from", "value"). Raises BadRow."""
     if not isinstance(value, Mapping):
         raise BadRow("wrong type", f"a message is {json_type(value)}, not an object")
     value = renamed(value, rename)
     role, content = (
         value.get(ours, value.get(theirs)) for ours, theirs in (("role", "from"), ("content", "value"))
     )
-    for unread in ("tool_calls", "reasoning_content"):
-        if value.get(unread):
-            raise BadRow("part of a message that is not read", unread)
+    for unsupported in ("tool_calls", "reasoning_content"):
+        if value.get(unsupported):
+            raise BadRow("unsupported part of a message", unsupported)
     if role is None:
         raise BadRow("missing key", f"a message has keys {', '.join(value)}, but no role")
     if not isinstance(role, str):
@@ -146,14 +146,14 @@ def _list(record: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def opening(messages: Messages) -> str:
-    """What a conversation begins with: those that share it are held out together."""
+    """The first user message, else the first message. Conversations that share it are held out together."""
     return next((m["content"] for m in messages if m["role"] == "user"), messages[0]["content"])
 
 
 def encoder(
     config: ChatConfig, tokenizer: BaseTokenizer, template: ChatTemplate
 ) -> Callable[[Mapping[str, Any]], Example]:
-    """From records to Examples whose sequences fit into a row; a `text` is cut up, as in pretraining."""
+    """A function from records to Examples that fit into a row. A `text` is cut up, as in pretraining."""
     fits = config.sequence_length + 1  # the last token is only a target
 
     def encode(record: Mapping[str, Any]) -> Example:
@@ -162,17 +162,24 @@ def encoder(
             return encode_text(record["text"], tokenizer, config.sequence_length)
         kind, messages = conversation(record, config.rename)
         ids, loss_mask = template.encode(messages, loss_on=config.loss_on)
-        answers = loss_mask if config.loss_on != "all" else template.encode(messages, loss_on="assistant").loss_mask
-        if len(ids) > fits and (config.overlong == "drop" or not any(answers[:fits])):
+        by_assistant = loss_mask
+        if config.loss_on == "all":
+            by_assistant = template.encode(messages, loss_on="assistant").loss_mask
+        if len(ids) > fits and (config.overlong == "drop" or not any(by_assistant[:fits])):
             raise BadRow(TOO_LONG, f"{len(ids)} tokens", fault=False)
-        row = np.array(ids[:fits], np.int32), np.array(loss_mask[:fits], bool)
-        return Example(*zip(row), group=opening(messages), kind=kind, numbers=(last_run(answers[:fits]),))
+        return Example(
+            ids=(np.array(ids[:fits], np.int32),),
+            loss_mask=(np.array(loss_mask[:fits], bool),),
+            group=opening(messages),
+            kind=kind,
+            numbers=(last_span_start(by_assistant[:fits]),),
+        )
 
     return encode
 
 
 def encode_text(text: Any, tokenizer: BaseTokenizer, sequence_length: int) -> Example:
-    """A document, cut into pieces that fill a row; every token is a target exactly once."""
+    """A document, cut into pieces of one row each; every token but the BOS is a target exactly once."""
     if not isinstance(text, str):
         raise BadRow("wrong type", f"'text' is {json_type(text)}, not a string")
     if not text.strip():
@@ -184,24 +191,24 @@ def encode_text(text: Any, tokenizer: BaseTokenizer, sequence_length: int) -> Ex
 
 
 def chat_texts(config: ChatConfig, *, seed: int) -> Iterator[str]:
-    """What is said in the conversations to learn from: what a tokenizer is trained on."""
+    """The texts of the training conversations, to train a tokenizer on."""
     for name in config.train:
         for row in config.open(name, "train", text_key=None, seed=seed).rows():
             with contextlib.suppress(BadRow):
                 record = renamed(row.value or {}, config.rename)
                 if is_text(record):
-                    yield from texts([{"content": record["text"]}])
+                    yield from contents([{"content": record["text"]}])
                 else:
-                    yield from texts(conversation(record, config.rename)[1])
+                    yield from contents(conversation(record, config.rename)[1])
 
 
-def texts(messages: Messages) -> Iterator[str]:
-    """The contents that are texts."""
+def contents(messages: Messages) -> Iterator[str]:
+    """The contents of the messages, without those that are not texts."""
     return (m["content"] for m in messages if isinstance(m["content"], str))
 
 
-def last_run(loss_mask: Sequence[bool]) -> int:
-    """Where the last stretch of True begins."""
+def last_span_start(loss_mask: Sequence[bool]) -> int:
+    """The index at which the last run of consecutive True begins."""
     end = len(loss_mask) - list(reversed(loss_mask)).index(True)
     return end - next((i for i, x in enumerate(reversed(loss_mask[:end])) if not x), end)
 
@@ -214,18 +221,17 @@ def load_chats(
     seed: int,
     run_folder: Path | None = None,
 ) -> ChatDataset:
-    """Read, encode, hold out what to validate on, and lay out in rows.
+    """Read and encode all sources, hold out rows to validate on, and pack the rest.
 
-    Rows that were left out are written to `bad_rows.jsonl` in `run_folder`. Raises DataError where no token
-    would be learnt.
+    Dropped rows are written to `bad_rows.jsonl` in `run_folder`. Raises DataError where no row is left.
     """
     parts = read_sources(config, encoder(config, tokenizer, template), seed=seed, run_folder=run_folder)
     train, validation = config.hold_out(parts)
 
-    def lay_out(rows: list[Example]) -> PackedRows:
-        texts = [text for row in rows for text in zip(row.ids, row.loss_mask, strict=True)]
+    def packed(rows: list[Example]) -> PackedRows:
+        sequences = [sequence for row in rows for sequence in zip(row.ids, row.loss_mask, strict=True)]
         return pack_rows(
-            texts,
+            sequences,
             sequence_length=config.sequence_length,
             pad_id=tokenizer.pad_id,
             packing=config.packing,
@@ -235,39 +241,45 @@ def load_chats(
     layout = (len(train), config.weights, config.held_out_fraction, config.sequence_length, config.packing)
     fingerprint = repr(([part.fingerprint for part in parts], layout, seed, tokenizer.pad_id))
     data = ChatDataset(
-        tuple(map(lay_out, train)),
+        tuple(map(packed, train)),
         config.weights,
-        tuple(map(lay_out, validation)),
+        tuple(map(packed, validation)),
         xxhash.xxh3_128_hexdigest(fingerprint.encode()),
         report="",
         template=template,
-        held_out=tuple(answered(row) for rows in validation for row in rows if row.kind != "text"),
+        held_out=tuple(split_completion(row) for rows in validation for row in rows if row.kind != "text"),
     )
-    return replace(data, report=_report(config, parts, data, tokenizer))
+    return replace(data, report=_report(config, parts, data, tokenizer, template))
 
 
-def answered(row: Example) -> tuple[list[int], list[int]]:
-    """The tokens before a conversation's last answer, and those of the answer."""
+def split_completion(row: Example) -> tuple[list[int], list[int]]:
+    """The ids before the last assistant turn of a conversation, and the ids of that turn."""
     start = int(row.numbers[0])
     return row.ids[0][:start].tolist(), row.ids[0][start:].tolist()
 
 
-def _report(config: ChatConfig, parts: list[Examples], data: ChatDataset, tokenizer: BaseTokenizer) -> str:
+def _report(
+    config: ChatConfig,
+    parts: list[Examples],
+    data: ChatDataset,
+    tokenizer: BaseTokenizer,
+    template: ChatTemplate,
+) -> str:
     lines = [part.describe() for part in parts]
-    for role, sources in (("train", data.train), ("validation", data.validation)):
+    for split, sources in (("train", data.train), ("validation", data.validation)):
         if number := sum(map(len, sources)):
             tokens = sum(rows.num_tokens for rows in sources)
-            loss_mask = sum(int(mask[1:].sum()) for rows in sources for _, mask in rows.texts)
+            targets = sum(int(mask[1:].sum()) for rows in sources for _, mask in rows.sequences)
             padding = 1 - tokens / (number * config.sequence_length)
             lines.append(
-                f"{role}: {tokens:,} tokens, {loss_mask / max(1, tokens):.1%} of them learnt, in "
+                f"{split}: {tokens:,} tokens, {targets / max(1, tokens):.1%} of them in the loss, in "
                 f"{number:,} rows of {config.sequence_length}, {padding:.1%} padding"
             )
-    template_name = "Jinja" if data.template.source else "built in"
-    stops = ", ".join(tokenizer.pieces[i] for i in data.template.stop_ids)
-    lines.append(f"chat template: {template_name}; answers end at {stops}")
+    template_name = "Jinja" if template.source else "built-in"
+    stops = ", ".join(tokenizer.pieces[i] for i in template.stop_ids)
+    lines.append(f"chat template: {template_name}; stop tokens: {stops}")
     rows = [row for part in parts for row in part.rows]
     example = next((row for row in rows if row.kind != "text"), rows[0])
-    shown = show_mask(example.ids[0], example.loss_mask[0], tokenizer, colour=sys.stdout.isatty())
-    lines.append(f"example (what is in ⟦ ⟧ is read but not learnt): {shown}")
+    shown = show_mask(example.ids[0], example.loss_mask[0], tokenizer, color=sys.stdout.isatty())
+    lines.append(f"example (tokens in ⟦ ⟧ are not in the loss): {shown}")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""Conversations as token ids, with the tokens that the loss counts marked exactly.
+"""Conversations as token ids, with an exact loss mask.
 
-A token is learnt where it belongs to what the assistant says, the token that ends its turn included. Our own
-template writes `<s><|user|>TEXT<|end|><|assistant|>TEXT<|end|>`; models from elsewhere bring theirs as Jinja.
-The template writes the BOS, if there is one, and nobody else does. What a training row holds before an answer
-is, token for token, what a generating model is given.
+The loss counts the tokens of the assistant's turns, including the token that ends each. Our own template
+writes `<s><|user|>TEXT<|end|><|assistant|>TEXT<|end|>`; other models bring a Jinja template. The template
+alone writes the BOS, if there is one. The tokens of a training row before an assistant's turn are exactly the
+prompt from which that turn is generated.
 """
 
 import difflib
@@ -11,27 +11,80 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from jaxllm.data.sources import BadRow, json_type
 from jaxllm.data.tokenizer import CHAT_TOKENS, BaseTokenizer
 from jaxllm.errors import ConfigError
 
+if TYPE_CHECKING:
+    import jinja2
+    import jinja2.parser
+    import jinja2.sandbox
+
 ROLES = ("system", "user", "assistant", "tool")
 LOSS_ON = ("assistant", "last", "all")
 
-Messages = Sequence[Mapping[str, str]]  # each {"role": one of ROLES, "content": text}
+Messages = Sequence[Mapping[str, Any]]  # each {"role": one of ROLES, "content": str}, see check_messages
+
+_NO_STOP_TOKEN = "its completions do not end in a special token, so a model could not learn to stop"
 
 
 class Encoded(NamedTuple):
     """A conversation as a training row."""
 
     ids: list[int]
-    loss_mask: list[bool]  # the loss counts this token as a target
+    loss_mask: list[bool]  # of the same length: True where the loss counts the token as a target
+
+
+class ChatTemplate(Protocol):
+    """How conversations become token ids, in training and in generation."""
+
+    @property
+    def source(self) -> str | None:
+        """The Jinja source, for a template that has one."""
+        ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a completion."""
+        ...
+
+    def encode(self, messages: Messages, *, loss_on: str) -> Encoded:
+        """A conversation that ends with the assistant's turn, as a training row.
+
+        `loss_on`: "assistant" for the tokens of every assistant turn, "last" for those of the last one, "all"
+        for every token but the first. Raises BadRow for messages that cannot be encoded, and ConfigError.
+        """
+        ...
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """The prompt from which the assistant's next turn is generated. Raises BadRow."""
+        ...
+
+
+class PlainTextTemplate:
+    """In place of a chat template, for a model that continues text: a prompt is the text itself."""
+
+    source = None
+
+    def __init__(self, tokenizer: BaseTokenizer):
+        self._tokenizer = tokenizer
+        self.stop_ids: tuple[int, ...] = (tokenizer.eos_id,)
+
+    def encode(self, messages: Messages, *, loss_on: str) -> Encoded:
+        """Not supported: plain text has no turns. Raises ConfigError."""
+        raise ConfigError("conversations need a chat template; this model is of plain text")
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """BOS, and the contents of the messages joined by newlines."""
+        text = "\n".join(message["content"] for message in messages)
+        return [self._tokenizer.bos_id, *self._tokenizer.encode(text)]
 
 
 class NativeTemplate:
-    """Our own: the header and the end of a turn are single tokens, and what is said is encoded by itself."""
+    """Our own template: the header and the end of a turn are single tokens, and each content is encoded by
+    itself."""
 
     source = None
 
@@ -43,17 +96,17 @@ class NativeTemplate:
         self.stop_ids: tuple[int, ...] = (self._end, tokenizer.eos_id)
 
     def encode(self, messages: Messages, *, loss_on: str) -> Encoded:
-        """`loss_on`: the tokens of every "assistant" turn, of the "last" one, or "all" but the BOS."""
-        check_messages(messages, answered=True)
+        """As in `ChatTemplate`."""
+        check_messages(messages, is_prompt=False)
         pieces = [([self._tokenizer.bos_id], False)]
         for message in messages:
-            answer = message["role"] == "assistant"
-            pieces += [([self._header[message["role"]]], False), (self._turn(message), answer)]
+            by_assistant = message["role"] == "assistant"
+            pieces += [([self._header[message["role"]]], False), (self._turn(message), by_assistant)]
         return _joined(pieces, loss_on)
 
     def prompt(self, messages: Messages) -> list[int]:
-        """What a model is given to answer: ends with the header of the assistant's turn."""
-        check_messages(messages, answered=False)
+        """As in `ChatTemplate`. It ends with the header of the assistant's turn."""
+        check_messages(messages, is_prompt=True)
         turns = [i for message in messages for i in (self._header[message["role"]], *self._turn(message))]
         return [self._tokenizer.bos_id, *turns, self._header["assistant"]]
 
@@ -62,78 +115,78 @@ class NativeTemplate:
 
 
 class JinjaTemplate:
-    """A template as Hugging Face tokenizers carry it, rendered in a sandbox.
+    """A Jinja template as Hugging Face tokenizers have it, rendered in a sandbox.
 
-    What it writes for the messages before an answer, with `add_generation_prompt`, is the prompt; what it
-    adds when the answer is there too is the answer, learnt up to its last special token. Such pieces are
-    encoded each by itself, for that is how generation meets them.
+    The rendering of the messages before an assistant's turn, with `add_generation_prompt`, is the prompt. The
+    text that the rendering with that turn adds is the completion, which is in the loss up to its last special
+    token. Prompts and completions are encoded separately, since that is how generation produces them.
     """
 
     def __init__(self, tokenizer: BaseTokenizer, source: str, name: str = "the tokenizer's chat template"):
-        """`name` is what messages call it."""
+        """`name` is used in error messages. Raises ConfigError for a template that cannot be used."""
         self.source: str | None = source
         self._tokenizer = tokenizer
         self._name = name
         self._special = frozenset(tokenizer.special_ids.values())
         self._template = self._compiled(source)
         self.stop_ids: tuple[int, ...] = self._probed_stop_ids()
-        self._silent_roles = {role for role in ("system", "tool") if self._leaves_out(role)}
+        self._dropped_roles = {role for role in ("system", "tool") if self._drops(role)}
 
     def encode(self, messages: Messages, *, loss_on: str) -> Encoded:
-        """`loss_on`: the tokens of every "assistant" turn, of the "last" one, or "all" but the first token.
+        """As in `ChatTemplate`.
 
-        Raises ConfigError where more than the last turn is to be learnt and the template writes earlier turns
-        anew once others follow, as those do that drop earlier thoughts.
+        Raises ConfigError where the loss is on more than the last turn and the template rewrites earlier
+        turns once others follow, as templates do that drop the reasoning of earlier turns.
         """
-        check_messages(messages, answered=True)
-        self._check_texts(messages)
-        pieces = self._prompt_pieces(messages[:-1], any_template=loss_on == "last")
-        pieces += self._answer(messages, "".join(pieces))
+        check_messages(messages, is_prompt=False)
+        self._check_contents(messages)
+        pieces = self._prompt_pieces(messages[:-1], allow_rewriting=loss_on == "last")
+        pieces += self._completion(messages, "".join(pieces))
         return _joined([(ids, i % 2 == 1) for i, ids in enumerate(self._encoded(pieces))], loss_on)
 
     def prompt(self, messages: Messages) -> list[int]:
-        """What a model is given to answer, as `encode` has it before an answer."""
-        check_messages(messages, answered=False)
-        self._check_texts(messages)
-        return [i for ids in self._encoded(self._prompt_pieces(messages, any_template=True)) for i in ids]
+        """As in `ChatTemplate`."""
+        check_messages(messages, is_prompt=True)
+        self._check_contents(messages)
+        return [i for ids in self._encoded(self._prompt_pieces(messages, allow_rewriting=True)) for i in ids]
 
-    def _prompt_pieces(self, messages: Messages, *, any_template: bool) -> list[str]:
-        """The rendered prompt, cut at its answers' borders: prompt, answer, prompt, ..., prompt.
+    def _prompt_pieces(self, messages: Messages, *, allow_rewriting: bool) -> list[str]:
+        """The rendered prompt, cut around its assistant turns: prompt, completion, prompt, ..., prompt.
 
-        A template that writes earlier turns anew has no such borders: `any_template` gives it in one piece.
+        A template that rewrites earlier turns has no such cuts; with `allow_rewriting` it gives one piece.
         """
         pieces: list[str] = []
         try:
             for k, message in enumerate(messages):
                 if message["role"] == "assistant":
                     pieces.append(self._added(pieces, self._render(messages[:k], add_generation_prompt=True)))
-                    pieces.append(self._answer(messages[: k + 1], "".join(pieces))[0])
+                    pieces.append(self._completion(messages[: k + 1], "".join(pieces))[0])
             return [*pieces, self._added(pieces, self._render(messages, add_generation_prompt=True))]
         except _Rewritten:
-            if not any_template:
+            if not allow_rewriting:
                 raise
             return [self._render(messages, add_generation_prompt=True)]
 
-    def _answer(self, messages: Messages, prompt: str) -> tuple[str, str]:
-        """The last message as rendered after `prompt`: to its last special token, and what follows that."""
+    def _completion(self, messages: Messages, prompt: str) -> tuple[str, str]:
+        """The last message as rendered after `prompt`, split after its last special token."""
         added = self._added([prompt], self._render(messages))
         ends = [match.end() for match in self._tokenizer.special_pattern.finditer(added)]
         if not ends:
-            raise self._fault("its answers end in no special token, so a model could not learn to stop")
+            raise self._fault(_NO_STOP_TOKEN)
         return added[: ends[-1]], added[ends[-1] :]
 
     def _added(self, before: Sequence[str], whole: str) -> str:
-        """What `whole` says after what is already there."""
-        written = "".join(before)
-        if not whole.startswith(written):
+        """The part of `whole` after the pieces `before`."""
+        rendered = "".join(before)
+        if not whole.startswith(rendered):
             raise _Rewritten(
-                f"{self._name} writes earlier turns anew when others follow: {_difference(written, whole)}; "
-                f"data.loss_on=last learns the last turn only, for which its prompt alone must stay as it is"
+                f"{self._name} rewrites earlier turns when others follow: {_difference(rendered, whole)}; "
+                f"set data.loss_on=last to train on the last turn only"
             )
-        return whole.removeprefix(written)
+        return whole.removeprefix(rendered)
 
     def _encoded(self, pieces: Sequence[str]) -> list[list[int]]:
-        """Each piece by itself; of those before, it matters only whether they end in a special token."""
+        """The ids of each piece, encoded separately; the pieces before matter only by their last token."""
         encoded: list[list[int]] = []
         after = ""
         for piece in pieces:
@@ -143,10 +196,11 @@ class JinjaTemplate:
                 after = self._tokenizer.pieces[last] if last in self._special else "\n"
         return encoded
 
-    def _check_texts(self, messages: Messages) -> None:
+    def _check_contents(self, messages: Messages) -> None:
+        """Raise BadRow for a role that is not rendered, or a content with the name of a special token."""
         for i, message in enumerate(messages, 1):
-            if message["role"] in self._silent_roles:
-                raise BadRow("unknown role", f"{self._name} leaves out {message['role']!r} messages")
+            if message["role"] in self._dropped_roles:
+                raise BadRow("unknown role", f"{self._name} drops {message['role']!r} messages")
             if forged := self._tokenizer.special_pattern.search(message["content"]):
                 raise BadRow("special token in the text", f"message {i}: {forged.group().strip()}")
 
@@ -154,17 +208,17 @@ class JinjaTemplate:
         try:
             return self._template.render(
                 messages=[{"role": message["role"], "content": message["content"]} for message in messages],
-                tools=None,  # transformers passes these two by default, and templates count on it
+                tools=None,  # transformers passes these two by default, and templates rely on it
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._tokenizer.special_tokens_map,
             )
         except BadRow:
             raise
-        except Exception as error:  # foreign code fails in any way, and the sandbox refuses in some
+        except Exception as error:  # foreign code can raise anything, and so can the sandbox
             raise self._fault(f"{type(error).__name__}: {error}") from error
 
-    def _compiled(self, source: str) -> Any:
+    def _compiled(self, source: str) -> "jinja2.Template":
         environment = _environment()
         from jinja2 import TemplateSyntaxError
 
@@ -174,28 +228,29 @@ class JinjaTemplate:
             raise self._fault(f"line {error.lineno}: {error.message}") from error
 
     def _probed_stop_ids(self) -> tuple[int, ...]:
-        """The token that follows what an answer says, and EOS; and on the way, that it works at all."""
-        question, answer = "What is this?", "It is a probe."
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        """The special token after an assistant's content, and EOS, found by rendering a probe.
+
+        Raises ConfigError where the rendering shows that the template cannot be used.
+        """
+        question, reply = "What is this?", "It is a probe."
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         try:
             prompt = self._render(messages[:1], add_generation_prompt=True)
-            written = "".join(self._answer(messages, prompt))
+            completion = "".join(self._completion(messages, prompt))
         except BadRow as error:
-            raise self._fault(f"it refuses a question and its answer: {error}") from error
-        for text, place in ((question, prompt), (answer, written)):
-            if text not in place:
-                raise self._fault(
-                    f"it leaves out what the {'user' if text == question else 'assistant'} says"
-                )
-        end = self._tokenizer.special_pattern.search(written.rpartition(answer)[2])
+            raise self._fault(f"it rejects a user turn followed by an assistant turn: {error}") from error
+        for role, content, rendered in (("user", question, prompt), ("assistant", reply, completion)):
+            if content not in rendered:
+                raise self._fault(f"it drops the content of {role} messages")
+        end = self._tokenizer.special_pattern.search(completion.rpartition(reply)[2])
         if end is None:
-            raise self._fault("its answers end in no special token, so a model could not learn to stop")
+            raise self._fault(_NO_STOP_TOKEN)
         if self._tokenizer.encode_markup(prompt)[:2] == [self._tokenizer.bos_id] * 2:
             raise self._fault("it begins with two BOS tokens")
         return tuple(dict.fromkeys([self._tokenizer.encode_markup(end.group())[0], self._tokenizer.eos_id]))
 
-    def _leaves_out(self, role: str) -> bool:
-        """Some pass over a role without a word; others raise, and the row that has it will be told."""
+    def _drops(self, role: str) -> bool:
+        """Whether the template silently drops messages of this role. One that raises is left to do so."""
         probe = {"role": role, "content": "probe"}
         exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
@@ -207,11 +262,11 @@ class JinjaTemplate:
         return ConfigError(f"{self._name}: {' '.join(what.split())}")
 
 
-ChatTemplate = NativeTemplate | JinjaTemplate
-
-
 def load_template(tokenizer: BaseTokenizer, path: str | None) -> ChatTemplate:
-    """The template of the .jinja file `path`. None: the one that came with the tokenizer, or else our own."""
+    """The template of the .jinja file `path`; None: the tokenizer's own, or else NativeTemplate.
+
+    Raises ConfigError where there is none or it cannot be used.
+    """
     if path is not None:
         try:
             source = Path(path).expanduser().read_text(encoding="utf-8")
@@ -222,69 +277,73 @@ def load_template(tokenizer: BaseTokenizer, path: str | None) -> ChatTemplate:
         return JinjaTemplate(tokenizer, tokenizer.chat_template)
     if all(token in tokenizer.special_ids for token in CHAT_TOKENS):
         return NativeTemplate(tokenizer)
-    raise ConfigError("the tokenizer has no chat template: name a .jinja file by data.template")
+    raise ConfigError("the tokenizer has no chat template; name a .jinja file in data.template")
 
 
-def check_messages(messages: Messages, *, answered: bool) -> None:
-    """BadRow unless this is a conversation that ends in an answer, or (not `answered`) calls for one."""
+def check_messages(messages: Messages, *, is_prompt: bool) -> None:
+    """Raise BadRow unless this is a valid conversation: a training row, which ends with an assistant turn, or
+    a prompt, which does not."""
     for i, message in enumerate(messages, 1):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             near = difflib.get_close_matches(str(role), ROLES, n=1)
-            raise BadRow(
-                "unknown role", f"message {i}: {role!r}, not {near[0] if near else ', '.join(ROLES)}"
-            )
+            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(ROLES)}"
+            raise BadRow("unknown role", f"message {i}: {role!r}; {hint}")
         if not isinstance(content, str):
             raise BadRow("wrong type", f"message {i}: the content is {json_type(content)}, not a string")
         if not content.strip() and role in ("user", "assistant"):
-            raise BadRow("empty text", f"message {i}, of the {role}")
+            raise BadRow("empty text", f"message {i}, role {role}")
         before = messages[i - 2]["role"] if i > 1 else None
         if role == "system" and before is not None:
-            raise BadRow("wrong role order", f"message {i}: system comes first or not at all")
+            raise BadRow("wrong role order", f"message {i}: a system message must come first")
         if role == "assistant" and before in (None, "assistant"):
-            raise BadRow("wrong role order", f"message {i}: the assistant answers nobody")
-    if answered and not any(message["role"] == "assistant" for message in messages):
+            raise BadRow(
+                "wrong role order",
+                f"message {i}: an assistant turn must not come first or follow another one",
+            )
+    if not is_prompt and not any(message["role"] == "assistant" for message in messages):
         raise BadRow("no assistant turn")
     if not messages:
-        raise BadRow("wrong role order", "there is no message")
-    if answered != (messages[-1]["role"] == "assistant"):
-        raise BadRow("wrong role order", f"the last message is of the {messages[-1]['role']}")
+        raise BadRow("wrong role order", "there are no messages")
+    if is_prompt == (messages[-1]["role"] == "assistant"):
+        raise BadRow("wrong role order", f"the last message has role {messages[-1]['role']}")
 
 
 class _Rewritten(ConfigError):
-    """The rendering of a conversation does not begin with that of its beginning."""
+    """The rendering of a conversation does not start with the rendering of its first turns."""
 
 
 def _joined(pieces: Sequence[tuple[list[int], bool]], loss_on: str) -> Encoded:
-    """Pieces (ids, is it an answer?) as one row."""
+    """Pieces (ids, whether they are an assistant's) as one row."""
     if loss_on not in LOSS_ON:
         raise ConfigError(f"data.loss_on={loss_on!r}: choose one of {', '.join(LOSS_ON)}")
-    last_answer = max(i for i, (_, answer) in enumerate(pieces) if answer)
+    last_turn = max(i for i, (_, by_assistant) in enumerate(pieces) if by_assistant)
     ids: list[int] = []
     loss_mask: list[bool] = []
-    for i, (piece, answer) in enumerate(pieces):
+    for i, (piece, by_assistant) in enumerate(pieces):
+        in_loss = loss_on == "all" or (by_assistant and (loss_on == "assistant" or i == last_turn))
         ids += piece
-        loss_mask += [loss_on == "all" or (answer and (loss_on == "assistant" or i == last_answer))] * len(piece)
-    loss_mask[0] = False  # nothing comes before it to predict it from
+        loss_mask += [in_loss] * len(piece)
+    loss_mask[0] = False  # the first token is never a target
     return Encoded(ids, loss_mask)
 
 
 def _difference(before: str, after: str) -> str:
-    """Where two texts part, in a few words of each."""
+    """An excerpt of each text around the first character in which they differ."""
     at = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
     near = slice(max(0, at - 20), at + 20)
     return f"{before[near]!r} becomes {after[near]!r}"
 
 
-def _environment() -> Any:
-    """Jinja as chat templates expect it, in a sandbox: they come from anybody."""
+def _environment() -> "jinja2.sandbox.ImmutableSandboxedEnvironment":
+    """Jinja with the functions that chat templates expect, sandboxed, since templates are untrusted code."""
     try:
         from jinja2 import ext, nodes, parser, sandbox
     except ImportError as error:
         raise ConfigError("a Jinja chat template needs an extra: pip install 'jaxllm[hf]'") from error
 
     class Generation(ext.Extension):
-        """`{% generation %}` marks the answers for other trainers; here rendering finds them."""
+        """`{% generation %}` marks assistant turns for other trainers. It has no effect here."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -307,14 +366,14 @@ def _to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own would escape HTML."""
+    """Jinja's own `tojson` would escape HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def _raise_exception(message: Any) -> NoReturn:
-    raise BadRow("refused by the chat template", " ".join(str(message).split()))
+    raise BadRow("rejected by the chat template", " ".join(str(message).split()))
 
 
 def _strftime_now(format: str) -> str:

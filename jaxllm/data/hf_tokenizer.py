@@ -1,18 +1,21 @@
-"""Hugging Face tokenizers: a tokenizer.json and the files beside it, behind the methods of our own.
+"""Hugging Face tokenizers: a tokenizer.json and the files beside it, with the methods of `BaseTokenizer`.
 
-What it does to a text is what the file says: some normalise it (Qwen's to NFC), some lack a token for a rare
+A text is encoded as the file defines it: some normalize it (Qwen's to NFC), some lack a token for a rare
 control character and drop it (SmolLM2's). Nothing else is lost, and nothing is added.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.data.tokenizer import HF_TOKENIZER_FILE, BaseTokenizer, without_lone_surrogates
 from jaxllm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -21,22 +24,25 @@ _SPACE_MARK = "\u2581"  # how sentencepiece writes a space
 
 
 def read_hf_tokenizer(file: Path) -> "HFTokenizer":
-    """The tokenizer of a tokenizer.json, with what lies beside it."""
+    """The tokenizer of a tokenizer.json, with its config and chat template where they lie beside it."""
     files = {name: file.parent / name for name in (CONFIG_FILE, TEMPLATE_FILE)} | {HF_TOKENIZER_FILE: file}
     return HFTokenizer({name: path.read_bytes() for name, path in files.items() if path.is_file()})
 
 
 class HFTokenizer(BaseTokenizer):
-    """A tokenizer.json, byte-level or sentencepiece-like with byte fallback."""
+    """The tokenizer of a tokenizer.json, byte-level or sentencepiece-like with byte fallback."""
 
     def __init__(self, files: dict[str, bytes]):
-        """`files`: the contents of tokenizer.json and, where there are any, of the other two, by name."""
+        """`files`: tokenizer.json and, where they exist, CONFIG_FILE and TEMPLATE_FILE, by name.
+
+        Raises DataError for files that cannot be read or a tokenizer that would lose text.
+        """
         self._files = dict(files)
         config = _read_config(files.get(CONFIG_FILE, b"{}"))
         self.chat_template = _read_template(files, config)
         self._backend = backend = _backend(files[HF_TOKENIZER_FILE])
         self.special_tokens_map = _named_tokens(backend, config)
-        backend.encode_special_tokens = True  # the library's word for reading them as text
+        backend.encode_special_tokens = True  # in the library's terms: treat their names as ordinary text
         self._markup_backend = _backend(files[HF_TOKENIZER_FILE])
         for each in (backend, self._markup_backend):
             _mark_special(each, self.special_tokens_map.values())
@@ -46,15 +52,16 @@ class HFTokenizer(BaseTokenizer):
         self._added = backend.get_added_tokens_decoder()
         self.special_ids = {token.content: i for i, token in self._added.items() if token.special}
         self.token_bytes = self._all_token_bytes()
-        self.eos_id = ids[self.special_tokens_map["eos_token"]]
-        self.bos_id = ids.get(self.special_tokens_map.get("bos_token"), self.eos_id)
-        self.pad_id = ids.get(self.special_tokens_map.get("pad_token"), self.eos_id)
+        eos = self.special_tokens_map["eos_token"]
+        self.eos_id = ids[eos]
+        self.bos_id = ids[self.special_tokens_map.get("bos_token", eos)]
+        self.pad_id = ids[self.special_tokens_map.get("pad_token", eos)]
         first = [self.token_bytes[i] for i in self.encode("a")[:1]]
         self._prefix = " " if first and first[0].startswith(b" ") else ""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         texts = [without_lone_surrogates(text) for text in texts]
-        if len(texts) == 1:  # starting threads would take longer
+        if len(texts) == 1:  # starting threads would take longer than encoding it
             return [self._backend.encode(texts[0], add_special_tokens=False).ids]
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -66,7 +73,7 @@ class HFTokenizer(BaseTokenizer):
         special = sorted(
             (self._added[i] for i in self.special_ids.values()), key=lambda token: -len(token.content)
         )
-        # Some tokens (Phi 3's) take the white space that follows them.
+        # Some tokens (Phi 3's) include the white space that follows them.
         return re.compile("|".join(re.escape(token.content) + r"\s*" * token.rstrip for token in special))
 
     def files(self) -> dict[str, bytes]:
@@ -78,7 +85,7 @@ class HFTokenizer(BaseTokenizer):
             byte_of = _byte_of_character()
 
             def bytes_of(i: int, piece: str) -> bytes:
-                # Added tokens are written as they are.
+                # Added tokens are stored as plain text.
                 return (
                     piece.encode() if i in self._added else bytes(byte_of[character] for character in piece)
                 )
@@ -91,11 +98,11 @@ class HFTokenizer(BaseTokenizer):
                 return piece.replace(_SPACE_MARK, " ").encode()
 
         else:
-            raise DataError("it is neither byte-level nor falls back to bytes, so text is lost")
+            raise DataError("neither byte-level nor with byte fallback, so it would lose text")
         return [b"" if i in special else bytes_of(i, piece) for i, piece in enumerate(self.pieces)]
 
 
-def _backend(content: bytes) -> Any:
+def _backend(content: bytes) -> "tokenizers.Tokenizer":
     try:
         import tokenizers
     except ImportError as error:
@@ -104,7 +111,7 @@ def _backend(content: bytes) -> Any:
         ) from error
     try:
         backend = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no narrower type
         raise DataError(f"not a tokenizer.json ({str(error).splitlines()[0]})") from error
     backend.no_truncation()
     backend.no_padding()
@@ -117,12 +124,12 @@ def _read_config(content: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{CONFIG_FILE} beside it is not JSON ({error})") from error
     if not isinstance(config, dict):
-        raise DataError(f"{CONFIG_FILE} beside it is no JSON object")
+        raise DataError(f"{CONFIG_FILE} beside it is not a JSON object")
     return config
 
 
 def _read_template(files: dict[str, bytes], config: dict[str, Any]) -> str | None:
-    """The chat template; of several that a config names, the one called "default"."""
+    """The chat template: that of its own file, else the config's, which may name several: its "default"."""
     if TEMPLATE_FILE in files:
         try:
             return files[TEMPLATE_FILE].decode()
@@ -134,32 +141,32 @@ def _read_template(files: dict[str, bytes], config: dict[str, Any]) -> str | Non
     return template
 
 
-def _named_tokens(backend: Any, config: dict[str, Any]) -> dict[str, str]:
-    """The texts of BOS, EOS and pad, as far as there are any."""
+def _named_tokens(backend: "tokenizers.Tokenizer", config: dict[str, Any]) -> dict[str, str]:
+    """The names of the BOS, EOS and pad tokens, as far as they exist. Raises DataError without an EOS."""
     named = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         token = config.get(name)
         token = token["content"] if isinstance(token, dict) else token
         if token is not None:
             if backend.token_to_id(token) is None:
-                raise DataError(f"{CONFIG_FILE} says {name} is {token!r}, which is not in the vocabulary")
+                raise DataError(f"{CONFIG_FILE}: {name}={token!r} is not in the vocabulary")
             named[name] = token
     special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
     if "eos_token" not in named and len(special) == 1:  # GPT-2's, which has no config
         named["eos_token"] = special[0]
     if "eos_token" not in named:
-        raise DataError(f"it has no EOS token: name one as eos_token in {CONFIG_FILE} beside it")
+        raise DataError(f"no EOS token; set eos_token in {CONFIG_FILE} beside it")
     return named
 
 
-def _mark_special(backend: Any, tokens: Sequence[str]) -> None:
-    """Make `tokens` special, if only the config says that they are."""
+def _mark_special(backend: "tokenizers.Tokenizer", tokens: Iterable[str]) -> None:
+    """Make `tokens` special, which the tokenizer.json may not declare them to be."""
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     backend.add_special_tokens([token for token in tokens if token not in special])
 
 
 def _byte_of_character() -> dict[str, int]:
-    """How byte-level tokenizers write bytes since GPT-2: printable Latin-1 as it is, the rest from U+0100."""
+    """GPT-2's spelling of bytes: printable Latin-1 as it is, the other bytes as characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -1,57 +1,52 @@
-"""Batches from rows: which of them step N trains on is a pure function of the seed and N.
+"""Batches from rows: which rows step N trains on is a pure function of the seed and N.
 
-Grain shuffles, mixes, shards by process and reads ahead. It is imported when a batch is asked for, since
+Grain shuffles, mixes, shards by process and reads ahead. It is imported when a batch is first needed, since
 machines that only use the losses or the models need not have it.
 """
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from jaxllm.data.rows import BatchRows, Rows
 from jaxllm.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    import grain
+    import jax
 
-class Rows(Protocol):
-    """Rows of a batch, any of which can be made from its number alone: windows of text, chats, pairs."""
+T = TypeVar("T")
 
-    sequence_length: int
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, i: int) -> Any: ...
-
-    def blank(self) -> Any:
-        """A row that counts for nothing, to fill a batch with."""
-
-
-_READ_THREADS, _READ_AHEAD = 2, 4  # batches; making one takes a hundredth of a training step
+_READ_THREADS, _READ_AHEAD = 2, 4  # batches; building one takes a hundredth of a training step
 
 
 def training_batches(
-    sources: Sequence[Rows],
+    sources: Sequence[BatchRows[T]],
     *,
     weights: Sequence[float] = (),
     batch_size: int,
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Any:
+) -> "grain.MapDataset[T]":
     """An endless grain dataset whose element N is this process's rows, [B / processes, T], of step N.
 
-    Without `weights` all rows are seen once an epoch, in an order of its own; with them each source
-    fills its share of every stretch of rows and runs through its own epochs. The rows of a step do
-    not depend on the number of processes.
+    Without `weights` every row is seen once per epoch, reshuffled each epoch. With them each source has its
+    share of any run of consecutive rows and goes through its own epochs. The rows of a step do not depend on
+    the number of processes.
     """
     rows = sum(map(len, sources))
     if rows < batch_size:
         raise DataError(
-            f"the data makes {rows} rows of data.sequence_length={sources[0].sequence_length}, fewer than "
-            f"data.batch_size={batch_size}: lower data.batch_size, or give more data"
+            f"the data has {rows} rows of data.sequence_length={sources[0].sequence_length}, fewer than "
+            f"data.batch_size={batch_size}; lower data.batch_size or add data"
         )
     return _sharded(shuffled_rows(sources, weights, seed), batch_size, process_index, process_count)
 
 
-def shuffled_rows(sources: Sequence[Any], weights: Sequence[float], seed: int) -> Any:
-    """An endless grain dataset of rows, one by one, drawn as `training_batches` says."""
+def shuffled_rows(sources: Sequence[Rows[T]], weights: Sequence[float], seed: int) -> "grain.MapDataset[T]":
+    """An endless grain dataset of single rows, in the order of `training_batches`."""
     grain = _import_grain()
     datasets = [grain.MapDataset.source(source) for source in sources]
     if weights:
@@ -61,9 +56,9 @@ def shuffled_rows(sources: Sequence[Any], weights: Sequence[float], seed: int) -
 
 
 def evaluation_batches(
-    sources: Sequence[Rows], *, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Any:
-    """A grain dataset of every row once, in order; the last batch is filled up with masked rows."""
+    sources: Sequence[BatchRows[T]], *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> "grain.MapDataset[T]":
+    """A grain dataset of every row once, in order; blank rows fill up the last batch."""
     grain = _import_grain()
     known = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
     count, blank = len(known), sources[0].blank()
@@ -72,25 +67,26 @@ def evaluation_batches(
     return _sharded(rows, batch_size, process_index, process_count)
 
 
-def device_batches(dataset: Any, sharding: Any, *, start_step: int = 0) -> Iterator[Any]:
-    """The batches from `start_step` on as global arrays laid out by `sharding`.
+def device_batches(
+    dataset: "grain.MapDataset[T]", sharding: "jax.sharding.Sharding", *, start_step: int = 0
+) -> Iterator[T]:
+    """The batches from `start_step` on as global arrays with this sharding.
 
-    Threads read a few batches ahead, and one batch is on the device before it is asked for.
+    Threads read a few batches ahead, and one batch is placed on the devices before it is requested.
     """
     import jax
 
     grain = _import_grain()
 
-    def placed(batch: Any) -> Any:
+    def placed(batch: T) -> T:
         return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)
 
     options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_AHEAD)
     batches = map(placed, dataset[start_step:].to_iter_dataset(options))
-    ahead = next(batches, None)
-    for batch in batches:
-        yield ahead
-        ahead = batch
-    if ahead is not None:
+    for ahead in batches:  # at most once: the inner loop uses up the rest
+        for batch in batches:
+            yield ahead
+            ahead = batch
         yield ahead
 
 
@@ -99,12 +95,12 @@ def _sharded(rows: Any, batch_size: int, process_index: int, process_count: int)
         below = batch_size // process_count * process_count
         nearest = " or ".join(str(size) for size in (below, below + process_count) if size)
         raise ConfigError(
-            f"data.batch_size={batch_size} does not divide over {process_count} processes; use {nearest}"
+            f"data.batch_size={batch_size} is not divisible by {process_count} processes; use {nearest}"
         )
     return rows[process_index::process_count].batch(batch_size // process_count)
 
 
-def _import_grain() -> Any:
+def _import_grain() -> ModuleType:
     try:
         import grain
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Preference data: pairs of answers to one prompt, in the shapes that public datasets have."""
+"""Preference data: pairs of completions of one prompt, in the formats of public datasets."""
 
 import contextlib
 import math
@@ -7,28 +7,36 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from jaxllm.batches import PairBatch
-from jaxllm.data.chat import as_messages, check_rename, last_run, opening, question, renamed, texts
-from jaxllm.data.chat_template import ChatTemplate, Encoded
+from jaxllm.data.chat import (
+    alpaca_prompt,
+    as_messages,
+    check_rename,
+    contents,
+    last_span_start,
+    opening,
+    renamed,
+)
+from jaxllm.data.chat_template import ChatTemplate, Encoded, Messages
 from jaxllm.data.rows import TOO_LONG, DataConfig, Dataset, Example, Examples, read_sources
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow, json_type
 from jaxllm.data.tokenizer import BaseTokenizer
 
-Messages = list[dict[str, Any]]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class PreferenceConfig(DataConfig):
     """Which pairs to read."""
 
-    rename: tuple[str, ...]  # "theirs=ours" for columns that are called otherwise
-    template: str | None  # a Jinja chat template; None: the tokenizer's own
+    rename: tuple[str, ...]  # "THEIRS=OURS" for each column with another name, such as "better=chosen"
+    template: str | None  # path of a Jinja chat template; None: the tokenizer's own
 
     def __post_init__(self):
         super().__post_init__()
@@ -37,10 +45,10 @@ class PreferenceConfig(DataConfig):
 
 @dataclass(frozen=True)
 class PairRows:
-    """A sequence of `PairBatch` rows."""
+    """A sequence of `PairBatch` rows, one per pair."""
 
     pairs: Sequence[Example]  # ids: chosen, rejected; numbers: prompt length, margin, weight
-    ref_log_probs: np.ndarray  # float32 [pairs, 2]
+    ref_log_probs: np.ndarray  # float32 [pairs, 2], as in PairBatch
     sequence_length: int  # T
     pad_id: int
 
@@ -64,29 +72,39 @@ class PairRows:
         )
 
     def blank(self) -> PairBatch:
-        """A pair without weight, to fill a batch with."""
+        """A pair of weight 0, to fill up a batch with."""
         return self[0]._replace(weight=np.float32(0))
 
 
-def pair(record: Mapping[str, Any], rename: Sequence[str] = ()) -> tuple[str, Messages, Any, Any]:
-    """How a record says it, the prompt's messages, and the message chosen and the one rejected.
+class Pair(NamedTuple):
+    """A preference in one form, whatever format it was read from."""
 
-    `prompt` (a text or messages), or Alpaca's `instruction` and `input`, with `chosen` and `rejected` (texts
-    or messages); these two alone, as message lists or as transcripts of "Human:" and "Assistant:" turns,
-    whose common beginning is the prompt; or `prompt`, two `answers` and a `choice` of 0 or 1.
-    Raises BadRow for anything else, for ties, and for answers that are the same.
+    kind: str  # the format
+    prompt: list[Message]
+    chosen: Message
+    rejected: Message
+
+
+def pair(record: Mapping[str, Any], rename: Sequence[str] = ()) -> Pair:
+    """The prompt of a record, its chosen and its rejected message.
+
+    The formats are: `prompt` (a text or messages), or Alpaca's `instruction` and `input`, with `chosen` and
+    `rejected` (texts or messages); `chosen` and `rejected` alone, as lists of messages or as transcripts of
+    "Human:" and "Assistant:" turns, whose common start is the prompt; or `prompt`, two `answers` and a
+    `choice` of 0 or 1. Raises BadRow for anything else, for ties, and for identical completions.
     """
     record = renamed(record, rename)
     kind, record = _by_choice(record) if "choice" in record else ("", record)
     missing = [key for key in ("chosen", "rejected") if key not in record]
     if missing:
-        raise BadRow("missing key", f"no {missing[0]!r} among {', '.join(record)}; data.rename=THEIRS=OURS")
+        keys = ", ".join(record)
+        raise BadRow("missing key", f"no {missing[0]!r} among {keys}; set data.rename=THEIRS=OURS")
     if "prompt" in record:
         kind = kind or "prompt, chosen, rejected"
         prompt = as_messages(record["prompt"], "user", rename)
     elif "instruction" in record:
         kind = "instruction, input, chosen, rejected"
-        prompt = [{"role": "user", "content": question(record)}]
+        prompt = [{"role": "user", "content": alpaca_prompt(record)}]
     else:
         kind = "transcripts" if isinstance(record["chosen"], str) else "messages"
         prompt = []
@@ -100,15 +118,15 @@ def pair(record: Mapping[str, Any], rename: Sequence[str] = ()) -> tuple[str, Me
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
         common += 1
     if not common:
-        raise BadRow("no common prompt", "the two sides differ from the first turn on")
+        raise BadRow("no common prompt", "chosen and rejected differ from the first turn on")
     ends = chosen[common:], rejected[common:]
     if any(len(end) != 1 for end in ends):
-        raise BadRow("answers of several turns", f"they part at turn {common + 1}", fault=False)
-    return kind, chosen[:common], *(end[0] for end in ends)
+        raise BadRow("completions of several turns", f"they differ from turn {common + 1} on", fault=False)
+    return Pair(kind, chosen[:common], chosen[common], rejected[common])
 
 
 def is_pair(record: Mapping[str, Any], rename: Sequence[str] = ()) -> bool:
-    """Whether a record compares two answers."""
+    """Whether a record compares two completions."""
     return bool({"chosen", "choice"} & renamed(record, rename).keys())
 
 
@@ -116,7 +134,7 @@ def _by_choice(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """{"prompt", "answers": [a, b], "choice"} as {"prompt", "chosen", "rejected"}."""
     answers, choice = record.get("answers"), record["choice"]
     if not isinstance(answers, list) or len(answers) != 2:
-        raise BadRow("wrong type", "'answers' must be a list of two, since there is a 'choice'")
+        raise BadRow("wrong type", "'answers' must be a list of two, because the row has a 'choice'")
     if choice in ("tie", "bad", None):
         raise BadRow("tie", fault=False)
     if type(choice) is not int or choice not in (0, 1):
@@ -124,42 +142,44 @@ def _by_choice(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return "prompt, answers, choice", {**record, "chosen": answers[choice], "rejected": answers[1 - choice]}
 
 
-def _turns(value: Any, after_prompt: bool, rename: Sequence[str]) -> Messages:
-    """The messages of one side."""
+def _turns(value: Any, after_prompt: bool, rename: Sequence[str]) -> list[Message]:
+    """The messages of `chosen` or `rejected`."""
     if isinstance(value, list):
         return as_messages(value, "assistant", rename)
     if not isinstance(value, str):
-        raise BadRow("wrong type", f"an answer is {json_type(value)}, neither a text nor a list of messages")
+        raise BadRow("wrong type", f"a completion is {json_type(value)}, not a string or a list of messages")
     return [{"role": "assistant", "content": value}] if after_prompt else transcript(value)
 
 
-def transcript(text: str) -> Messages:
+def transcript(text: str) -> list[Message]:
     r"""The messages of a text such as `\n\nHuman: Hello\n\nAssistant: Hi`."""
     before, *parts = re.split(r"\n\n(Human|Assistant):", text)
     if before.strip() or not parts:
-        raise BadRow("no prompt", "a text without 'prompt' must be a transcript of Human: and Assistant:")
+        raise BadRow(
+            "no prompt", "without 'prompt', a text must be a transcript of Human: and Assistant: turns"
+        )
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
-        {"role": roles[name], "content": said.strip()}
-        for name, said in zip(parts[::2], parts[1::2], strict=True)
+        {"role": roles[name], "content": content.strip()}
+        for name, content in zip(parts[::2], parts[1::2], strict=True)
     ]
 
 
 def encoder(config: PreferenceConfig, template: ChatTemplate) -> Callable[[Mapping[str, Any]], Example]:
-    """From records to Examples of two sequences, of which neither is longer than a row."""
+    """A function from records to Examples of two sequences, neither of them longer than a row."""
 
     def encode(record: Mapping[str, Any]) -> Example:
         record = renamed(record, config.rename)
-        kind, prompt, *answers = pair(record, config.rename)
-        if prompt[-1]["role"] != "user" or any(answer["role"] != "assistant" for answer in answers):
-            raise BadRow("wrong role order", "the answers must be an assistant's, to a user")
-        sides = [answered(template, prompt, answer) for answer in answers]
+        kind, prompt, *completions = pair(record, config.rename)
+        if prompt[-1]["role"] != "user" or any(turn["role"] != "assistant" for turn in completions):
+            raise BadRow("wrong role order", "the completions must be assistant turns after a user turn")
+        sides = [encode_completion(template, prompt, completion) for completion in completions]
         longest = max(len(side.ids) for side in sides)
         if longest > config.sequence_length:
             raise BadRow(TOO_LONG, f"{longest} tokens", fault=False)
         if sides[0].ids == sides[1].ids:
             raise BadRow("identical pair", fault=False)
-        start = last_run(sides[0].loss_mask)
+        start = last_span_start(sides[0].loss_mask)
         return Example(
             ids=tuple(np.array(side.ids, np.int32) for side in sides),
             loss_mask=tuple(np.array(side.loss_mask, bool) for side in sides),
@@ -171,10 +191,10 @@ def encoder(config: PreferenceConfig, template: ChatTemplate) -> Callable[[Mappi
     return encode
 
 
-def answered(template: ChatTemplate, prompt: Messages, answer: Mapping[str, Any]) -> Encoded:
-    """A prompt and its answer up to the token that ends it, where a policy would stop too; some templates
-    write a newline after it."""
-    ids, loss_mask = template.encode([*prompt, answer], loss_on="last")
+def encode_completion(template: ChatTemplate, prompt: Messages, completion: Mapping[str, Any]) -> Encoded:
+    """A prompt and its completion up to the stop token, where a policy would stop too. Some templates write a
+    newline after it."""
+    ids, loss_mask = template.encode([*prompt, completion], loss_on="last")
     end = len(loss_mask) - loss_mask[::-1].index(True)
     return Encoded(ids[:end], loss_mask[:end])
 
@@ -182,7 +202,7 @@ def answered(template: ChatTemplate, prompt: Messages, answer: Mapping[str, Any]
 def _number(record: Mapping[str, Any], key: str, default: float) -> float:
     value = default if record.get(key) is None else record[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise BadRow("wrong type", f"{key!r} is {value!r}, not a number from 0 on")
+        raise BadRow("wrong type", f"{key!r} is {value!r}, not a finite number of at least 0")
     return float(value)
 
 
@@ -193,24 +213,24 @@ def load_preferences(
     *,
     seed: int,
     run_folder: Path | None = None,
-) -> Dataset:
-    """Read, encode and hold out what to validate on; all pairs of a prompt are on one side.
+) -> Dataset[PairRows]:
+    """Read and encode all sources, and hold out pairs to validate on, all pairs of a prompt together.
 
-    Rows that were left out are written to `bad_rows.jsonl` in `run_folder`.
+    Dropped rows are written to `bad_rows.jsonl` in `run_folder`. Raises DataError where no pair is left.
     """
     parts = read_sources(config, encoder(config, template), seed=seed, run_folder=run_folder)
     train, validation = config.hold_out(parts)
 
-    def lay_out(pairs: list[Example]) -> PairRows:
+    def as_rows(pairs: list[Example]) -> PairRows:
         empty = np.zeros((len(pairs), 2), np.float32)
         return PairRows(pairs, empty, config.sequence_length, tokenizer.pad_id)
 
     layout = (len(train), config.weights, config.held_out_fraction)
     fingerprint = repr(([part.fingerprint for part in parts], layout, tokenizer.pad_id))
     data = Dataset(
-        tuple(map(lay_out, train)),
+        tuple(map(as_rows, train)),
         config.weights,
-        tuple(map(lay_out, validation)),
+        tuple(map(as_rows, validation)),
         xxhash.xxh3_128_hexdigest(fingerprint.encode()),
         report="",
         template=template,
@@ -218,27 +238,27 @@ def load_preferences(
     return replace(data, report=_report(parts, data, tokenizer))
 
 
-def _report(parts: list[Examples], data: Dataset, tokenizer: BaseTokenizer) -> str:
+def _report(parts: list[Examples], data: Dataset[PairRows], tokenizer: BaseTokenizer) -> str:
     lines = [part.describe() for part in parts]
-    for role, sources in (("train", data.train), ("validation", data.validation)):
+    for split, sources in (("train", data.train), ("validation", data.validation)):
         if pairs := [each for rows in sources for each in rows.pairs]:
             chosen, rejected = np.array([[len(ids) for ids in each.ids] for each in pairs]).T
             lines.append(
-                f"{role}: {len(pairs):,} pairs, {chosen.mean():.0f} tokens the chosen and "
-                f"{rejected.mean():.0f} the rejected; the longer one is chosen in "
-                f"{(chosen > rejected).mean():.1%} of them, {(chosen == rejected).mean():.1%} are as long"
+                f"{split}: {len(pairs):,} pairs, mean length {chosen.mean():.0f} tokens (chosen) and "
+                f"{rejected.mean():.0f} (rejected); the chosen completion is longer in "
+                f"{(chosen > rejected).mean():.1%} of them, equally long in {(chosen == rejected).mean():.1%}"
             )
     first = parts[0].rows[0]
     for name, ids, loss_mask in zip(("chosen", "rejected"), first.ids, first.loss_mask, strict=True):
-        shown = show_mask(ids, loss_mask, tokenizer, colour=sys.stdout.isatty())
-        lines.append(f"example, {name} (the prompt in ⟦ ⟧): {shown}")
+        shown = show_mask(ids, loss_mask, tokenizer, color=sys.stdout.isatty())
+        lines.append(f"example, {name} (the prompt is in ⟦ ⟧): {shown}")
     return "\n".join(lines)
 
 
 def preference_texts(config: PreferenceConfig, *, seed: int) -> Iterator[str]:
-    """What is said in the pairs to learn from: what a tokenizer is trained on."""
+    """The texts of the training pairs, to train a tokenizer on."""
     for name in config.train:
         for row in config.open(name, "train", text_key=None, seed=seed).rows():
             with contextlib.suppress(BadRow):
-                _, prompt, *answers = pair(row.value or {}, config.rename)
-                yield from texts([*prompt, *answers])
+                _, prompt, chosen, rejected = pair(row.value or {}, config.rename)
+                yield from contents([*prompt, chosen, rejected])

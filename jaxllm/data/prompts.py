@@ -1,15 +1,15 @@
-"""Prompts to answer, each with the row it came from, which is what its rewards are given."""
+"""Prompts to generate completions of. Each comes with its row, which the reward functions receive."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import xxhash
 
-from jaxllm.data.chat import as_messages, check_rename, message, opening, renamed, texts
+from jaxllm.data.chat import as_messages, check_rename, contents, message, opening, renamed
 from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.preferences import is_pair, pair
 from jaxllm.data.rows import TOO_LONG, DataConfig, Dataset, Example, read_sources
@@ -18,14 +18,27 @@ from jaxllm.data.sources import BadRow
 from jaxllm.data.tokenizer import BaseTokenizer
 
 
+class PromptOptions(Protocol):
+    """How rows become prompts: the fields of a PromptConfig, or the flags of a script."""
+
+    @property
+    def rename(self) -> Sequence[str]: ...
+
+    @property
+    def prompt_format(self) -> str | None: ...
+
+    @property
+    def system(self) -> str | None: ...
+
+
 @dataclass(frozen=True)
 class PromptConfig(DataConfig):
     """Which prompts to read."""
 
-    rename: tuple[str, ...]  # "theirs=ours" for columns that are called otherwise
-    template: str | None  # a Jinja chat template; None: the tokenizer's own
-    prompt_format: str | None  # a text with {column}s to fill in; None: the row has `prompt` or `messages`
-    system: str | None  # a system message before every prompt
+    rename: tuple[str, ...]  # "THEIRS=OURS" for each column with another name, such as "question=prompt"
+    template: str | None  # path of a Jinja chat template; None: the tokenizer's own
+    prompt_format: str | None  # a text with {COLUMN}s to fill in; None: rows have `prompt` or `messages`
+    system: str | None  # a system message to put before every prompt
 
     def __post_init__(self):
         super().__post_init__()
@@ -33,10 +46,10 @@ class PromptConfig(DataConfig):
 
 
 class Prompt(NamedTuple):
-    """What is asked, and what the answer is judged by."""
+    """A prompt and the row that it was made from."""
 
     ids: list[int]
-    row: Mapping[str, Any]
+    row: Mapping[str, Any]  # the record, with the columns that its rewards read
 
 
 @dataclass(frozen=True)
@@ -49,11 +62,12 @@ class Prompts:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Prompt:
-        return Prompt(self.rows[i].ids[0].tolist(), self.rows[i].row)
+        row = self.rows[i]
+        return Prompt(row.ids[0].tolist(), row.row or {})
 
 
-def question_messages(record: Mapping[str, Any], config: PromptConfig) -> tuple[str, list[dict[str, Any]]]:
-    """How a record says it, and the messages that end with what is asked. Raises BadRow."""
+def question_messages(record: Mapping[str, Any], config: PromptOptions) -> tuple[str, list[dict[str, Any]]]:
+    """The format of a record, and the messages of its prompt, which end with the question. Raises BadRow."""
     system = [{"role": "system", "content": config.system}] if config.system else []
     if config.prompt_format is not None:
         try:
@@ -66,20 +80,20 @@ def question_messages(record: Mapping[str, Any], config: PromptConfig) -> tuple[
     if "messages" in record and isinstance(record["messages"], list):
         messages = [message(each, config.rename) for each in record["messages"]]
         if messages and messages[-1]["role"] == "assistant":
-            messages.pop()  # a row of SFT: its last answer is the model's to give now
+            messages.pop()  # an SFT row: the model generates the last assistant turn
         return "messages", system + messages
     if is_pair(record, config.rename):
         kind, prompt, *_ = pair(record, config.rename)
         return kind, system + prompt
     raise BadRow(
-        "missing key", f"no 'prompt' or 'messages' among {', '.join(record)}; data.rename=THEIRS=OURS"
+        "missing key", f"no 'prompt' or 'messages' among {', '.join(record)}; set data.rename=THEIRS=OURS"
     )
 
 
 def encoder(
     config: PromptConfig, template: ChatTemplate, max_new_tokens: int
 ) -> Callable[[Mapping[str, Any]], Example]:
-    """From records to Examples of one sequence that leaves room for an answer."""
+    """A function from records to Examples of one sequence, which leaves room for `max_new_tokens`."""
     longest = config.sequence_length - max_new_tokens
     too_long = f"{TOO_LONG} - rollout.sampling.max_new_tokens = {longest}"
 
@@ -102,14 +116,19 @@ def load_prompts(
     seed: int,
     max_new_tokens: int,
     run_folder: Path | None = None,
-) -> Dataset:
-    """Read, encode and hold out what to evaluate on. `Dataset.train` and `.validation` hold `Prompts`."""
+) -> Dataset[Prompts]:
+    """Read and encode all sources, and hold out prompts to evaluate on.
+
+    Dropped rows are written to `bad_rows.jsonl` in `run_folder`. Raises DataError where no prompt is left.
+    """
     parts = read_sources(config, encoder(config, template, max_new_tokens), seed=seed, run_folder=run_folder)
     train, validation = config.hold_out(parts)
     fingerprint = repr(([part.fingerprint for part in parts], config.weights, config.held_out_fraction))
     first = parts[0].rows[0]
     lines = [part.describe() for part in parts]
-    lines.append(f"train: {sum(map(len, train)):,} prompts; held out: {sum(map(len, validation)):,}")
+    lines.append(
+        f"train: {sum(map(len, train)):,} prompts; validation: {sum(map(len, validation)):,} prompts"
+    )
     lines.append(f"example: {show_mask(first.ids[0], [True] * len(first.ids[0]), tokenizer)}")
     return Dataset(
         tuple(map(Prompts, train)),
@@ -122,9 +141,9 @@ def load_prompts(
 
 
 def prompt_texts(config: PromptConfig, *, seed: int) -> Iterator[str]:
-    """What is asked in the prompts to learn from: what a tokenizer is trained on."""
+    """The texts of the training prompts, to train a tokenizer on."""
     for name in config.train:
         for row in config.open(name, "train", text_key=None, seed=seed).rows():
             with contextlib.suppress(BadRow):
                 _, messages = question_messages(renamed(row.value or {}, config.rename), config)
-                yield from texts(messages)
+                yield from contents(messages)

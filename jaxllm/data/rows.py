@@ -1,7 +1,7 @@
-"""Rows of a source made into token sequences, and an account of those that could not be.
+"""Rows of a source as token sequences, with an account of the rows that cannot be used.
 
-What a row that cannot be used costs is the config's choice: the run, or the row. None is lost unseen: all are
-counted by reason and written to `bad_rows.jsonl`.
+The config decides whether a bad row stops the run or is dropped. No row is dropped silently: all are counted
+by reason and written to `bad_rows.jsonl`.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import xxhash
@@ -19,30 +19,55 @@ from jaxllm.data.sources import BadRow, Row, Source, open_source
 from jaxllm.errors import ConfigError, DataError
 
 TOO_LONG = "longer than data.sequence_length"
-ENOUGH_ROWS = 1000  # to judge a source by, while it is still being read
+ENOUGH_ROWS = (
+    1000  # max_bad_fraction is first checked after this many rows, before the source is read to its end
+)
+
+RowT = TypeVar("RowT", covariant=True)
+
+
+class Rows(Protocol[RowT]):
+    """A sequence of rows, each computed from its index alone: prompts, or the rows of a batch."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> RowT: ...
+
+
+class BatchRows(Rows[RowT], Protocol[RowT]):
+    """Rows of a batch: windows of text, packed conversations, pairs."""
+
+    @property
+    def sequence_length(self) -> int: ...
+
+    def blank(self) -> RowT:
+        """A row of weight 0, to fill up a batch with."""
+        ...
+
+
+RowsT = TypeVar("RowsT", bound=Rows[Any], covariant=True)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which sources to read, and how much of them makes a batch. The stages add what is their own.
+    """Which sources to read, and how many of their rows form a batch. Each stage adds its own fields.
 
     A source is a file or glob (.txt, .jsonl, both also .gz, and .parquet), a folder saved by datasets'
     save_to_disk, `hf:NAME[:SUBSET[:SPLIT]]` on the Hugging Face hub, or `synthetic[:KIND]`.
     """
 
-    train: tuple[str, ...]  # sources to learn from
-    weights: tuple[float, ...]  # share of the batches, one a train source; empty: by their size
+    train: tuple[str, ...]  # sources to train on
+    weights: tuple[float, ...]  # each train source's share of the rows of a batch; empty: by their sizes
     validation: tuple[str, ...]  # sources to validate on; empty: hold out a part of each train source
-    validation_fraction: float  # how much to hold out then; 0 validates on nothing
-    synthetic_rows: int  # how many rows `synthetic` makes to learn from
-    sequence_length: int  # tokens a row of the batch
-    batch_size: int  # rows an optimiser step, over all devices
-    on_bad_row: str  # "stop" at the first row that cannot be used, or "skip" it and write it down
-    max_bad_fraction: float  # when skipping, a greater share of bad rows than this stops the run
+    validation_fraction: float  # the part to hold out where `validation` is empty; 0: no validation
+    synthetic_rows: int  # training rows that `synthetic` generates
+    sequence_length: int  # tokens per row of the batch
+    batch_size: int  # rows per optimizer step, over all devices
+    on_bad_row: str  # "stop" at the first bad row, or "skip" it and write it to bad_rows.jsonl
+    max_bad_fraction: float  # when skipping: stop the run if more than this fraction of rows is bad
 
     def __post_init__(self):
         if not self.train:
-            raise ConfigError("data.train names no source")
+            raise ConfigError("data.train is empty; name at least one source")
         if self.weights and (len(self.weights) != len(self.train) or min(self.weights) <= 0):
             raise ConfigError(
                 f"data.weights={self.weights} must be one positive number for each of the {len(self.train)} "
@@ -58,13 +83,13 @@ class DataConfig:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1")
 
     @property
-    def roles(self) -> list[tuple[str, str]]:
-        """(source, "train" or "validation") of all that is read."""
+    def splits(self) -> list[tuple[str, str]]:
+        """(source, "train" or "validation") for every source, train sources first."""
         return [(name, "train") for name in self.train] + [(name, "validation") for name in self.validation]
 
     @property
     def held_out_fraction(self) -> float:
-        """What to hold out of each train source."""
+        """The fraction of each train source to hold out: 0 where `validation` names sources."""
         return 0.0 if self.validation else self.validation_fraction
 
     @property
@@ -72,48 +97,54 @@ class DataConfig:
         return BadRowPolicy(self.on_bad_row, self.max_bad_fraction)
 
     def hold_out(self, parts: "list[Examples]") -> "tuple[list[list[Example]], list[list[Example]]]":
-        """What to train on, a list a train source, and to validate on. `parts`: the sources as in `roles`.
+        """The rows to train on, a list per train source, and the rows to validate on, without empty lists.
 
-        Raises DataError where something should be held out and the sources are too small.
+        `parts`: the sources in the order of `splits`. Raises DataError where rows should be held out and the
+        sources are too small.
         """
         count = len(self.train)
         train, held_out = zip(*(part.split(self.held_out_fraction) for part in parts[:count]), strict=True)
         validation = [rows for rows in (*held_out, *(part.rows for part in parts[count:])) if rows]
         if self.held_out_fraction and not validation:
-            raise DataError(
-                f"data.validation_fraction={self.validation_fraction} of the rows is too little to validate "
-                f"on: raise it, name a validation source, or set it to 0"
-            )
+            raise nothing_held_out(self.validation_fraction)
         return list(train), validation
 
-    def open(self, name: str, role: str, *, text_key: str | None, seed: int) -> Source:
-        """A source of this config; DataError naming the field where there is none."""
+    def open(self, name: str, split: str, *, text_key: str | None, seed: int) -> Source:
+        """A source of this config, as `open_source` opens it. Raises DataError that names the field."""
         rows = self.synthetic_rows
-        if role == "validation":
+        if split == "validation":
             rows = max(1, round(rows * self.validation_fraction))
         try:
-            return open_source(name, split=role, text_key=text_key, synthetic_rows=rows, seed=seed)
+            return open_source(name, split=split, text_key=text_key, synthetic_rows=rows, seed=seed)
         except DataError as error:
-            raise DataError(f"data.{role}: {error}") from error
+            raise DataError(f"data.{split}: {error}") from error
+
+
+def nothing_held_out(fraction: float) -> DataError:
+    """The error for sources too small to hold out `fraction` of them."""
+    return DataError(
+        f"data.validation_fraction={fraction} of the train sources holds no row to validate on; raise it, "
+        f"name a source in data.validation, or set it to 0"
+    )
 
 
 @dataclass(frozen=True)
 class BadRowPolicy:
-    """What becomes of rows that cannot be used."""
+    """Which bad rows stop the run."""
 
-    on_bad_row: str  # "stop" at the first, or "skip" them and write them down
-    max_bad_fraction: float  # more than this share of bad rows stops the run all the same
+    on_bad_row: str  # "stop" at the first one, or "skip" them
+    max_bad_fraction: float  # a greater fraction of bad rows stops the run in either case
 
 
 @dataclass
 class SourceCounts:
-    """What was found in a source."""
+    """The rows of a source in numbers. The fields are those of a token cache's meta.json."""
 
-    rows: int = 0
+    rows: int = 0  # read, dropped ones included
     dropped: dict[str, int] = field(default_factory=dict)  # by reason
-    faults: int = 0  # dropped rows that are somebody's mistake, rather than of no use to this run
+    faults: int = 0  # dropped because they are malformed, not merely of no use to this run
     first_fault: str = ""
-    documents: int = 0
+    documents: int = 0  # kept
     text_bytes: int = 0
     tokens: int = 0
 
@@ -123,14 +154,14 @@ class SourceCounts:
             self.faults += 1
             self.first_fault = self.first_fault or str(row)
 
-    def judge(self, name: str, policy: BadRowPolicy) -> None:
-        """Stop at the bad rows that the policy does not allow."""
+    def check(self, name: str, policy: BadRowPolicy) -> None:
+        """Raise DataError for malformed rows that the policy does not allow."""
         if self.faults and policy.on_bad_row == "stop":
-            raise DataError(f"{self.first_fault}; mend the row, or set data.on_bad_row=skip")
+            raise DataError(f"{self.first_fault}; fix the row, or set data.on_bad_row=skip")
         if self.faults > policy.max_bad_fraction * self.rows:
             raise DataError(
                 f"{name}: {self.faults} of {self.rows} rows are bad, more than data.max_bad_fraction="
-                f"{policy.max_bad_fraction}: mend them or raise it; the first: {self.first_fault}"
+                f"{policy.max_bad_fraction}; fix them or raise it; the first: {self.first_fault}"
             )
 
     def __str__(self) -> str:
@@ -145,50 +176,51 @@ def bad_row_line(row: Row) -> str:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """What a stage trains and validates on: rows, any of which can be made from its number (see `loader`)."""
+class Dataset(Generic[RowsT]):
+    """The rows that a stage trains and validates on."""
 
-    train: tuple[Any, ...]  # one a train source
-    weights: tuple[float, ...]  # their shares of the batches, or ()
-    validation: tuple[Any, ...]  # may be ()
-    fingerprint: str  # changes whenever a row or a weight does
-    report: str  # what was read and what became of it, for people
-    template: ChatTemplate | None = None  # of the conversations in it
-    complete: Callable[[Any], Any] = lambda batch: batch  # fills in what only the devices can compute
+    train: tuple[RowsT, ...]  # one per train source
+    weights: tuple[float, ...]  # their shares of the rows of a batch, or ()
+    validation: tuple[RowsT, ...]  # may be ()
+    fingerprint: str  # a hash that changes whenever a row or a weight does
+    report: str  # the start-up report: rows read, kept and dropped, tokens, an example
+    template: ChatTemplate | None = None  # of its conversations
+    complete: Callable[[Any], Any] = lambda batch: batch  # adds fields that are computed on the devices
 
 
 class Example(NamedTuple):
-    """What one row becomes: token sequences, and where it belongs."""
+    """The token sequences of one row, and the key by which it is held out."""
 
-    ids: tuple[np.ndarray, ...]  # int32, one array a sequence
-    loss_mask: tuple[np.ndarray, ...]  # bool, as long: whether a token is a target
-    group: str  # rows that share it are held out together, such as those with one prompt
-    kind: str  # how the row was understood, for the report
+    ids: tuple[np.ndarray, ...]  # int32, one array per sequence
+    loss_mask: tuple[np.ndarray, ...]  # bool, of the same lengths: whether a token is a target
+    group: str  # rows of one group are held out together, such as those with the same prompt
+    kind: str  # the format that the row was read as, for the report
     numbers: tuple[float, ...] = ()
-    row: Mapping[str, Any] | None = None  # the record itself, where something else will want to read it
+    row: Mapping[str, Any] | None = None  # the record itself, where rewards need it
 
 
 @dataclass(frozen=True)
 class Examples:
-    """All that could be used of one source."""
+    """All usable rows of one source."""
 
     name: str
     rows: list[Example]
     counts: SourceCounts
     bad_rows: str  # lines of bad_rows.jsonl
-    fingerprint: str  # of every token and number
+    fingerprint: str  # a hash of every token and number
 
     def describe(self) -> str:
-        """Rows read, kept and left out, in which shapes, and their tokens."""
-        kinds = ", ".join(f"{n:,} of {kind}" for kind, n in Counter(row.kind for row in self.rows).items())
-        text = f"{self.name}: {self.counts}: {kinds}; {self.counts.tokens:,} tokens"
+        """One line of the start-up report: rows read, kept and dropped, their formats, their tokens."""
+        kinds = ", ".join(f"{n:,} [{kind}]" for kind, n in Counter(row.kind for row in self.rows).items())
+        text = f"{self.name}: {self.counts}; formats: {kinds}; {self.counts.tokens:,} tokens"
         too_long = sum(n for reason, n in self.counts.dropped.items() if reason.startswith(TOO_LONG))
         if too_long > 0.2 * self.counts.rows:
-            text += f"\nwarning: {too_long / self.counts.rows:.0%} of {self.name} is {TOO_LONG}: raise it"
+            fraction = too_long / self.counts.rows
+            text += f"\nwarning: {fraction:.0%} of the rows of {self.name} are {TOO_LONG}; raise it"
         return text
 
     def split(self, held_out_fraction: float) -> tuple[list[Example], list[Example]]:
-        """Those to train on and those held out, by a hash of the group, the same whatever else is read."""
+        """(train, held out), by a hash of the group, so that it does not depend on any other row."""
         threshold = held_out_fraction * 2**64
         sides: tuple[list[Example], list[Example]] = ([], [])
         for row in self.rows:
@@ -197,23 +229,24 @@ class Examples:
 
 
 def read_examples(source: Source, encode: Callable[[Any], Example], policy: BadRowPolicy) -> Examples:
-    """Every row of `source` through `encode`, which raises BadRow for what it cannot use.
+    """Every row of `source` through `encode`, which raises BadRow for a row that it cannot use.
 
-    Raises DataError where the policy does not allow the bad rows, or nothing is left.
+    Raises DataError where the policy does not allow the bad rows, or no row is left.
     """
     counts, rows, bad_rows, content = SourceCounts(), [], [], xxhash.xxh3_128()
     for row in source.rows():
         counts.rows += 1
+        example = None
         if row.value is not None:
             try:
                 example = encode(row.value)
             except BadRow as error:
                 row = row.rejected(error.problem, error.detail, fault=error.fault)
-        if row.value is None:
+        if example is None:
             counts.drop(row)
             bad_rows.append(bad_row_line(row))
             if policy.on_bad_row == "stop" or counts.rows % ENOUGH_ROWS == 0:
-                counts.judge(source.name, policy)
+                counts.check(source.name, policy)
             continue
         rows.append(example)
         counts.tokens += sum(map(len, example.ids))
@@ -223,14 +256,14 @@ def read_examples(source: Source, encode: Callable[[Any], Example], policy: BadR
         if example.row is not None:
             content.update(json.dumps(example.row, sort_keys=True, default=str).encode())
     counts.documents = len(rows)
-    counts.judge(source.name, policy)
+    counts.check(source.name, policy)
     if not rows:
-        raise DataError(f"{source.name} holds no row that can be used: {counts}")
+        raise DataError(f"{source.name} has no usable row: {counts}")
     return Examples(source.name, rows, counts, "".join(bad_rows), content.hexdigest())
 
 
 def write_bad_rows(lines: Sequence[str], folder: Path) -> None:
-    """Write those of all sources into `bad_rows.jsonl`, if there are any."""
+    """Write the lines of all sources to `bad_rows.jsonl`, if there are any."""
     if any(lines):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "bad_rows.jsonl").write_text("".join(lines))
@@ -239,10 +272,10 @@ def write_bad_rows(lines: Sequence[str], folder: Path) -> None:
 def read_sources(
     config: DataConfig, encode: Callable[[Any], Example], *, seed: int, run_folder: Path | None
 ) -> list[Examples]:
-    """`read_examples` of every source of the config; what was left out is written to `run_folder`."""
+    """`read_examples` of every source of the config; dropped rows are written to `run_folder`."""
     parts = [
-        read_examples(config.open(name, role, text_key=None, seed=seed), encode, config.bad_row_policy)
-        for name, role in config.roles
+        read_examples(config.open(name, split, text_key=None, seed=seed), encode, config.bad_row_policy)
+        for name, split in config.splits
     ]
     if run_folder is not None:
         write_bad_rows([part.bad_rows for part in parts], run_folder)

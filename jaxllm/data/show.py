@@ -1,4 +1,4 @@
-"""Token sequences as people read them, the loss mask visible."""
+"""Token sequences as readable text, with the loss mask visible."""
 
 import itertools
 import re
@@ -6,22 +6,22 @@ from collections.abc import Iterable
 
 from jaxllm.data.tokenizer import BaseTokenizer
 
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # they end lines, or speak to the terminal
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # break lines, or control the terminal
 _DIM, _GREEN, _RESET = "\033[2m", "\033[32m", "\033[0m"
 
 
 def printable(text: str) -> str:
-    """Without control characters: a model must not be able to drive the terminal."""
+    """`text` without control characters, so that a model's output cannot control the terminal."""
     return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
 def show_mask(
-    ids: Iterable[int], loss_mask: Iterable[bool], tokenizer: BaseTokenizer, *, colour: bool = False
+    ids: Iterable[int], loss_mask: Iterable[bool], tokenizer: BaseTokenizer, *, color: bool = False
 ) -> str:
-    """The ids as text on one line, those outside the loss in ⟦ ⟧ (and dim), special tokens by name."""
+    """The ids as text on one line: tokens outside the loss in ⟦ ⟧ (dim in color), special tokens by name."""
     names = {i: piece for piece, i in tokenizer.special_ids.items()}
     shown = ""
-    for counts, group in itertools.groupby(
+    for in_loss, group in itertools.groupby(
         zip(ids, loss_mask, strict=True), key=lambda token: bool(token[1])
     ):
         text = ""
@@ -29,6 +29,6 @@ def show_mask(
             tokens = [int(i) for i, _ in part]
             text += name * len(tokens) if name else tokenizer.decode(tokens, from_start=False)
         text = _CONTROLS.sub(lambda control: repr(control[0])[1:-1], text)
-        text = text if counts else f"⟦{text}⟧"
-        shown += f"{_GREEN if counts else _DIM}{text}{_RESET}" if colour else text
+        text = text if in_loss else f"⟦{text}⟧"
+        shown += f"{_GREEN if in_loss else _DIM}{text}{_RESET}" if color else text
     return shown

@@ -1,12 +1,13 @@
-"""Documents and records as a stream of rows, from files, saved or hosted datasets, or the synthetic world.
+"""Documents and records as a stream of rows, from files, saved or hosted datasets, or the toy world.
 
-Every row says where it stands (`file:line`), and a row that cannot be used says why, so that nothing is
-dropped unseen. Nothing here holds more than one row, or 16 MiB of one text file, in memory.
+Every row carries its place (`file:line`), and a row that cannot be read carries the reason, so that none is
+dropped silently. At most one batch of rows, or 16 MiB of one text file, is in memory at a time.
 """
 
 import difflib
 import glob
 import gzip
+import io
 import json
 import os
 import zlib
@@ -14,26 +15,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import xxhash
 
 from jaxllm.errors import DataError
 
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
 _TEXT_BLOCK = 16 * 2**20  # bytes
 _SYNTHETIC_KINDS = ["documents", "chats", "drafts", "preferences", "problems", "additions"]
+_SYNTHETIC_SAMPLE = 200  # rows that stand for all in the content hash of a synthetic source
 _DATASET_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
 class Row(NamedTuple):
-    """One document or record, or the reason why there is none."""
+    """One document or record, or the reason why it cannot be used."""
 
     where: str  # "file:line"
-    done: int  # how far into `Source.size` this row lies
-    value: Any  # the text, or the whole object where the source was opened without a text key; None: unusable
-    problem: str = ""  # the kind of fault, where value is None
-    detail: str = ""
-    fault: bool = True  # False: nothing is wrong with it, this run just has no use for it
+    done: int  # progress: the part of `Source.size` up to and including this row
+    value: Any  # the text, or the whole record where the source was opened without a text key; None: unusable
+    problem: str = ""  # the kind of problem, where value is None: rows are counted by it
+    detail: str = ""  # what is special to this row
+    fault: bool = True  # False: the row is well-formed, but of no use to this run
 
     def rejected(self, problem: str, detail: str = "", fault: bool = True) -> "Row":
         return self._replace(value=None, problem=problem, detail=detail, fault=fault)
@@ -43,31 +49,30 @@ class Row(NamedTuple):
 
 
 class BadRow(Exception):
-    """Why a row cannot be used: raised by whoever reads meaning into it, caught by whoever counts rows."""
+    """Why a row cannot be used. Raised where rows are interpreted, caught where they are counted."""
 
     def __init__(self, problem: str, detail: str = "", *, fault: bool = True):
         super().__init__(problem + (f" ({detail})" if detail else ""))
-        self.problem, self.detail = problem, detail  # the kind of fault, and what is special to this row
-        self.fault = fault  # False: nothing is wrong with it, this run just has no use for it
+        self.problem, self.detail, self.fault = problem, detail, fault  # as in Row
 
 
 @dataclass(frozen=True)
 class Source:
-    """A stream of rows that can be read again and again."""
+    """A stream of rows that can be read any number of times."""
 
     name: str  # as the user wrote it
-    content_hash: str  # of all that can change a row
-    size: int  # bytes of the files, or rows of a dataset: what a progress bar counts
+    content_hash: str  # of everything that determines the rows
+    size: int  # bytes of the files, or rows of a dataset: the total of a progress bar
     rows: Callable[[], Iterator[Row]]
 
 
 def open_source(name: str, *, split: str, text_key: str | None, synthetic_rows: int, seed: int) -> Source:
-    """The source that the user calls `name`: texts under `text_key`, or with None whole records.
+    """Open the source `name`. Its rows are the texts under `text_key`, or whole records where that is None.
 
-    A file or a glob of .txt, .jsonl (both also .gz) and .parquet; a folder saved by datasets; `hf:NAME`,
-    `hf:NAME:SUBSET` or `hf:NAME:SUBSET:SPLIT` for the hub; or `synthetic` and `synthetic:KIND`. `split`
-    ("train" or "validation") is read where a dataset has several and the name chooses none. As a
-    record, a .txt file or a synthetic document is `{"text": ...}`.
+    `name` is a file or a glob of .txt, .jsonl (both also .gz) and .parquet; a folder saved by datasets;
+    `hf:NAME`, `hf:NAME:SUBSET` or `hf:NAME:SUBSET:SPLIT` for the hub; or `synthetic` or `synthetic:KIND` for
+    the toy world. `split` ("train" or "validation") is the one to read where the name chooses none. As a
+    record, a .txt file or a synthetic document is `{"text": ...}`. Raises DataError.
     """
     if name.partition(":")[0] == "synthetic":
         return _synthetic_source(name, split, text_key, synthetic_rows, seed)
@@ -80,8 +85,8 @@ def open_source(name: str, *, split: str, text_key: str | None, synthetic_rows: 
 
 
 def check_source(name: str) -> None:
-    """DataError where what `open_source` would read is missing or of an unknown kind. Reads no row, and asks
-    no hub."""
+    """Raise DataError where `open_source` would find a missing file or an unknown kind. Reads no row and does
+    not contact the hub."""
     path = os.path.expanduser(name)
     if name.partition(":")[0] == "synthetic":
         open_source(name, split="train", text_key=None, synthetic_rows=1, seed=0)
@@ -117,7 +122,7 @@ def _matching_files(path: str, name: str) -> list[str]:
         if not paths:
             raise DataError(f"no file matches {name!r}")
     for file in paths:
-        _reader(file)  # an unknown kind is refused before anything is read
+        _reader(file)  # fail on an unknown kind before anything is read
     if paths:
         return paths
     folder = os.path.dirname(path) or "."
@@ -139,8 +144,8 @@ def _reader(path: str) -> Callable[[str, str | None], Iterator[Row]]:
 
 
 @contextmanager
-def _opened(path: str, decompress: bool = True) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file to read from, and the file on disk, whose position says how far it has come."""
+def _opened(path: str, decompress: bool = True) -> Iterator[tuple[io.BufferedIOBase, io.BufferedIOBase]]:
+    """The file to read from, and the file on disk, whose position is the progress."""
     try:
         with open(path, "rb") as raw:
             yield (gzip.GzipFile(fileobj=raw) if decompress and path.endswith(".gz") else raw), raw
@@ -151,7 +156,7 @@ def _opened(path: str, decompress: bool = True) -> Iterator[tuple[BinaryIO, Bina
 
 
 def _text_rows(path: str, text_key: str | None) -> Iterator[Row]:
-    """The whole file as one document; one that is larger than 16 MiB is cut at a line's end."""
+    """The whole file as one document; a file larger than 16 MiB is cut at ends of lines."""
     with _opened(path) as (file, raw):
         line = 1
         while block := file.read(_TEXT_BLOCK):
@@ -163,7 +168,7 @@ def _text_rows(path: str, text_key: str | None) -> Iterator[Row]:
 
 
 def _json_rows(path: str, text_key: str | None) -> Iterator[Row]:
-    """One JSON object a line."""
+    """One JSON object per line."""
     with _opened(path) as (file, raw):
         for line, content in enumerate(file, 1):
             if content.strip():
@@ -177,7 +182,7 @@ def _parsed_json(row: Row, text_key: str | None) -> Row:
         return _checked_object(row, json.loads(row.value.rstrip("\n")), text_key)
     except json.JSONDecodeError as error:
         return row.rejected("invalid JSON", f"{error.msg}: column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
+    except (ValueError, RecursionError) as error:  # too many digits in a number, too many brackets
         return row.rejected("invalid JSON", str(error))
 
 
@@ -199,7 +204,7 @@ def _parquet_rows(path: str, text_key: str | None) -> Iterator[Row]:
         raise DataError(f"{path}: the parquet file is damaged ({str(error).splitlines()[0]})") from error
 
 
-def _dataset_source(name: str, dataset: Any, text_key: str | None) -> Source:
+def _dataset_source(name: str, dataset: "datasets.Dataset", text_key: str | None) -> Source:
     """A Hugging Face dataset, read as Arrow batches so that no row is decoded twice."""
     _check_column(name, dataset.column_names, text_key)
     content = xxhash.xxh3_128(f"{text_key} {len(dataset)}\n".encode())
@@ -213,7 +218,7 @@ def _dataset_source(name: str, dataset: Any, text_key: str | None) -> Source:
 
     def rows() -> Iterator[Row]:
         row = 0
-        for batch in table.iter(batch_size=256):
+        for batch in cast("Iterator[pyarrow.Table]", table.iter(batch_size=256)):
             for i in range(batch.num_rows):
                 row += 1
                 yield _checked_record(Row(f"{name}:{row}", row, ""), batch, i, text_key)
@@ -221,11 +226,11 @@ def _dataset_source(name: str, dataset: Any, text_key: str | None) -> Source:
     return Source(name, content.hexdigest(), len(dataset), rows)
 
 
-def _load_from_folder(path: str, split: str) -> Any:
+def _load_from_folder(path: str, split: str) -> "datasets.Dataset":
     if not any(os.path.exists(os.path.join(path, mark)) for mark in _DATASET_MARKS):
         raise DataError(
-            f"{path} is a folder but no dataset saved by save_to_disk; for a folder of files "
-            f"write a glob such as '{path.rstrip('/')}/*.txt'"
+            f"{path} is a folder, but not a dataset saved by save_to_disk; for a folder of files "
+            f"give a glob such as '{path.rstrip('/')}/*.txt'"
         )
     import datasets
 
@@ -235,13 +240,13 @@ def _load_from_folder(path: str, split: str) -> Any:
         raise DataError(f"{path}: the saved dataset cannot be read ({_first_line(error)})") from error
 
 
-def _load_from_hub(name: str, split: str) -> Any:
+def _load_from_hub(name: str, split: str) -> "datasets.Dataset":
     import datasets
 
     repository, subset, chosen = [*name.removeprefix("hf:").split(":"), "", ""][:3]
     try:
         loaded = datasets.load_dataset(repository, subset or None)
-    except Exception as error:  # the hub's client raises a dozen kinds, from time-outs to missing subsets
+    except Exception as error:  # the hub's client raises a dozen types, from time-outs to missing subsets
         raise DataError(f"{name}: cannot be loaded from the hub ({_first_line(error)})") from error
     return _one_split(name, loaded, chosen or split)
 
@@ -255,28 +260,30 @@ def _one_split(name: str, loaded: Any, split: str) -> Any:
 
 
 def _synthetic_source(name: str, split: str, text_key: str | None, count: int, seed: int) -> Source:
-    from jaxllm.data import synthetic
+    from jaxllm import toy_world
 
     kind = name.partition(":")[2] or "documents"
     if kind not in _SYNTHETIC_KINDS:
         raise DataError(f"{name!r} does not exist{_nearest(kind, _SYNTHETIC_KINDS)}")
-    write = getattr(synthetic, kind)
+    generate = getattr(toy_world, kind)
 
     def rows() -> Iterator[Row]:
-        for i, written in enumerate(write(split, count=count, seed=seed), 1):
-            record = {"text": written} if kind == "documents" else written
+        for i, made in enumerate(generate(split, count=count, seed=seed), 1):
+            record = {"text": made} if kind == "documents" else made
             yield _checked_object(Row(f"{name}:{i}", i, ""), record, "text" if text_key is not None else None)
 
-    # Writing all the text only to hash it would take seconds at every start; what writes it says as much.
+    # Generating every row only to hash it would take seconds at each start, so the first rows and the word
+    # lists stand for all.
     content = xxhash.xxh3_128(f"{kind} {split} {count} {seed} {text_key is None}\n".encode())
-    folder = Path(synthetic.__file__).parent
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+    for made in generate(split, count=min(count, _SYNTHETIC_SAMPLE), seed=seed):
+        content.update(json.dumps(made).encode())
+    for file in sorted(Path(toy_world.__file__).parent.rglob("*.txt")):
         content.update(file.read_bytes())
     return Source(name, content.hexdigest(), count, rows)
 
 
 def _decoded(path: str, line: int, done: int, content: bytes) -> Row:
-    """The row of bytes that start at `line`; a byte-order mark is no text."""
+    """The row of bytes that start at `line`, without a byte-order mark at the start of the file."""
     try:
         return Row(f"{path}:{line}", done, content.decode("utf-8-sig" if line == 1 else "utf-8"))
     except UnicodeDecodeError as error:
@@ -287,7 +294,7 @@ def _decoded(path: str, line: int, done: int, content: bytes) -> Row:
 
 
 def _checked_object(row: Row, value: Any, text_key: str | None) -> Row:
-    """`row` with a JSON value that should be an object, or with the text it has under `text_key`."""
+    """`row` with a JSON value, which must be an object, or with the text that it has under `text_key`."""
     if not isinstance(value, dict):
         return row.rejected("wrong type", f"the row is {json_type(value)}, not an object")
     if text_key is None:
@@ -300,7 +307,9 @@ def _checked_object(row: Row, value: Any, text_key: str | None) -> Row:
     return _checked_text(row._replace(value=text))
 
 
-def _checked_record(row: Row, table: Any, i: int, text_key: str | None) -> Row:
+def _checked_record(
+    row: Row, table: "pyarrow.RecordBatch | pyarrow.Table", i: int, text_key: str | None
+) -> Row:
     """`row` with row `i` of an Arrow table."""
     try:
         return _checked_object(row, table.slice(i, 1).to_pylist()[0], text_key)
@@ -320,14 +329,16 @@ def _check_column(where: str, names: list[str], text_key: str | None) -> None:
 
 
 def json_type(value: Any) -> str:
+    """The JSON type of a value in words: "an object", "a list", ..."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def _nearest(wanted: str, known: list[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or the known ones."""
     if matches := difflib.get_close_matches(wanted, known, n=1, cutoff=0.5):
         return f"; did you mean {matches[0]!r}?"
-    return f"; there is {', '.join(map(repr, known[:8]))}" if known else ""
+    return f"; available: {', '.join(map(repr, known[:8]))}" if known else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""Text tokenised once: a source's documents as memory-mapped ids, each one BOS, its text, EOS.
+"""Text tokenized once: a source's documents as memory-mapped ids, each one BOS, its text, EOS.
 
-A cache lies in a folder named by the content of the source and the tokenizer. It is written beside its
-place and renamed into it, so a run that is killed or runs beside another leaves no half of one.
+A cache is a folder whose name is a hash of the source's content and the tokenizer. It is written under
+another name and then renamed, so that neither a killed run nor two runs at once leave an incomplete one.
 """
 
 import json
@@ -23,27 +23,27 @@ from jaxllm.data.sources import Row, Source
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import DataError
 
-_FORMAT = 2  # a cache written by another version of this file is not read
-_BATCH_CHARACTERS, _BATCH_ROWS = 4_000_000, 10_000  # what is tokenised at a time
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # files count bytes, datasets rows
+_FORMAT = 2  # raise it when the files change: caches of another format are not read
+_BATCH_CHARACTERS, _BATCH_ROWS = 4_000_000, 10_000  # tokenized at a time
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # no counts: they are bytes or rows
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """The tokens of D documents, one after the other."""
+    """The N tokens of D documents, one after the other."""
 
     tokens: np.ndarray  # uint16 or uint32 [N], memory-mapped
-    offsets: np.ndarray  # int64 [D + 1], where each document begins, and N
+    offsets: np.ndarray  # int64 [D + 1], the start of each document, and N
     text_hashes: np.ndarray  # uint64 [D], of each document's text
     counts: SourceCounts
-    key: str  # names the content and the tokenizer
-    bad_rows: Path  # one JSON object a bad row
+    key: str  # hash of the content and the tokenizer
+    bad_rows: Path  # a file of one JSON object per bad row
 
 
 def cached_tokens(
     source: Source, tokenizer: BaseTokenizer, cache_dir: str, policy: BadRowPolicy
 ) -> TokenCache:
-    """The tokens of `source`: from the cache if it holds them, tokenised now if not."""
+    """The tokens of `source`, from the cache if it has them, else tokenized now. Raises DataError."""
     key = xxhash.xxh3_128_hexdigest(f"{_FORMAT} {source.content_hash} {tokenizer.hash}".encode())
     folder = Path(cache_dir).expanduser() / key
     cache = _read(folder)
@@ -56,15 +56,15 @@ def cached_tokens(
             ) from error
         cache = _read(folder)
     if cache is None:
-        raise DataError(f"{folder} does not hold what was just written to it; is the disk sound?")
-    cache.counts.judge(source.name, policy)  # it may have been made under a more lenient policy
+        raise DataError(f"{folder}: the tokens just written cannot be read back; check the disk")
+    cache.counts.check(source.name, policy)  # the cache may come from a run with a more lenient policy
     if not cache.counts.documents:
-        raise DataError(f"{source.name} holds no usable text: {cache.counts}")
+        raise DataError(f"{source.name} has no usable text: {cache.counts}")
     return cache
 
 
 def _read(folder: Path) -> TokenCache | None:
-    """The cache in `folder`; None if there is none, or a file has not the size it was written with."""
+    """The cache in `folder`; None where there is none or a file is missing or of the wrong size."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         counts = SourceCounts(**meta["counts"])
@@ -82,7 +82,7 @@ def _read(folder: Path) -> TokenCache | None:
 
 def _mapped(path: Path, dtype: str, size: int) -> np.ndarray:
     if path.stat().st_size != size * np.dtype(dtype).itemsize:
-        raise ValueError(f"{path} has another size than it was written with")
+        raise ValueError(f"{path} does not have the size it was written with")
     return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
 
 
@@ -91,21 +91,21 @@ def _write(folder: Path, source: Source, tokenizer: BaseTokenizer, policy: BadRo
     unfinished.mkdir(parents=True)
     try:
         dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
-        counts = _tokenise(unfinished, source, tokenizer, policy, dtype)
+        counts = _tokenize(unfinished, source, tokenizer, policy, dtype)
         meta = {"source": source.name, "dtype": dtype.name, "counts": asdict(counts)}
         (unfinished / "meta.json").write_text(json.dumps(meta))
         if _read(folder) is None:
-            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+            shutil.rmtree(folder, ignore_errors=True)  # an older, damaged one
         try:
             unfinished.rename(folder)
-        except OSError:  # another run was faster
+        except OSError:  # another run has written it meanwhile
             if _read(folder) is None:
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _tokenise(
+def _tokenize(
     folder: Path, source: Source, tokenizer: BaseTokenizer, policy: BadRowPolicy, dtype: np.dtype
 ) -> SourceCounts:
     """Write tokens, offsets, hashes and bad rows into `folder`, a batch of documents at a time."""
@@ -115,7 +115,7 @@ def _tokenise(
     with (
         (folder / "tokens").open("wb") as token_file,
         (folder / "bad_rows.jsonl").open("w") as bad_row_file,
-        tqdm(total=source.size, desc=f"tokenise {source.name}", bar_format=_BAR, disable=None) as bar,
+        tqdm(total=source.size, desc=f"tokenize {source.name}", bar_format=_BAR, disable=None) as bar,
     ):
         on_terminal = not bar.disable
         for rows in _batches(source.rows()):
@@ -125,7 +125,7 @@ def _tokenise(
                     bad_row_file.write(bad_row_line(row))
             counts.rows += len(rows)
             if policy.on_bad_row == "stop" or counts.rows >= ENOUGH_ROWS:
-                counts.judge(source.name, policy)
+                counts.check(source.name, policy)
             texts = [row.value for row in rows if row.value is not None]
             for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
                 content = text.encode("utf-8", "replace")
@@ -139,12 +139,12 @@ def _tokenise(
     (folder / "text_hashes").write_bytes(text_hashes.tobytes())
     if not on_terminal:
         seconds = time.monotonic() - started
-        print(f"tokenised {source.name}: {counts.tokens:,} tokens in {seconds:.0f} s", flush=True)
+        print(f"tokenized {source.name}: {counts.tokens:,} tokens in {seconds:.0f} s", flush=True)
     return counts
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Lists of rows with a few million characters of text together."""
+    """Lists of consecutive rows, of a few million characters each."""
     batch: list[Row] = []
     characters = 0
     for row in rows:

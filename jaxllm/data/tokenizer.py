@@ -1,9 +1,9 @@
-"""Text to token ids and back, losing nothing: a sentencepiece model, trained on the run's own text or loaded.
-A Hugging Face tokenizer (hf_tokenizer.py) has the same methods, those of `BaseTokenizer`.
+"""Lossless conversion between text and token ids, by a sentencepiece model that is trained on the run's own
+text or loaded. A Hugging Face tokenizer (hf_tokenizer.py) has the same methods, those of `BaseTokenizer`.
 
-`decode(encode(text)) == text` for every Unicode string, except that half a surrogate pair, which is no
-character, becomes U+FFFD. What the vocabulary lacks is spelt in its UTF-8 bytes, and what looks
-like a special token in a text ("<|user|>", "</s>") is encoded as the characters it is made of.
+`decode(encode(text)) == text` for every Unicode string, except that half a surrogate pair, which is not a
+character, becomes U+FFFD. Characters outside the vocabulary are encoded as their UTF-8 bytes. The name of a
+special token in a text ("<|user|>", "</s>") is encoded like any other characters.
 """
 
 import hashlib
@@ -25,47 +25,48 @@ HF_TOKENIZER_FILE = "tokenizer.json"
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
-SPARE_TOKENS = tuple(f"<|spare_{i}|>" for i in range(8))  # room for ideas that come after pretraining
-_RESERVED = 4 + len(CHAT_TOKENS) + len(SPARE_TOKENS) + 256  # four named ids, and a token for each byte
+SPARE_TOKENS = tuple(f"<|spare_{i}|>" for i in range(8))  # for uses that are decided after pretraining
+_RESERVED = 4 + len(CHAT_TOKENS) + len(SPARE_TOKENS) + 256  # pad, BOS, EOS, unknown; and one per byte
 _SMALLEST_VOCABULARY = 300
 
-# sentencepiece writes a space as U+2581 and cannot tell a real U+2581 from it, so that one character
-# always goes by its bytes. U+2585 is the trainer's own mark for "unknown": it drops lines that hold one.
+# sentencepiece writes a space as U+2581 and cannot tell a real U+2581 from it, so that one character is
+# always encoded as its bytes. U+2585 is the trainer's own mark for "unknown": it drops lines that have one.
 _SPACE_MARK = "\u2581"
 _TRAINER_MARKS = {0x2581: "\n", 0x2585: "\n"}
 
 # A ModelProto's bytes appended to another's override its fields (protobuf's merging rule): here
 # normalizer_spec { add_dummy_prefix: false, remove_extra_whitespaces: false }.
 _KEEP_SPACES = b"\x1a\x04\x18\x00\x20\x00"
-_PROBE = " a  \uff21 \u2460\n\t e\u0301 "  # any normalisation other than the identity changes this
+_PROBE = " a  \uff21 \u2460\n\t e\u0301 "  # any normalization other than the identity changes this
 
-_CHUNK = 20_000  # characters; encoding one piece of text slows down with its length
+_CHUNK = 20_000  # characters encoded at a time; the time per character grows with the length of a text
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """Where the tokenizer comes from."""
 
-    path: str | None  # a sentencepiece .model, a tokenizer.json, or a folder with either; None trains one
-    vocab_size: int  # tokens of the one that is trained; a text too small for it gets fewer
-    train_bytes: int  # how much of the run's text to train it on
+    path: str | None  # a sentencepiece .model, a tokenizer.json, or a folder with either; None: train one
+    vocab_size: int  # tokens of a trained one; fewer where the text is too small for so many
+    train_bytes: int  # how many bytes of the run's text to train it on
 
 
 class BaseTokenizer:
-    """What all tokenizers do alike: a token is its bytes; a special token has none, and no text gives it."""
+    """The methods of all tokenizers. A token stands for its bytes; a special token has none, and `encode`
+    never produces it."""
 
-    pieces: list[str]
-    special_ids: dict[str, int]
-    special_tokens_map: dict[str, str]  # "bos_token", "eos_token": what chat templates call them
-    token_bytes: list[bytes]
+    pieces: list[str]  # the name of each token
+    special_ids: dict[str, int]  # by name
+    special_tokens_map: dict[str, str]  # "bos_token", "eos_token" -> name, as chat templates use them
+    token_bytes: list[bytes]  # of each token
     bos_id: int
     eos_id: int
     pad_id: int
-    chat_template: str | None = None  # the Jinja text that came with it
-    _prefix: str  # the space that some put before each text
+    chat_template: str | None = None  # the Jinja source that came with it
+    _prefix: str  # the space that some tokenizers put before each text, or ""
 
     def files(self) -> dict[str, bytes]:
-        """All that it is made of, by file name: a folder of these files is loaded as the same tokenizer."""
+        """Its files by name. A folder of these files is loaded as the same tokenizer."""
         raise NotImplementedError
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -73,14 +74,14 @@ class BaseTokenizer:
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS or EOS: whoever packs adds exactly one."""
+        """The ids of `text`, without BOS or EOS; the code that packs rows adds exactly one."""
         return self.encode_batch([text])[0]
 
     def encode_markup(self, text: str, *, after: str = "") -> list[int]:
-        """The ids of text in which the name of a special token means that token, as chat templates write it.
+        """The ids of a text in which the name of a special token means that token, as in chat templates.
 
-        `after` is a special token or a newline, if the text goes on from something like it: a model that puts
-        a space before each text is then shown to what, so that it puts none where it would not in one go.
+        `after` is the special token or newline that the text follows, or "". A tokenizer that puts a space
+        before each text needs it, in order to add no space that it would not add to the joined text.
         """
         if self._prefix and after:
             before, ids = self._parse(after), self._parse(after + text)
@@ -98,15 +99,16 @@ class BaseTokenizer:
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
-        """Finds each stretch of a text that `encode_markup` reads as a special token."""
+        """Matches each part of a text that `encode_markup` reads as a special token."""
         names = sorted(self.special_ids, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, names))})")
 
     def decode(self, ids: Iterable[int], *, from_start: bool = True) -> str:
-        """The text of `ids`; special tokens are silent, and bytes that are no UTF-8 (yet) become U+FFFD.
+        """The text of `ids`. Special tokens give no text; incomplete or invalid UTF-8 becomes U+FFFD, as do
+        ids outside the vocabulary.
 
-        `from_start=False` says that the ids go on from others, so that the first space is kept even by
-        a model that puts one before each text. Ids outside the vocabulary decode to U+FFFD too.
+        `from_start=False`: the ids continue others, so the first space is kept even by a tokenizer that puts
+        one before each text.
         """
         in_range, unknown = range(self.vocab_size), "\ufffd".encode()
         text = b"".join(self.token_bytes[i] if i in in_range else unknown for i in map(int, ids))
@@ -123,12 +125,12 @@ class BaseTokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """The sha256 of its files, in the order of their names."""
+        """The SHA-256 of its files, in the order of their names."""
         return hashlib.sha256(b"".join(content for _, content in sorted(self.files().items()))).hexdigest()
 
 
 class Tokenizer(BaseTokenizer):
-    """A sentencepiece model as a pair of exact functions, `encode` and `decode`."""
+    """A sentencepiece model whose `encode` and `decode` lose nothing."""
 
     def __init__(self, model: bytes):
         """`model`: the bytes of a sentencepiece model with a token for every byte."""
@@ -136,15 +138,13 @@ class Tokenizer(BaseTokenizer):
 
         try:
             original = SentencePieceProcessor(model_proto=model)
-            # The space that Llama 2's kind puts before a text is added by us, once a text, not once a chunk.
+            # Models like Llama 2's put a space before a text. We add it, once per text, not once per chunk.
             self._prefix = " " if original.normalize("a") == _SPACE_MARK + "a" else ""
             self._processor = processor = SentencePieceProcessor(model_proto=model + _KEEP_SPACES)
         except RuntimeError as error:
             raise DataError("not a sentencepiece model") from error
         if processor.normalize(_PROBE) != _PROBE.replace(" ", _SPACE_MARK):
-            raise DataError(
-                "this sentencepiece model rewrites the text it reads (a normalizer), so text is lost"
-            )
+            raise DataError("this sentencepiece model normalizes text before encoding, so it would lose some")
         self._model = model
         self.pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
         self.special_ids = {
@@ -156,14 +156,14 @@ class Tokenizer(BaseTokenizer):
         byte_ids = {self.token_bytes[i]: i for i in range(self.vocab_size) if processor.is_byte(i)}
         if len(byte_ids) < 256 or _SPACE_MARK not in self.pieces:
             raise DataError(
-                "this sentencepiece model lacks tokens for single bytes or for the space: text is lost"
+                "this sentencepiece model lacks tokens for single bytes or the space, so it would lose text"
             )
         self._space_mark_ids = [byte_ids[bytes([byte])] for byte in _SPACE_MARK.encode()]
         self.bos_id = processor.bos_id()
         self.eos_id = processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
-            raise DataError("this sentencepiece model has no BOS or no EOS token")
-        # Masks never ask for the pad id, so any valid one will do where a model has none (-1).
+            raise DataError("this sentencepiece model has no BOS token or no EOS token")
+        # Masks hide padding, so any valid id will do where a model has no pad id (-1).
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
         self.special_tokens_map = {
             "bos_token": self.pieces[self.bos_id],
@@ -180,7 +180,7 @@ class Tokenizer(BaseTokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         parts = [list(self._parts(text)) for text in texts]
         chunks = [chunk for text_parts in parts for chunk in text_parts]
-        # Starting threads for a single piece would take longer than encoding it.
+        # For a single chunk, starting threads would take longer than encoding it.
         encoded = iter(
             self._processor.encode(chunks) if len(chunks) > 1 else map(self._processor.encode, chunks)
         )
@@ -197,7 +197,7 @@ class Tokenizer(BaseTokenizer):
         return {TOKENIZER_FILE: self._model}
 
     def _parts(self, text: str) -> Iterator[str]:
-        """`text` in pieces that can be encoded apart; U+2581 stands alone."""
+        """`text` in chunks that can be encoded separately; each U+2581 is a chunk of its own."""
         text = without_lone_surrogates(text)
         for part in re.split(f"({_SPACE_MARK})", self._prefix + text if text else ""):
             start = 0
@@ -209,20 +209,20 @@ class Tokenizer(BaseTokenizer):
                 yield part[start:]
 
     def _safe_cut(self, text: str, position: int) -> int:
-        """The first place from `position` on that no token spans, so that a cut there changes none."""
+        """The first position from `position` on that no token spans: cutting there changes no token."""
         while position < len(text) and text[position - 1 : position + 1] in self._joined_pairs:
             position += 1
         return position
 
     @cached_property
     def _joined_pairs(self) -> set[str]:
-        """Every pair of neighbouring characters inside some token."""
+        """Every pair of adjacent characters inside some token."""
         pieces = (piece.replace(_SPACE_MARK, " ") for piece in self.pieces)
         return {a + b for piece in pieces for a, b in pairwise(piece)}
 
 
 def build_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> BaseTokenizer:
-    """The tokenizer that `config` asks for, trained on `documents` if it names no file."""
+    """The tokenizer of `config`: loaded from its path, or trained on `documents` where that is None."""
     if config.path is not None:
         return load_tokenizer(config.path)
     return train_tokenizer(documents, vocab_size=config.vocab_size, max_bytes=config.train_bytes)
@@ -231,8 +231,8 @@ def build_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> BaseTo
 def load_tokenizer(path: str | Path) -> BaseTokenizer:
     """Read a sentencepiece .model file, a Hugging Face tokenizer.json, or a folder with either.
 
-    A folder with both (Llama 2's) is Hugging Face's if it has a tokenizer_config.json too, which names
-    the special tokens and often brings a chat template.
+    A folder with both (Llama 2's) is read as Hugging Face's if it also has a tokenizer_config.json, which
+    names the special tokens and often includes a chat template. Raises DataError.
     """
     path = Path(path).expanduser()
     model, hf_model = path / TOKENIZER_FILE, path / HF_TOKENIZER_FILE
@@ -242,8 +242,8 @@ def load_tokenizer(path: str | Path) -> BaseTokenizer:
         file = hf_model
     elif not model.is_file() and (path / "merges.txt").is_file():
         raise DataError(
-            f"tokenizer: {path} has only vocab.json and merges.txt, which do not say how to cut words; "
-            "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes its tokenizer.json"
+            f"tokenizer: {path} has only vocab.json and merges.txt, which do not define how text is split; "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes a tokenizer.json"
         )
     else:
         file = model
@@ -265,21 +265,21 @@ def load_tokenizer(path: str | Path) -> BaseTokenizer:
 def train_tokenizer(documents: Iterable[str], *, vocab_size: int, max_bytes: int) -> Tokenizer:
     """Train byte-pair encoding with byte fallback on the first `max_bytes` of `documents`.
 
-    The same text gives the same tokenizer. A text with too few repeated words for `vocab_size` gives a
-    smaller one, and says so.
+    The same text gives the same tokenizer. Where the text has too few repeated words for `vocab_size`, the
+    vocabulary is smaller, which is printed. Raises ConfigError or DataError.
     """
     if vocab_size < _SMALLEST_VOCABULARY:
         raise ConfigError(
             f"tokenizer.vocab_size={vocab_size} is too small: {_RESERVED} tokens are reserved (every byte "
-            f"and the special ones), use at least {_SMALLEST_VOCABULARY}"
+            f"and the special ones); use at least {_SMALLEST_VOCABULARY}"
         )
     lines = _training_lines(documents, vocab_size, max_bytes)
     if not lines:
-        raise DataError("there is no text to train a tokenizer on")
+        raise DataError("no text to train a tokenizer on")
     tokenizer = Tokenizer(_train(lines, vocab_size))
     if tokenizer.vocab_size < vocab_size:
         print(
-            f"tokenizer: the text is too small for vocab_size={vocab_size}, made {tokenizer.vocab_size}",
+            f"tokenizer: the text is too small for vocab_size={vocab_size}; it gives {tokenizer.vocab_size}",
             flush=True,
         )
     return tokenizer
@@ -300,9 +300,9 @@ def _train(lines: list[str], vocab_size: int) -> bytes:
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
-        required_chars=_SPACE_MARK,  # not every text has a space
+        required_chars=_SPACE_MARK,  # even if the text has no space
         allow_whitespace_only_pieces=True,  # indentation
-        split_digits=True,  # sums are learnt digit by digit
+        split_digits=True,  # one token per digit, which makes arithmetic easier to learn
         control_symbols=[*CHAT_TOKENS, *SPARE_TOKENS],
         pad_id=0,
         bos_id=1,
@@ -318,11 +318,11 @@ def _train(lines: list[str], vocab_size: int) -> bytes:
 
 
 def _training_lines(documents: Iterable[str], vocab_size: int, max_bytes: int) -> list[str]:
-    """The text as short lines: the trainer silently drops those above 4192 bytes. The newline is left to its
-    byte's token, as in Llama's tokenizers.
+    """The text as short lines, since the trainer silently drops lines above 4192 bytes. A newline is encoded
+    by its byte's token, as in Llama's tokenizers.
 
-    Characters get at most half of the free vocabulary, or a Chinese or Japanese text would need thousands
-    before its first word; lines are split at the rarer ones, which bytes will spell.
+    Single characters get at most half of the free vocabulary; a Chinese or Japanese text would otherwise need
+    thousands before its first word. Lines are split at the rarer characters, which are encoded as bytes.
     """
     lines: list[str] = []
     counts: Counter[str] = Counter()
@@ -343,24 +343,19 @@ def _training_lines(documents: Iterable[str], vocab_size: int, max_bytes: int) -
 
 
 def without_lone_surrogates(text: str) -> str:
+    """`text` with surrogate pairs joined and lone halves replaced by U+FFFD."""
     try:
         text.encode()
         return text
-    except UnicodeEncodeError:  # a proper pair becomes its character, a lone half U+FFFD
+    except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def check_vocabulary(tokenizer: BaseTokenizer, vocab_size: int) -> None:
-    """A model must have a row for every token: JAX clamps an index that is too large and says nothing."""
+    """Raise DataError unless the model's embedding has a row for every token. JAX clamps an index that is out
+    of range without an error."""
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model's vocab_size is {vocab_size}: "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but model.vocab_size={vocab_size}; "
             f"set it to {tokenizer.vocab_size} or more"
         )
-
-
-def check_ids(ids: np.ndarray, vocab_size: int) -> None:
-    """Every id must name a row of the model's embedding, for the same reason."""
-    bad = ids[(ids < 0) | (ids >= vocab_size)]
-    if bad.size:
-        raise DataError(f"token id {bad[0]} is outside the model's vocabulary of {vocab_size} tokens")

@@ -1,8 +1,8 @@
-"""Documents packed end to end and cut into windows, any of which can be made from its number alone.
+"""Documents packed end to end and cut into windows, each of which is computed from its index alone.
 
 The documents form one long stream. Window i reads the `sequence_length` tokens from i * sequence_length
-on and predicts the successor of each, so that every token is a target exactly once. Only the first token
-of a document is masked: nothing that stands before it belongs to it.
+on and predicts the next token of each, so that every token is a target exactly once. Only the first token
+of a document is not in the loss: the tokens before it belong to another document.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ import numpy as np
 from jaxllm.batches import TokenBatch
 from jaxllm.data.token_cache import TokenCache
 
-_FEW_DOCUMENTS = 100  # a share of so few may be empty, or one giant book
+_FEW_DOCUMENTS = 100  # a fraction of fewer documents may be empty, or one very long book
 
 
 @dataclass(frozen=True)
 class Windows:
-    """A sequence of `TokenBatch` rows [T] over a stream of spans, each a document or a part of one."""
+    """A sequence of `TokenBatch` rows [T] over a stream of S spans, each a document or a part of one."""
 
-    tokens: np.ndarray  # memory-mapped ids
+    tokens: np.ndarray  # ids, memory-mapped
     starts: np.ndarray  # int64 [S], where each span begins in `tokens`
     offsets: np.ndarray  # int64 [S + 1], where each span begins in the stream, and the stream's length
     sequence_length: int  # T
@@ -31,6 +31,7 @@ class Windows:
 
     @property
     def padded_fraction(self) -> float:
+        """The share of all positions that are padding."""
         return 1 - max(0, self.num_tokens - 1) / max(1, len(self) * self.sequence_length)
 
     def __len__(self) -> int:
@@ -57,7 +58,7 @@ class Windows:
         return TokenBatch(tokens[:-1], tokens[1:], loss_mask[1:] > 0, segment_ids[:-1], positions[:-1])
 
     def blank(self) -> TokenBatch:
-        """A row of padding alone, to fill a batch with."""
+        """A row of padding only, to fill up a batch with."""
         empty = np.zeros(self.sequence_length, np.int32)
         return TokenBatch(empty + self.pad_id, empty + self.pad_id, empty.astype(bool), empty, empty)
 
@@ -65,7 +66,7 @@ class Windows:
 def pack(
     tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, *, sequence_length: int, pad_id: int
 ) -> Windows:
-    """The windows over the spans `tokens[start : start + length]`, in their order."""
+    """The windows over the spans `tokens[start : start + length]`, in this order."""
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
     return Windows(tokens, starts, offsets, sequence_length, pad_id)
 
@@ -73,16 +74,16 @@ def pack(
 def pack_documents(
     cache: TokenCache, *, held_out_fraction: float, sequence_length: int, pad_id: int
 ) -> tuple[Windows, Windows]:
-    """Windows to train on and windows held out.
+    """Training windows and held-out windows.
 
-    Held out are the documents whose text hashes low, so that the same text is always on the same side,
-    wherever and however often it stands. Of fewer than a hundred documents it is the tail of each.
+    A hash of a document's text decides whether it is held out, so that copies of a text are all on the same
+    side, in whichever source they are. Of fewer than a hundred documents the tail of each is held out.
     """
     starts, lengths = np.asarray(cache.offsets[:-1]), np.diff(cache.offsets)
     held_out = cache.text_hashes / 2**64 < held_out_fraction
     if len(lengths) < _FEW_DOCUMENTS or not held_out.any():
         tails = (lengths * held_out_fraction).astype(np.int64)
-        tails[tails < 2] = 0  # a target and what comes before it
+        tails[tails < 2] = 0  # too short for one input token and its target
         cuts = lengths - tails
         spans = (starts, cuts), ((starts + cuts)[tails > 0], tails[tails > 0])
     else:

@@ -1,79 +1,98 @@
-"""Prompts answered and the answers judged: for rollouts, for evaluation, and by experiments/answer.py."""
+"""Completions of prompts, and their rewards: for rollouts, evaluation and experiments/evaluate.py."""
 
 import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
 
-from jaxllm.runs.checkpoints import Loaded
-from jaxllm.rewards.scorer import InBatches, RewardScorer, RewardConfig, RewardModel
 from jaxllm.data.chat import renamed
 from jaxllm.data.chat_template import ChatTemplate
-from jaxllm.data.prompts import Prompt, question_messages
+from jaxllm.data.prompts import Prompt, PromptOptions, question_messages
 from jaxllm.data.sources import BadRow, open_source
 from jaxllm.data.tokenizer import BaseTokenizer
-from jaxllm.errors import ConfigError, DataError
+from jaxllm.errors import DataError
 from jaxllm.evaluation.pass_at_k import pass_at_k
 from jaxllm.evaluation.preference import mean
 from jaxllm.losses import overlong_penalty
-from jaxllm.rollout.score import next_token_log_probs
+from jaxllm.models import Params
+from jaxllm.parallel.sharding import MeshConfig, make_mesh
 from jaxllm.rewards.pool import Scores
+from jaxllm.rewards.reward_model import RewardModel
+from jaxllm.rewards.scorer import RewardConfig, RewardScorer
 from jaxllm.rollout.collect import collect
 from jaxllm.rollout.generate import Completions, bucket
 from jaxllm.rollout.sampling import SamplingConfig
-from jaxllm.parallel.sharding import MeshConfig, make_mesh
+from jaxllm.rollout.score import log_probs_in_batches
+from jaxllm.runs.checkpoints import LoadedModel
 
 T = TypeVar("T")
 
-ROWS = 64  # answers of a checkpoint decoded, or scored, at a time
+ROWS = 64  # completions of a checkpoint decoded, or scored, at a time
 
 
-class Answers(NamedTuple):
-    """N answers to N prompts, with their rewards."""
+class ScoredCompletions(NamedTuple):
+    """N completions of N prompts, with their rewards."""
 
-    said: Completions
+    completions: Completions
     texts: list[str]
-    tokens: np.ndarray  # int32 [N, T], prompts and answers
+    tokens: np.ndarray  # int32 [N, T], prompts and completions
     prompt_lengths: np.ndarray  # int [N]
-    lengths: np.ndarray  # int [N], tokens of the answers
-    truncated: np.ndarray  # bool [N]
-    rewards: np.ndarray  # float32 [N]: scores.total, and what an answer's length costs
+    lengths: np.ndarray  # int [N], tokens of the completions
+    truncated: np.ndarray  # bool [N], completions without a stop token
+    rewards: np.ndarray  # float32 [N]: scores.total, and the penalties for length
     scores: Scores
-    seconds: float  # spent on waiting for rewards when all was said
+    seconds: float  # spent waiting for rewards once all was generated
 
 
-class Answering(NamedTuple):
-    """All that it takes to answer, but for the parameters."""
-
-    sample: Callable[..., Completions]  # (params, prompts, **options of `collect`)
-    tokenizer: BaseTokenizer
-    stop_ids: Sequence[int]
-    judge: RewardScorer
-    length: int  # T; more where a prompt with its answer is longer
+class Sample(Protocol):
+    """`collect` of a model with everything fixed but these."""
 
     def __call__(
         self,
-        params: Any,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        sampling: SamplingConfig,
+        stop_ids: Sequence[int],
+        keys: jax.Array,
+        check: Callable[[], None],
+        on_done: Callable[[list[int], list[list[int]]], None],
+    ) -> Completions: ...
+
+
+class Completer(NamedTuple):
+    """Completes prompts and scores the completions; only the parameters are missing."""
+
+    sample: Sample
+    tokenizer: BaseTokenizer
+    stop_ids: Sequence[int]
+    scorer: RewardScorer
+    length: int  # T; longer where a prompt with its completion is
+
+    def __call__(
+        self,
+        params: Params,
         prompts: Sequence[Prompt],
         *,
         group_size: int,
         sampling: SamplingConfig,
         keys: jax.Array,
         check: Callable[[], None],
-    ) -> Answers:
-        """group_size answers to each prompt, one beside another."""
-        asked = [prompt for prompt in prompts for _ in range(group_size)]
-        judging = self.judge.judging([prompt.row for prompt in asked])
-        texts = [""] * len(asked)
+    ) -> ScoredCompletions:
+        """group_size completions of each prompt, in consecutive rows."""
+        repeated = [prompt for prompt in prompts for _ in range(group_size)]
+        scoring = self.scorer.begin([prompt.row for prompt in repeated])
+        texts = [""] * len(repeated)
 
-        def said(numbers: list[int], completions: list[list[int]]) -> None:
-            for i, tokens in zip(numbers, completions, strict=True):
+        def score(numbers: list[int], finished: list[list[int]]) -> None:
+            for i, tokens in zip(numbers, finished, strict=True):
                 texts[i] = self.tokenizer.decode(tokens, from_start=False)
-            judging.add(numbers, [texts[i] for i in numbers])
+            scoring.add(numbers, [texts[i] for i in numbers])
 
         completions = self.sample(
             params,
@@ -83,25 +102,25 @@ class Answering(NamedTuple):
             stop_ids=self.stop_ids,
             keys=keys,
             check=check,
-            on_done=said,
+            on_done=score,
         )
         began = time.perf_counter()
-        prompt_lengths = np.array([len(prompt.ids) for prompt in asked])
+        prompt_lengths = np.array([len(prompt.ids) for prompt in repeated])
         lengths = np.array([len(tokens) for tokens in completions.tokens])
         longest = int((prompt_lengths + lengths).max())
-        T = self.length if longest <= self.length else bucket(longest)
-        tokens = np.full((len(asked), T), self.tokenizer.pad_id, np.int32)
-        for i, (prompt, ids) in enumerate(zip(asked, completions.tokens, strict=True)):
+        width = self.length if longest <= self.length else bucket(longest)
+        tokens = np.full((len(repeated), width), self.tokenizer.pad_id, np.int32)
+        for i, (prompt, ids) in enumerate(zip(repeated, completions.tokens, strict=True)):
             tokens[i, : prompt_lengths[i] + lengths[i]] = [*prompt.ids, *ids]
-        scores = judging.result(tokens, prompt_lengths + lengths, check)
+        scores = scoring.result(tokens, prompt_lengths + lengths, check)
         truncated = np.array([reason != "stop" for reason in completions.stop_reasons])
-        config = self.judge.config
+        config = self.scorer.config
         rewards = scores.total + np.float32(config.missing_eos_penalty) * truncated
         if config.overlong_buffer:
             limit, buffer = sampling.max_new_tokens, config.overlong_buffer
             rewards += np.asarray(overlong_penalty(lengths, limit=limit, buffer=buffer))
-        return Answers(
-            said=completions,
+        return ScoredCompletions(
+            completions=completions,
             texts=texts,
             tokens=tokens,
             prompt_lengths=prompt_lengths,
@@ -113,28 +132,10 @@ class Answering(NamedTuple):
         )
 
 
-class PlainText(NamedTuple):
-    """In the place of a chat template, for a model that continues text: a prompt is the text itself."""
-
-    tokenizer: BaseTokenizer
-    source: str = ""
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        return (self.tokenizer.eos_id,)
-
-    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        text = "\n".join(message["content"] for message in messages)
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
-
-
 def read_prompts(
-    name: str, question: Any, template: ChatTemplate | PlainText, *, longest: int, max_rows: int, seed: int
+    name: str, options: PromptOptions, template: ChatTemplate, *, longest: int, max_rows: int, seed: int
 ) -> list[Prompt]:
-    """The first prompts of at most `longest` tokens of a source; what is left out goes to stderr.
-
-    `question` has the fields `rename`, `prompt_format` and `system` of a PromptConfig.
-    """
+    """The first prompts of at most `longest` tokens of a source; rows left out are named on stderr."""
 
     def prompt(record: dict, messages: list[dict[str, str]]) -> Prompt:
         ids = template.prompt(messages)
@@ -142,24 +143,30 @@ def read_prompts(
             raise BadRow("prompt that leaves no room for --max_new_tokens", f"{len(ids)} tokens")
         return Prompt(ids, record)
 
-    prompts = read_questions(name, question, prompt, split="validation", max_rows=max_rows, seed=seed)
+    prompts = read_messages(name, options, prompt, split="validation", max_rows=max_rows, seed=seed)
     if not prompts:
-        raise DataError(f"{name}: no row can be answered")
+        raise DataError(f"{name}: no row has a prompt that can be completed")
     return prompts
 
 
-def read_questions(
-    name: str, question: Any, make: Callable[[dict, list[dict]], T], *, split: str, max_rows: int, seed: int
+def read_messages(
+    name: str,
+    options: PromptOptions,
+    make: Callable[[dict, list[dict]], T],
+    *,
+    split: str,
+    max_rows: int,
+    seed: int,
 ) -> list[T]:
-    """make(row, messages) of the first rows of a source; what it refuses with BadRow goes to stderr."""
+    """make(row, messages) of the first rows of a source; rows for which it raises BadRow go to stderr."""
     source = open_source(name, split=split, text_key=None, synthetic_rows=max_rows, seed=seed)
     made: list[T] = []
     for row in source.rows():
         try:
             if row.value is None:
                 raise BadRow(row.problem, row.detail)
-            record = renamed(row.value, question.rename)
-            made.append(make(record, question_messages(record, question)[1]))
+            record = renamed(row.value, options.rename)
+            made.append(make(record, question_messages(record, options)[1]))
         except BadRow as error:
             print(f"left out: {row.where}: {error}", file=sys.stderr)
         if len(made) == max_rows:
@@ -167,9 +174,9 @@ def read_questions(
     return made
 
 
-def answer_prompts(
-    loaded: Loaded,
-    template: ChatTemplate | PlainText,
+def complete_prompts(
+    loaded: LoadedModel,
+    template: ChatTemplate,
     prompts: Sequence[Prompt],
     *,
     functions: Sequence[str],
@@ -177,9 +184,9 @@ def answer_prompts(
     samples: int,
     sampling: SamplingConfig,
     seed: int,
-) -> Answers:
-    """What a checkpoint says to each prompt, so many times, judged as `reward.functions` and `reward.model`
-    of a config would."""
+) -> ScoredCompletions:
+    """So many completions of each prompt by a checkpoint, with the rewards that `reward.functions` and
+    `reward.model` of a config name."""
     rewards = RewardConfig(
         functions=tuple(functions),
         weights=(1.0,) * len(functions),
@@ -194,19 +201,26 @@ def answer_prompts(
     )
     longest = max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens
     length = min(loaded.model.config.max_length, bucket(longest))
-    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     model = None
     if reward_model is not None:
-        model = RewardModel(rewards, loaded.tokenizer, template, rows=ROWS, length=length, mesh=mesh)
-    with RewardScorer(rewards, model) as judge:
-        answer = Answering(
-            sample=functools.partial(collect, loaded.model, max_rows=ROWS),
+        model = RewardModel(
+            reward_model,
+            loaded.tokenizer,
+            template,
+            normalize=True,
+            rows=ROWS,
+            length=length,
+            mesh=first_device(),
+        )
+    with RewardScorer(rewards, model) as scorer:
+        completer = Completer(
+            sample=functools.partial(collect, loaded.model, decode_batch_size=ROWS),
             tokenizer=loaded.tokenizer,
             stop_ids=template.stop_ids,
-            judge=judge,
+            scorer=scorer,
             length=length,
         )
-        return answer(
+        return completer(
             loaded.params,
             prompts,
             group_size=samples,
@@ -216,57 +230,46 @@ def answer_prompts(
         )
 
 
-def kl_to(reference: Loaded, answers: Answers, temperature: float) -> np.ndarray:
-    """Float32 [N], in nats: how much likelier each answer was to who gave it than it is to `reference`. Its
-    mean over answers that were sampled unfiltered is the KL divergence of the one from the other."""
-    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    score = InBatches(
-        lambda params, tokens: next_token_log_probs(
-            params, tokens, model=reference.model, temperature=temperature
-        )[0],
-        ROWS,
-        mesh,
+def first_device() -> jax.sharding.Mesh:
+    """A mesh of one device."""
+    return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+
+
+def kl_to(reference: LoadedModel, completions: ScoredCompletions, temperature: float) -> np.ndarray:
+    """Float32 [N], in nats: log-prob of each completion under its own model, less that under `reference`. Its
+    mean over completions that were sampled unfiltered is the KL divergence of the one from the other."""
+    score = log_probs_in_batches(reference.model, temperature, ROWS, first_device())
+    log_probs = score(reference.params, completions.tokens)
+    starts = completions.prompt_lengths - 1
+    rows = zip(
+        completions.completions.log_probs, log_probs, starts, starts + completions.lengths, strict=True
     )
-    found = score(reference.params, answers.tokens)
-    starts, ends = answers.prompt_lengths - 1, answers.prompt_lengths - 1 + answers.lengths
-    return np.array(
-        [
-            said.sum() - row[start:end].sum()
-            for said, row, start, end in zip(answers.said.log_probs, found, starts, ends, strict=True)
-        ],
-        np.float32,
-    )
+    return np.array([own.sum() - row[start:end].sum() for own, row, start, end in rows], np.float32)
 
 
-def check_speaks(loaded: Loaded, flag: str) -> Loaded:
-    """The checkpoint that a flag names; ConfigError where it is a reward model."""
-    if loaded.stage == "reward_model":
-        raise ConfigError(f"{flag} is a reward model, which says nothing: give another")
-    return loaded
-
-
-def answer_metrics(
-    answers: Answers, group_size: int, prefix: str, kl: np.ndarray | None = None
+def completion_metrics(
+    completions: ScoredCompletions, group_size: int, prefix: str, kl: np.ndarray | None = None
 ) -> dict[str, float]:
     """Means over prompts of their groups' means, with the standard error over prompts, which are independent
-    of each other where answers to one prompt are not.
+    of each other where completions of one prompt are not.
 
     `reward`, `reward/NAME` of each reward, `length`, `stopped_fraction`, `kl` if it is given; and `pass@k`
-    for k of 1, 2, 4, ... if there is a reward function: an answer is right where the first one gives 1.
+    for k of 1, 2, 4, ... if there is a reward function: a completion is correct where the first one gives 1.
     """
-    columns = dict(answers.scores.by_name)
-    if columns:
-        columns = {"reward": answers.rewards} | {f"reward/{name}": x for name, x in columns.items()}
-    columns |= {"length": answers.lengths, "stopped_fraction": ~answers.truncated}
+    by_name = completions.scores.by_name
+    columns: dict[str, np.ndarray] = {}
+    if by_name:
+        columns = {"reward": completions.rewards} | {f"reward/{name}": x for name, x in by_name.items()}
+    columns |= {"length": completions.lengths, "stopped_fraction": ~completions.truncated}
     if kl is not None:
         columns["kl"] = kl
     columns = {name: group_means(values.reshape(-1, group_size)) for name, values in columns.items()}
-    first = next(iter(answers.scores.by_name), "model")
+    first = next(iter(by_name), "model")
     if first != "model":
-        right = answers.scores.by_name[first].reshape(-1, group_size) == 1
+        correct = by_name[first].reshape(-1, group_size) == 1
         k = 1
         while k <= group_size:
-            columns[f"pass@{k}"] = pass_at_k(right, k)
+            columns[f"pass@{k}"] = pass_at_k(correct, k)
             k *= 2
     row = {}
     for name, values in columns.items():
@@ -281,17 +284,18 @@ def group_means(values: np.ndarray) -> np.ndarray:
     return np.where(applies, values, 0.0).sum(1) / applies.sum(1)
 
 
-def answer_rows(answers: Answers, kl: np.ndarray | None = None) -> Iterator[dict[str, Any]]:
-    """What was found out about each answer, as JSON."""
-    for i, text in enumerate(answers.texts):
-        known = {} if kl is None else {"kl": float(kl[i])}
-        yield known | {
+def completion_rows(completions: ScoredCompletions, kl: np.ndarray | None = None) -> Iterator[dict[str, Any]]:
+    """What is known of each completion, as JSON."""
+    for i, text in enumerate(completions.texts):
+        known: Mapping[str, Any] = {} if kl is None else {"kl": float(kl[i])}
+        yield {
+            **known,
             "completion": text,
-            "tokens": int(answers.lengths[i]),
-            "ended": not answers.truncated[i],
-            "reward": float(answers.rewards[i]),
+            "tokens": int(completions.lengths[i]),
+            "ended": not completions.truncated[i],
+            "reward": float(completions.rewards[i]),
             "rewards": {
                 name: None if np.isnan(values[i]) else float(values[i])  # None: does not apply
-                for name, values in answers.scores.by_name.items()
+                for name, values in completions.scores.by_name.items()
             },
         }

@@ -1,14 +1,17 @@
 """How well a model predicts held-out text: loss, bits per byte, accuracy, with standard errors."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxllm.batches import TokenBatch
 from jaxllm.losses import linear_cross_entropy
+from jaxllm.models import Model, Params
+from jaxllm.models.interface import Array
 
 LOGITS_BYTES = 512 * 2**20  # of logits that may exist at once
 
@@ -16,15 +19,15 @@ LOGITS_BYTES = 512 * 2**20  # of logits that may exist at once
 class RowSums(NamedTuple):
     """Sums over the counted targets of each row, float32 [B]."""
 
-    nats: jax.Array
-    tokens: jax.Array
-    bytes: jax.Array
-    correct: jax.Array
+    nats: Array
+    tokens: Array
+    bytes: Array
+    correct: Array
 
 
-def row_sums(params: Any, batch: TokenBatch, byte_lengths: Any, *, model: Any) -> RowSums:
+def row_sums(params: Params, batch: TokenBatch, byte_lengths: ArrayLike, *, model: Model) -> RowSums:
     """Score a batch. byte_lengths int32 [V]: bytes of text that each token stands for."""
-    hidden, _ = model.apply(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+    output = model.apply(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
     head, byte_lengths = model.head(params), jnp.asarray(byte_lengths)
     rows, length = batch.tokens.shape
     positions = max(1, LOGITS_BYTES // (4 * rows * head.shape[1]))  # of each row, since rows are scored apart
@@ -41,7 +44,7 @@ def row_sums(params: Any, batch: TokenBatch, byte_lengths: Any, *, model: Any) -
         num_bytes = jnp.sum(jnp.where(mask_T, byte_lengths[targets_T], 0)).astype(jnp.float32)
         return RowSums(loss.sum, loss.weight, num_bytes, metrics["accuracy"].sum)
 
-    return jax.vmap(score)(hidden, batch.targets, batch.mask)
+    return jax.vmap(score)(output.hidden, batch.targets, batch.mask)
 
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
@@ -53,9 +56,9 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, floa
 
 
 def evaluate(
-    params: Any,
+    params: Params,
     batches: Iterable[TokenBatch],
-    score: Callable[[Any, TokenBatch], RowSums],
+    score: Callable[[Params, TokenBatch], RowSums],
     check: Callable[[], None],
 ) -> dict[str, float]:
     """`eval/loss` (nats a token), `eval/bits_per_byte`, each with `_se`, and `eval/accuracy`.
@@ -67,14 +70,15 @@ def evaluate(
     for batch in batches:
         check()
         rows.append(jax.device_get(score(params, batch)))
-    sums = RowSums(*(np.concatenate(column).astype(np.float64) for column in zip(*rows, strict=True)))
-    sums = RowSums(*(column[sums.tokens > 0] for column in sums))  # rows that only fill the last batch
-    loss, loss_se = ratio(sums.nats, sums.tokens)
-    bits, bits_se = ratio(sums.nats / np.log(2), sums.bytes)
+    columns = [np.concatenate(column).astype(np.float64) for column in zip(*rows, strict=True)]
+    counted = columns[1] > 0  # not the rows that only fill the last batch
+    nats, tokens, num_bytes, correct = (column[counted] for column in columns)
+    loss, loss_se = ratio(nats, tokens)
+    bits, bits_se = ratio(nats / np.log(2), num_bytes)
     return {
         "eval/loss": loss,
         "eval/loss_se": loss_se,
         "eval/bits_per_byte": bits,
         "eval/bits_per_byte_se": bits_se,
-        "eval/accuracy": ratio(sums.correct, sums.tokens)[0],
+        "eval/accuracy": ratio(correct, tokens)[0],
     }

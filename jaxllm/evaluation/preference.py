@@ -31,19 +31,10 @@ def score_pairs(
     parts = []
     for batch in batches:
         check()
-        scores = score(params, batch)
-        found, weight = jax.device_get(
-            (
-                PairScores(
-                    scores,
-                    batch.lengths - batch.prompt_lengths[:, None],
-                    batch.margin,
-                    batch.ref_log_probs,
-                ),
-                batch.weight,
-            )
-        )
-        parts.append(PairScores(*(column[weight > 0] for column in found)))
+        lengths = batch.lengths - batch.prompt_lengths[:, None]
+        columns = (score(params, batch), lengths, batch.margin, batch.ref_log_probs)
+        *columns, weight = jax.device_get((*columns, batch.weight))
+        parts.append(PairScores(*(column[weight > 0] for column in columns)))
     return PairScores(*(np.concatenate(column).astype(np.float64) for column in zip(*parts, strict=True)))
 
 

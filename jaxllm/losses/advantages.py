@@ -1,4 +1,4 @@
-"""From rewards to what multiplies the policy gradient: how much better than expected things went."""
+"""Advantages, which weight the policy gradient, from rewards: how much better than expected an action was."""
 
 import chex
 import jax
@@ -20,17 +20,17 @@ def generalized_advantage_estimation(
         a_t = delta_t + discount lambda a_next
         return_t = a_t + V_t
 
-    A masked position passes V_next and a_next through, so that neither pads nor a tool's tokens in the
-    middle leak into the estimate (trainers that only zero the rewards there let the values of pads in).
-    After the last counted position V_next and a_next are 0: the episode is over. Both results are 0 where
-    masked.
+    A masked position passes V_next and a_next through unchanged, so that neither padding nor tool output in
+    the middle leaks into the estimate (in trainers that only set the rewards there to zero, the values of the
+    padding do). After the last counted position V_next and a_next are 0: the episode is over. Both results
+    are 0 where masked.
 
     Args:
       rewards: [B, T].
-      values: [B, T], V_t, the critic before token t is chosen.
+      values: [B, T], V_t, the critic's estimate before token t is chosen.
       mask: [B, T], bool or number; non-zero counts.
       discount: in [0, 1].
-      lambda_: in [0, 1]: 0 trusts the critic, 1 the rewards.
+      lambda_: in [0, 1]. At 0 an advantage relies on the critic from the next token on, at 1 on the rewards.
 
     >>> import jax.numpy as jnp
     >>> rewards, values = jnp.array([[0.0, 0.0, 1.0]]), jnp.array([[0.5, jnp.nan, 0.5]])
@@ -65,7 +65,7 @@ def discounted_returns(rewards: jax.Array, mask: jax.Array, *, discount: float) 
     Args:
       rewards: [B, T].
       mask: [B, T], bool or number; non-zero counts.
-      discount: in [0, 1], a counted token.
+      discount: in [0, 1], per counted token.
 
     >>> import jax.numpy as jnp
     >>> discounted_returns(jnp.array([[1.0, jnp.nan, 2.0]]), jnp.array([[1, 0, 1]]), discount=0.5).tolist()
@@ -88,11 +88,11 @@ def discounted_returns(rewards: jax.Array, mask: jax.Array, *, discount: float) 
 def token_rewards(scores: jax.Array, kl: jax.Array, mask: jax.Array, *, kl_coefficient: float) -> jax.Array:
     """-kl_coefficient kl, plus the score at the last counted token; 0 where masked. Float32 [B, T].
 
-    The reward of RLHF by PPO (Ziegler et al. 2019, arXiv:1909.08593). Some trainers pay the score one
-    position after the last token; here it is on it, so that GAE needs no extra position.
+    The reward of RLHF with PPO (Ziegler et al. 2019, arXiv:1909.08593). Some trainers put the score one
+    position after the last token; here it is at the last token, so that GAE needs no extra position.
 
     Args:
-      scores: [B], what the task paid for the whole answer.
+      scores: [B], the reward of each whole completion.
       kl: [B, T], nats, from `kl_penalty`, usually k1.
       mask: [B, T], bool or number; non-zero counts. A row without a counted token gets no score.
       kl_coefficient: reward per nat.
@@ -112,23 +112,24 @@ def token_rewards(scores: jax.Array, kl: jax.Array, mask: jax.Array, *, kl_coeff
 def group_relative_advantages(
     rewards: jax.Array, group_size: int, *, scale: str, epsilon: float, valid: jax.Array | None = None
 ) -> jax.Array:
-    """(r - mean of the group) / (std + epsilon), float32 [N]: the completions of a prompt judge one another.
+    """(r - mean of the group) / (std + epsilon), float32 [N]; a group is the completions of one prompt.
 
-    std, with n - 1, is of the group (`"group"`, GRPO, Shao et al. 2024, arXiv:2402.03300), of all N rewards
-    (`"batch"`), or the division is left out (`"none"`, Dr. GRPO, Liu et al. 2025, arXiv:2503.20783, since
-    it favours prompts that are nearly solved or nearly hopeless). TRL has epsilon 1e-4; others 1e-6 or
-    1e-9, or n.
+    std, with n - 1, is that of the group (`"group"`, GRPO, Shao et al. 2024, arXiv:2402.03300) or of all N
+    rewards (`"batch"`); `"none"` leaves the division out, since it gives more weight to prompts that are
+    almost always or almost never solved (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783). TRL has epsilon 1e-4;
+    other trainers have 1e-6 or 1e-9, or divide by n in the variance.
 
-    Equal rewards in a group give exactly 0, whatever value, scale and epsilon: without care 1/3 or 0.1 differ
-    from their own float mean, and a tiny epsilon makes advantages near 1 of the difference.
+    Equal rewards in a group give exactly 0, whatever their value, the scale and epsilon. This takes care: the
+    float mean of several times 1/3 may differ from 1/3, and a tiny epsilon turns the difference into
+    advantages near 1.
 
     Args:
       rewards: [N], any number type; a group's rows are consecutive.
       group_size: completions of a prompt, at least 2, dividing N.
       scale: one of the three above.
       epsilon: in units of reward; not used by `"none"`.
-      valid: [N], bool or number. Zero rows (a reward that failed, a truncated answer) are left out of the
-        statistics and get 0; so does a row that is alone in its group. None counts every row.
+      valid: [N], bool or number. Rows with zero (a reward that failed, a truncated completion) are left out
+        of the statistics and get 0; so does the only valid row of a group. None counts every row.
 
     Raises:
       ValueError: group_size below 2 or not dividing N, an unknown scale.
@@ -151,13 +152,13 @@ def group_relative_advantages(
         variance = (deviations**2).sum(1, keepdims=True) / jnp.maximum(number - 1, 1)
     else:
         variance = masked_variance(rewards, valid)
-    spread = variance > 0  # without it advantages are 0, but sqrt(0) has no gradient and 0 / (0 + 0) no value
+    spread = variance > 0  # else advantages are 0: sqrt(0) has no finite gradient, 0 / (0 + 0) no value
     std = jnp.sqrt(jnp.where(spread, variance, 1))
     return jnp.where(spread, deviations / (std + epsilon), 0).ravel()
 
 
 def leave_one_out_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
-    """r_i - (sum of the group - r_i) / (G - 1), float32 [N]: an answer against its siblings' mean (RLOO).
+    """r_i - (sum of the group - r_i) / (G - 1), float32 [N]: a completion against the group's others (RLOO).
 
     An unbiased baseline (Ahmadian et al. 2024, arXiv:2402.14740); it equals G / (G - 1) times the deviation
     from the group's mean. Equal rewards give exactly 0.
@@ -174,8 +175,8 @@ def leave_one_out_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
     [3.0, -1.5, -1.5]
     """
     groups, _ = _groups(rewards, jnp.ones(rewards.shape, bool), group_size)
-    siblings = (groups.sum(1, keepdims=True) - groups) / (group_size - 1)
-    return (groups - siblings).ravel()
+    others = (groups.sum(1, keepdims=True) - groups) / (group_size - 1)
+    return (groups - others).ravel()
 
 
 def overlong_penalty(length: jax.Array, *, limit: int, buffer: int) -> jax.Array:
@@ -184,9 +185,9 @@ def overlong_penalty(length: jax.Array, *, limit: int, buffer: int) -> jax.Array
     Soft overlong punishment (DAPO, Yu et al. 2025, arXiv:2503.14476), to be added to the reward.
 
     Args:
-      length: of the completion, tokens; any shape.
-      limit: where a completion is cut off, tokens.
-      buffer: how far before limit the penalty begins, tokens.
+      length: of the completions, in tokens; any shape.
+      limit: the length at which a completion is truncated, in tokens.
+      buffer: how far below limit the penalty starts, in tokens.
 
     Raises:
       ValueError: buffer below 1.
@@ -201,9 +202,9 @@ def overlong_penalty(length: jax.Array, *, limit: int, buffer: int) -> jax.Array
 
 
 def _groups(rewards: jax.Array, valid: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
-    """Rewards as [N / G, G] differences from the group's best, 0 where invalid; and valid in that shape.
+    """Rewards [N / G, G] minus the highest of their group, 0 where invalid; and `valid` in that shape.
 
-    Advantages do not see the shift, and equal rewards become exact zeros.
+    Advantages do not depend on this shift, and equal rewards become exact zeros.
     """
     chex.assert_rank([rewards, valid], 1)
     if group_size < 2 or len(rewards) % group_size:
@@ -215,5 +216,5 @@ def _groups(rewards: jax.Array, valid: jax.Array, group_size: int) -> tuple[jax.
 
 
 def _zero_rows(x: jax.Array) -> jax.Array:
-    """[B] zeros to start a scan from; sums of nothing, so that under shard_map they vary as x does."""
+    """[B] zeros to start a scan from: sums of no elements, so that under shard_map they vary as x does."""
     return x[:, :0].sum(axis=1)

@@ -1,10 +1,10 @@
-"""Group-relative policy optimisation and its variants: PPO without a critic, one advantage an answer."""
+"""Group relative policy optimization and its variants: PPO without a critic, one advantage per completion."""
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from jaxllm.losses.aggregate import Weighted, aggregate, count, weigh, zero_masked
+from jaxllm.losses.aggregate import Weighted, aggregate, count, masked_sum, zero_masked
 from jaxllm.losses.kl import kl_penalty
 from jaxllm.losses.ppo import bounded_exp, clipped_loss, constant, policy_metrics
 
@@ -36,9 +36,9 @@ def grpo_loss(
     entropy: jax.Array | None = None,
     entropy_coefficient: float = 0.0,
 ) -> tuple[Weighted, dict[str, Weighted]]:
-    """The clipped policy loss with one advantage an answer, plus a KL to a reference and an entropy bonus.
+    """The clipped policy loss with one advantage per completion, plus a KL penalty and an entropy bonus.
 
-    With ratio = exp(log_probs - old_log_probs) and s = stop_gradient, tokens are reduced as `aggregate` says:
+    With ratio = exp(log_probs - old_log_probs) and s = stop_gradient; the modes are those of `aggregate`:
 
     | variant | loss of a token | ratio | mode |
     |---|---|---|---|
@@ -51,31 +51,32 @@ def grpo_loss(
     GRPO: Shao et al. 2024, arXiv:2402.03300. Dr. GRPO: Liu et al. 2025, arXiv:2503.20783. DAPO: Yu et al.
     2025, arXiv:2503.14476. GSPO: Zheng et al. 2025, arXiv:2507.18071. CISPO: MiniMax 2025, arXiv:2506.13585.
 
-    Then, per token and under the same mode: importance_weights multiply that loss; kl_coefficient kl is
-    added, times the ratio where kl_importance_weighted (DeepSeek 2025, arXiv:2512.02556: the gradient of the
-    KL without bias); entropy_coefficient entropy is subtracted.
+    Then, per token and in the same mode: importance_weights multiply that loss; kl_coefficient kl is added,
+    times the ratio if kl_importance_weighted (DeepSeek 2025, arXiv:2512.02556: an unbiased gradient of the
+    KL); entropy_coefficient entropy is subtracted.
 
-    Where TRL 1.16 differs: its `grpo` divides by all sequences, empty ones included; its entropy bonus is
-    always a token mean; kl_importance_weighted is its default (`use_bias_correction_kl`); log ratios are not
-    clamped to [-20, 20]. Our `gspo` is its loss_type "grpo" with importance_sampling_level "sequence".
+    TRL 1.16 differs: its `grpo` divides by the number of all sequences, empty ones included; its entropy
+    bonus is always a token mean; kl_importance_weighted is its default (`use_bias_correction_kl`); it does
+    not clamp log ratios to [-20, 20]. Our `gspo` is its loss_type "grpo" with importance_sampling_level
+    "sequence".
 
     Args:
       log_probs: [B, T], of the policy, nats, at the sampler's temperature.
-      old_log_probs: [B, T], of the policy that the update began with; constants.
-      advantages: [B], of each answer, see `group_relative_advantages`; or [B, T], of each token, as
-        REINFORCE++ has them; constants.
-      mask: [B, T], bool or number; non-zero counts. Leaves out prompt, pads, tool output.
+      old_log_probs: [B, T], of the policy before the updates on this rollout; constants.
+      advantages: [B], one per completion, see `group_relative_advantages`; or [B, T], one per token, as in
+        REINFORCE++; constants.
+      mask: [B, T], bool or number; non-zero counts. Zero for prompt, padding and tool output.
       variant: one of the five above.
-      clip_low, clip_high: how far the ratio may fall below and rise above 1; gspo wants 3e-4 and 4e-4. For
-        cispo clip_high is the highest ratio, 5 for example.
-      ref_log_probs: [B, T], of the reference; constants. Given, `kl` is in the metrics in any case.
+      clip_low, clip_high: how far the ratio may fall below and rise above 1; 3e-4 and 4e-4 are usual for
+        gspo. For cispo clip_high is the highest ratio, 5 for example.
+      ref_log_probs: [B, T], of the reference; constants. If given, `kl` is a metric whatever its coefficient.
       kl_coefficient: loss per nat.
       kl_estimator: see `kl_penalty`.
-      kl_importance_weighted: multiply the KL by the ratio, gradient included.
-      dual_clip: above 1, see `ppo_policy_loss`; cispo has none.
-      max_length: tokens, the longest completion the rollout allows, for `dr_grpo`.
+      kl_importance_weighted: multiply the KL by the ratio, which has a gradient.
+      dual_clip: above 1, see `ppo_policy_loss`; not supported by cispo.
+      max_length: the longest completion that the rollout allows, in tokens; for `dr_grpo`.
       importance_weights: [B, T], see `truncated_importance_weights`; constants.
-      entropy: [B, T], nats, with gradient. Given, `entropy` is in the metrics in any case.
+      entropy: [B, T], nats, with gradient. If given, `entropy` is a metric whatever its coefficient.
       entropy_coefficient: loss per nat.
 
     Returns:
@@ -90,7 +91,7 @@ def grpo_loss(
     >>> log_probs, mask = jnp.full((2, 3), -1.0), jnp.array([[1, 1, 1], [1, 0, 0]])
     >>> advantages, clips = jnp.array([1.0, -1.0]), {"clip_low": 0.2, "clip_high": 0.2}
     >>> loss, _ = grpo_loss(log_probs, log_probs, advantages, mask, variant="grpo", **clips)
-    >>> float(loss.mean)  # two answers count the same
+    >>> float(loss.mean)  # two completions count the same
     0.0
     >>> loss, _ = grpo_loss(log_probs, log_probs, advantages, mask, variant="dapo", **clips)
     >>> float(loss.mean)  # four tokens count the same
@@ -101,7 +102,7 @@ def grpo_loss(
     if variant not in MODES:
         raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(MODES)}")
     if variant == "cispo" and dual_clip is not None:
-        raise ValueError(f'dual_clip={dual_clip} has no meaning in variant="cispo"; leave it None')
+        raise ValueError(f'dual_clip={dual_clip} is not supported by variant="cispo"; set it to None')
     if ref_log_probs is None and kl_coefficient != 0:
         raise ValueError(f"kl_coefficient={kl_coefficient} needs ref_log_probs")
     if entropy is None and entropy_coefficient != 0:
@@ -129,11 +130,11 @@ def grpo_loss(
         per_token = per_token - entropy_coefficient * extra["entropy"]
     loss = aggregate(per_token, mask, MODES[variant], max_length=max_length)
     metrics = policy_metrics(loss, ratio, log_ratio, low, high, mask)
-    extra = {name: weigh(values, mask) for name, values in extra.items()}
+    extra = {name: masked_sum(values, mask) for name, values in extra.items()}
     return loss, metrics | jax.lax.stop_gradient(extra)
 
 
 def _per_sequence(log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
-    """The mean over each sequence's counted tokens, in every one of its positions."""
+    """[B, T], at every position of a sequence the mean over its counted tokens."""
     tokens = jnp.maximum(count(mask, axis=1), 1)[:, None]
     return jnp.broadcast_to(log_ratio.sum(1, keepdims=True) / tokens, log_ratio.shape)

@@ -1,10 +1,10 @@
-"""Proximal policy optimisation: the clipped policy and value losses, and an off-policy correction."""
+"""Proximal policy optimization: the clipped policy and value losses, and an off-policy correction."""
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from jaxllm.losses.aggregate import Weighted, aggregate, weigh, zero_masked
+from jaxllm.losses.aggregate import Weighted, aggregate, masked_sum, zero_masked
 from jaxllm.losses.kl import kl_penalty
 
 
@@ -23,28 +23,28 @@ def ppo_policy_loss(
 ) -> tuple[Weighted, dict[str, Weighted]]:
     """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), with ratio = exp(log_probs - old_log_probs).
 
-    Once a token has moved far enough in the direction its advantage asks for, its gradient stops (Schulman et
-    al. 2017, arXiv:1707.06347). There are two clips, since a wider one above lets rare tokens grow (DAPO, Yu
-    et al. 2025, arXiv:2503.14476, with 0.28). dual_clip c bounds the loss of a bad token that became likely:
-    min(loss, -c A) where A < 0 (Ye et al. 2019, arXiv:1912.09729, with 3). TRL's `delta` does the same,
-    provided it is above 1 + clip_high.
+    A token gets no gradient once its ratio has moved past the clip in the direction that its advantage favors
+    (Schulman et al. 2017, arXiv:1707.06347). The two clips may differ: a wider upper one lets the probability
+    of rare tokens grow (DAPO, Yu et al. 2025, arXiv:2503.14476, with 0.28). dual_clip c bounds the loss of a
+    token with A < 0 that has become likely: min(loss, -c A) (Ye et al. 2019, arXiv:1912.09729, with 3). TRL's
+    `delta` does the same if it is above 1 + clip_high.
 
     The log ratio is clamped to [-20, 20] before exp, with zero gradient beyond; TRL does not clamp.
 
     Args:
       log_probs: [B, T], of the policy, nats.
-      old_log_probs: [B, T], of the policy that the rollout's update began with; a constant.
+      old_log_probs: [B, T], of the policy before the updates on this rollout; constants.
       advantages: [B, T]; constants.
       mask: [B, T], bool or number; non-zero counts.
       clip_low, clip_high: how far the ratio may fall below and rise above 1.
-      dual_clip: above 1. None is no second clip.
+      dual_clip: above 1; None turns it off.
       mode, max_length: how tokens are reduced, see `aggregate`.
-      importance_weights: [B, T], multiply the loss, see `truncated_importance_weights`; constants.
+      importance_weights: [B, T], factors of the loss, see `truncated_importance_weights`; constants.
 
     Returns:
       The loss, and metrics: `loss`; and as token means `ratio`, `approx_kl` (k3 of old against new) and the
-      shares `clip_fraction_low` (ratio < 1 - clip_low and A < 0), `clip_fraction_high` (ratio > 1 + clip_high
-      and A > 0) and `clip_fraction` (either).
+      fractions `clip_fraction_low` (ratio < 1 - clip_low and A < 0), `clip_fraction_high` (ratio > 1 +
+      clip_high and A > 0) and `clip_fraction` (either).
 
     Raises:
       ValueError: dual_clip of 1 or less, an unknown mode, `"constant"` without max_length.
@@ -80,16 +80,17 @@ def ppo_value_loss(
 
     Args:
       values: [B, T], of the critic.
-      old_values: [B, T], of the critic that the update began with; constants.
+      old_values: [B, T], of the critic before the updates on this rollout; constants.
       returns: [B, T], R; constants.
       mask: [B, T], bool or number; non-zero counts.
-      clip: how far a value may move, in units of reward. None is no clip: plain half squared error.
+      clip: how far a value may move, in units of reward. None turns clipping off: plain half squared error.
 
     Returns:
-      The loss, and metrics: `loss`; `clip_fraction`, the share of tokens where the clipped error is the
-      larger, so that the gradient is cut; and `return`, `return_squared`, `error`, `error_squared` with
+      The loss, and metrics: `loss`; `clip_fraction`, the fraction of tokens where the clipped error is the
+      larger one, so that there is no gradient; and `return`, `return_squared`, `error`, `error_squared` with
       error = R - v. From sums of these, explained variance = 1 - Var(error) / Var(return) merges exactly over
-      micro-batches, with Var(x) = mean(x^2) - mean(x)^2.
+      micro-batches, with Var(x) = mean(x^2) - mean(x)^2. In float32 that needs returns whose mean is
+      below about 1000 standard deviations.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1, 1))
@@ -105,14 +106,14 @@ def ppo_value_loss(
     if clip is not None:
         old_values = constant(old_values, mask)
         clipped_squared = (jnp.clip(values, old_values - clip, old_values + clip) - returns) ** 2
-    loss = weigh(0.5 * jnp.maximum(squared, clipped_squared), mask)
+    loss = masked_sum(0.5 * jnp.maximum(squared, clipped_squared), mask)
     metrics = {
         "loss": loss,
-        "clip_fraction": weigh(clipped_squared > squared, mask),
-        "return": weigh(returns, mask),
-        "return_squared": weigh(returns**2, mask),
-        "error": weigh(error, mask),
-        "error_squared": weigh(squared, mask),
+        "clip_fraction": masked_sum(clipped_squared > squared, mask),
+        "return": masked_sum(returns, mask),
+        "return_squared": masked_sum(returns**2, mask),
+        "error": masked_sum(error, mask),
+        "error_squared": masked_sum(squared, mask),
     }
     return loss, jax.lax.stop_gradient(metrics)
 
@@ -120,16 +121,16 @@ def ppo_value_loss(
 def truncated_importance_weights(
     old_log_probs: jax.Array, sampler_log_probs: jax.Array, mask: jax.Array, *, level: str, maximum: float
 ) -> jax.Array:
-    """min(exp(old - sampler), maximum), float32 [B, T]: corrects for a sampler that is not quite the policy.
+    """min(exp(old - sampler), maximum), float32 [B, T]: corrects for a sampler that differs from the policy.
 
-    A rollout engine with other kernels or stale weights draws from another distribution than the one
-    trained on (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
-    At `"token"` level the difference is each token's, at `"sequence"` level the sum over the sequence's
-    counted tokens. 0 where masked, no gradient. Capped as TRL's `*_truncate` modes; its `*_mask` modes drop
-    what is above instead.
+    A rollout engine with other kernels or stale weights samples from another distribution than the policy
+    that is trained (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training"). The difference is that of each token at `"token"` level, and the sum over the sequence's
+    counted tokens at `"sequence"` level. 0 where masked, without gradient. Weights above the maximum are
+    capped, as in TRL's `*_truncate` modes; its `*_mask` modes set them to zero.
 
     Args:
-      old_log_probs: [B, T], recomputed by the trainer before the update, nats.
+      old_log_probs: [B, T], computed by the trainer before the update, nats.
       sampler_log_probs: [B, T], as reported by the sampler, nats.
       mask: [B, T], bool or number; non-zero counts.
       level: `"token"` or `"sequence"`.
@@ -163,7 +164,7 @@ def constant(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def bounded_exp(log_ratio: jax.Array) -> jax.Array:
-    """exp that neither overflows nor vanishes: of [-20, 20]."""
+    """exp(log_ratio), with log_ratio clamped to [-20, 20] so that it neither overflows nor vanishes."""
     return jnp.exp(jnp.clip(log_ratio, -20, 20))
 
 
@@ -172,7 +173,7 @@ def clipped_loss(
 ) -> jax.Array:
     """The per-token loss of PPO and of GRPO's clipped variants."""
     if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip={dual_clip} must be above 1, or None for no second clip")
+        raise ValueError(f"dual_clip={dual_clip} must be above 1, or None to turn it off")
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     loss = -jnp.minimum(ratio * advantages, clipped * advantages)
     if dual_clip is not None:
@@ -188,13 +189,13 @@ def policy_metrics(
     clipped_high: jax.Array,
     mask: jax.Array,
 ) -> dict[str, Weighted]:
-    """What PPO and GRPO report of an update, as token means."""
+    """The metrics that PPO and GRPO share; all but `loss` are token means."""
     metrics = {
         "loss": loss,
-        "ratio": weigh(ratio, mask),
-        "approx_kl": weigh(kl_penalty(jnp.zeros_like(log_ratio), log_ratio, estimator="k3"), mask),
-        "clip_fraction_low": weigh(clipped_low, mask),
-        "clip_fraction_high": weigh(clipped_high, mask),
-        "clip_fraction": weigh(clipped_low | clipped_high, mask),
+        "ratio": masked_sum(ratio, mask),
+        "approx_kl": masked_sum(kl_penalty(jnp.zeros_like(log_ratio), log_ratio, estimator="k3"), mask),
+        "clip_fraction_low": masked_sum(clipped_low, mask),
+        "clip_fraction_high": masked_sum(clipped_high, mask),
+        "clip_fraction": masked_sum(clipped_low | clipped_high, mask),
     }
     return jax.lax.stop_gradient(metrics)

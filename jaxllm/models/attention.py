@@ -1,10 +1,10 @@
 """Causal attention: over a whole sequence, or over a cache while decoding.
 
 Shapes: B sequences, T query positions, S key positions or cache slots, D width, H query heads,
-K key-value heads, G = H / K queries a key-value head, h head width.
+K key-value heads, G = H / K queries per key-value head, h head width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -13,33 +13,35 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.interface import Array, LayerCache
 from jaxllm.models.layers import Linear, RMSNorm, rotate
 
 OUTPUT_NAME = "attention_output"
-MASKED = -1e30  # finite, so that a row that sees nothing is a plain average and not NaN
+MASKED = -1e30  # finite, so that a query whose keys are all masked averages the values; -inf would give NaN
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer, one slot a position. [B, K, S, h] reads fastest in a decode step."""
+class Context(NamedTuple):
+    """What attention needs to know about a batch of tokens, the same in every layer."""
 
-    keys_BKSh: jax.Array
-    values_BKSh: jax.Array
+    positions_BT: Array  # int
+    angles: tuple[jax.Array, jax.Array]  # cos and sin at these positions, from `rotary_angles`
+    segment_ids_BT: Array | None  # int; tokens attend within their own segment
 
 
-def keep_attention(primitive, *args, **params) -> bool:
-    """A remat policy: attention's output, and what a kernel needs to go backwards from it, are kept."""
+def attention_saveable(primitive: Any, *args: Any, **params: Any) -> bool:
+    """A remat policy that saves attention's output, and what a kernel's backward pass needs."""
     named = jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME)
-    # cuDNN's softmax statistics have no name, only the primitive that makes them and the output.
+    # cuDNN's softmax statistics have no name; they are recognized by the primitive that computes them.
     return primitive.name == "dot_product_attention_fwd_wrapper" or named(primitive, *args, **params)
 
 
-def visible(query_positions, key_positions, window: int | None) -> jax.Array:
-    """Causal, and within the sliding window where there is one."""
-    seen = key_positions <= query_positions
-    return seen if window is None else seen & (query_positions - key_positions < window)
+def causal_mask(query_positions: Array, key_positions: Array, window: int | None) -> Array:
+    """True where a query attends to a key: one that is not later, and within the sliding window if any."""
+    mask = key_positions <= query_positions
+    return mask if window is None else mask & (query_positions - key_positions < window)
 
 
-def weigh(q_BKGTh, k_BKSh, v_BKSh, mask, config: ModelConfig) -> jax.Array:
+def attend(q_BKGTh: Array, k_BKSh: Array, v_BKSh: Array, mask: Array, config: ModelConfig) -> jax.Array:
     """softmax(q k / sqrt(h)) v, softmax in float32; mask broadcasts to [B, K, G, T, S]."""
     B, K, G, T, h = q_BKGTh.shape
     q_BKRh = q_BKGTh.reshape(B, K, G * T, h)  # queries of a group share their keys: one matrix product
@@ -51,38 +53,42 @@ def weigh(q_BKGTh, k_BKSh, v_BKSh, mask, config: ModelConfig) -> jax.Array:
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     weights_BKRS = weights.astype(v_BKSh.dtype).reshape(B, K, G * T, -1)
     out_BKGTh = jnp.einsum("bkrs,bksh->bkrh", weights_BKRS, v_BKSh).reshape(q_BKGTh.shape)
-    # Divided last, by the sum of weights: h divisions a query, not S.
+    # Normalized after the product with v: h divisions per query instead of S.
     return (out_BKGTh / weights.sum(axis=-1, keepdims=True)).astype(v_BKSh.dtype)
 
 
-def attend_xla(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) -> jax.Array:
-    """Attention in blocks of queries, each over only the keys that it can see.
+def attend_xla(
+    q_BTHh: Array, k_BTKh: Array, v_BTKh: Array, segment_ids_BT: Array | None, config: ModelConfig
+) -> jax.Array:
+    """Attention in blocks of queries, each over only the keys that causality and the window allow.
 
-    Half the work of a full square, and with scores recomputed backwards no layer keeps a [B, H, T, T].
+    Half the work of a full square; the backward pass recomputes the scores, so no [B, H, T, T] is stored.
     """
     B, T, H, h = q_BTHh.shape
     K = k_BTKh.shape[2]
     q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
     k, v = k_BTKh.transpose(0, 2, 1, 3), v_BTKh.transpose(0, 2, 1, 3)
-    block = max(64, -(-T // 8))  # at most 8 blocks: more would only lengthen the program
+    block = max(64, -(-T // 8))  # at most 8 blocks: more would only make the program larger
 
-    def attend_block(start, q, k, v, segment_ids_BT):
+    def attend_block(start: int, q: Array, k: Array, v: Array, segment_ids_BT: Array | None) -> jax.Array:
         stop = min(start + block, T)
         first = 0 if config.sliding_window is None else max(0, start - config.sliding_window + 1)
         queries, keys = jnp.arange(start, stop), jnp.arange(first, stop)
-        mask = visible(queries[:, None], keys[None, :], config.sliding_window)[None, None, None]
+        mask = causal_mask(queries[:, None], keys[None, :], config.sliding_window)[None, None, None]
         if segment_ids_BT is not None:
             same = segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, first:stop]
             mask = mask & same[:, None, None]
-        return weigh(q[..., start:stop, :], k[:, :, first:stop], v[:, :, first:stop], mask, config)
+        return attend(q[..., start:stop, :], k[:, :, first:stop], v[:, :, first:stop], mask, config)
 
-    attend_block = jax.checkpoint(attend_block, static_argnums=0)  # keeps q, k, v; not their slices
+    attend_block = jax.checkpoint(attend_block, static_argnums=0)  # saves q, k, v and not their slices
     blocks = [attend_block(start, q, k, v, segment_ids_BT) for start in range(0, T, block)]
     out = jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
     return checkpoint_name(out, OUTPUT_NAME)
 
 
-def attend_cudnn(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) -> jax.Array:
+def attend_cudnn(
+    q_BTHh: Array, k_BTKh: Array, v_BTKh: Array, segment_ids_BT: Array | None, config: ModelConfig
+) -> jax.Array:
     """cuDNN's flash attention on NVIDIA GPUs, in bfloat16 or float16."""
     mask = None
     if segment_ids_BT is not None:
@@ -93,31 +99,44 @@ def attend_cudnn(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) ->
     )
 
 
-def attend_splash(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) -> jax.Array:
-    """The Splash kernel on TPUs: flash attention that skips blocks without anything to see.
+def attend_splash(
+    q_BTHh: Array, k_BTKh: Array, v_BTKh: Array, segment_ids_BT: Array | None, config: ModelConfig
+) -> jax.Array:
+    """The Splash kernel on TPUs: flash attention that skips blocks that are masked entirely.
 
-    A Pallas call does not partition by itself: under `jax.set_mesh` each device takes its rows and heads,
-    where they divide.
+    XLA does not partition a Pallas call: under `jax.set_mesh` each device computes its own rows and heads,
+    or all of them where their number is not divisible by the axes of the mesh.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    def attend_shard(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT):
+    def attend_shard(
+        q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array | None
+    ) -> jax.Array:
         _, T, H, h = q_BTHh.shape
         left = None if config.sliding_window is None else config.sliding_window - 1
         block = next(size for size in (512, 256, 128) if T % size == 0)
-        attend = splash.make_splash_mha_single_device(
+        kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([splash.LocalMask((T, T), (left, 0), offset=0)] * H),
-            block_sizes=splash.BlockSizes(*[block] * 8),
+            block_sizes=splash.BlockSizes(
+                block_q=block,
+                block_kv=block,
+                block_kv_compute=block,
+                block_q_dkv=block,
+                block_kv_dkv=block,
+                block_kv_dkv_compute=block,
+                block_q_dq=block,
+                block_kv_dq=block,
+            ),
             attn_logits_soft_cap=config.attention_softcap,
             residual_checkpoint_name=OUTPUT_NAME,
         )
         q, k, v = (x.swapaxes(1, 2) for x in (q_BTHh * h**-0.5, k_BTKh, v_BTKh))
         segments = None if segment_ids_BT is None else splash.SegmentIds(segment_ids_BT, segment_ids_BT)
-        return jax.vmap(attend)(q, k, v, segments).swapaxes(1, 2)
+        return cast(jax.Array, jax.vmap(kernel)(q, k, v, segments)).swapaxes(1, 2)
 
     B, T, _, _ = q_BTHh.shape
     inputs = q_BTHh, k_BTKh, v_BTKh, segment_ids_BT
-    # To whole blocks; no one sees what comes after.
+    # Padded on the right to whole blocks; the causal mask hides the padding.
     inputs = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, -T % 128)] + [(0, 0)] * (x.ndim - 2)), inputs)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
@@ -128,20 +147,20 @@ def attend_splash(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config: ModelConfig) -
     return attend_shard(*inputs)[:, :T]
 
 
-def attend_cache(q_BTHh, cache: LayerCache, positions_BT, config: ModelConfig) -> jax.Array:
-    """Queries at given positions over the slots of a cache."""
+def attend_cache(q_BTHh: Array, cache: LayerCache, positions_BT: Array, config: ModelConfig) -> jax.Array:
+    """Attention of queries at given positions [B, T] over the slots of a cache."""
     B, T, H, h = q_BTHh.shape
     _, K, S, _ = cache.keys_BKSh.shape
     q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
-    mask = visible(positions_BT[:, :, None], jnp.arange(S), config.sliding_window)[:, None, None]
-    out = weigh(q, cache.keys_BKSh.astype(q.dtype), cache.values_BKSh.astype(q.dtype), mask, config)
+    mask = causal_mask(positions_BT[:, :, None], jnp.arange(S), config.sliding_window)[:, None, None]
+    out = attend(q, cache.keys_BKSh.astype(q.dtype), cache.values_BKSh.astype(q.dtype), mask, config)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
 
-def write_cache(cache: LayerCache, k_BTKh, v_BTKh, positions_BT) -> LayerCache:
-    """Put T new keys and values of each row into its slots positions[b]."""
+def write_cache(cache: LayerCache, k_BTKh: Array, v_BTKh: Array, positions_BT: Array) -> LayerCache:
+    """The cache with T new keys and values of each row in its slots positions[b]."""
     B, K, _, _ = cache.keys_BKSh.shape
-    # As a scatter, which XLA does in place; a slice update of one row it does in a copy.
+    # XLA updates a cache in place by a scatter, but copies it to update a slice of a row.
     at = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None], positions_BT[:, None, :]
     return LayerCache(
         cache.keys_BKSh.at[at].set(k_BTKh.transpose(0, 2, 1, 3).astype(cache.keys_BKSh.dtype)),
@@ -156,29 +175,34 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD, positions_BT, angles, segment_ids_BT, cache: LayerCache | None, look_back: bool
-    ):
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, attend_to_cache: bool
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attention's output [B, T, D], and the cache with the new keys and values in it.
+
+        attend_to_cache: attend to all that is in the cache (decoding), and not only to the new keys
+        (training, and prefill, where the cache is empty before).
+        """
         c = self.config
         B, T, _ = x_BTD.shape
 
-        def heads(name, number):
-            projected = Linear(number * c.head_dim, c.qkv_bias, c.param_dtype, name=name)(x_BTD)
-            return projected.reshape(B, T, number, c.head_dim)
+        def project(name: str, num_heads: int) -> jax.Array:
+            projected = Linear(num_heads * c.head_dim, c.qkv_bias, c.param_dtype, name=name)(x_BTD)
+            return projected.reshape(B, T, num_heads, c.head_dim)
 
-        q_BTHh = heads("query", c.num_heads)
-        k_BTKh = heads("key", c.num_kv_heads)
-        v_BTKh = heads("value", c.num_kv_heads)
+        q_BTHh = project("query", c.num_heads)
+        k_BTKh = project("key", c.num_kv_heads)
+        v_BTKh = project("value", c.num_kv_heads)
         if c.qk_norm:
             q_BTHh = RMSNorm(c.norm_epsilon, c.param_dtype, name="query_norm")(q_BTHh)
             k_BTKh = RMSNorm(c.norm_epsilon, c.param_dtype, name="key_norm")(k_BTKh)
-        q_BTHh, k_BTKh = rotate(q_BTHh, angles), rotate(k_BTKh, angles)
+        q_BTHh, k_BTKh = rotate(q_BTHh, context.angles), rotate(k_BTKh, context.angles)
 
         if cache is not None:
-            cache = write_cache(cache, k_BTKh, v_BTKh, positions_BT)
-        if look_back:
-            out_BTHh = attend_cache(q_BTHh, cache, positions_BT, c)
+            cache = write_cache(cache, k_BTKh, v_BTKh, context.positions_BT)
+        if cache is not None and attend_to_cache:
+            out_BTHh = attend_cache(q_BTHh, cache, context.positions_BT, c)
         else:
-            attend = {"xla": attend_xla, "cudnn": attend_cudnn, "splash": attend_splash}[c.attention]
-            out_BTHh = attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, c)
+            implementation = {"xla": attend_xla, "cudnn": attend_cudnn, "splash": attend_splash}[c.attention]
+            out_BTHh = implementation(q_BTHh, k_BTKh, v_BTKh, context.segment_ids_BT, c)
         output = Linear(c.width, c.output_bias, c.param_dtype, scale=0.5 / c.num_layers, name="output")
         return output(out_BTHh.reshape(B, T, -1)), cache

@@ -1,25 +1,27 @@
-"""What a decoder is made of: sizes and switches; and what a token costs."""
+"""The sizes and options of a decoder, the checks on them, and the compute cost of a token."""
 
 from dataclasses import dataclass, replace
 
-# Ways to compute attention, and the platform that each needs.
+from jaxllm.errors import ConfigError
+
+# Implementations of attention, and the platform that each needs.
 ATTENTION = {"xla": None, "cudnn": "gpu", "splash": "tpu"}
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the length a model was trained on.
+    """How rotary frequencies are scaled for contexts beyond the length of pretraining.
 
-    `none` ignores the other fields. `llama3`: Llama 3.1 (Meta, 2024), wavelengths longer than
-    original_length / low_frequency are divided by `factor`, those shorter than
-    original_length / high_frequency are kept, between them linearly mixed. `yarn`: Peng et al. 2023
-    (arXiv:2309.00071), the same idea in rotations over original_length (`beta_fast`, `beta_slow`),
-    with attention scaled by 0.1 ln(factor) + 1.
+    `none` ignores the other fields. `llama3`: Llama 3.1 (Meta, 2024); frequencies whose wavelength is longer
+    than original_length / low_frequency are divided by `factor`, those with one shorter than
+    original_length / high_frequency are kept, and those between are interpolated linearly. `yarn`: Peng et
+    al. 2023 (arXiv:2309.00071); the same in terms of the rotations over original_length (`beta_fast`,
+    `beta_slow`), with cos and sin multiplied by 0.1 ln(factor) + 1.
     """
 
     kind: str
     factor: float
-    original_length: int
+    original_length: int  # tokens
     low_frequency: float
     high_frequency: float
     beta_fast: float
@@ -38,44 +40,87 @@ class ModelConfig:
     head_dim: int
     mlp_width: int
     activation: str  # of the gated MLP: "silu" (SwiGLU) or "gelu" (GeGLU)
-    max_length: int  # the longest sequence it is meant for
+    max_length: int  # the longest sequence, prompt and completion together
     rope_theta: float
     rope_scaling: RopeScaling
     norm_epsilon: float
-    qk_norm: bool  # RMSNorm on each head's query and key
+    qk_norm: bool  # RMSNorm on the queries and keys of each head
     qkv_bias: bool
     output_bias: bool  # of the attention's output projection
     mlp_bias: bool
     attention_softcap: float | None
     logit_softcap: float | None
-    sliding_window: int | None  # a token sees itself and the window - 1 before it
+    sliding_window: int | None  # a token attends to itself and to the window - 1 tokens before it
     tie_embeddings: bool
     scan_layers: bool  # one compiled block for all layers; False unrolls them
-    remat: str  # "none", "full", "dots" (keep matrix products) or "attention" (keep attention's output)
-    attention: str  # of ATTENTION: "xla", "cudnn" (NVIDIA) or "splash" (TPU)
+    remat: str  # what the backward pass recomputes: one of REMAT
+    attention: str  # "xla", "cudnn" (NVIDIA GPUs) or "splash" (TPUs)
     compute_dtype: str
     param_dtype: str
 
 
+# Nothing; all of a block; all but its matrix products; all but the output of its attention.
+REMAT = ("none", "full", "dots", "attention")
+
+
+def check_model_config(config: ModelConfig) -> None:
+    """Raise ConfigError, naming the field, where a value is invalid or two fields contradict each other."""
+    for field, value in vars(config).items():
+        if isinstance(value, int | float) and value is not False and value <= 0:
+            raise ConfigError(f"model.{field}={value} must be above 0")
+    if config.num_heads % config.num_kv_heads:
+        divisors = [str(n) for n in range(1, config.num_heads + 1) if config.num_heads % n == 0]
+        raise ConfigError(
+            f"model.num_kv_heads={config.num_kv_heads} does not divide model.num_heads={config.num_heads}; "
+            f"use one of {', '.join(divisors)}"
+        )
+    if config.head_dim % 2:
+        raise ConfigError(
+            f"model.head_dim={config.head_dim} must be even: rotary embeddings rotate pairs of elements"
+        )
+    choices = {
+        "activation": ("silu", "gelu"),
+        "remat": REMAT,
+        "attention": tuple(ATTENTION),
+        "compute_dtype": ("float32", "bfloat16", "float16"),
+        "param_dtype": ("float32", "bfloat16"),
+    }
+    for field, allowed in choices.items():
+        if getattr(config, field) not in allowed:
+            raise ConfigError(f"model.{field}={getattr(config, field)!r}: choose one of {', '.join(allowed)}")
+    if config.rope_scaling.kind not in ("none", "llama3", "yarn"):
+        raise ConfigError(
+            f"model.rope_scaling.kind={config.rope_scaling.kind!r}: choose one of none, llama3, yarn"
+        )
+    if config.attention == "cudnn" and config.attention_softcap is not None:
+        raise ConfigError(
+            "model.attention=cudnn does not support model.attention_softcap; use model.attention=xla"
+        )
+    if config.attention == "cudnn" and config.compute_dtype == "float32":
+        raise ConfigError(
+            "model.attention=cudnn does not support model.compute_dtype=float32; use bfloat16 or float16"
+        )
+
+
 def runs_on(config: ModelConfig, platform: str) -> bool:
-    """Whether a platform ("cpu", "gpu", "tpu") can compute the model's attention."""
+    """Whether a platform ("cpu", "gpu", "tpu") supports the config's implementation of attention."""
     return ATTENTION[config.attention] in (None, platform)
 
 
 def for_platform(config: ModelConfig, platform: str) -> ModelConfig:
-    """The same model on a platform that it may not have been trained on: weights know no kernels."""
+    """The config with an attention that the platform supports; the parameters do not depend on it."""
     return config if runs_on(config, platform) else replace(config, attention="xla")
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of one training step a token, forward and backward, counted by hand.
+    """FLOPs of one training step per token, forward and backward, from the sizes.
 
-    6 a parameter in a matrix product (2 forward, 4 backward), plus attention, where a token meets
-    min(T / 2, window) others on average: 12 * width of all heads * that. Recomputation is not work.
-    XLA's own count sees a scanned layer once and cannot be used.
+    6 per parameter in a matrix product (2 forward, 4 backward), plus 12 * num_heads * head_dim for each
+    token attended to, min(T / 2, window) on average. Recomputation (remat) does not count. XLA's own cost
+    analysis counts a scanned layer once, so it cannot be used.
     """
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     block = config.width * (2 * heads + 2 * kv_heads) + 3 * config.width * config.mlp_width
-    seen = min(sequence_length / 2, config.sliding_window or sequence_length)
+    attended = min(sequence_length / 2, config.sliding_window or sequence_length)
     matrices = config.num_layers * block + config.width * config.vocab_size
-    return 6.0 * matrices + 12.0 * config.num_layers * heads * seen
+    return 6.0 * matrices + 12.0 * config.num_layers * heads * attended

@@ -1,49 +1,62 @@
-"""A number for every position instead of logits: the reward model, and PPO's critic."""
+"""A decoder with a scalar head instead of a vocabulary head: the reward model, and PPO's critic."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.models.config import ModelConfig
-from jaxllm.models.transformer import Params, build_model
+from jaxllm.models.config import ModelConfig, check_model_config
+from jaxllm.models.interface import Array, Model, Params, ScalarModel, ScalarOutput
+from jaxllm.models.transformer import build_model
 
 
-class ScalarModel(NamedTuple):
-    """A decoder with a scalar head. See `build_scalar_model` for the functions."""
+@dataclass(frozen=True)
+class ScalarTransformer:
+    """A `ScalarModel`: value = hidden state @ scalar_head, without a bias."""
 
     config: ModelConfig
-    init: Callable[[jax.Array], Params]
-    apply: Callable[..., jax.Array]
-    rewards: Callable[[Params, jax.Array, jax.Array], jax.Array]
 
+    def __post_init__(self) -> None:
+        check_model_config(self.config)
+        for name in ("init", "apply", "rewards"):  # for jax.jit: see `Transformer`
+            object.__setattr__(self, name, getattr(self, name))
 
-def build_scalar_model(config: ModelConfig) -> ScalarModel:
-    """The functions of a decoder that values what it reads; its head has no bias and begins at zero.
+    @property
+    def decoder(self) -> Model:
+        """The model that computes the hidden states."""
+        return build_model(self.config)
 
-    init(key) -> the parameters of the decoder, without its vocabulary head, and `scalar_head`.
-    apply(params, tokens[B, T], *, positions=None, segment_ids=None) -> float32 values [B, T], each of what
-        has been read up to there.
-    rewards(params, tokens[..., T], lengths[...]) -> float32 rewards [...]: the value at the last real token,
-        found by length, so that neither padding nor an end-of-text token inside changes it.
-    """
-    model = build_model(config)
-
-    def init(key: jax.Array) -> Params:
-        params = model.init(key)
+    def init(self, key: jax.Array) -> Params:
+        """The decoder's parameters for this key, without its vocabulary head, and a head of zeros."""
+        params = self.decoder.init(key)
         params.pop("head", None)
-        # Noise would have to be unlearnt first; at zero all rewards are equal and the loss is log 2.
-        head = {"kernel": jnp.zeros((config.width, 1), jnp.dtype(config.param_dtype))}
+        # Training would first have to remove noise; with zeros all rewards are equal and the loss is log 2.
+        head = {"kernel": jnp.zeros((self.config.width, 1), jnp.dtype(self.config.param_dtype))}
         return {**params, "scalar_head": head}
 
-    def apply(params: Params, tokens: jax.Array, **kwargs: Any) -> jax.Array:
-        hidden, _ = model.apply(params, tokens, **kwargs)
-        return jnp.matmul(hidden, params["scalar_head"]["kernel"], preferred_element_type=jnp.float32)[..., 0]
+    def apply(
+        self,
+        params: Params,
+        tokens: Array,
+        *,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+    ) -> ScalarOutput:
+        """Float32 values [B, T]. See `ScalarModel.apply`."""
+        hidden, _, aux = self.decoder.apply(params, tokens, positions=positions, segment_ids=segment_ids)
+        kernel = params["scalar_head"]["kernel"]
+        values = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)[..., 0]
+        return ScalarOutput(values, aux)
 
-    def rewards(params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-        values = apply(params, tokens.reshape(-1, tokens.shape[-1]))
+    def rewards(self, params: Params, tokens: Array, lengths: Array) -> ScalarOutput:
+        """The float32 value at the last token of each text. See `ScalarModel.rewards`."""
+        values, aux = self.apply(params, tokens.reshape(-1, tokens.shape[-1]))
         last = lengths.reshape(-1, 1) - 1
-        return jnp.take_along_axis(values, last, axis=1).reshape(lengths.shape)
+        return ScalarOutput(jnp.take_along_axis(values, last, axis=1).reshape(lengths.shape), aux)
 
-    return ScalarModel(config, init, apply, rewards)
+
+@functools.cache  # one model per config: see `build_model`
+def build_scalar_model(config: ModelConfig) -> ScalarModel:
+    """The scalar model of this config; ConfigError, naming the field, where the config is invalid."""
+    return ScalarTransformer(config)

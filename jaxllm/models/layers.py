@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.models.config import ModelConfig, RopeScaling
+from jaxllm.models.interface import Array
 
 
 class Linear(nn.Module):
@@ -18,13 +19,13 @@ class Linear(nn.Module):
     features: int
     use_bias: bool
     param_dtype: str
-    scale: float = 1.0  # of the initial variance, over 1 / in
+    scale: float = 1.0  # the initial variance, in units of 1 / in
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal")
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.dtype(self.param_dtype))
-        # One matrix product over all tokens: XLA:CPU runs it 1.3x faster than the same thing in 3-D.
+        # One matrix product over all tokens: XLA:CPU runs it 1.3x faster than the same product in 3-D.
         y_NF = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(self.param_dtype))
@@ -39,7 +40,7 @@ class RMSNorm(nn.Module):
     param_dtype: str
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.param_dtype))
         x32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
@@ -52,34 +53,34 @@ class GatedMLP(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
         activation = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}[c.activation]
         gate_BTF = Linear(c.mlp_width, c.mlp_bias, c.param_dtype, name="gate")(x_BTD)
         up_BTF = Linear(c.mlp_width, c.mlp_bias, c.param_dtype, name="up")(x_BTD)
-        # Each block adds two outputs to the residual stream: this keeps its initial size over depth.
+        # Each block adds two outputs to the residual stream; this scale keeps its initial size at any depth.
         down = Linear(c.width, c.mlp_bias, c.param_dtype, scale=0.5 / c.num_layers, name="down")
         return down(activation(gate_BTF) * up_BTF)
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-    """Radians a position for each pair of a head's elements, float32 [head_dim / 2], and the factor on
-    cos and sin (1 but for YaRN).
+    """Radians per position for each pair of a head's elements, float32 [head_dim / 2], and the factor on
+    cos and sin (1 except for YaRN).
 
-    RoPE: Su et al. 2021 (arXiv:2104.09864); the scalings are described in `RopeScaling`.
+    RoPE: Su et al. 2021 (arXiv:2104.09864); `RopeScaling` describes the scalings.
     """
     frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling.kind == "none":
         return frequencies.astype(np.float32), 1.0
-    turns = scaling.original_length * frequencies / (2 * np.pi)  # rotations over the original length
+    rotations = scaling.original_length * frequencies / (2 * np.pi)  # over the original length
     if scaling.kind == "llama3":
         low, high = scaling.low_frequency, scaling.high_frequency
-        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        kept = np.clip((rotations - low) / (high - low), 0.0, 1.0)
         attention_factor = 1.0
     else:
-        # YaRN's ramp is linear in the pair's index, between the pairs that turn beta times.
-        def pair_index(rotations: float) -> float:
-            return head_dim * np.log(scaling.original_length / (rotations * 2 * np.pi)) / (2 * np.log(theta))
+        # YaRN's ramp is linear in the pair's index, between the pairs with beta_fast and beta_slow rotations.
+        def pair_index(beta: float) -> float:
+            return head_dim * np.log(scaling.original_length / (beta * 2 * np.pi)) / (2 * np.log(theta))
 
         first = max(np.floor(pair_index(scaling.beta_fast)), 0)
         last = min(np.ceil(pair_index(scaling.beta_slow)), head_dim - 1)
@@ -90,8 +91,8 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tup
     return scaled.astype(np.float32), float(attention_factor)
 
 
-def rotary_angles(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and signed sin, float32 [B, T, 1, head_dim], for `rotate`."""
+def rotary_angles(config: ModelConfig, positions_BT: Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, T, 1, head_dim], as `rotate` takes them: sin negated for the first half."""
     frequencies, factor = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = factor * jnp.cos(angles), factor * jnp.sin(angles)
@@ -99,7 +100,7 @@ def rotary_angles(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Arr
 
 
 def rotate(x_BTHh: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle: the half-split form of HF checkpoints."""
+    """Rotate each pair (x[i], x[i + head_dim / 2]) by its angle: the half-split form of HF checkpoints."""
     cos, sin = angles
     x32 = x_BTHh.astype(jnp.float32)
     halves_swapped = jnp.roll(x32, x32.shape[-1] // 2, axis=-1)

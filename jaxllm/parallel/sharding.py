@@ -1,12 +1,13 @@
-"""The device mesh, and the table that says how every array of a run lies on it.
+"""The device mesh, and the table of rules that shards every array of a run over it.
 
-Three axes. `data` repeats the model, `fsdp` splits parameters and gathers them when used,
-`tensor` splits heads and hidden units. Batches are split over `data` and `fsdp` together.
+Three axes: `data` replicates the model; `fsdp` shards parameters, which are gathered when they are used;
+`tensor` shards attention heads and the hidden units of MLPs. Batches are sharded over `data` and `fsdp`.
 """
 
 import logging
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +17,25 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.errors import ConfigError
 
+Device = Any  # a jax.Device, which is no type to type checkers
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1 and takes what is left."""
+    """The number of devices along each axis; at most one may be -1, which takes the remaining devices."""
 
     data: int
     fsdp: int
     tensor: int
 
 
-# Path pattern -> axes, searched in the path of a leaf ("params/blocks/mlp/up/kernel"). Optimizer
-# moments end with the path of their parameter, so one row covers a parameter and its moments.
-# Blocks are stacked: their leading axis is the layer. Each leaf of a state matches exactly one row.
+# Pattern -> mesh axis of each dimension. The pattern is searched for in the path of a leaf, such as
+# "params/blocks/mlp/up/kernel". The path of an optimizer moment ends with that of its parameter, so one rule
+# covers both. The parameters of blocks are stacked: their first dimension is the layer. Each leaf of the
+# state matches exactly one rule.
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed/table$", P("tensor", "fsdp")),
     (r"(^|/)head/kernel$", P("fsdp", "tensor")),
@@ -48,64 +52,76 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Arrange the devices (all of them by default) as config says; ConfigError where they do not fit."""
+def make_mesh(
+    config: MeshConfig,
+    devices: Sequence[Device] | None = None,
+) -> Mesh:
+    """The mesh of these devices (default: all); ConfigError where their number does not match the config."""
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
-    wrong = [axis for axis, size in sizes.items() if size < 1 and size != -1]
-    if wrong or len(free) > 1:
-        raise ConfigError(f"mesh: sizes must be 1 or more, and at most one of them -1; got {sizes}")
-    taken = math.prod(size for size in sizes.values() if size != -1)
+    invalid = [axis for axis, size in sizes.items() if size < 1 and size != -1]
+    if invalid or len(free) > 1:
+        raise ConfigError(f"mesh: each size must be 1 or more, and at most one of them -1; got {sizes}")
+    fixed = {axis: size for axis, size in sizes.items() if size != -1}
+    taken, product = math.prod(fixed.values()), " x ".join(f"{axis}={size}" for axis, size in fixed.items())
+    if free and len(devices) % taken:
+        raise ConfigError(f"mesh: {len(devices)} devices are not divisible by {product}; change these sizes")
     if free:
-        sizes[free[0]] = max(1, len(devices) // taken)
-    if math.prod(sizes.values()) != len(devices):
+        sizes[free[0]] = len(devices) // taken
+    elif taken != len(devices):
         raise ConfigError(
-            f"mesh: {' x '.join(f'{axis}={size}' for axis, size in sizes.items())} does not cover "
-            f"{len(devices)} devices; set one of the axes to -1 to fill it"
+            f"mesh: {product} is {taken} devices, but there are {len(devices)}; "
+            "set one size to -1 to take the remaining devices"
         )
-    # Explicit axis types (the default) would ask for a sharding on every operation of the model.
+    # Explicit axis types, JAX's default, would require a sharding for every operation of the model.
     axis_types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=axis_types, devices=devices)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A leaf's key path as text: `params/blocks/mlp/up/kernel`."""
+    """A leaf's path as text: `params/blocks/mlp/up/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def matching(pattern: str, params: Any) -> Any:
-    """A tree like params, True where the parameter's path (`blocks/mlp/up/kernel`) matches."""
+    """A tree of bool with the structure of params: whether the pattern is found in the parameter's path."""
 
-    def matches(path: tuple[Any, ...], _: Any) -> bool:
+    def matches(path: tuple[Any, ...], _: object) -> bool:
         return re.search(pattern, path_name(path)) is not None
 
     return jax.tree_util.tree_map_with_path(matches, params)
 
 
 def rule_for(path: str) -> P:
-    """The one row of RULES that the path matches; ValueError where none or several do."""
+    """The spec of the one rule that the path matches; ValueError where no rule or several match."""
     matches = [(pattern, spec) for pattern, spec in RULES if re.search(pattern, path)]
     if len(matches) != 1:
         found = "no rule" if not matches else f"rules {[pattern for pattern, _ in matches]}"
-        raise ValueError(f"{path} matches {found} in jaxllm.parallel.sharding.RULES; it must match exactly one")
+        raise ValueError(
+            f"{path} matches {found} of jaxllm.parallel.sharding.RULES; it must match exactly one"
+        )
     return matches[0][1]
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every leaf (array or ShapeDtypeStruct) of a state tree.
 
-    An axis that does not divide its dimension (an odd vocabulary over tensor=4) is dropped for that
-    leaf, which is then whole along it; this is logged.
+    A dimension that is not divisible by its mesh axis (an odd vocabulary over tensor=4) is not sharded; a
+    line in the log says so.
     """
 
-    def resolve(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def resolve(path: tuple[Any, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         name = path_name(path)
         axes = []
         for size, axis in zip(leaf.shape, rule_for(name), strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 logging.info(
-                    "%s: %d does not divide over %s=%d; kept whole", name, size, axis, mesh.shape[axis]
+                    "%s: dimension %d is not divisible by mesh.%s=%d; not sharded",
+                    name,
+                    size,
+                    axis,
+                    mesh.shape[axis],
                 )
                 axis = None
             axes.append(axis)
@@ -115,7 +131,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
-    """The shapes of a tree, each with its sharding: what a checkpoint is read into."""
+    """The ShapeDtypeStructs of a tree with their shardings: the target that a checkpoint is restored to."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         tree,
@@ -124,7 +140,7 @@ def placed(tree: Any, mesh: Mesh) -> Any:
 
 
 def whole(tree: Any, mesh: Mesh) -> Any:
-    """Shardings that keep every leaf whole, but for `tensor`: no parameter is gathered when it is used."""
+    """The shardings of a tree without `fsdp`: replicated over it, so that no use gathers a parameter."""
 
     def without_fsdp(sharding: NamedSharding) -> NamedSharding:
         return NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in sharding.spec)))
@@ -133,14 +149,14 @@ def whole(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over `data` and `fsdp`."""
+    """The rows of a batch over `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:
-    """Lay an array out inside jit, under `jax.set_mesh`.
+    """Constrain the sharding of an array inside jit, under `jax.set_mesh`.
 
-    Without a mesh, or where the leading axis does not divide, the array is left to the compiler.
+    Without a mesh, or where the first dimension is not divisible, the compiler decides.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) <= set(mesh.axis_names):

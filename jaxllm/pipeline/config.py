@@ -1,13 +1,18 @@
-"""What a pipeline is made of. Every field is commented in configs/pipeline.py."""
+"""What a pipeline is made of. Every field is commented in configs/base/pipeline.py."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from jaxllm.stages import dpo, grpo, ppo, pretrain, reward_model, sft
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig
 from jaxllm.parallel.sharding import MeshConfig
+from jaxllm.stages import dpo, grpo, ppo, pretrain, reward_model, sft
+from jaxllm.stages.sft import Config as SFTConfig
 
-# Each stage in the order they run, and the one whose weights it begins with.
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+# Each run in order, and the one that it is initialized from.
 PARENTS = {
     "pretrain": None,
     "sft": "pretrain",
@@ -21,7 +26,7 @@ PARENTS = {
 
 @dataclass(frozen=True)
 class SourcesConfig:
-    """What each stage learns from."""
+    """What each stage trains on."""
 
     text: tuple[str, ...]
     chats: tuple[str, ...]
@@ -32,12 +37,13 @@ class SourcesConfig:
 
 @dataclass(frozen=True)
 class GatesConfig:
-    """What must be reached."""
+    """What must be reached, and on which prompts it is measured."""
 
-    prompts: tuple[str, ...]  # held-out rows with a prompt; with `reference` if the rubric is to judge
+    must_pass: bool  # whether a failed gate fails the command
+    prompts: tuple[str, ...]  # held-out rows with a prompt; with `reference` for the rubric
     max_rows: int
     max_new_tokens: int
-    shown: tuple[str, ...]  # prompts for the report, put to every model
+    shown: tuple[str, ...]  # prompts in the report, completed by every model
     text_share: float
     answer_rise: float
     reward_ceiling: float
@@ -57,7 +63,7 @@ class GatesConfig:
 
 @dataclass(frozen=True)
 class ExpectedSeconds:
-    """How long each stage takes on the machine it was written for; only to tell the time left."""
+    """How long each stage takes on the machine it was written for; only to estimate the time left."""
 
     pretrain: float
     sft: float
@@ -82,7 +88,7 @@ class PipelineConfig:
     reward_model: reward_model.Config
     ppo: ppo.Config
     dpo: dpo.Config
-    sft_reasoning: sft.Config
+    sft_reasoning: SFTConfig
     grpo: grpo.Config
     gates: GatesConfig
     expected_seconds: ExpectedSeconds
@@ -92,5 +98,12 @@ class PipelineConfig:
             for field in ("seed", "model", "mesh"):
                 if getattr(getattr(self, name), field) != getattr(self, field):
                     raise ConfigError(
-                        f"{name}.{field} is not that of the pipeline: set {field} for all stages"
+                        f"{name}.{field} differs from the pipeline's {field}: set {field} for all stages"
                     )
+
+
+def pipeline_class(config: "ConfigDict") -> type[PipelineConfig]:
+    """The dataclass of a pipeline's config file; ConfigError for that of a single stage."""
+    if "gates" not in config:
+        raise ConfigError("the config file is of one stage: run it with experiments/train.py")
+    return PipelineConfig

@@ -1,31 +1,29 @@
-"""Did each stage of a pipeline do what it is for? Measured on held-out data, with standard errors.
-
-    python experiments/gates.py --config=configs/quickstart.py --workdir=runs/quickstart
-
-writes WORKDIR/gates.json, the answers it looked at into WORKDIR/answers/, and what every model says to the
-same prompts into WORKDIR/shown.json. experiments/pipeline.py runs it after the last stage.
-"""
+"""Did each stage of a pipeline reach its gate? Measured on held-out data, with standard errors."""
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
-
-from experiments.pipeline import config_class
-from jaxllm.config import run_script
-from jaxllm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from absl.flags import FlagValues
-
-    from jaxllm.pipeline.prompts import Asking
-    from jaxllm.pipeline.config import GatesConfig, PipelineConfig
+from jaxllm.data.chat_template import PlainTextTemplate
+from jaxllm.data.loader import evaluation_batches
+from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.evaluation.perplexity import evaluate
+from jaxllm.evaluation.preference import mean
+from jaxllm.evaluation.trigram import count_trigrams
+from jaxllm.files import to_json, write_file
+from jaxllm.pipeline.completions import PipelineCompletions, column, complete_by_all, has_references
+from jaxllm.pipeline.config import GatesConfig, PipelineConfig
+from jaxllm.runs.context import InitialWeights, RunInputs
+from jaxllm.runs.hooks import held_out_batches
+from jaxllm.runs.process import set_up_process
+from jaxllm.runs.program import Program
+from jaxllm.stages import pretrain
+from jaxllm.training.metrics import read_metrics
+from jaxllm.training.run_folder import RunFolder
 
 WINDOWS = 256  # scored or counted at a time
 COUNTED = 20_000_000  # tokens of the training text that the trigram counts, at most
@@ -44,61 +42,44 @@ class Gate:
     says: str
 
 
-def define_flags(flag_values: "FlagValues") -> None:
-    """This script's flags; --config and --print_config are there already."""
-    from absl import flags
-
-    flags.DEFINE_string("workdir", None, "folder of the pipeline", flag_values=flag_values)
-
-
-def main(config: "PipelineConfig", flags: "FlagValues") -> None:
-    """Measure, write, and print a line for each gate."""
-    from jaxllm.pipeline.prompts import show_all
-    from jaxllm.runs.process import set_up_process
-    from jaxllm.training.checkpoint import to_json, write_file
-
-    if flags.workdir is None:
-        raise ConfigError("--workdir=FOLDER is missing")
+def measure_gates(config: PipelineConfig, folder: Path) -> None:
+    """Measure all gates of the pipeline in `folder`, write gates.json and shown.json, print a line each."""
     set_up_process()
-    folder = Path(flags.workdir).expanduser().absolute()
     gates = list(measure(config, folder))
     passed = all(gate.passed is not False for gate in gates)
-    write_file(folder / "shown.json", to_json(show_all(config.gates, folder, config.seed)))
+    shown = complete_by_all(config.gates, folder, config.seed)
+    write_file(folder / "shown.json", to_json(shown))
     write_file(folder / "gates.json", to_json({"passed": passed, "gates": [asdict(gate) for gate in gates]}))
     for gate in gates:
         print(f"{gate.name}: {gate.says} ({gate.passed})")
 
 
-def measure(config: "PipelineConfig", folder: Path) -> Iterator[Gate]:
+def measure(config: PipelineConfig, folder: Path) -> Iterator[Gate]:
     """All gates, in the order of the stages."""
-    from jaxllm.pipeline.prompts import Asking, has_references
-
-    asking, gates = Asking(config.gates, folder, config.seed), config.gates
+    completions, gates = PipelineCompletions(config.gates, folder, config.seed), config.gates
     yield text_gate(config, folder)
-    before = asking.ask("sft", judged=True)
-    told = has_references(before)
-    if told:
-        yield answers_gate(gates, asking)
+    before = completions.of("sft", scored_by_model=True)
+    by_rubric = has_references(before)
+    if by_rubric:
+        yield answers_gate(gates, completions)
     else:
         yield unmeasured(
             "answers", "rows of gates.prompts have no `reference` with `answer`, `key`, `rivals`"
         )
     yield reward_gate(gates, evaluated(folder, "reward_model")[-1])
     for name in ("ppo", "dpo"):
-        after = asking.ask(name, judged=True, reference="sft")
-        yield preference_gate(gates, name, before, after, "rubric" if told else "model")
+        after = completions.of(name, scored_by_model=True, reference="sft")
+        yield preference_gate(gates, name, before, after, "rubric" if by_rubric else "model")
     yield reasoning_gate(gates, evaluated(folder, "grpo"))
 
 
 def evaluated(folder: Path, stage: str) -> list[dict[str, float]]:
     """The rows of a stage's metrics with held-out figures."""
-    from jaxllm.training.metrics import read_metrics
-
     rows = read_metrics(folder / stage / "metrics.jsonl")
     return [row for row in rows if any(name.startswith("eval/") for name in row)] or [{}]
 
 
-def text_gate(config: "PipelineConfig", folder: Path) -> Gate:
+def text_gate(config: PipelineConfig, folder: Path) -> Gate:
     """Bits per byte of held-out text, beside those of a trigram that has counted the same text."""
     row = evaluated(folder, "pretrain")[-1]
     if "eval/bits_per_byte" not in row:
@@ -118,36 +99,26 @@ def text_gate(config: "PipelineConfig", folder: Path) -> Gate:
     )
 
 
-def trigram(config: "PipelineConfig", folder: Path) -> tuple[float, float]:
+def trigram(config: PipelineConfig, folder: Path) -> tuple[float, float]:
     """Bits per byte, with its standard error, of the windows that pretraining was evaluated on."""
-    from jaxllm.runs.program import Program
-    from jaxllm.runs.train import held_out_batches
-    from jaxllm.stages.pretrain import model_byte_lengths
-    from jaxllm.runs.weights import InitialWeights
-    from jaxllm.data.loader import evaluation_batches
-    from jaxllm.data.tokenizer import load_tokenizer
-    from jaxllm.evaluation.perplexity import evaluate
-    from jaxllm.evaluation.trigram import count_trigrams
-    from jaxllm.training.run_folder import RunFolder
-
-    tokenizer, program = load_tokenizer(folder / "pretrain"), Program(config.pretrain)
+    tokenizer = load_tokenizer(folder / "pretrain")
+    program: Program[Any, Any] = Program(pretrain, config.pretrain)
     run = RunFolder(folder / "pretrain", "", resuming=True, step=None)
-    data = program.stage.load(program, tokenizer, run, InitialWeights(None, "", lambda: None))
-    byte_lengths = model_byte_lengths(program, tokenizer)
+    initial = InitialWeights(None, "", lambda: {})  # nothing reads them
+    data = pretrain.load(RunInputs(program, tokenizer, PlainTextTemplate(tokenizer), run, initial))
+    byte_lengths = pretrain.model_byte_lengths(program, tokenizer)
     batches = evaluation_batches(data.train, batch_size=WINDOWS)
     some = COUNTED // (WINDOWS * config.pretrain.data.sequence_length) + 1
     counted = count_trigrams(batches[:some], tokenizer.vocab_size)
     held_out = held_out_batches(config.pretrain, data.validation)
-    found = evaluate(counted, held_out, lambda model, rows: model.row_sums(rows, byte_lengths), lambda: None)
+    found = evaluate({}, held_out, lambda _, rows: counted.row_sums(rows, byte_lengths), lambda: None)
     return found["eval/bits_per_byte"], found["eval/bits_per_byte_se"]
 
 
-def answers_gate(gates: "GatesConfig", asking: "Asking") -> Gate:
+def answers_gate(gates: GatesConfig, completions: PipelineCompletions) -> Gate:
     """Right answers to held-out questions, before and after instruction fine-tuning."""
-    from jaxllm.pipeline.prompts import column
-
     (before, error), (after, error_after) = (
-        average(column(asking.ask(stage, temperature=0.0, plain=plain), "correct"))
+        average(column(completions.of(stage, temperature=0.0, plain=plain), "correct"))
         for stage, plain in (("pretrain", True), ("sft", False))
     )
     rise, rise_error = after - before, math.hypot(error, error_after)
@@ -163,7 +134,7 @@ def answers_gate(gates: "GatesConfig", asking: "Asking") -> Gate:
     )
 
 
-def reward_gate(gates: "GatesConfig", row: dict[str, float]) -> Gate:
+def reward_gate(gates: GatesConfig, row: dict[str, float]) -> Gate:
     """The reward model's accuracy on held-out pairs."""
     if "eval/accuracy_se" not in row:
         return unmeasured("reward_model", "there were no held-out pairs")
@@ -181,11 +152,9 @@ def reward_gate(gates: "GatesConfig", row: dict[str, float]) -> Gate:
 
 
 def preference_gate(
-    gates: "GatesConfig", name: str, before: list[dict], after: list[dict], measure: str
+    gates: GatesConfig, name: str, before: list[dict], after: list[dict], measure: str
 ) -> Gate:
     """What a judge that training never saw thinks of the answers, and how far from SFT they are."""
-    from jaxllm.pipeline.prompts import column
-
     old, new = column(before, measure), column(after, measure)
     (was, _), (now, _), (rise, error) = average(old), average(new), average(new - old)
     kl, kl_error = average(np.array([row["kl"] for row in after]))
@@ -204,7 +173,7 @@ def preference_gate(
     )
 
 
-def reasoning_gate(gates: "GatesConfig", rows: list[dict[str, float]]) -> Gate:
+def reasoning_gate(gates: GatesConfig, rows: list[dict[str, float]]) -> Gate:
     """pass@1 of sampled answers to held-out problems, before and after GRPO."""
     rows = [row for row in rows if "eval/sampled_pass@1" in row]
     if len(rows) < 2:
@@ -231,15 +200,9 @@ def unmeasured(name: str, why: str) -> Gate:
 
 def average(values: np.ndarray) -> tuple[float, float]:
     """Mean and standard error of those that are numbers."""
-    from jaxllm.evaluation.preference import mean
-
     return mean(values[~np.isnan(values)])
 
 
 def percent(share: float, error: float) -> str:
     """`71.2% ± 1.4%`"""
     return f"{100 * share:.1f}% ± {100 * error:.1f}%"
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main, config_class, define_flags))

@@ -1,8 +1,8 @@
-"""What a report says, apart from how it looks: blocks, which `html` and `markdown` write down."""
+"""The content of a report without its format: blocks that `html` and `markdown` render."""
 
 import math
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 _NUMBER = r"-?\d[\d.,]*(e[-+]\d+)?"
 _NUMERIC = re.compile(rf"{_NUMBER}( ± {_NUMBER})?( (GB|MB|s|\d+ s|min( \d+ s)?|h \d+ min|\(step \d+\)))?|–|")
@@ -15,17 +15,17 @@ class Heading(NamedTuple):
 
 class Paragraph(NamedTuple):
     text: str
-    mood: str = ""  # "good", "bad" or "note"
+    style: str = ""  # "good", "bad" or "note"
 
 
 class Table(NamedTuple):
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
     title: str = ""
-    folded: bool = False  # shown when asked for
+    folded: bool = False  # opened by a click
 
     def is_numeric(self, column: int) -> bool:
-        """Whether all cells of the column are numbers, to be aligned on the right."""
+        """Whether all cells of the column are numbers; they are then aligned on the right."""
         return all(_NUMERIC.fullmatch(row[column]) for row in self.rows)
 
 
@@ -36,7 +36,7 @@ class Code(NamedTuple):
 
 class Legend(NamedTuple):
     label: str
-    colour: int
+    color: int
     dash: int  # 0 is a solid line
 
 
@@ -50,17 +50,17 @@ class Gallery(NamedTuple):
     pictures: list[Picture]
 
 
-class Answer(NamedTuple):
+class Completion(NamedTuple):
     model: str
-    kind: str  # what is to be expected of it
+    note: str  # on the model or on the completion, such as its reward
     text: str
 
 
 class Card(NamedTuple):
-    """One prompt, and what each model says to it."""
+    """One prompt with the completion of each model."""
 
     prompt: str
-    answers: list[Answer]
+    completions: list[Completion]
 
 
 Block = Heading | Paragraph | Table | Code | Gallery | Card
@@ -73,16 +73,19 @@ class Report(NamedTuple):
     blocks: list[Block]
 
 
-# Numbers, as they are written in both
+# Numbers as text, the same in both formats
 
 
-def number(value: Any) -> str:
-    """Four digits of a number; a dash for none; anything else as it is."""
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: object) -> str:
+    """A number with four significant digits, integers whole; None as a dash; any other value as text."""
     if value is None:
         return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if not math.isfinite(value):
+    if not is_number(value):
         return str(value)
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
@@ -91,20 +94,19 @@ def number(value: Any) -> str:
     return f"{value:.4g}"
 
 
-def with_error(value: Any, error: Any) -> str:
-    """A value with its standard error, to two digits of the latter: 0.542 ± 0.022."""
-    numbers = [isinstance(x, int | float) and math.isfinite(x) for x in (value, error)]
-    if not all(numbers):
+def with_error(value: object, error: object) -> str:
+    """A value with its standard error, to two significant digits of the error: 0.542 ± 0.022."""
+    if not (is_number(value) and is_number(error)):
         return number(value)
-    if error < 1e-6:  # none, but for rounding
+    if error < 1e-6:  # rounding error
         return f"{number(value)} ± 0"
     digits = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
-def duration(seconds: Any) -> str:
-    """13 min 20 s."""
-    if not isinstance(seconds, int | float):
+def duration(seconds: object) -> str:
+    """Seconds as 13 min 20 s."""
+    if not is_number(seconds):
         return "–"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -113,8 +115,8 @@ def duration(seconds: Any) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def size(count: Any) -> str:
+def size(num_bytes: object) -> str:
     """Bytes as GB or MB."""
-    if not isinstance(count, int | float):
+    if not is_number(num_bytes):
         return "–"
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

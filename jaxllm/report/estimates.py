@@ -1,17 +1,15 @@
-"""Whether two figures differ, given how uncertain each is."""
+"""Whether two measurements differ, given their standard errors."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from scipy.special import stdtrit
-
 
 class Estimate(NamedTuple):
     value: float
     error: float  # standard error
-    freedom: float = math.inf  # degrees of freedom that the error was estimated with
+    degrees_of_freedom: float = math.inf  # of the error's own estimate
 
 
 class Difference(NamedTuple):
@@ -20,13 +18,13 @@ class Difference(NamedTuple):
 
     @property
     def is_distinguishable(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return abs(self.value) > self.half_width
 
 
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
-    """Of runs that differ in their seed: their mean, with the error that their spread gives it. Of one run:
-    its own, which knows of the held-out rows but not of other seeds."""
+    """The mean over runs that differ only in the seed, with the standard error from their spread. One run
+    keeps its own standard error, which is over held-out rows and not over seeds."""
     if len(estimates) == 1:
         return estimates[0]
     values = [estimate.value for estimate in estimates]
@@ -35,9 +33,13 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def difference(before: Estimate, after: Estimate) -> Difference:
-    """`after` minus `before`, with 1.96 standard errors, or as many more as errors from few seeds ask for:
-    Student's t with the degrees of freedom of Welch (1947) and Satterthwaite (1946)."""
+    """`after` minus `before` with its 95% interval: ± 1.96 standard errors, or more where an error is from
+    few seeds, by Student's t with the degrees of freedom of Welch (1947) and Satterthwaite (1946)."""
+    from scipy.special import stdtrit
+
     error = math.hypot(before.error, after.error)
-    inverse = sum((each.error / error) ** 4 / each.freedom for each in (before, after)) if error else 0
-    freedom = min(1 / inverse, 1e9) if inverse else 1e9  # as good as infinite
-    return Difference(after.value - before.value, float(stdtrit(freedom, 0.975)) * error)
+    inverse = 0.0
+    if error:
+        inverse = sum((each.error / error) ** 4 / each.degrees_of_freedom for each in (before, after))
+    degrees_of_freedom = min(1 / inverse, 1e9) if inverse else 1e9  # in effect infinite
+    return Difference(after.value - before.value, float(stdtrit(degrees_of_freedom, 0.975)) * error)

@@ -1,9 +1,10 @@
-"""A report as one HTML file: no script, nothing from elsewhere, light or dark as the reader's screen is."""
+"""A report as one HTML file, light or dark as the reader's system is, with no script and no external file."""
 
 import html
 import re
 from pathlib import Path
 
+from jaxllm.data.show import printable
 from jaxllm.report.document import (
     Block,
     Card,
@@ -16,15 +17,14 @@ from jaxllm.report.document import (
     Report,
     Table,
 )
-from jaxllm.data.show import printable
 
-# A policy against what the texts of a model might try, should one ever not be escaped.
+# A second defense, besides escaping, against markup in generated text.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 _STYLE = (Path(__file__).parent / "style.css").read_text()
 
-LONG_CELL = 32  # characters; only such have lines broken, so that no column gets narrow on a phone
-_MOODS = {"passed": "good", "failed": "bad", "they differ": "strong"}
+LONG_CELL = 32  # characters; only longer cells wrap, so that no column gets too narrow on a phone
+_CELL_STYLES = {"passed": "good", "failed": "bad", "different": "strong"}
 
 
 def to_html(report: Report) -> str:
@@ -33,7 +33,7 @@ def to_html(report: Report) -> str:
     links = "".join(f'<a href="#{_anchor(text)}">{_text(text)}</a>' for text in headings)
     facts = "".join(f"<span>{_text(fact)}</span>" for fact in report.facts)
     verdict = report.verdict
-    says = f'<p class="verdict {verdict.mood}">{_text(verdict.text)}</p>' if verdict else ""
+    summary = f'<p class="verdict {verdict.style}">{_text(verdict.text)}</p>' if verdict else ""
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -42,7 +42,7 @@ def to_html(report: Report) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{_text(report.title)}</title>",
             f"<style>{_STYLE}</style></head><body><main>",
-            f'<header><h1>{_text(report.title)}</h1>{says}<p class="facts">{facts}</p>',
+            f'<header><h1>{_text(report.title)}</h1>{summary}<p class="facts">{facts}</p>',
             f"<nav>{links}</nav></header>" if len(headings) > 1 else "</header>",
             *map(_block, report.blocks),
             "</main></body></html>\n",
@@ -64,8 +64,8 @@ def _block(block: Block) -> str:
             return f'<h2 id="{_anchor(text)}">{_text(text)}</h2>'
         case Heading(level, text):
             return f"<h{level}>{_text(text)}</h{level}>"
-        case Paragraph(text, mood):
-            return f'<p class="{mood}">{_text(text)}</p>'
+        case Paragraph(text, style):
+            return f'<p class="{style}">{_text(text)}</p>'
         case Table():
             return _table(block)
         case Code(title, text):
@@ -92,8 +92,8 @@ def _table(table: Table) -> str:
 
 
 def _cell(cell: str, kind: str) -> str:
-    if cell in _MOODS:
-        kind = f' class="{_MOODS[cell]}"'
+    if cell in _CELL_STYLES:
+        kind = f' class="{_CELL_STYLES[cell]}"'
     elif len(cell) > LONG_CELL:
         kind = ' class="long"'
     return f"<td{kind}>{_text(cell)}</td>"
@@ -110,13 +110,13 @@ def _picture(picture: Picture) -> str:
 
 def _legend(legend: Legend) -> str:
     dash = ("solid", "dashed", "dotted", "double")[legend.dash % 4]
-    line = f'<i style="border-top-color: var(--series-{legend.colour}); border-top-style: {dash}"></i>'
+    line = f'<i style="border-top-color: var(--series-{legend.color}); border-top-style: {dash}"></i>'
     return f"<span>{line}{_text(legend.label)}</span>"
 
 
 def _card(card: Card) -> str:
     rows = []
-    for model, kind, text in card.answers:
-        said = f"<dd>{_text(text)}</dd>" if text.strip() else '<dd class="nothing">nothing</dd>'
-        rows.append(f"<div><dt>{_text(model)} <small>{_text(kind)}</small></dt>{said}</div>")
+    for model, note, text in card.completions:
+        shown = f"<dd>{_text(text)}</dd>" if text.strip() else '<dd class="empty">(empty)</dd>'
+        rows.append(f"<div><dt>{_text(model)} <small>{_text(note)}</small></dt>{shown}</div>")
     return f'<section class="card"><h3>{_text(card.prompt)}</h3><dl>{"".join(rows)}</dl></section>'

@@ -1,11 +1,11 @@
-"""A report as Markdown: the same content without the pictures."""
+"""A report as Markdown: the content of the HTML page without its pictures."""
 
 import re
 
-from jaxllm.report.document import Block, Card, Code, Gallery, Heading, Paragraph, Report, Table
 from jaxllm.data.show import printable
+from jaxllm.report.document import Block, Card, Code, Gallery, Heading, Paragraph, Report, Table
 
-# What would be read as markup; an underscore within a word is none.
+# Characters that Markdown reads as markup; an underscore within a word is not among them.
 _MARKUP = re.compile(r"[\\`*\[\]<>|~#]|(?<![^\W_])_|_(?![^\W_])")
 
 
@@ -21,7 +21,7 @@ def to_markdown(report: Report) -> str:
 
 
 def _text(text: str) -> str:
-    """On one line, with nothing in it that is markup."""
+    """On one line, with all markup escaped."""
     escaped = _MARKUP.sub(lambda found: f"\\{found[0]}", printable(text).replace("&", "&amp;").strip())
     return "<br>".join(escaped.splitlines())
 
@@ -42,9 +42,12 @@ def _block(block: Block) -> str:
             return f"{titled}{fence}\n{printable(text)}\n{fence}"
         case Gallery():
             return ""
-        case Card(prompt, answers):
-            rows = [(f"{model} ({kind})" if kind else model, text or "–") for model, kind, text in answers]
-            return f"### {_text(prompt)}\n\n" + _block(Table(("model", "says"), rows))
+        case Card(prompt, completions):
+            rows = [
+                (f"{model} ({note})" if note else model, text if text.strip() else "(empty)")
+                for model, note, text in completions
+            ]
+            return f"### {_text(prompt)}\n\n" + _block(Table(("model", "completion"), rows))
 
 
 def _rule(table: Table, column: int) -> str:

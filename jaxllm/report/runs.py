@@ -1,7 +1,8 @@
-"""Run folders and pipeline folders, as far as they are written: what is missing is said, the rest is read.
+"""Read run folders and pipeline folders, finished or not: problems are listed, everything else is read.
 
 Only JSON is read (`config.json`, `run.json`, `metrics.jsonl`, `evals/`, `arrays.json` of a checkpoint, and a
-pipeline's `pipeline.json`, `gates.json` and `shown.json`), never a log.
+pipeline's `pipeline.json`, `gates.json` and `shown.json`), never a log. Old folders are read under today's
+names of config fields and stages.
 """
 
 import json
@@ -12,47 +13,70 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import parse
+from jaxllm.config_versions import current_name, upgrade
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig, flops_per_token
+from jaxllm.report.document import is_number
+from jaxllm.runs.panels import OTHER, Panel
+from jaxllm.runs.stage import Stage
+from jaxllm.stages import find_stage
 from jaxllm.training.metrics import read_metrics
 
 PIPELINE_FILES = ("pipeline.json", "gates.json", "shown.json")
+PIPELINE_LOCK = "lock"  # a pipeline creates it first, before it has anything to write
 
 
 class Point(NamedTuple):
+    """A metric at one step."""
+
     step: int
     value: float
-    error: float | None  # standard error, of what is measured on held-out rows
+    error: float | None  # standard error; None where the metric has none
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder; `entry` is what the pipeline that made it says of it, if one did."""
+    """A run folder."""
 
     folder: Path
     name: str
-    config: dict[str, Any]
+    config: dict[str, Any]  # under today's names of the fields
     record: dict[str, Any]  # run.json
     rows: list[dict[str, Any]]  # metrics.jsonl
-    entry: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    entry: dict[str, Any] = field(default_factory=dict)  # of the run in pipeline.json, if a pipeline ran it
+    problems: list[str] = field(default_factory=list)  # files that are missing or unreadable
 
     @property
     def stage(self) -> str:
         return str(self.config.get("stage", "unknown"))
 
     @property
+    def stage_module(self) -> Stage | None:
+        """The module of its stage; None where this version has no such stage."""
+        try:
+            return find_stage(self.stage)
+        except ConfigError:
+            return None
+
+    @property
+    def panels(self) -> tuple[Panel, ...]:
+        """The pictures that the report draws."""
+        return self.stage_module.panels if self.stage_module else OTHER
+
+    @property
     def last_start(self) -> dict[str, Any]:
+        """The newest of the starts (the first and each resume) that run.json records."""
         starts = objects(self.record.get("starts"))
         return starts[-1] if starts else {}
 
     @property
     def command(self) -> str | None:
+        """The command that started it."""
         starts = objects(self.record.get("starts"))
         return self.entry.get("command") or (starts[0].get("command") if starts else None)
 
     def points(self, metric: str) -> list[Point]:
-        """The finite values of a metric, in order of step."""
+        """The finite values of a metric, ordered by step."""
         return [
             Point(row["step"], row[metric], error if is_number(error := row.get(f"{metric}_se")) else None)
             for row in self.rows
@@ -60,28 +84,30 @@ class Run:
         ]
 
     def last(self, metric: str) -> Point | None:
+        """The last finite value of a metric."""
         points = self.points(metric)
         return points[-1] if points else None
 
     @property
     def tokens(self) -> float | None:
+        """Tokens trained on."""
         point = self.last("train/tokens")
         return point.value if point else None
 
     @property
     def flops(self) -> float | None:
-        """Of the updates: tokens times what the formula of jaxllm.models.config gives for one."""
+        """Of the training updates: tokens times the FLOPs per token by `flops_per_token`."""
         try:
             model = parse(ModelConfig, self.config["model"], "model")
-            each = flops_per_token(model, self.config["data"]["sequence_length"])
+            per_token = flops_per_token(model, self.config["data"]["sequence_length"])
         except (ConfigError, KeyError, TypeError):
             return None
-        models = 2 if self.stage == "ppo" else 1  # the policy and its critic
-        return None if self.tokens is None else self.tokens * each * models
+        has_critic = self.stage_module is not None and self.stage_module.policy_prefix != ""
+        return None if self.tokens is None else self.tokens * per_token * (2 if has_critic else 1)
 
     @property
     def parameters(self) -> int | None:
-        """Of all models that are trained, from the names and shapes beside the newest checkpoint."""
+        """Number of parameters of all trained models, from the shapes in the newest checkpoint."""
         files = [
             path for path in self.folder.glob("checkpoints/*/arrays.json") if path.parent.name.isdecimal()
         ]
@@ -95,7 +121,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """What the pipeline measured, or the time of the steps, evaluation and saving left out."""
+        """As the pipeline measured them, else the sum of the step times, without evaluation and saving."""
         if is_number(self.entry.get("seconds")):
             return self.entry["seconds"]
         total, before = 0.0, 0
@@ -107,7 +133,7 @@ class Run:
 
     @property
     def peak_memory(self) -> float | None:
-        """Bytes: of the process as the pipeline measured it, or of a device that counts them."""
+        """Bytes: of the process as the pipeline measured it, else of the device where it reports them."""
         if is_number(self.entry.get("peak_memory_bytes")):
             return self.entry["peak_memory_bytes"]
         point = self.last("perf/memory_peak_gb")
@@ -120,25 +146,27 @@ class Pipeline:
 
     folder: Path
     name: str
-    facts: dict[str, Any]  # pipeline.json
+    record: dict[str, Any]  # pipeline.json
+    entries: list[dict[str, Any]]  # of the finished stages in pipeline.json, under today's names
     gates: list[dict[str, Any]] | None  # None: not written yet
-    shown: dict[str, Any]
+    shown: dict[str, Any]  # shown.json: prompts and what each model generated for them
     stages: list[Run]
     problems: list[str]
 
 
-def is_number(value: Any) -> bool:
-    """Whether JSON gave a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def current_names(entry: dict[str, Any]) -> dict[str, Any]:
+    """A stage's entry in pipeline.json, under today's names of the stages."""
+    names = {key: entry.get(key) for key in ("name", "parent")}
+    return entry | {key: current_name(name) or name for key, name in names.items() if isinstance(name, str)}
 
 
-def objects(value: Any) -> list[dict[str, Any]]:
-    """The objects of a JSON list; none of anything else."""
+def objects(value: object) -> list[dict[str, Any]]:
+    """The objects in a JSON list; [] for any other value."""
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
-    """The object in a JSON file; where there is none, {} and a line in `problems`."""
+    """The object in a JSON file; where it cannot be read, {} and an entry in `problems`."""
     where = f"{path.parent.name}/{path.name}"
     try:
         found = json.loads(path.read_bytes())
@@ -149,12 +177,12 @@ def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
     else:
         if isinstance(found, dict):
             return found
-        problems.append(f"{where} is no JSON object")
+        problems.append(f"{where} is not a JSON object")
     return {}
 
 
 def read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl that name their step."""
+    """The rows of metrics.jsonl that have a step."""
     try:
         rows = [row for row in objects(read_metrics(path)) if isinstance(row.get("step"), int)]
     except (OSError, ValueError) as error:
@@ -169,54 +197,61 @@ def read_run(folder: Path, name: str, entry: dict[str, Any] | None = None) -> Ru
     """A run folder, complete or not."""
     problems: list[str] = []
     record, config = (read_object(folder / file, problems) for file in ("run.json", "config.json"))
-    return Run(
-        folder, name, config, record, read_rows(folder / "metrics.jsonl", problems), entry or {}, problems
-    )
+    try:
+        config = upgrade(config)
+    except (TypeError, ValueError) as error:
+        problems.append(f"{folder.name}/config.json cannot be read: {error}")
+        config = {}
+    rows = read_rows(folder / "metrics.jsonl", problems)
+    return Run(folder, name, config, record, rows, entry or {}, problems)
 
 
 def read_pipeline(folder: Path, name: str) -> Pipeline:
-    """A pipeline's folder, complete or not."""
+    """The folder of a pipeline, complete or not."""
     problems: list[str] = []
-    facts, gates, shown = (read_object(folder / file, problems) for file in PIPELINE_FILES)
-    stages, listed_folders = [], set()
-    for entry in objects(facts.get("stages")):
-        stage = str(entry.get("name", f"stage {len(stages) + 1}"))
-        run = folder / str(entry.get("workdir", stage))
-        listed_folders.add(run)
-        if (run / "run.json").exists():
-            stages.append(read_run(run, stage, entry))
-        elif stage != "gates":  # measuring them is no run
-            problems.append(f"{stage}/run.json is missing")
-    others = [path.parent for path in folder.glob("*/run.json") if path.parent not in listed_folders]
-    unfinished = [read_run(path, path.name) for path in others]
-    stages += sorted(unfinished, key=lambda run: str(run.record.get("id")))  # ids begin with the time
-    problems += [f"stage {run.name} is not over" for run in unfinished]
-    listed = objects(gates["gates"]) if "gates" in gates else None
-    if gates and listed is None:
+    record, gates, shown = (read_object(folder / file, problems) for file in PIPELINE_FILES)
+    gate_list = objects(gates["gates"]) if "gates" in gates else None
+    if gates and gate_list is None:
         problems.append(f"{folder.name}/gates.json has no gates")
+    entries = [current_names(entry) for entry in objects(record.get("stages"))]
+    stages, finished_folders = [], set()
+    for i, entry in enumerate(entries, 1):
+        stage = str(entry.get("name", f"stage {i}"))
+        run_folder = folder / str(entry.get("workdir", stage))
+        finished_folders.add(run_folder)
+        if (run_folder / "run.json").exists():
+            stages.append(read_run(run_folder, stage, entry))
+        elif stage != "gates":  # measuring the gates trains nothing
+            problems.append(f"{stage}/run.json is missing")
+    others = [path.parent for path in folder.glob("*/run.json") if path.parent not in finished_folders]
+    unfinished = [read_run(path, current_name(path.name) or path.name) for path in others]
+    problems += [f"stage {run.name} has not finished" for run in unfinished]
+    stages += sorted(unfinished, key=lambda run: str(run.record.get("id")))  # ids sort by time
     problems += [problem for run in stages for problem in run.problems]
-    return Pipeline(folder, name, facts, listed, shown, stages, problems)
+    return Pipeline(folder, name, record, entries, gate_list, shown, stages, problems)
 
 
 def read_all(paths: list[Path]) -> list[Run | Pipeline]:
-    """The runs and pipelines in these folders, each with a name of its own; ConfigError for any other."""
+    """The runs and pipelines in these folders, under distinct names; ConfigError for any other folder."""
     folders = [path.expanduser().absolute() for path in paths]
     found: list[Run | Pipeline] = []
     for folder, name in zip(folders, distinct_names(folders), strict=True):
         if (folder / "run.json").exists():
             found.append(read_run(folder, name))
-        elif any((folder / file).exists() for file in (*PIPELINE_FILES, "pretrain/run.json")):
+        elif any((folder / file).exists() for file in (*PIPELINE_FILES, PIPELINE_LOCK)):
             found.append(read_pipeline(folder, name))
         else:
-            files = [file for name in ("run", "pipeline") for file in folder.glob(f"*/{name}.json")]
+            files = [file for kind in ("run", "pipeline") for file in folder.glob(f"*/{kind}.json")]
             inside = sorted({file.parent.name for file in files})
-            hint = f"; in it are {', '.join(inside)}" if inside else ""
-            raise ConfigError(f"{folder} is no run: it has neither run.json nor pipeline.json{hint}")
+            hint = f"; it contains {', '.join(inside)}" if inside else ""
+            raise ConfigError(
+                f"{folder} is not a run folder: it has neither run.json nor pipeline.json{hint}"
+            )
     return found
 
 
 def distinct_names(folders: list[Path]) -> list[str]:
-    """The last part of each path, or as many parts as it takes to tell them apart."""
+    """The last part of each path, or as many parts as tell the paths apart."""
     for length in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-length:]) for folder in folders]
         if len(set(names)) == len(names):

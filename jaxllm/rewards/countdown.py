@@ -1,4 +1,4 @@
-"""Does the completion reach the target with every number used once?"""
+"""Countdown: does the completion reach the target number using every given number once?"""
 
 import ast
 import operator
@@ -15,14 +15,15 @@ _OPERATIONS = {
 }
 _SIGNS = str.maketrans("×·÷−", "**/-")
 _EXPRESSION = re.compile(r"-?[0-9(][-+*/()0-9 ]*+")
-_MAX_LENGTH = 200  # of an expression: bounds the digits of its value and the depth of its parentheses
+_MAX_LENGTH = 200  # characters of an expression: bounds the digits of its value and its nesting
 
 
 def countdown(example: Mapping[str, Any], completion: str, *, partial_credit: float = 0.0) -> float:
     """1.0 if the last expression equals `example["target"]` and uses each of `example["nums"]` exactly once.
 
-    The numbers may also be called "numbers". The expression stands after `<answer>`, else on the last line,
-    and `= 98` behind it is ignored. `partial_credit` is for the right numbers with the wrong value.
+    The numbers may also be in `example["numbers"]`. The expression is read after the last `<answer>`, else on
+    the last line; `= 98` after it is ignored. `partial_credit` is the reward of an expression that uses the
+    right numbers but has another value.
     """
     expression = _last_expression(completion)
     if expression is None:

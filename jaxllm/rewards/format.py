@@ -1,4 +1,4 @@
-"""Does the completion think first and answer then, each in its tags?"""
+"""Is the completion a thought followed by an answer, each in its tags?"""
 
 import re
 from collections.abc import Mapping

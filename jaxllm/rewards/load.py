@@ -1,4 +1,4 @@
-"""A reward function by its name, or by the file that a user wrote."""
+"""Loads a reward function by its name, or from a file of the user."""
 
 import importlib
 import importlib.util
@@ -16,26 +16,32 @@ from jaxllm.errors import ConfigError
 
 Reward = Callable[[Mapping[str, Any], str], float | None]
 
-_NOT_REWARDS = ("load", "pool", "worker")
+_NOT_REWARDS = ("load", "pool", "reward_model", "scorer", "worker")  # the other modules of this package
+
+
+def reward_names() -> list[str]:
+    """The rewards of this package: each is a function in the module of its name."""
+    modules = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    return [name for name in modules if name not in _NOT_REWARDS]
 
 
 def load_reward(name: str) -> Reward:
-    """The function `math_answer` (one of ours), `package.module.function` or `path/to/file.py:function`."""
+    """The function of a name such as `math_answer` (of this package), `package.module.function` or
+    `path/to/file.py:function`. Raises ConfigError where it cannot be loaded or called."""
     if name.endswith(".py") or ".py:" in name:
         path, _, function = name.rpartition(":")
         if not path:
-            raise ConfigError(f"reward {name!r}: name the function too, as {name}:FUNCTION")
+            raise ConfigError(f"reward {name!r}: give the name of the function too, as {name}:FUNCTION")
         reward = _attribute(_module_of_file(path), function, path)
     elif "." in name:
         module, _, function = name.rpartition(".")
         reward = _attribute(_import(module, name), function, module)
     else:
-        ours = [each.name for each in pkgutil.iter_modules([str(Path(__file__).parent)])]
-        ours = [each for each in ours if each not in _NOT_REWARDS]
-        if name not in ours:
+        names = reward_names()
+        if name not in names:
             raise ConfigError(
-                f"reward {name!r}: unknown{did_you_mean(name, ours)} "
-                f"(there are {', '.join(ours)}, package.module.function and file.py:function)"
+                f"reward {name!r}: unknown{did_you_mean(name, names)} "
+                f"(choose one of {', '.join(names)}, package.module.function or file.py:function)"
             )
         reward = getattr(_import(f"jaxllm.rewards.{name}", name), name)
     _check_signature(reward, name)
@@ -48,12 +54,14 @@ def _module_of_file(name: str) -> ModuleType:
         beside = [each.name for each in path.parent.glob("*.py")]
         raise ConfigError(f"reward file {name}: no such file{did_you_mean(path.name, beside)}")
     spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None  # a .py file always has one
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the module of their class
+    sys.modules[spec.name] = module  # dataclasses look up the module of their class there
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{place(error, path)}: {what(error)}") from error
+        raise ConfigError(f"{error_place(error, path)}: {error_line(error)}") from error
     return module
 
 
@@ -63,14 +71,14 @@ def _import(module: str, name: str) -> ModuleType:
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"reward {name!r}: {place(error)}: {what(error)}") from error
+        raise ConfigError(f"reward {name!r}: {error_place(error)}: {error_line(error)}") from error
 
 
 def _attribute(module: ModuleType, function: str, where: str) -> Reward:
     known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
     if not callable(getattr(module, function, None)):
         raise ConfigError(
-            f"reward file {where}: no function {function!r}{did_you_mean(function, known)} (there is "
+            f"reward file {where}: no function {function!r}{did_you_mean(function, known)} (it has "
             f"{', '.join(known) or 'none'})"
         )
     return getattr(module, function)
@@ -81,19 +89,19 @@ def _check_signature(reward: Reward, name: str) -> None:
         inspect.signature(reward).bind({}, "")
     except TypeError as error:
         raise ConfigError(f"reward {name!r}: must take (example, completion): {error}") from None
-    except ValueError:  # written in C, without a signature to look at
+    except ValueError:  # a C function without a signature
         pass
 
 
-def what(error: BaseException) -> str:
-    """`KeyError: 'answer'` on one line; also of an exception that cannot even be printed."""
+def error_line(error: BaseException) -> str:
+    """`KeyError: 'answer'` on one line; works for exceptions whose text cannot be formatted too."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg}"
     return " ".join(traceback.format_exception_only(error)[-1].split())[:300]
 
 
-def place(error: BaseException, path: Path | None = None) -> str:
-    """`file:line` where the exception arose: the deepest line in `path`, or in any file."""
+def error_place(error: BaseException, path: Path | None = None) -> str:
+    """`file:line` where the exception was raised: the deepest line in `path`, or in any file."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,7 +1,7 @@
-"""Is the final answer of a completion the number that the example asks for, exactly?
+"""Is the final answer of a completion exactly the number that the example expects?
 
-Numbers are compared as fractions. Nothing is evaluated and every pattern here is linear in the length of the
-text, so that no completion, however hostile, costs more than reading it.
+Numbers are compared as fractions. Nothing is evaluated, and every pattern takes time linear in the length of
+the text, so that no completion, however hostile, takes much longer than reading it.
 """
 
 import re
@@ -16,7 +16,7 @@ class Number(NamedTuple):
     percent: bool
 
     def equals(self, other: "Number") -> bool:
-        """50% is what 50 asks for, and what 0.5 asks for; but 50% is not 0.5%."""
+        """50% equals 50, where the unit is left out, and 0.5; but 50% does not equal 0.5%."""
         if self.percent == other.percent:
             return self.value == other.value
         percent, plain = (self, other) if self.percent else (other, self)
@@ -26,9 +26,9 @@ class Number(NamedTuple):
 def math_answer(example: Mapping[str, Any], completion: str) -> float | None:
     """1.0 if the completion's final answer equals `example["answer"]`, a number or a solution with `#### x`.
 
-    The final answer is the last `\\boxed{}`, else the last `#### x`, else x in "answer is x", else x where
-    the last line has "= x", else the last number there; only inside `<answer>` where there is one. None if
-    the example's own answer is no number.
+    The final answer is the last `\\boxed{}`, else the last `#### x`, else x in "answer is x", else x in "= x"
+    on the last line with a number, else the last number of that line; only text in `<answer>` counts if there
+    is any. None if the example's own answer is not a number.
     """
     answer = _plain(str(example["answer"]))
     stated = _stated(answer)
@@ -40,7 +40,7 @@ def math_answer(example: Mapping[str, Any], completion: str) -> float | None:
 
 
 def final_answer(completion: str) -> Number | None:
-    """The number that a completion ends in, or None where it ends in no number."""
+    """The number that a completion gives as its answer, or None if it gives none."""
     text = _plain(completion.rpartition("<answer>")[2].partition("</answer>")[0])
     stated = _stated(text)
     if stated is not None:
@@ -53,7 +53,7 @@ def final_answer(completion: str) -> Number | None:
 
 
 def _stated(text: str) -> str | None:
-    """What stands in the last box, or on the last line that is marked `####`."""
+    """The content of the last `\\boxed{}`, else of the last line marked `####`, else None."""
     _, box, after = text.rpartition("\\boxed{")
     if box:
         depth = 1
@@ -61,18 +61,19 @@ def _stated(text: str) -> str | None:
             depth += {"{": 1, "}": -1}.get(character, 0)
             if depth == 0:
                 return after[:end]
-        return ""  # cut off before it was closed
+        return ""  # truncated before the closing brace
     _, mark, after = text.rpartition("####")
     return after.strip().partition("\n")[0] if mark else None
 
 
 def parse_number(text: str) -> Number | None:
-    """The number that `text` is, with its currency, unit or `x =` before it, and nothing else in it."""
+    """The number in `text`, which may have a currency, a unit or `x =`, but nothing else; or None."""
     match = _WHOLE.fullmatch(text.rpartition("=")[2].strip())
     if match is None or match["unit"].strip() in _UNKNOWNS or len(match[0]) > 200:
         return None
-    parts = [_decimal(part) for part in (match["whole"], match["top"], match["bottom"]) if part]
-    if None in parts:
+    decimals = [_decimal(part) for part in (match["whole"], match["top"], match["bottom"]) if part]
+    parts = [decimal for decimal in decimals if decimal is not None]
+    if len(parts) < len(decimals):
         return None
     value = parts[0]
     if match["bottom"]:
@@ -85,19 +86,20 @@ def parse_number(text: str) -> Number | None:
 
 def _decimal(text: str) -> Fraction | None:
     _, _, exponent = text.lower().partition("e")
-    if len(exponent.lstrip("+-")) > 2:  # 1e999999999 is a number that nobody should write out
+    if len(exponent.lstrip("+-")) > 2:  # 1e999999999 would have a billion digits
         return None
     return Fraction(text.replace(",", ""))
 
 
 def _plain(text: str) -> str:
-    """The text with LaTeX, Markdown and Unicode's ways of writing a number made plain."""
+    """The text with numbers in LaTeX, Markdown and Unicode notation rewritten in ASCII."""
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     return text
 
 
 def _vulgar(match: re.Match[str]) -> str:
+    """A Unicode fraction such as ½ as 1/2."""
     mixed = match.string[match.start() - 1 : match.start()].isdigit()
     return " " * mixed + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/")
 
@@ -121,14 +123,15 @@ _REWRITES = [
     )
 ]
 
-# Groups are atomic, so that 12 is never read as 1 and nothing is tried twice.
+# Groups are atomic, so that 12 is never matched as 1 and there is no backtracking.
 _UNSIGNED = (
     r"(?>[0-9]{1,3}(?:,[0-9]{3}(?![0-9]))++(?:\.[0-9]++)?+|[0-9]++(?:\.[0-9]++)?+|\.[0-9]++)"
     r"(?:[eE][-+]?[0-9]++)?+"
 )
 _QUANTITY = rf"{_UNSIGNED}(?:\s++[0-9]++/[0-9]++|\s?+/\s?+{_UNSIGNED})?+"
 _SUFFIX = r"(?:\s?+(?:%|percent\b))?+(?:\s?+(?:thousand|million|billion)\b)?+"
-# In running text: a sign is no minus between two terms, a number no part of a word, a power or algebra.
+# In running text, a sign is not the minus between two terms, and a number is not part of a word, a power or
+# an algebraic term.
 _SIGN = r"(?<![\w)\]}^])(?<!\^\{)[-+]"
 _START = r"(?<![\w^])(?<![0-9]\.)(?<!\^[-{])"
 _END = r"(?![0-9^\\]|[xyznik]\b)"

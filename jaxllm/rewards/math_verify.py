@@ -1,7 +1,7 @@
 """Mathematical equality beyond numbers (sets, intervals, algebra), by the library Math-Verify.
 
-It costs milliseconds a sample, and a hostile answer its whole time-out; it interrupts itself by signals, and
-so only works on a main thread, which is where `RewardPool` runs it.
+It takes milliseconds a completion, and its whole time limit for a hostile one. It interrupts itself by
+signals, so it works only on the main thread of a process, where `RewardPool` calls it.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ try:
     from math_verify import parse, verify
 except ImportError:
     raise ConfigError(
-        "the reward math_verify needs a library that is missing: pip install 'jaxllm[math]'"
+        "the reward math_verify needs the library Math-Verify: pip install 'jaxllm[math]'"
     ) from None
 
 
 def math_verify(example: Mapping[str, Any], completion: str) -> float | None:
-    """1.0 if the completion's answer equals `example["answer"]` or what stands behind `####` in it.
+    """1.0 if the completion's answer equals `example["answer"]`, or the part of it after `####`.
 
-    None where the library cannot read the example's own answer.
+    None where the library cannot parse the example's own answer.
     """
     answer = str(example["answer"]).rpartition("####")[2].strip()
     expected = parse(answer if "\\boxed" in answer else f"\\boxed{{{answer}}}")

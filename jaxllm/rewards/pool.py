@@ -1,7 +1,7 @@
-"""Rewards computed beside the run, in processes that can be killed.
+"""Computes rewards beside the run, in worker processes that can be killed.
 
-Each worker process belongs to one thread, which hands it samples and waits, with a time limit, for one
-outcome after another. Processes are started afresh, not forked, since JAX runs threads; they import no jax.
+Each worker process belongs to one thread, which sends it samples and waits, with a time limit, for one
+outcome after another. Processes are spawned, not forked, since JAX runs threads; they do not import jax.
 """
 
 import concurrent.futures
@@ -25,21 +25,23 @@ from jaxllm.errors import ConfigError, DataError
 from jaxllm.rewards.load import load_reward
 from jaxllm.rewards.worker import Outcome
 
-_START_LIMIT = 120.0  # seconds in which a worker has imported its rewards
+_START_LIMIT = 120.0  # seconds for a worker to import its rewards
 _CHECK_INTERVAL = 0.1  # seconds
-_CHUNKS_PER_WORKER = 4  # so that workers end at about the same time
+_CHUNKS_PER_WORKER = 4  # so that workers finish at about the same time
 _MAX_MESSAGES = 5
 
 
 class Scores(NamedTuple):
+    """The rewards of N samples (an example with its completion)."""
+
     total: np.ndarray  # float32 [N]: weighted sum of the rewards that apply
     by_name: dict[str, np.ndarray]  # float32 [N] each; NaN where the reward does not apply
-    counters: dict[str, int]
-    messages: list[str]  # the first few different faults
+    counters: dict[str, int]  # of faults, by the names under which they are logged
+    messages: list[str]  # the first few distinct faults
 
 
-def gather(parts: Sequence[Scores], rows: Sequence[int]) -> Scores:
-    """Scores of these rows of all parts, one after another."""
+def gather(parts: Sequence[Scores], rows: Sequence[int] | np.ndarray) -> Scores:
+    """Scores of these rows of the concatenated parts."""
 
     def pick(columns: Sequence[np.ndarray]) -> np.ndarray:
         return np.concatenate(columns)[rows]
@@ -53,11 +55,15 @@ def gather(parts: Sequence[Scores], rows: Sequence[int]) -> Scores:
 
 
 class RewardPool:
-    """A context that scores completions by several weighted rewards.
+    """A context that scores completions by the weighted sum of several rewards.
 
-    `rewards` maps a name to what `load_reward` takes. A call that takes over `time_limit` seconds is killed;
-    such a call, one that raises and one that returns no finite number are counted and get `default`, as does
-    the total of a sample to which no reward applies. The scores do not depend on `workers`.
+    Args:
+      rewards: name -> what `load_reward` takes.
+      weights: name -> weight.
+      workers: number of processes; the scores do not depend on it.
+      time_limit: seconds after which a call is killed.
+      error_reward: reward of a call that is killed, raises or does not return a finite number, and total of
+        a sample to which no reward applies. These are counted.
     """
 
     def __init__(
@@ -67,10 +73,10 @@ class RewardPool:
         weights: Mapping[str, float],
         workers: int,
         time_limit: float,
-        default: float,
+        error_reward: float,
     ):
-        _check(rewards, weights, workers, time_limit, default)
-        self._rewards, self._default = dict(rewards), default
+        _check(rewards, weights, workers, time_limit, error_reward)
+        self._rewards, self._error_reward = dict(rewards), error_reward
         self._weights = [weights[name] for name in rewards]
         self._workers = [_Worker(list(rewards.values()), time_limit) for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -100,7 +106,7 @@ class RewardPool:
         try:
             requests = [json.dumps(chunk).encode() for chunk in chunks]
         except (TypeError, ValueError) as error:
-            raise DataError(f"a reward's example must be what JSON can hold: {error}") from None
+            raise DataError(f"the example of a reward must be representable in JSON: {error}") from None
         futures = [
             self._threads.submit(self._score, request, len(chunk))
             for request, chunk in zip(requests, chunks, strict=True)
@@ -119,28 +125,28 @@ class RewardPool:
         for number, outcome in enumerate(outcomes):
             if outcome.fault == "length":
                 reward = self._rewards[names[number % len(names)]]
-                raise ConfigError(f"reward {reward!r}: {outcome.message}, must be one number a completion")
+                raise ConfigError(f"reward {reward!r}: {outcome.message}; it must return one number")
         values = [
-            self._default if each.fault else math.nan if each.value is None else each.value
+            self._error_reward if each.fault else math.nan if each.value is None else each.value
             for each in outcomes
         ]
         table = np.asarray(values, np.float64).reshape(-1, len(names))
         applies = ~np.isnan(table)
-        orphaned = ~applies.any(axis=1)
+        without_reward = ~applies.any(axis=1)
         total = np.where(applies, table, 0.0) @ np.asarray(self._weights, np.float64)
         messages = [
             f"reward {names[number % len(names)]!r}: {outcome.message}"
             for number, outcome in enumerate(outcomes)
             if outcome.fault
         ]
-        messages += ["no reward applies to a sample, all returned None"] * bool(orphaned.any())
+        messages += ["no reward applies to a sample: all returned None"] * bool(without_reward.any())
         faults = [outcome.fault for outcome in outcomes]
         return Scores(
-            np.where(orphaned, self._default, total).astype(np.float32),
+            np.where(without_reward, self._error_reward, total).astype(np.float32),
             {name: table[:, column].astype(np.float32) for column, name in enumerate(names)},
             {
                 "reward/timeouts": faults.count("timeout"),
-                "reward/errors": faults.count("error") + int(orphaned.sum()),
+                "reward/errors": faults.count("error") + int(without_reward.sum()),
             },
             list(dict.fromkeys(messages))[:_MAX_MESSAGES],
         )
@@ -151,33 +157,34 @@ def _check(
     weights: Mapping[str, float],
     workers: int,
     time_limit: float,
-    default: float,
+    error_reward: float,
 ) -> None:
+    """ConfigError for an argument that is not valid."""
     if not rewards:
-        raise ConfigError("rewards: name at least one")
+        raise ConfigError("rewards must have at least one entry")
     for name in [*weights, *rewards]:
         if name not in rewards:
             raise ConfigError(f"weights.{name}: there is no such reward{did_you_mean(name, rewards)}")
         if name not in weights or not math.isfinite(weights[name]):
-            raise ConfigError(f"weights.{name}: give the reward {name!r} a finite weight")
+            raise ConfigError(f"weights.{name}: the reward {name!r} needs a finite weight")
     if workers < 1:
-        raise ConfigError(f"workers: must be at least 1, got {workers}")
+        raise ConfigError(f"workers={workers} must be at least 1")
     if not (time_limit > 0 and math.isfinite(time_limit)):
-        raise ConfigError(f"time_limit: must be a positive number of seconds, got {time_limit}")
-    if not math.isfinite(default):
-        raise ConfigError(f"default: must be finite, got {default}")
+        raise ConfigError(f"time_limit={time_limit} must be a positive number of seconds")
+    if not math.isfinite(error_reward):
+        raise ConfigError(f"error_reward={error_reward} must be finite")
     for reward in rewards.values():
-        load_reward(reward)  # what cannot be loaded is found here, before anything is started
+        load_reward(reward)  # raises before any process is started
 
 
 class Pending(NamedTuple):
-    """Scores on their way."""
+    """Scores that are being computed."""
 
     futures: list[concurrent.futures.Future[list[Outcome]]]
     combine: Callable[[list[Outcome]], Scores]
 
     def result(self, check: Callable[[], None] | None = None) -> Scores:
-        """Wait for the scores. `check` is called ten times a second while waiting, and may raise to leave."""
+        """Wait for the scores. `check` is called ten times a second meanwhile, and may raise to leave."""
         waiting = True
         while waiting:
             if check is not None:
@@ -187,21 +194,21 @@ class Pending(NamedTuple):
             )
             for future in self.futures:
                 if future.done():
-                    future.result()  # raises what went wrong, without waiting for the others
+                    future.result()  # raises an error without waiting for the others
         return self.combine([outcome for future in self.futures for outcome in future.result()])
 
 
 class _Worker:
-    """One process at a time: started when needed, killed when a call takes too long, replaced."""
+    """One process at a time, started when needed; killed when a call takes too long, and then replaced."""
 
     def __init__(self, rewards: list[str], time_limit: float):
         self.rewards, self.time_limit = rewards, time_limit
         self.process: subprocess.Popen[bytes] | None = None
-        self.lock = threading.Lock()  # between its thread, which may start a process, and close()
+        self.lock = threading.Lock()  # its thread may start a process while close() runs
         self.closed = False
 
     def score(self, request: bytes, calls: int) -> list[Outcome]:
-        """The outcomes of all calls of a request, over as many processes as it takes."""
+        """The outcomes of all calls of a request, in as many processes as needed."""
         outcomes: list[Outcome] = []
         while len(outcomes) < calls:
             if self.process is None or self.process.poll() is not None:
@@ -212,7 +219,9 @@ class _Worker:
                 while len(outcomes) < calls:
                     if not self.connection.poll(self.time_limit):
                         self._kill()
-                        outcomes.append(Outcome(None, "timeout", f"took over {self.time_limit:g} s, killed"))
+                        outcomes.append(
+                            Outcome(None, "timeout", f"took more than {self.time_limit:g} s and was killed")
+                        )
                         break
                     outcomes.append(Outcome(*json.loads(self.connection.recv_bytes())))
             except (EOFError, OSError):
@@ -232,19 +241,22 @@ class _Worker:
             self.process = subprocess.Popen(
                 command + arguments,
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what a reward prints goes where messages go
+                stdout=2,  # what a reward prints goes to stderr
                 env=os.environ | {"PYTHONPATH": path},
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # out of reach of Ctrl-C; what the process starts is killed with it
+                start_new_session=True,  # not reached by Ctrl-C; its child processes are killed with it
             )
             self.connection = ours
         try:
-            answer = ours.recv_bytes().decode() if ours.poll(_START_LIMIT) else "took too long to import"
+            if ours.poll(_START_LIMIT):
+                message = ours.recv_bytes().decode()
+            else:
+                message = f"importing the rewards took more than {_START_LIMIT:g} s"
         except (EOFError, OSError):
-            answer = "a worker process ended while it imported its rewards"
-        if answer != "ready":
+            message = "a worker process ended while it imported its rewards"
+        if message != "ready":
             self._kill()
-            raise ConfigError(answer)
+            raise ConfigError(message)
 
     def _kill(self) -> None:
         with self.lock:
@@ -257,14 +269,14 @@ class _Worker:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def reap(self) -> None:
-        """Leave nothing of a process that has been killed."""
+        """Wait for the end of a killed process, and close its connection."""
         if self.process is not None:
             self.process.wait()
             self.process = None
             self.connection.close()
 
     def close(self) -> None:
-        """Kill the process and start no other; a thread that waits for it sees its end, and ends too."""
+        """Kill the process and start no other. A thread that waits for it notices, and ends too."""
         with self.lock:
             self.closed = True
             self._signal()

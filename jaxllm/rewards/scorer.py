@@ -1,41 +1,36 @@
-"""What answers are paid: functions in processes beside the run, and a reward model on its devices."""
+"""All rewards of a run: functions in processes beside it, and a reward model on its devices.
 
-import json
+Completions are scored by functions as they finish, while others are still being generated.
+"""
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxllm.runs.checkpoints import checkpoint_template, load_checkpoint
-from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.show import printable
-from jaxllm.data.tokenizer import BaseTokenizer
-from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.errors import ConfigError
 from jaxllm.rewards.load import load_reward
 from jaxllm.rewards.pool import Pending, RewardPool, Scores, gather
-from jaxllm.parallel.sharding import batch_sharding
-from jaxllm.training.checkpoint import checkpoint_hash
+from jaxllm.rewards.reward_model import RewardModel
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What answers are paid."""
+    """What completions are rewarded for."""
 
     functions: tuple[str, ...]  # modules of jaxllm.rewards, package.module.function, or FILE.py:FUNCTION
-    weights: tuple[float, ...]  # one each; 0 measures without paying
+    weights: tuple[float, ...]  # one each; 0 logs the reward without adding it
     model: str | None  # a reward model's run folder, RUN/best or step folder
     model_weight: float
-    normalize: bool  # count the model's reward in standard deviations from its mean on held-out answers
+    normalize: bool  # standardize the model's reward by its mean and spread on held-out completions
     workers: int  # processes
     time_limit: float  # seconds for one call
     error_reward: float  # for a call that fails
-    overlong_buffer: int  # tokens before max_new_tokens from which on length is penalised, down to -1; 0: not
-    missing_eos_penalty: float  # added to the reward of an answer that did not end; 0 or less
+    overlong_buffer: int  # tokens before max_new_tokens over which a penalty falls to -1 (DAPO); 0: none
+    missing_eos_penalty: float  # added to the reward of a completion without a stop token; 0 or less
 
     def __post_init__(self):
         if len(self.functions) != len(self.weights):
@@ -46,101 +41,25 @@ class RewardConfig:
         if self.model == "":
             raise ConfigError("reward.model is empty: give a reward model's run folder, or none")
         if self.missing_eos_penalty > 0:
-            raise ConfigError(f"reward.missing_eos_penalty={self.missing_eos_penalty} must not pay for going on: 0 or less")
+            raise ConfigError(
+                f"reward.missing_eos_penalty={self.missing_eos_penalty} would reward a missing stop token: "
+                f"use 0 or less"
+            )
         if self.overlong_buffer < 0:
             raise ConfigError(f"reward.overlong_buffer={self.overlong_buffer} must not be negative")
-        twice = {name for name in self.names if self.names.count(name) > 1}
-        if twice:
+        duplicates = {name for name in self.names if self.names.count(name) > 1}
+        if duplicates:
             raise ConfigError(
-                f"reward.functions has two of the name {twice.pop()!r}, under which metrics are logged"
+                f"reward.functions has two of the name {duplicates.pop()!r}, under which metrics are logged"
             )
         for function in self.functions:
             load_reward(function)  # what cannot be loaded is found before anything is read or compiled
 
     @property
     def names(self) -> list[str]:
-        """What metrics call the functions."""
+        """What metrics call the rewards."""
         names = [spec.rpartition(":")[2].rpartition(".")[2] for spec in self.functions]
         return names + ["model"] * (self.model is not None)
-
-
-class InBatches:
-    """A function of parameters and any number of rows: so many at a time, so that it is compiled once."""
-
-    def __init__(self, function: Callable[..., jax.Array], rows: int, mesh: Mesh):
-        self.function, self.rows, self.sharding = jax.jit(function), rows, batch_sharding(mesh)
-
-    def __call__(self, params: Any, *columns: np.ndarray) -> np.ndarray:
-        """The function of every row, on the host."""
-        number, parts = len(columns[0]), []
-        for first in range(0, number, self.rows):
-            rows = np.minimum(np.arange(first, first + self.rows), number - 1)  # the last row fills it up
-            batch = jax.device_put([column[rows] for column in columns], self.sharding)
-            parts.append(self.function(params, *batch))
-        return np.concatenate(jax.device_get(parts))[:number]
-
-
-def statistics(config: RewardConfig, folder: Path) -> tuple[float, float]:
-    """Mean and spread by which the rewards of a reward model's checkpoint are normalised."""
-    if not config.normalize:
-        return 0.0, 1.0
-    known = json.loads((folder / "metadata.json").read_bytes())["metrics"] or {}
-    if not known.get("eval/reward_std"):
-        raise ConfigError(
-            f"reward.model={config.model} was saved without an evaluation, so that its mean and spread are "
-            f"unknown: give a step that has one (RUN/best), or set reward.normalize=False"
-        )
-    return known["eval/reward_mean"], known["eval/reward_std"]
-
-
-def critic_scale(config: RewardConfig, folder: Path) -> float:
-    """What turns the reward model's differences into those that answers are paid."""
-    return config.model_weight / statistics(config, folder)[1]
-
-
-class RewardModel:
-    """A trained reward model, laid out over the devices."""
-
-    def __init__(
-        self,
-        config: RewardConfig,
-        tokenizer: BaseTokenizer,
-        template: ChatTemplate,
-        *,
-        rows: int,
-        length: int,
-        mesh: Mesh,
-    ):
-        """To read `rows` sequences of `length` tokens at a time, written with this tokenizer and template."""
-        name = f"reward.model={config.model}"
-        try:
-            loaded = load_checkpoint(config.model, mesh)
-        except CheckpointError as error:
-            raise ConfigError(f"{name}: {error}") from None
-        if loaded.stage != "reward_model":
-            raise ConfigError(f"{name} is of stage {loaded.stage}, not a reward model")
-        if loaded.tokenizer.hash != tokenizer.hash:
-            raise ConfigError(f"{name} has another tokenizer than the policy: train it from the same model")
-        if checkpoint_template(loaded).source != template.source:
-            raise ConfigError(
-                f"{name} has another chat template than the policy: train it from the same model"
-            )
-        if length > loaded.model.config.max_length:
-            raise ConfigError(
-                f"{name} reads {loaded.model.config.max_length} tokens at most: lower "
-                f"data.sequence_length={length}"
-            )
-        self.mean, self.std = statistics(config, loaded.folder)
-        self.hash = checkpoint_hash(loaded.folder)
-        self.params = loaded.params
-        self.rewards = InBatches(loaded.model.rewards, rows, mesh)
-
-    def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Float32 [N] for tokens [N, T], not normalised."""
-        return self.rewards(self.params, tokens, lengths)
-
-    def normalised(self, rewards: np.ndarray) -> np.ndarray:
-        return (rewards - self.mean) / self.std
 
 
 class RewardScorer:
@@ -149,7 +68,7 @@ class RewardScorer:
     def __init__(self, config: RewardConfig, model: RewardModel | None):
         self.config, self.model = config, model
         self.names = config.names
-        self.told: set[str] = set()
+        self.shown: set[str] = set()
         self.pool = None
         if config.functions:
             named = dict(zip(self.names, config.functions, strict=False))
@@ -158,7 +77,7 @@ class RewardScorer:
                 weights=dict(zip(named, config.weights, strict=True)),
                 workers=config.workers,
                 time_limit=config.time_limit,
-                default=config.error_reward,
+                error_reward=config.error_reward,
             )
 
     def __enter__(self) -> "RewardScorer":
@@ -172,48 +91,48 @@ class RewardScorer:
         if self.pool is not None:
             self.pool.close()
 
-    def tell(self, messages: Sequence[str]) -> None:
-        """What went wrong in functions, each thing once."""
+    def warn(self, messages: Sequence[str]) -> None:
+        """Print what went wrong in functions, each thing once."""
         for message in messages:
-            if message not in self.told:
-                tqdm.write(printable(f"{message} (paid reward.error_reward={self.config.error_reward})"))
-                self.told.add(message)
+            if message not in self.shown:
+                tqdm.write(printable(f"{message} (given reward.error_reward={self.config.error_reward})"))
+                self.shown.add(message)
 
-    def judging(self, examples: Sequence[Mapping[str, Any]]) -> "Judging":
-        """Begin to judge answers to these."""
-        return Judging(self, examples)
+    def begin(self, examples: Sequence[Mapping[str, Any]]) -> "Scoring":
+        """Begin to score completions of these examples."""
+        return Scoring(self, examples)
 
 
-class Judging:
-    """Answers are scored by functions as they are finished, while others are still being said."""
+class Scoring:
+    """N completions of N examples, which arrive in any order."""
 
-    def __init__(self, judge: RewardScorer, examples: Sequence[Mapping[str, Any]]):
-        self.judge, self.examples = judge, examples
+    def __init__(self, scorer: RewardScorer, examples: Sequence[Mapping[str, Any]]):
+        self.scorer, self.examples = scorer, examples
         self.order: list[int] = []
         self.pending: list[Pending] = []
 
     def add(self, numbers: Sequence[int], texts: Sequence[str]) -> None:
-        """Some answers, each with the number of its example."""
+        """Some completions, each with the number of its example."""
         self.order += numbers
-        if self.judge.pool is not None:
-            self.pending.append(self.judge.pool.submit([self.examples[i] for i in numbers], texts))
+        if self.scorer.pool is not None:
+            self.pending.append(self.scorer.pool.submit([self.examples[i] for i in numbers], texts))
 
     def result(self, tokens: np.ndarray, lengths: np.ndarray, check: Callable[[], None]) -> Scores:
-        """The scores of all N examples, when all have been added.
+        """The scores of all N examples, once all completions have been added.
 
-        tokens [N, T] and lengths [N] are the prompts with their answers. `check` may raise to leave.
+        tokens [N, T] and lengths [N] are the prompts with their completions. `check` may raise to leave.
         """
         number = len(self.examples)
         scores = Scores(np.zeros(number, np.float32), {}, {}, [])
         if self.pending:
             parts = [pending.result(check) for pending in self.pending]
             scores = gather(parts, np.argsort(self.order))
-            self.judge.tell(scores.messages)
-        model = self.judge.model
+            self.scorer.warn(scores.messages)
+        model = self.scorer.model
         if model is None:
             return scores
-        found = model(tokens, lengths)
-        total = scores.total + self.judge.config.model_weight * model.normalised(found)
+        rewards = model(tokens, lengths)
+        total = scores.total + self.scorer.config.model_weight * model.normalized(rewards)
         return scores._replace(
-            total=total.astype(np.float32), by_name=scores.by_name | {"model": found.astype(np.float32)}
+            total=total.astype(np.float32), by_name=scores.by_name | {"model": rewards.astype(np.float32)}
         )

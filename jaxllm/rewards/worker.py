@@ -1,7 +1,7 @@
-"""The process that calls rewards: started by `pool`, killed by it, and gone soon after it.
+"""The process that calls rewards. `pool` starts and kills it; it ends soon after the pool in any case.
 
-`python -m jaxllm.rewards.worker FD TIME_LIMIT REWARDS` answers `ready` on the socket FD and then, for each
-request, one `Outcome` a call. Messages are JSON, so that neither side can make the other run anything.
+`python -m jaxllm.rewards.worker FD TIME_LIMIT REWARDS` writes `ready` to the socket FD and then, for each
+request, one `Outcome` a call. Messages are JSON, so that neither side can make the other execute code.
 """
 
 import faulthandler
@@ -16,45 +16,46 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from jaxllm.errors import ConfigError
-from jaxllm.rewards.load import Reward, load_reward, place, what
+from jaxllm.rewards.load import Reward, error_line, error_place, load_reward
 
 FLOAT32_MAX = 3.4028234663852886e38
 _GRACE = 3.0  # seconds over the time limit after which a worker ends itself
 
 
 class Outcome(NamedTuple):
-    """What one call of one reward came to."""
+    """The result of one call of one reward."""
 
     value: float | None  # None: the reward does not apply, or there was a fault
-    fault: str = ""  # "error", "timeout", or "length" where the function answered for several completions
+    fault: str = ""  # "error", "timeout", or "length" if the function returned several values
     message: str = ""
 
 
 def call(reward: Reward, example: dict[str, Any], completion: str) -> Outcome:
-    """The outcome of a call that comes back, whatever it comes back with."""
+    """The outcome of a call, whatever it returns or raises."""
     try:
         value = reward(example, completion)
         if value is None:
             return Outcome(None)
         if isinstance(value, list | tuple) or getattr(value, "shape", ()) != ():
-            return Outcome(None, "length", f"returned a {type(value).__name__} of {len(value)} values")
+            returned: Any = value
+            return Outcome(None, "length", f"returned a {type(value).__name__} of {len(returned)} values")
         if not isinstance(value, numbers.Real) and not hasattr(value, "shape"):
             return Outcome(None, "error", f"returned a {type(value).__name__}, not a number")
         number = float(value)
     except BaseException as error:  # sys.exit() in a reward ends the call, not the process
         has = f"; the row has {', '.join(example)}" if isinstance(error, KeyError) else ""
-        return Outcome(None, "error", f"{what(error)} ({place(error)}){has}")
+        return Outcome(None, "error", f"{error_line(error)} ({error_place(error)}){has}")
     if math.isnan(number) or abs(number) > FLOAT32_MAX:
         return Outcome(None, "error", f"returned {number}")
     return Outcome(number)
 
 
 def main() -> None:
-    # A signal to the whole job is for the run to answer: it ends its workers when it has saved.
+    # A signal to the whole job is handled by the run, which ends its workers after saving.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     descriptor, time_limit, names = sys.argv[1:]
-    os.set_inheritable(int(descriptor), False)  # what a reward starts must not keep the socket open
+    os.set_inheritable(int(descriptor), False)  # a process that a reward starts must not keep the socket open
     connection = Connection(int(descriptor))
     try:
         rewards = [load_reward(name) for name in json.loads(names)]
@@ -65,27 +66,27 @@ def main() -> None:
     try:
         while True:
             done, samples = int(connection.recv_bytes()), json.loads(connection.recv_bytes())
-            _answer(connection, rewards, samples, done, float(time_limit))
-    except (EOFError, OSError):  # the pool has gone
+            _score(connection, rewards, samples, done, float(time_limit))
+    except (EOFError, OSError):  # the pool has ended
         return
 
 
-def _answer(
+def _score(
     connection: Connection,
     rewards: list[Reward],
     samples: list[tuple[dict[str, Any], str]],
     done: int,
     time_limit: float,
 ) -> None:
-    """Send an outcome for each (sample, reward) from number `done` on."""
+    """Send an outcome for each (sample, reward), starting with number `done`."""
     armed = -math.inf
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w") as null:
         for number in range(done, len(samples) * len(rewards)):
-            # The pool kills a call that takes too long. Where the pool itself was killed nobody would, and a
-            # call may hold Python's lock for ever: this watchdog does without it. Setting it costs more than
-            # a cheap reward, so once a second will do.
+            # The pool kills a call that takes too long. If the pool itself was killed, this watchdog does,
+            # even where the call holds the GIL forever. Setting it takes longer than a cheap reward, so it is
+            # set once a second only.
             if time.monotonic() - armed > 1:
-                faulthandler.dump_traceback_later(time_limit + _GRACE, exit=True, file=nowhere)
+                faulthandler.dump_traceback_later(time_limit + _GRACE, exit=True, file=null)
                 armed = time.monotonic()
             example, completion = samples[number // len(rewards)]
             outcome = call(rewards[number % len(rewards)], dict(example), completion)

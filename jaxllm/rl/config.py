@@ -1,31 +1,31 @@
-"""What PPO and GRPO are both configured by: rollouts, rewards, prompts, and what is asked meanwhile."""
+"""What PPO and GRPO are both configured by: rollouts, rewards, prompts, and evaluation while they train."""
 
 from dataclasses import dataclass
 
-from jaxllm.rewards.scorer import RewardConfig
-from jaxllm.runs.config import SampleConfig, TrainConfig
 from jaxllm.config import nearest_multiples
 from jaxllm.data.prompts import PromptConfig
 from jaxllm.errors import ConfigError
+from jaxllm.rewards.scorer import RewardConfig
 from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.runs.config import SampleConfig, TrainConfig
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How the policy is asked, and how often it learns from its answers."""
+    """How many completions the policy generates, and how often it trains on each."""
 
     num_prompts: int  # in a rollout
-    group_size: int  # answers to each
-    epochs: int  # times every answer is learnt from
+    group_size: int  # completions of each
+    epochs: int  # times every completion is trained on
     num_minibatches: int  # updates an epoch
     decode_batch_size: int  # completions decoded at a time
-    mask_truncated: bool  # leave answers that did not end out of the loss
-    max_resamples: int  # times groups whose rewards are all equal are replaced by other prompts' (DAPO)
+    mask_truncated: bool  # leave completions without a stop token out of the loss
+    max_resamples: int  # times groups of equal rewards are replaced by other prompts' (DAPO)
     dtype: str | None  # the sampler computes in, such as "bfloat16"; None: model.compute_dtype
-    replicate_params: bool  # copy the weights whole to every device before decoding (tensor-parallel parts excepted)
-    recompute_log_probs: bool  # learn from recomputed log-probs; without, from the sampler's once they agree
-    importance_sampling: str | None  # "token" or "sequence": weigh the loss by policy / sampler; None: not
-    importance_sampling_cap: float  # at most
+    replicate_params: bool  # whole weights on every device while decoding (but for the tensor axis)
+    recompute_log_probs: bool  # old log-probs by the trainer; False: the sampler's, once the first agree
+    importance_sampling: str | None  # "token" or "sequence": weight the loss by policy / sampler; None: not
+    importance_sampling_cap: float  # largest such weight
     log_prob_difference_limit: float  # nats a token between sampler and trainer, above which the run warns
     sampling: SamplingConfig
 
@@ -36,13 +36,15 @@ class RolloutConfig:
         if self.rows % self.num_minibatches:
             sizes = " or ".join(map(str, nearest_multiples(self.rows, self.num_minibatches)))
             raise ConfigError(
-                f"rollout.num_prompts x rollout.group_size = {self.rows} does not divide into "
-                f"rollout.num_minibatches={self.num_minibatches}: make it {sizes}"
+                f"rollout.num_prompts x rollout.group_size = {self.rows} is not divisible by "
+                f"rollout.num_minibatches={self.num_minibatches}: use {sizes}"
             )
         if self.sampling.temperature == 0:
             raise ConfigError("rollout.sampling.temperature=0: a greedy policy does not explore; use 1.0")
         if self.importance_sampling not in (None, "token", "sequence"):
-            raise ConfigError(f"rollout.importance_sampling={self.importance_sampling!r}: choose token, sequence or none")
+            raise ConfigError(
+                f"rollout.importance_sampling={self.importance_sampling!r}: choose token, sequence or none"
+            )
         if self.importance_sampling and not self.recompute_log_probs:
             raise ConfigError(
                 "rollout.importance_sampling compares the sampler's log-probs with recomputed ones: it needs "
@@ -53,6 +55,7 @@ class RolloutConfig:
 
     @property
     def rows(self) -> int:
+        """Completions of a rollout."""
         return self.num_prompts * self.group_size
 
     @property
@@ -62,10 +65,11 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
-class AskConfig(SampleConfig):
-    """Answers to `prompts` and to held-out ones: one each as `sampling` says, and several as in a rollout."""
+class EvaluationSampleConfig(SampleConfig):
+    """Completions of `prompts` and of held-out ones: one each as `sampling` says, and several as in a
+    rollout."""
 
-    group_size: int  # answers as in a rollout to each held-out prompt, for pass@k; 0: none
+    group_size: int  # completions as in a rollout of each held-out prompt, for pass@k; 0: none
 
     def __post_init__(self):
         if self.group_size < 0:
@@ -74,12 +78,12 @@ class AskConfig(SampleConfig):
 
 @dataclass(frozen=True)
 class RolloutTrainConfig(TrainConfig):
-    """What PPO and GRPO are both configured by."""
+    """The config of PPO and GRPO but for their objectives."""
 
     data: PromptConfig
     rollout: RolloutConfig
     reward: RewardConfig
-    sample: AskConfig
+    sample: EvaluationSampleConfig
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,8 +95,8 @@ class RolloutTrainConfig(TrainConfig):
             if value % rollout.steps:  # it would happen in the middle of an iteration
                 sizes = " or ".join(map(str, nearest_multiples(value, rollout.steps)))
                 raise ConfigError(
-                    f"training.{name}={value} must be a multiple of rollout.epochs x rollout.num_minibatches = "
-                    f"{rollout.steps}: use {sizes}"
+                    f"training.{name}={value} must be a multiple of rollout.epochs x "
+                    f"rollout.num_minibatches = {rollout.steps}: use {sizes}"
                 )
         if self.data.batch_size != rollout.rows // rollout.num_minibatches:
             raise ConfigError(

@@ -1,42 +1,42 @@
-"""Rollouts: prompts answered by the policy, judged, and made into the batches of its next few updates.
+"""Rollouts: prompts completed by the policy, rewarded, and made into the batches of its next few updates.
 
-An iteration is a rollout and rollout.epochs x rollout.num_minibatches updates on it. What it samples is a
-function of the seed, the iteration and the parameters it begins with, and checkpoints lie between iterations,
-so that a run killed anywhere says, scores and learns the same again.
+An iteration is a rollout and rollout.epochs x rollout.num_minibatches updates on it:
+
+    prompts -> sample and score (evaluation/completions.py) -> Rollout
+            -> Algorithm.make_batch: log-probs (rl/log_probs.py), advantages (losses/) -> RolloutBatch
+
+What it samples is a function of the seed, the iteration and the parameters at its start, and checkpoints lie
+between iterations, so that a run killed anywhere samples, scores and trains the same again.
 """
 
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxllm.evaluation.completions import Answering, Answers
-from jaxllm.runs.program import Program
-from jaxllm.rewards.scorer import InBatches, RewardScorer, RewardModel
-from jaxllm.rl.config import RolloutConfig, RolloutTrainConfig
-from jaxllm.runs.train import load_run_template
-from jaxllm.runs.weights import InitialWeights
 from jaxllm.batches import RolloutBatch
 from jaxllm.data.loader import shuffled_rows
-from jaxllm.data.prompts import Prompt, load_prompts, prompt_texts
+from jaxllm.data.prompts import Prompt
 from jaxllm.data.rows import Dataset
-from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import NumericsError
-from jaxllm.losses import truncated_importance_weights
-from jaxllm.models import Model, build_model
-from jaxllm.rollout.score import next_token_log_probs
+from jaxllm.evaluation.completions import Completer, ScoredCompletions
+from jaxllm.models import Model, Params, build_model
+from jaxllm.parallel.sharding import whole
 from jaxllm.rewards.pool import Scores, gather
+from jaxllm.rewards.scorer import RewardScorer
+from jaxllm.rl.config import RolloutConfig, RolloutTrainConfig
+from jaxllm.rl.health import Health
 from jaxllm.rollout.collect import collect
 from jaxllm.rollout.generate import Completions
-from jaxllm.rl.health import Health
-from jaxllm.parallel.sharding import whole
+from jaxllm.runs.context import RunInputs
+from jaxllm.runs.program import Program
 from jaxllm.training.batch_source import BatchSource
-from jaxllm.training.run_folder import RunFolder
+from jaxllm.training.metrics import Metrics
 from jaxllm.training.state import TrainState
 from jaxllm.training.watchdog import StopRequested
 
@@ -44,13 +44,13 @@ RATIO_LIMIT = 0.01  # from 1, of the first update's mean ratio; float32 has 1e-6
 
 
 class Rollout(NamedTuple):
-    """N answers, the answers to one prompt beside each other."""
+    """N completions, those of one prompt in consecutive rows."""
 
     prompts: list[Prompt]  # N
     tokens: np.ndarray  # int32 [N, T]
     mask: np.ndarray  # bool [N, T], as in RolloutBatch
     sampler_log_probs: np.ndarray  # float32 [N, T], at the positions of mask
-    lengths: np.ndarray  # int [N], tokens of the answers
+    lengths: np.ndarray  # int [N], tokens of the completions
     truncated: np.ndarray  # bool [N]
     texts: list[str]
     rewards: np.ndarray  # float32 [N]
@@ -58,59 +58,37 @@ class Rollout(NamedTuple):
     decode_steps: int
 
 
-def load_run_prompts(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: InitialWeights) -> Dataset:
-    """Prompts to learn from and to be tested on."""
-    config = program.config
-    return load_prompts(
-        config.data,
-        tokenizer,
-        load_run_template(config.data.template, tokenizer, folder, start),
-        seed=config.seed,
-        max_new_tokens=config.rollout.sampling.max_new_tokens,
-        run_folder=folder.path,
-    )
+class Algorithm(Protocol):
+    """What PPO and GRPO do with a rollout, each in its own way."""
 
+    def policy(self, params: Params) -> Params:
+        """The parameters that generate, of all that are trained."""
+        ...
 
-def batch_shapes(config: RolloutTrainConfig) -> RolloutBatch:
-    """Shape and dtype of what every batch of rollouts has."""
-    shape = (config.data.batch_size, config.data.sequence_length)
-    floats = jax.ShapeDtypeStruct(shape, np.float32)
-    return RolloutBatch(
-        tokens=jax.ShapeDtypeStruct(shape, np.int32),
-        mask=jax.ShapeDtypeStruct(shape, bool),
-        old_log_probs=floats,
-        advantages=floats,
-        importance_weights=floats if config.rollout.importance_sampling else None,
-    )
+    def make_batch(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, Metrics]:
+        """Fields [N, ...] of the batches to train on, and metrics."""
+        ...
 
+    def finish_row(self, row: Metrics) -> Metrics:
+        """A step's row, with what follows from all of its metrics."""
+        ...
 
-def tokenizer_text(config: RolloutTrainConfig) -> Iterator[str]:
-    """What is asked."""
-    return prompt_texts(config.data, seed=config.seed)
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides the state."""
+        ...
 
-
-def make_judge(program: Program, tokenizer: BaseTokenizer, data: Dataset) -> RewardScorer:
-    """All rewards of a run."""
-    config, model = program.config, None
-    if config.reward.model is not None:
-        model = RewardModel(
-            config.reward,
-            tokenizer,
-            data.template,
-            rows=program.rows_at_a_time,
-            length=config.data.sequence_length,
-            mesh=program.mesh,
-        )
-    return RewardScorer(config.reward, model)
+    def restore(self, metadata: Mapping[str, Any]) -> None:
+        """Take back what `metadata` gave."""
+        ...
 
 
 class Sampler:
-    """The policy as it speaks: perhaps in another dtype than it learns in, perhaps laid out otherwise."""
+    """`collect` by the policy: perhaps in another dtype than it trains in, perhaps sharded otherwise."""
 
-    def __init__(self, program: Program, model: Model, params: Any):
+    def __init__(self, program: Program[RolloutTrainConfig, Any], model: Model, params: Params):
         """`params` has the shapes of the policy's."""
         config = program.config.rollout
-        self.model, self.max_rows, self.place = model, config.max_rows, None
+        self.model, self.rows, self.place = model, config.decode_batch_size, None
         if config.dtype is not None:
             self.model = build_model(
                 replace(program.config.model, compute_dtype=config.dtype, param_dtype=config.dtype)
@@ -121,229 +99,183 @@ class Sampler:
                 out_shardings=whole(params, program.mesh) if config.replicate_params else None,
             )
 
-    def __call__(self, params: Any, prompts: Sequence[Sequence[int]], **options: Any) -> Completions:
+    def __call__(self, params: Params, prompts: Sequence[Sequence[int]], **options: Any) -> Completions:
         """`collect` with these parameters and options."""
         if self.place is not None:
             params = self.place(params)
-        return collect(self.model, params, prompts, max_rows=self.max_rows, **options)
+        return collect(self.model, params, prompts, decode_batch_size=self.rows, **options)
 
 
-class Rollouts(BatchSource):
-    """The batches of PPO and GRPO, which say what an answer is worth and which of the parameters speak."""
+class RolloutSource(BatchSource):
+    """The batches of PPO and GRPO."""
 
     def __init__(
         self,
-        program: Program,
-        model: Model,
+        inputs: RunInputs[Any, Any],
         data: Dataset,
-        tokenizer: BaseTokenizer,
-        judge: RewardScorer,
-        reference: Any | None,
+        *,
+        policy: Model,
+        scorer: RewardScorer,
+        algorithm: Algorithm,
     ):
-        """`reference` is the parameters of the frozen policy; None: no KL is wanted."""
-        self.program, self.data, self.judge = program, data, judge
-        self.model, self.reference = model, reference
-        self.config = config = program.config.rollout
-        self.prompts = shuffled_rows(data.train, data.weights, program.config.seed)
-        self.answer = Answering(
-            sample=Sampler(program, model, self.policy(program.abstract_state.params)),
-            tokenizer=tokenizer,
-            stop_ids=data.template.stop_ids,
-            judge=judge,
-            length=program.config.data.sequence_length,
-        )
-        self.log_probs = InBatches(
-            lambda params, tokens: next_token_log_probs(
-                params, tokens, model=model, temperature=config.sampling.temperature
-            )[0],
-            program.rows_at_a_time,
-            program.mesh,
+        """`policy` is the model that generates."""
+        self.program, self.scorer, self.algorithm = inputs.program, scorer, algorithm
+        self.config: RolloutConfig = self.program.config.rollout
+        # Endless: every index has a prompt.
+        self.prompts: Any = shuffled_rows(data.train, data.weights, self.program.config.seed)
+        self.completer = Completer(
+            sample=Sampler(self.program, policy, algorithm.policy(self.program.abstract_state.params)),
+            tokenizer=inputs.tokenizer,
+            stop_ids=inputs.template.stop_ids,
+            scorer=scorer,
+            length=self.program.config.data.sequence_length,
         )
         self.consumed = 0  # prompts, since the run began
-        self.health = Health(config.log_prob_difference_limit)
-        self.rows: dict[int, dict[str, float]] = {}  # by the last step of an iteration, until asked for
+        self.health = Health(self.config.log_prob_difference_limit)
+        self.rows: dict[int, Metrics] = {}  # by the last step of an iteration, until they are logged
         self.last: tuple[Rollout, np.ndarray] | None = None  # with advantages, [N] or [N, T]
-        self.fingerprints = {} if judge.model is None else {"reward model": judge.model.hash}
+        self.fingerprints = {} if scorer.model is None else {"reward model": scorer.model.hash}
 
-    def policy(self, params: Any) -> Any:
-        """The parameters that speak."""
-        return params
-
-    def worth(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, dict[str, float]]:
-        """Fields [N, ...] of the batches to learn from, and metrics."""
-        raise NotImplementedError
-
-    def observe(self, state: TrainState) -> None:
+    def after_step(self, state: TrainState) -> None:
         self.state = state
 
-    def may_stop(self, step: int) -> bool:
+    def can_stop_after(self, step: int) -> bool:
         return step % self.config.steps == 0
 
     def metadata(self) -> dict[str, Any]:
-        return {"prompts_consumed": self.consumed, "health": self.health.first}
+        own = {"prompts_consumed": self.consumed, "health": self.health.first}
+        return own | self.algorithm.metadata()
 
     def restore(self, metadata: Mapping[str, Any]) -> None:
         self.consumed = metadata.get("prompts_consumed", 0)
         self.health.first = metadata.get("health", {})
+        self.algorithm.restore(metadata)
 
     def close(self) -> None:
-        self.judge.close()
+        self.scorer.close()
 
-    def complete(self, step: int, row: dict[str, float]) -> dict[str, float]:
+    def finish_row(self, step: int, row: Metrics) -> Metrics:
+        row = self.algorithm.finish_row(row)
         if (step - 1) % self.config.steps == 0:
             check_first_update(row)
         if step not in self.rows:
             return row
-        row = row | self.updated(step)
+        row = row | self.with_update_time(step)
         del self.rows[step]
         for line in self.health.lines(row):
             tqdm.write(f"step {step}: {line}")
         return row
 
-    def updated(self, step: int) -> dict[str, float]:
-        """The row of a step that is over, with the time that updating took."""
+    def with_update_time(self, step: int) -> Metrics:
+        """The row of an iteration's last step, with the time that its updates took."""
         row = self.rows[step]
         row.setdefault("time/update", time.perf_counter() - self.updating)
         return row
 
     def batches(self, state: TrainState, check: Callable[[], None]) -> Iterator[RolloutBatch]:
-        self.state, self.check = state, check
-        for iteration in itertools.count(int(state.step) // self.config.steps):
-            last_step = (iteration + 1) * self.config.steps
+        self.state, config = state, self.config
+        for iteration in itertools.count(int(state.step) // config.steps):
+            last_step = (iteration + 1) * config.steps
             before = self.metadata()
             try:
-                rollout, row = self.roll_out(self.state, iteration)
+                rollout, row = self.roll_out(self.state, iteration, check)
                 began = time.perf_counter()
-                fields, worth_row = self.worth(self.state, rollout)
+                fields, batch_row = self.algorithm.make_batch(self.state, rollout)
             except StopRequested:
-                self.restore(before)  # this rollout is made anew when the run goes on
+                self.restore(before)  # this rollout is made again when the run resumes
                 raise
             self.last = rollout, fields.advantages
             self.updating = time.perf_counter()
-            self.rows[last_step] = row | worth_row | {"time/score": self.updating - began}
-            for epoch in range(self.config.epochs):
+            self.rows[last_step] = row | batch_row | {"time/score": self.updating - began}
+            for epoch in range(config.epochs):
                 draw = np.random.default_rng((self.program.config.seed, iteration, epoch))
-                for rows in np.split(draw.permutation(self.config.rows), self.config.num_minibatches):
+                for rows in np.split(draw.permutation(config.rows), config.num_minibatches):
                     batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], fields)
                     yield jax.device_put(batch, self.program.batch_sharding)
             if last_step in self.rows:
                 jax.block_until_ready(self.state.step)
-                self.updated(last_step)
+                self.with_update_time(last_step)
 
-    def roll_out(self, state: TrainState, iteration: int) -> tuple[Rollout, dict[str, float]]:
-        """Answers with rewards; groups without signal replaced as often as the config allows."""
+    def roll_out(
+        self, state: TrainState, iteration: int, check: Callable[[], None]
+    ) -> tuple[Rollout, Metrics]:
+        """Completions with rewards; groups without signal are resampled as often as the config allows."""
         config = self.config
-        params = self.policy(state.params)
+        params = self.algorithm.policy(state.params)
         began = time.perf_counter()
         kept: list[Rollout] = []
-        waited, wanted = 0.0, config.prompts
+        waited, wanted = 0.0, config.num_prompts
         for attempt in range(config.max_resamples + 1):
             prompts = [self.prompts[self.consumed + i] for i in range(wanted)]
             self.consumed += wanted
             key = jax.random.key(self.program.config.seed)
             for number in (iteration, attempt):
                 key = jax.random.fold_in(key, number)
-            answers = self.answer(
+            completions = self.completer(
                 params,
                 prompts,
                 group_size=config.group_size,
                 sampling=config.sampling,
                 keys=jax.random.split(key, wanted * config.group_size),
-                check=self.check,
+                check=check,
             )
-            waited += answers.seconds
-            kept.append(self.rollout(prompts, answers))
-            wanted = config.prompts - sum(int(has_signal(each, config.group_size).sum()) for each in kept)
+            waited += completions.seconds
+            kept.append(make_rollout(prompts, completions, config))
+            with_signal = sum(int(has_signal(each, config.group_size).sum()) for each in kept)
+            wanted = config.num_prompts - with_signal
             if wanted <= 0:
                 break
         rollout = join(kept, config)
         timing = {"time/rollout": time.perf_counter() - began - waited, "time/reward": waited}
         return rollout, timing | rollout_metrics(rollout, config)
 
-    def rollout(self, prompts: Sequence[Prompt], answers: Answers) -> Rollout:
-        """Answers as something to learn from."""
-        positions = np.arange(answers.tokens.shape[1])
-        starts = answers.prompt_lengths[:, None] - 1
-        mask = (positions >= starts) & (positions < starts + answers.lengths[:, None])
-        log_probs = np.zeros(mask.shape, np.float32)
-        log_probs[mask] = np.concatenate(answers.said.log_probs)
-        if self.config.mask_truncated:
-            mask = mask & ~answers.truncated[:, None]
-        return Rollout(
-            prompts=[prompt for prompt in prompts for _ in range(self.config.group_size)],
-            tokens=answers.tokens,
-            mask=mask,
-            sampler_log_probs=log_probs,
-            lengths=answers.lengths,
-            truncated=answers.truncated,
-            texts=answers.texts,
-            rewards=answers.rewards,
-            scores=answers.scores,
-            decode_steps=answers.said.steps,
-        )
 
-    def old_log_probs(self, params: Any, rollout: Rollout) -> tuple[np.ndarray, dict[str, float]]:
-        """The policy's log-probs [N, T] before it learns from a rollout; how far off the sampler's were.
-
-        Without `rescore` the sampler's are taken, and compared with the trainer's in the first rollout alone.
-        """
-        if not self.config.recompute_log_probs and int(self.state.step) > 0:
-            return rollout.sampler_log_probs, {}
-        found = self.log_probs(params, rollout.tokens)
-        gaps = np.abs(found - rollout.sampler_log_probs)[rollout.mask]
-        return found if self.config.recompute_log_probs else rollout.sampler_log_probs, {
-            "sampler/log_prob_difference_mean": float(gaps.mean()) if gaps.size else 0.0,
-            "sampler/log_prob_difference_max": float(gaps.max()) if gaps.size else 0.0,
-        }
-
-    def kl(self, old_log_probs: np.ndarray, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
-        """The reference's log-probs and the k1 estimate of the KL to it of each token, [N, T] both."""
-        ref_log_probs = self.log_probs(self.reference, rollout.tokens)
-        kl = np.where(rollout.mask, old_log_probs - ref_log_probs, 0)
-        if int(self.state.step) == 0 and self.config.recompute_log_probs and kl.any():
-            raise NumericsError(
-                f"before the first update the policy is its own reference, but one token's KL to it is "
-                f"{np.abs(kl).max():.3g}, which must be 0: scoring the same weights twice does not agree"
-            )
-        return ref_log_probs, kl
-
-    def importance_weights(self, old_log_probs: np.ndarray, rollout: Rollout) -> np.ndarray | None:
-        """What makes up for a sampler that is not quite the policy."""
-        if self.config.importance_sampling is None:
-            return None
-        weights = truncated_importance_weights(
-            old_log_probs,
-            rollout.sampler_log_probs,
-            rollout.mask,
-            level=self.config.importance_sampling,
-            maximum=self.config.importance_sampling_cap,
-        )
-        return np.asarray(weights)
+def make_rollout(prompts: Sequence[Prompt], scored: ScoredCompletions, config: RolloutConfig) -> Rollout:
+    """Completions of prompts, with the mask of the tokens that the policy generated."""
+    positions = np.arange(scored.tokens.shape[1])
+    starts = scored.prompt_lengths[:, None] - 1
+    mask = (positions >= starts) & (positions < starts + scored.lengths[:, None])
+    log_probs = np.zeros(mask.shape, np.float32)
+    log_probs[mask] = np.concatenate(scored.completions.log_probs)
+    if config.mask_truncated:
+        mask = mask & ~scored.truncated[:, None]
+    return Rollout(
+        prompts=[prompt for prompt in prompts for _ in range(config.group_size)],
+        tokens=scored.tokens,
+        mask=mask,
+        sampler_log_probs=log_probs,
+        lengths=scored.lengths,
+        truncated=scored.truncated,
+        texts=scored.texts,
+        rewards=scored.rewards,
+        scores=scored.scores,
+        decode_steps=scored.completions.steps,
+    )
 
 
 def check_first_update(row: Mapping[str, float]) -> None:
-    """NumericsError where the train step and the scoring before it disagree: nothing has been learnt from a
-    rollout at its first update, so that the policy's ratio must be 1 (it is 0 where no token counts)."""
+    """NumericsError where the train step and the scoring before it disagree: at the first update on a rollout
+    the policy is the old policy, so that the mean ratio must be 1 (it is 0 where no token counts)."""
     ratio = row["policy/ratio"]
     if ratio and abs(ratio - 1) > RATIO_LIMIT:  # NaN is the step's to skip and count
         raise NumericsError(
-            f"the first update of a rollout has policy/ratio={ratio:.4g}, which must be 1: the train step "
+            f"the first update on a rollout has policy/ratio={ratio:.4g}, which must be 1: the train step "
             f"and the scoring before it disagree; try model.compute_dtype=float32"
         )
 
 
 def has_signal(rollout: Rollout, group_size: int) -> np.ndarray:
-    """Of each group, whether its rewards differ."""
+    """Whether the rewards of each group differ: bool [N / group_size]."""
     groups = rollout.rewards.reshape(-1, group_size)
     return groups.max(1) > groups.min(1)
 
 
 def join(parts: list[Rollout], config: RolloutConfig) -> Rollout:
-    """One rollout of config.prompts groups: those with signal first, in the order they came."""
+    """One rollout of config.num_prompts groups: those with signal first, in the order they came."""
     if len(parts) == 1:
         return parts[0]
     signal = np.concatenate([has_signal(part, config.group_size) for part in parts])
-    chosen = np.sort(np.argsort(~signal, kind="stable")[: config.prompts])
+    chosen = np.sort(np.argsort(~signal, kind="stable")[: config.num_prompts])
     rows = (chosen[:, None] * config.group_size + np.arange(config.group_size)).ravel()
 
     def pick(columns: Sequence[Any]) -> Any:
@@ -353,11 +285,12 @@ def join(parts: list[Rollout], config: RolloutConfig) -> Rollout:
         return [together[i] for i in rows]
 
     *columns, scores, decode_steps = zip(*parts, strict=True)
-    return Rollout(*map(pick, columns), gather(scores, rows), sum(decode_steps))
+    fields = [*map(pick, columns), gather(scores, rows), sum(decode_steps)]
+    return Rollout._make(fields)
 
 
-def rollout_metrics(rollout: Rollout, config: RolloutConfig) -> dict[str, float]:
-    """What a rollout was like, by the names of its area."""
+def rollout_metrics(rollout: Rollout, config: RolloutConfig) -> Metrics:
+    """Rewards and lengths of a rollout, by the names under which they are logged."""
     row = {
         "reward/mean": float(rollout.rewards.mean()),
         "reward/std": float(rollout.rewards.std()),
@@ -373,11 +306,3 @@ def rollout_metrics(rollout: Rollout, config: RolloutConfig) -> dict[str, float]
     counters = {name: float(count) for name, count in rollout.scores.counters.items()}
     calls = max(1, len(rollout.rewards) * len(rollout.scores.by_name))
     return row | counters | {"reward/failed_fraction": sum(counters.values()) / calls}
-
-
-def kl_metrics(kl: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """How far the policy is from its reference: nats an answer, and nats a token."""
-    return {
-        "kl/reference": float(kl.sum() / max(1, mask.any(1).sum())),
-        "kl/reference_token": float(kl.sum() / max(1, mask.sum())),
-    }

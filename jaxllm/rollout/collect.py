@@ -1,12 +1,12 @@
-"""Many completions of many prompts: a fixed number of rows decode together, and a finished row makes room
-for a waiting one, so that a few long answers do not hold the rest.
+"""Many completions of many prompts, by continuous batching: a fixed number of rows decode together, and a
+waiting completion takes the row of a finished one, so that a few long completions do not delay the others.
 
-Shapes: N prompts, G completions a prompt, B rows decoded together, R rows refilled together, P prompts read
-together, S cache slots. The R rows of a refill come from one reading of P prompts.
+Shapes: N prompts, G completions a prompt, B rows decoded together, R rows refilled together, P prompts
+prefilled together, S cache slots. The R rows of a refill come from one prefill of P prompts.
 
-The host decides, the device works: a compiled loop decodes until R rows are free, which the host learns
-from the `done` flags; a second program reads the next P prompts, a third copies them into the free rows,
-once for each of their completions. All of these shapes are fixed but S, which takes a few sizes.
+The host schedules three compiled programs: one decodes until R rows are free, which the host reads from the
+`done` flags; a second prefills the next P prompts; a third copies them into the free rows, once for each of
+their completions. All of these shapes are fixed except S, which takes a few sizes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import ConfigError
-from jaxllm.models import Model
-from jaxllm.models.transformer import Params
+from jaxllm.models import Model, Params
 from jaxllm.rollout.generate import (
     Completions,
     DecodeState,
@@ -38,14 +37,14 @@ from jaxllm.rollout.generate import (
 )
 from jaxllm.rollout.sampling import SamplingConfig
 
-REFILLS = 8  # a refill is this share of the rows: fewer would idle less and stop the loop more often
-TAIL = 4  # once nothing waits and so small a share of the rows goes on, only that share decodes further
-STRETCH = 64  # decode steps, at most, from one call of `check` to the next
+REFILL_DIVISOR = 8  # R = B / 8: smaller refills leave fewer rows idle, but stop the decode loop more often
+TAIL_DIVISOR = 4  # once no completion waits and at most B / 4 rows are active, the batch shrinks to B / 4
+CHUNK_STEPS = 64  # decode steps between two calls of `check`, at most
 
 
 @partial(jax.jit, static_argnames=("model", "slots"))
-def idle(model: Model, keys: jax.Array, slots: int) -> DecodeState:
-    """As many rows as keys, all of them free."""
+def free_rows(model: Model, keys: jax.Array, slots: int) -> DecodeState:
+    """A state of one row for each key, all of them done."""
     rows = jnp.ones(keys.shape, jnp.int32)
     tokens, log_probs = jnp.zeros((len(rows), slots), jnp.int32), jnp.zeros((len(rows), slots), jnp.float32)
     cache = model.init_cache(len(rows), slots)
@@ -56,11 +55,12 @@ def idle(model: Model, keys: jax.Array, slots: int) -> DecodeState:
 def refill(
     state: DecodeState, prompts: DecodeState, rows: jax.Array, sources: jax.Array, keys: jax.Array
 ) -> DecodeState:
-    """Begin prompt sources[r] with keys[r] in row rows[r]; a row beyond the last is nowhere."""
+    """Complete prompt sources[r] with keys[r] in row rows[r]. Row indices beyond the last are dropped."""
     new = jax.tree.map(lambda array: array[sources] if array.ndim else array, prompts)._replace(keys=keys)
 
-    def put(old, new):
-        # Slots beyond the prompt keep what the last completion left: nobody looks there before writing.
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        # Slots beyond the prompt keep the tokens of the previous completion: no row reads a slot before it
+        # has written there.
         return old.at[rows, *map(slice, new.shape[1:])].set(new, mode="drop") if old.ndim else old
 
     return jax.tree.map(put, state, new)
@@ -68,41 +68,42 @@ def refill(
 
 @partial(jax.jit, static_argnames="slots")
 def keep_rows(state: DecodeState, rows: jax.Array, slots: int) -> DecodeState:
-    """The same state with these rows only, and so many slots."""
+    """The same state with only these rows, and with `slots` slots."""
     return resize(jax.tree.map(lambda array: array[rows] if array.ndim else array, state), slots)
 
 
 def tail_slots(slots: int, last_slots: int) -> int:
-    """All that could be needed, if that takes no more memory than before: one size is one program."""
-    return max(slots, last_slots) if last_slots <= TAIL * slots else slots
+    """Slots of the smaller batch at the end: all that it may need (a single program), unless that would
+    take more memory than the batch before."""
+    return max(slots, last_slots) if last_slots <= TAIL_DIVISOR * slots else slots
 
 
 class Block(NamedTuple):
-    """Completions that begin together, each with its prompt."""
+    """Completions that start together, with their prompts."""
 
-    completions: range  # at most R
-    prompts: DecodeState  # P prompts, read
-    sources: np.ndarray  # int [R], which of the prompts each completion continues
+    completions: range  # indices of at most R completions
+    prompts: DecodeState  # P prompts, prefilled
+    sources: np.ndarray  # int [R], the index of each completion's prompt among them
     keys: jax.Array  # PRNG keys [R]
 
 
 def read_blocks(
     model: Model, params: Params, prompts: tuple[np.ndarray, ...], keys: jax.Array, rows: int
 ) -> Iterator[Block]:
-    """All completions of padded prompts, `rows` at a time. A prompt is read once, when its turn comes."""
+    """All completions of padded prompts, `rows` at a time. Each prompt is prefilled once, when needed."""
     tokens, lengths, limits = prompts
     N, G = len(tokens), len(keys) // len(tokens)
     P = min(-(-rows // G), bucket(N))
     for first in range(0, N, P):
-        at = np.minimum(np.arange(first, first + P), N - 1)  # the last reading may repeat a prompt
-        read = prefill(model, params, tokens[at], lengths[at], limits[at], keys[at * G], tokens.shape[1])
+        at = np.minimum(np.arange(first, first + P), N - 1)  # the last prefill may repeat a prompt
+        prefilled = prefill(model, params, tokens[at], lengths[at], limits[at], keys[at * G], tokens.shape[1])
         end = min(first + P, N) * G
         for start in range(first * G, end, rows):
-            begin = np.minimum(np.arange(start, start + rows), end - 1)
-            yield Block(range(start, begin[-1] + 1), read, begin // G - first, keys[begin])
+            indices = np.minimum(np.arange(start, start + rows), end - 1)
+            yield Block(range(start, indices[-1] + 1), prefilled, indices // G - first, keys[indices])
 
 
-def run(
+def decode_chunks(
     model: Model,
     params: Params,
     prompts: Sequence[Sequence[int]],
@@ -110,43 +111,44 @@ def run(
     sampling: SamplingConfig,
     stop_ids: Sequence[int],
     keys: jax.Array,
-    max_rows: int,
+    decode_batch_size: int,
 ) -> Iterator[tuple[DecodeState, np.ndarray]]:
-    """Decode to the end. Stops to refill rows, to grow the cache and after STRETCH steps, and yields the
-    state, whose arrays are gone once the next is asked for, and which completion each row says (-1: none)."""
+    """Decode all completions. Yields the state, and which completion each row holds (-1: none), whenever rows
+    can be refilled, the cache must grow or CHUNK_STEPS steps are done.
+
+    The arrays of a state are deleted once the next one is requested.
+    """
     number = len(keys)
-    B = min(max_rows, bucket(number))
-    R, tail = B if number <= B else -(-B // REFILLS), B // TAIL
+    B = min(decode_batch_size, bucket(number))
+    R, tail = B if number <= B else -(-B // REFILL_DIVISOR), B // TAIL_DIVISOR
     params = unstack(params)
     padded = tokens, _, limits = pad_prompts(model, prompts, sampling.max_new_tokens)
     blocks = read_blocks(model, params, padded, keys, R)
     first_slots = more_slots(model, tokens.shape[1])
     last_slots = min(bucket(limits.max().item()), model.config.max_length)
-    sampling = replace(sampling, max_new_tokens=1)  # state.limits has it: no program depends on it
-    stop_ids = jnp.array(stop_ids, jnp.int32)
-    state = idle(model, keys[np.zeros(B, int)], first_slots)
-    begun, owners = 0, np.full(B, -1)
-    while begun < number or (owners >= 0).any():
+    sampling = replace(sampling, max_new_tokens=1)  # state.limits has it; this way no program depends on it
+    stop_tokens = jnp.array(stop_ids, jnp.int32)
+    state = free_rows(model, keys[np.zeros(B, int)], first_slots)
+    started, owners = 0, np.full(B, -1)  # completions started, and the completion of each row
+    while started < number or (owners >= 0).any():
         free = np.flatnonzero(owners < 0)
         if len(free) == B and state.tokens.shape[1] > first_slots:
             state = resize_jit(state, first_slots)
-        while begun < number and len(free) >= R:
+        while started < number and len(free) >= R:
             block = next(blocks)
             rows, free = free[: len(block.completions)], free[len(block.completions) :]
-            nowhere = np.full(R - len(rows), B)
-            state = refill(state, block.prompts, np.append(rows, nowhere), block.sources, block.keys)
-            owners[rows], begun = block.completions, block.completions.stop
-        if begun == number and 0 < np.sum(owners >= 0) <= tail < len(owners):
+            dropped = np.full(R - len(rows), B)
+            state = refill(state, block.prompts, np.append(rows, dropped), block.sources, block.keys)
+            owners[rows], started = block.completions, block.completions.stop
+        if started == number and 0 < np.sum(owners >= 0) <= tail < len(owners):
             rows = np.argsort(owners < 0, stable=True)[:tail]
-            state, owners = (
-                keep_rows(state, rows, tail_slots(state.tokens.shape[1], last_slots)),
-                owners[rows],
-            )
-        if begun < number:
+            state = keep_rows(state, rows, tail_slots(state.tokens.shape[1], last_slots))
+            owners = owners[rows]
+        if started < number:
             min_rows = B - R
         else:
             min_rows = tail if len(owners) > tail else 0
-        state = decode(model, params, state, stop_ids, STRETCH, min_rows, sampling=sampling)
+        state = decode(model, params, state, stop_tokens, CHUNK_STEPS, min_rows, sampling=sampling)
         yield state, owners
         done, lengths = jax.device_get((state.done, state.lengths))
         owners[done] = -1
@@ -163,29 +165,40 @@ def collect(
     sampling: SamplingConfig,
     stop_ids: Sequence[int],
     keys: jax.Array,
-    max_rows: int,
+    decode_batch_size: int,
     check: Callable[[], None] = lambda: None,
-    on_done: Callable[[list[int], list[list[int]]], None] = lambda numbers, tokens: None,
+    on_done: Callable[[list[int], list[list[int]]], None] = lambda indices, tokens: None,
 ) -> Completions:
-    """Continue each prompt group_size times: completion g of prompt p uses keys[p * group_size + g], says
-    what `generate` says with that key, and stands at that place in the result.
+    """Complete each prompt group_size times.
 
-    At most max_rows decode together. Between stretches of decoding `check` is called, and may raise, and
-    `on_done`, with the numbers and the tokens of the completions that have just ended.
+    Completion i = p * group_size + g of prompt p uses keys[i], equals that of `generate` with this key, and
+    is entry i of the result.
+
+    Args:
+      decode_batch_size: number of completions decoded together, at most.
+      check: called between chunks of decoding; may raise to leave.
+      on_done: called with the indices and the tokens of the completions that have just finished.
     """
-    for name, value in (("group_size", group_size), ("max_rows", max_rows)):
+    for name, value in (("group_size", group_size), ("decode_batch_size", decode_batch_size)):
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
     check_prompts(model, prompts, stop_ids, keys, group_size)
-    said, log_probs = [[] for _ in range(len(keys))], [np.empty(0) for _ in range(len(keys))]
-    for state, owners in run(
-        model, params, prompts, sampling=sampling, stop_ids=stop_ids, keys=keys, max_rows=max_rows
+    tokens: list[list[int]] = [[] for _ in range(len(keys))]
+    log_probs = [np.empty(0) for _ in range(len(keys))]
+    for state, owners in decode_chunks(
+        model,
+        params,
+        prompts,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        keys=keys,
+        decode_batch_size=decode_batch_size,
     ):
         check()
         rows = np.flatnonzero((owners >= 0) & np.asarray(state.done))
-        ended = owners[rows].tolist()
-        for owner, completion in zip(ended, completions(state, rows), strict=True):
-            said[owner], log_probs[owner] = completion
-        if ended:
-            on_done(ended, [said[owner] for owner in ended])
-    return Completions(said, log_probs, stop_reasons(said, stop_ids), int(state.steps))
+        finished = owners[rows].tolist()
+        for i, completion in zip(finished, completions(state, rows), strict=True):
+            tokens[i], log_probs[i] = completion
+        if finished:
+            on_done(finished, [tokens[i] for i in finished])
+    return Completions(tokens, log_probs, stop_reasons(tokens, stop_ids), int(state.steps))

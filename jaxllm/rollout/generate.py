@@ -1,52 +1,51 @@
-"""Completions of prompts: prefill once, then one token a step for the whole batch.
+"""Completions of prompts: prefill once, then decode one token a step for the whole batch.
 
 Shapes: B rows, T prompt positions, S cache slots, N prompts (N <= B), V vocabulary.
 
 Row b holds its prompt and then its completion in slots 0, 1, ... of `tokens`, and their keys and values
-in the same slots of the cache. Prompts are padded on the right: a pad lies beyond every slot that its row
-looks at until the row writes there itself, so what a row says depends on its own tokens and key alone.
-B, T and S are rounded up to a few sizes and the cache grows from one to the next as rows get longer, so
-attention reads little more than what is filled, and a run compiles a handful of programs.
+in the same slots of the cache. Prompts are padded on the right: a row never attends to a slot of padding
+before it has written there itself, so that its completion depends only on its own tokens and key.
+B, T and S are rounded up to a few sizes, and the cache grows from one size to the next as rows get longer:
+attention reads few empty slots, and few programs are compiled.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import DataError
-from jaxllm.models import Model, unstack_layers
-from jaxllm.models.transformer import Cache, Params
+from jaxllm.models import Cache, Model, Params, unstack_layers
 from jaxllm.rollout.sampling import SamplingConfig, sample
 
-SHORTEST = 32  # prompt positions, and slots by which a cache grows: fewer would only add programs
+MIN_SLOTS = 32  # prompt positions, and slots by which a cache grows: fewer would only add programs
 
-# Once, and not in every stretch of decoding: a copy of all parameters.
+# Called once, not in every chunk of decoding: it copies all parameters.
 unstack = jax.jit(unstack_layers)
 
 
 class Completions(NamedTuple):
     """One entry a prompt, in the order of the prompts."""
 
-    tokens: list[list[int]]  # the stop token included, nothing after it
-    log_probs: list[np.ndarray]  # float32, under the sampling temperature, before any filter
-    stop_reasons: list[str]  # "stop" (said a stop id) or "length" (ran out of tokens)
-    steps: int  # decode steps that were run, each one token for every unfinished row
+    tokens: list[list[int]]  # with the stop token, and nothing after it
+    log_probs: list[np.ndarray]  # float32, nats, under the sampling temperature, before any filter
+    stop_reasons: list[str]  # "stop" (generated a stop token) or "length" (reached its maximum length)
+    steps: int  # decode steps, each of which generates one token for every active row
 
 
 class DecodeState(NamedTuple):
-    """Everything a row needs to go on; rows know nothing of each other."""
+    """Everything needed to continue decoding. Rows are independent of each other."""
 
     tokens: jax.Array  # int32 [B, S]
     log_probs: jax.Array  # float32 [B, S], of the completion's tokens
     prompt_lengths: jax.Array  # int32 [B]
     lengths: jax.Array  # int32 [B], prompt and completion so far
-    limits: jax.Array  # int32 [B], the length at which a row ends in any case
-    done: jax.Array  # bool [B]
+    limits: jax.Array  # int32 [B], the maximum length of prompt and completion
+    done: jax.Array  # bool [B], finished rows
     keys: jax.Array  # PRNG keys [B]; the draw at completion position t uses fold_in(key, t)
     steps: jax.Array  # int32, decode steps so far
     cache: Cache
@@ -59,9 +58,9 @@ def bucket(size: int) -> int:
 
 
 def resize(state: DecodeState, slots: int) -> DecodeState:
-    """The same state with more slots, or with the first ones only."""
+    """The same state with more slots, or with only the first ones."""
 
-    def pad(array, axis):
+    def pad(array: jax.Array, axis: int) -> jax.Array:
         edges = [(0, 0, 0)] * array.ndim
         edges[axis] = (0, slots - array.shape[axis], 0)
         return jax.lax.pad(array, jnp.zeros((), array.dtype), edges)
@@ -86,8 +85,9 @@ def prefill(
     keys: jax.Array,
     slots: int,
 ) -> DecodeState:
-    """Read prompts tokens[B, T] of some lengths[B]. A row whose limit is its length is done at once."""
-    _, cache = model.apply(params, tokens, cache=model.init_cache(*tokens.shape))
+    """The state after reading prompts tokens[B, T] of lengths[B]. A row whose limit is its length is done."""
+    B, T = tokens.shape
+    cache = cast(Cache, model.apply(params, tokens, cache=model.init_cache(B, T)).cache)
     log_probs = jnp.zeros(tokens.shape, jnp.float32)
     done, steps = lengths >= limits, jnp.int32(0)
     return resize(DecodeState(tokens, log_probs, lengths, lengths, limits, done, keys, steps, cache), slots)
@@ -96,9 +96,9 @@ def prefill(
 def next_logits(
     model: Model, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """Float32 logits [B, V] after tokens[B] at positions[B], and the cache with them in it."""
-    hidden, cache = model.apply(params, tokens[:, None], positions=positions[:, None], cache=cache)
-    return model.unembed(params, hidden[:, 0]), cache
+    """Float32 logits [B, V] after tokens[B] at positions[B], and the cache with these tokens added."""
+    output = model.apply(params, tokens[:, None], positions=positions[:, None], cache=cache)
+    return model.unembed(params, output.hidden[:, 0]), cast(Cache, output.cache)
 
 
 def decode_steps(
@@ -106,27 +106,29 @@ def decode_steps(
     params: Params,
     state: DecodeState,
     stop_ids: jax.Array,
-    max_steps: jax.Array,
-    min_rows: jax.Array,
+    max_steps: jax.Array | int,
+    min_rows: jax.Array | int,
     draw: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
 ) -> DecodeState:
-    """Say tokens until no more than min_rows rows go on, a row needs another slot, or max_steps steps were
-    run. `draw(logits[B, V], keys[B])` gives the next tokens and their log-probs."""
+    """Decode until at most min_rows rows are active, a row needs another slot, or max_steps steps are done.
+
+    `draw(logits[B, V], keys[B])` returns the next tokens and their log-probs.
+    """
     rows, slots = jnp.arange(state.tokens.shape[0]), state.tokens.shape[1]
     last_step = state.steps + max_steps
 
-    def goes_on(state):
+    def keep_decoding(state: DecodeState) -> jax.Array:
         longest = jnp.max(jnp.where(state.done, 0, state.lengths))
         return (jnp.sum(~state.done) > min_rows) & (longest < slots) & (state.steps < last_step)
 
-    def decode_step(state):
-        # The last token is read here and not earlier, so its keys are written now. The first step reads
-        # the prompt's last token again, and with that needs no logits from the prefill.
+    def decode_step(state: DecodeState) -> DecodeState:
+        # Each step reads the last token, whose keys and values are written now. The first step reads the last
+        # token of the prompt again, so that the prefill need not compute logits.
         last = state.lengths - 1
         logits, cache = next_logits(model, params, state.tokens[rows, last], last, state.cache)
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths - state.prompt_lengths)
         tokens, log_probs = draw(logits, keys)
-        here = (rows, state.lengths)  # a finished row writes beyond its end, where nobody reads
+        here = (rows, state.lengths)  # a finished row writes beyond its end, which is never read
         lengths = state.lengths + ~state.done
         return state._replace(
             tokens=state.tokens.at[here].set(tokens, mode="drop"),
@@ -137,7 +139,7 @@ def decode_steps(
             cache=cache,
         )
 
-    return jax.lax.while_loop(goes_on, decode_step, state)
+    return jax.lax.while_loop(keep_decoding, decode_step, state)
 
 
 @partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
@@ -146,12 +148,12 @@ def decode(
     params: Params,
     state: DecodeState,
     stop_ids: jax.Array,
-    max_steps: jax.Array,
-    min_rows: jax.Array,
+    max_steps: jax.Array | int,
+    min_rows: jax.Array | int,
     *,
     sampling: SamplingConfig,
 ) -> DecodeState:
-    """`decode_steps` with one way of sampling for all rows."""
+    """`decode_steps` with the same sampling for all rows."""
     draw = partial(sample, config=sampling)
     return decode_steps(model, params, state, stop_ids, max_steps, min_rows, draw)
 
@@ -160,50 +162,51 @@ def check_prompts(
     model: Model,
     prompts: Sequence[Sequence[int]],
     stop_ids: Sequence[int],
-    keys: jax.Array,
+    keys: jax.Array | np.ndarray,
     group_size: int = 1,
 ) -> None:
-    """DataError, naming the prompt, where the model cannot read or continue it."""
+    """DataError, naming the prompt, where the model cannot complete it, or where keys are missing."""
     longest, vocab_size = model.config.max_length - 1, model.config.vocab_size
     if keys.shape != (len(prompts) * group_size,) or not len(prompts):
         raise DataError(
-            f"keys of shape {keys.shape} for {len(prompts)} prompts x {group_size}: give one key a completion"
+            f"keys has shape {keys.shape} for {len(prompts)} prompts x {group_size} completions: pass one "
+            f"key for each completion, and at least one prompt"
         )
     for name, tokens in [("stop_ids", stop_ids), *((f"prompts[{i}]", p) for i, p in enumerate(prompts))]:
         if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab_size:
             raise DataError(
-                f"{name} has token ids from {min(tokens)} to {max(tokens)}; "
-                f"the model knows 0 to {vocab_size - 1} (model.vocab_size)"
+                f"{name} has token ids from {min(tokens)} to {max(tokens)}, "
+                f"which must be from 0 to {vocab_size - 1} (model.vocab_size - 1)"
             )
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= longest:
             raise DataError(
-                f"prompts[{i}] has {len(prompt)} tokens; give 1 to {longest} (one less than model.max_length)"
+                f"prompts[{i}] has {len(prompt)} tokens, must have 1 to {longest} (model.max_length - 1)"
             )
 
 
 def pad_prompts(
     model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tokens[N, T], lengths[N] and limits[N], as `prefill` takes them; T is one of a few sizes."""
+    """tokens[N, T], lengths[N] and limits[N], as `prefill` takes them. T is one of a few sizes."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    T = min(bucket(max(int(lengths.max()), SHORTEST)), model.config.max_length)
+    T = min(bucket(max(int(lengths.max()), MIN_SLOTS)), model.config.max_length)
     tokens = np.zeros((len(prompts), T), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     longest = model.config.max_length
-    return tokens, lengths, np.minimum(lengths + min(max_new_tokens, longest), longest)  # no int32 overflows
+    return tokens, lengths, np.minimum(lengths + min(max_new_tokens, longest), longest)  # no int32 overflow
 
 
 def more_slots(model: Model, slots: int) -> int:
-    """The next size that is worth a program of its own, as far as the model reaches."""
-    return min(bucket(slots + SHORTEST), model.config.max_length)
+    """The next size of a cache, at most model.max_length. Each size compiles a program of its own."""
+    return min(bucket(slots + MIN_SLOTS), model.config.max_length)
 
 
-def begin(
+def prefill_prompts(
     model: Model, params: Params, prompts: Sequence[Sequence[int]], keys: jax.Array, max_new_tokens: int
 ) -> DecodeState:
-    """Prompts in rows of equal length, read, with room to write; rows beyond the prompts are done."""
+    """The state after reading the prompts, with slots to decode into. Rows beyond the prompts are done."""
     N, B = len(prompts), bucket(len(prompts))
     tokens, lengths, limits = pad_prompts(model, prompts, max_new_tokens)
     rows = np.arange(B) % N
@@ -212,7 +215,7 @@ def begin(
     return prefill(model, params, tokens[rows], lengths[rows], limits, keys[rows], slots)
 
 
-def run(
+def decode_chunks(
     model: Model,
     params: Params,
     prompts: Sequence[Sequence[int]],
@@ -222,16 +225,18 @@ def run(
     keys: jax.Array,
     max_steps: int | None = None,
 ) -> Iterator[DecodeState]:
-    """Decode to the end. Stops wherever the cache must grow, and after max_steps, to yield the state, whose
-    arrays are gone once the next is asked for."""
+    """Decode until all rows are done, and yield the state whenever the cache must grow or max_steps are done.
+
+    The arrays of a state are deleted once the next one is requested.
+    """
     check_prompts(model, prompts, stop_ids, keys)
-    state = begin(model, params, prompts, keys, sampling.max_new_tokens)
-    sampling = replace(sampling, max_new_tokens=1)  # state.limits has it: no program depends on it
-    stop_ids = jnp.array(stop_ids, jnp.int32)
+    state = prefill_prompts(model, params, prompts, keys, sampling.max_new_tokens)
+    sampling = replace(sampling, max_new_tokens=1)  # state.limits has it; this way no program depends on it
+    stop_tokens = jnp.array(stop_ids, jnp.int32)
     params = unstack(params)
     max_steps = model.config.max_length if max_steps is None else max_steps
     while True:
-        state = decode(model, params, state, stop_ids, max_steps, 0, sampling=sampling)
+        state = decode(model, params, state, stop_tokens, max_steps, 0, sampling=sampling)
         yield state
         done, slots = np.asarray(state.done), state.tokens.shape[1]
         if done.all():
@@ -241,13 +246,13 @@ def run(
 
 
 def completions(state: DecodeState, rows: Iterable[int]) -> Iterator[tuple[list[int], np.ndarray]]:
-    """What each of the rows has said, and the log-probs of it."""
+    """The completion of each of the rows so far, and the log-probs of its tokens."""
     tokens, log_probs, starts, ends = jax.device_get(
         (state.tokens, state.log_probs, state.prompt_lengths, state.lengths)
     )
     for row in rows:
-        said = slice(starts[row], ends[row])
-        yield tokens[row, said].tolist(), log_probs[row, said].copy()
+        completion = slice(starts[row], ends[row])
+        yield tokens[row, completion].tolist(), log_probs[row, completion].copy()
 
 
 def stop_reasons(completions: Iterable[Sequence[int]], stop_ids: Sequence[int]) -> list[str]:
@@ -264,11 +269,13 @@ def generate(
     stop_ids: Sequence[int],
     keys: jax.Array,
 ) -> Completions:
-    """Continue each prompt with its own key of keys[N] until it says one of stop_ids, has said
-    sampling.max_new_tokens, or fills model.max_length."""
-    *_, state = run(model, params, prompts, sampling=sampling, stop_ids=stop_ids, keys=keys)
-    said, log_probs = zip(*completions(state, range(len(prompts))), strict=True)
-    return Completions(list(said), list(log_probs), stop_reasons(said, stop_ids), int(state.steps))
+    """Complete each prompt with its own key of keys[N].
+
+    A completion ends with the first of stop_ids, after sampling.max_new_tokens, or at model.max_length.
+    """
+    *_, state = decode_chunks(model, params, prompts, sampling=sampling, stop_ids=stop_ids, keys=keys)
+    tokens, log_probs = zip(*completions(state, range(len(prompts))), strict=True)
+    return Completions(list(tokens), list(log_probs), stop_reasons(tokens, stop_ids), int(state.steps))
 
 
 def stream(
@@ -281,9 +288,9 @@ def stream(
     key: jax.Array,
     max_steps: int,
 ) -> Iterator[list[int]]:
-    """The completion of one prompt as it is said, at most max_steps tokens at a time."""
+    """The completion of one prompt while it is generated, at most max_steps tokens at a time."""
     end = len(prompt)
-    for state in run(
+    for state in decode_chunks(
         model, params, [prompt], sampling=sampling, stop_ids=stop_ids, keys=key[None], max_steps=max_steps
     ):
         start, end = end, int(state.lengths[0])

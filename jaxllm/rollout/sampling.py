@@ -1,17 +1,18 @@
-"""How the next token is drawn from a row of logits.
+"""How the next token is sampled from a row of logits.
 
-Shapes: B rows, V vocabulary. The order is Hugging Face's: temperature, top-k, top-p on what top-k left,
-min-p. (vLLM applies min-p before the other two.) Tokens tied with the last one kept are kept too, so
+Shapes: B rows, V vocabulary. The order is that of Hugging Face: temperature, top-k, top-p of the remaining
+tokens, min-p. (vLLM applies min-p before the other two.) Tokens tied with the last one kept are kept too, so
 that no filter depends on the order of the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxllm.errors import ConfigError
 from jaxllm.losses.language_model import token_log_probs
@@ -19,13 +20,13 @@ from jaxllm.losses.language_model import token_log_probs
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """None switches a filter off."""
+    """How to sample completions; None disables a filter."""
 
-    temperature: float  # divides the logits; 0 takes the likeliest token
-    top_k: int | None  # only the k likeliest tokens
-    top_p: float | None  # only the likeliest tokens that together hold this probability
-    min_p: float | None  # only tokens at least this fraction as likely as the likeliest
-    max_new_tokens: int  # the longest completion, its stop token included
+    temperature: float  # divides the logits; 0: greedy
+    top_k: int | None  # sample from the k most likely tokens only
+    top_p: float | None  # from the most likely tokens whose probabilities sum to top_p only
+    min_p: float | None  # from tokens with at least min_p times the probability of the most likely one only
+    max_new_tokens: int  # maximum length of a completion, with its stop token
 
     def __post_init__(self) -> None:
         rules = {
@@ -40,24 +41,24 @@ class SamplingConfig:
                 raise ConfigError(f"sampling.{field}={getattr(self, field)} {rule}")
 
 
-def drop_smallest(logits: jax.Array, weights: jax.Array, allowance: float) -> jax.Array:
-    """-inf for the smallest logits of each row, as many as weigh no more than `allowance` together.
+def drop_smallest(logits: jax.Array, weights: jax.Array, max_weight: ArrayLike) -> jax.Array:
+    """-inf for the smallest logits of each row [B, V]: as many as have a total weight of at most max_weight.
 
-    The threshold is found bit by bit, from the highest: 32 sums over the row, where sorting it takes 30
+    The threshold is found bit by bit, from the highest: 32 sums over the row, where sorting the row takes 30
     times as long on a CPU (64 rows of 4096).
     """
     bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     ranks = jnp.where(bits < sign, bits | sign, ~bits)  # unsigned integers in the order of the floats
 
-    def set_bit(i, threshold):
+    def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
         raised = threshold | (sign >> i)
         dropped = jnp.sum(jnp.where(ranks < raised, weights, 0), axis=-1, keepdims=True)
-        return jnp.where(dropped <= allowance, raised, threshold)
+        return jnp.where(dropped <= max_weight, raised, threshold)
 
-    likeliest = jnp.max(ranks, axis=-1, keepdims=True)
-    threshold = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros_like(likeliest))
-    return jnp.where(ranks >= jnp.minimum(threshold, likeliest), logits, -jnp.inf)
+    largest = jnp.max(ranks, axis=-1, keepdims=True)
+    threshold = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros_like(largest))
+    return jnp.where(ranks >= jnp.minimum(threshold, largest), logits, -jnp.inf)
 
 
 def top_k(logits: jax.Array, k: int) -> jax.Array:
@@ -66,13 +67,13 @@ def top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def top_p(logits: jax.Array, p: float) -> jax.Array:
-    """Keep the nucleus of each row of [B, V]: the fewest likeliest tokens whose probabilities sum to p or
-    more, the one that crosses p included (Holtzman et al. 2019, arXiv:1904.09751)."""
+    """Keep the nucleus of each row of [B, V]: the fewest most likely tokens whose probabilities sum to p or
+    more (Holtzman et al. 2019, arXiv:1904.09751)."""
     return drop_smallest(logits, jax.nn.softmax(logits, axis=-1), 1 - p)
 
 
-def min_p(logits: jax.Array, p: float) -> jax.Array:
-    """Keep the tokens at least p times as likely as the likeliest of their row of [B, V] (Nguyen et al.
+def min_p(logits: jax.Array, p: ArrayLike) -> jax.Array:
+    """Keep the tokens at least p times as likely as the most likely one of their row of [B, V] (Nguyen et al.
     2024, arXiv:2407.01082)."""
     least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p)
     return jnp.where(logits >= least, logits, -jnp.inf)
@@ -81,8 +82,9 @@ def min_p(logits: jax.Array, p: float) -> jax.Array:
 def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> tuple[jax.Array, jax.Array]:
     """A token for each row of logits [B, V] with its own key of keys [B], and its log-prob.
 
-    The log-prob is log_softmax(logits / temperature) in float32, BEFORE any filter: what training under
-    this temperature computes, and 0 KL to itself. Greedy tokens are given theirs at temperature 1.
+    The log-prob is log_softmax(logits / temperature) in float32, BEFORE any filter, as training at this
+    temperature computes it: the KL of a policy to itself is 0. Greedy tokens have their log-prob at
+    temperature 1.
     """
     if config.temperature == 0:
         tokens = jnp.argmax(logits, axis=-1)
@@ -101,16 +103,16 @@ def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> tuple[
 
 
 class RowSampling(NamedTuple):
-    """SamplingConfigs as arrays, one entry a row, so that rows which sample differently share a program."""
+    """SamplingConfigs as arrays with an entry a row: one program serves rows that sample differently."""
 
     temperature: np.ndarray  # float32 [B]
     top_k: np.ndarray  # int32 [B], at most the size of the vocabulary
-    tail: np.ndarray  # float32 [B], 1 - top_p, which no float32 of top_p would give to the last bit
+    tail: np.ndarray  # float32 [B], 1 - top_p, rounded after the subtraction as in `top_p`
     min_p: np.ndarray  # float32 [B]
 
 
 def row_sampling(configs: Sequence[SamplingConfig], vocab_size: int) -> RowSampling:
-    """One entry for each config; a filter that is off gets the value at which it drops nothing."""
+    """One entry for each config; a disabled filter gets the value at which it drops nothing."""
     return RowSampling(
         np.array([config.temperature for config in configs], np.float32),
         np.array([min(config.top_k or vocab_size, vocab_size) for config in configs], np.int32),
@@ -120,18 +122,18 @@ def row_sampling(configs: Sequence[SamplingConfig], vocab_size: int) -> RowSampl
 
 
 def sample_rows(logits: jax.Array, keys: jax.Array, rows: RowSampling) -> jax.Array:
-    """The token that `sample` takes for each row, with that row's own sampling. A filter that no row wants
-    costs nothing."""
+    """The token that `sample` takes for each row, with the sampling of that row. Filters that no row uses are
+    skipped."""
     greedy = rows.temperature == 0
     temperature, k, tail, share = (x[:, None] for x in (jnp.where(greedy, 1.0, rows.temperature), *rows[1:]))
     kept = logits.astype(jnp.float32) / temperature
     V = logits.shape[-1]
 
-    def filtered(wanted, keep, z):
-        return jax.lax.cond(jnp.any(wanted), keep, lambda z: z, z)
+    def where_used(used: ArrayLike, keep: Callable[[jax.Array], jax.Array], z: jax.Array) -> jax.Array:
+        return jax.lax.cond(jnp.any(used), keep, lambda z: z, z)
 
-    kept = filtered(k < V, lambda z: drop_smallest(z, jnp.int32(1), V - k), kept)
-    kept = filtered(tail > 0, lambda z: drop_smallest(z, jax.nn.softmax(z, axis=-1), tail), kept)
-    kept = filtered(share > 0, lambda z: min_p(z, share), kept)
+    kept = where_used(k < V, lambda z: drop_smallest(z, jnp.int32(1), V - k), kept)
+    kept = where_used(tail > 0, lambda z: drop_smallest(z, jax.nn.softmax(z, axis=-1), tail), kept)
+    kept = where_used(share > 0, lambda z: min_p(z, share), kept)
     drawn = jax.vmap(jax.random.categorical)(keys, kept)
     return jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)

@@ -1,24 +1,66 @@
-"""The one function that says how likely a model finds a text: for policy, old policy and reference alike."""
+"""One function for the log-probs of a text: of the policy, the old policy and the reference alike."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
-from jaxllm.losses import linear_token_log_probs
+from jaxllm.losses import Weighted, linear_token_log_probs
+from jaxllm.models import Model, Params
+from jaxllm.parallel.sharding import batch_sharding
+
+
+class TokenScores(NamedTuple):
+    """What a model makes of a text; position t is about tokens[:, t + 1], as in every batch."""
+
+    log_probs: jax.Array  # float32 [B, T], nats
+    entropy: jax.Array  # float32 [B, T], nats
+    aux: dict[str, Weighted]  # the model's auxiliary losses
 
 
 def next_token_log_probs(
-    params: Any, tokens: jax.Array, *, model: Any, temperature: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropy [B, T] in nats; position t is about tokens[:, t + 1], as in every batch.
+    params: Params, tokens: jax.Array, *, model: Model, temperature: float = 1.0
+) -> TokenScores:
+    """Scores of tokens[B, T]. The last position is about nothing (it gets the first token, to be masked).
 
-    The last position is about nothing (it gets the first token, for the mask to hide). `model` is a tuple of
-    functions as `build_model` returns; the temperature divides the logits, as the sampler's does.
+    The temperature divides the logits, as the sampler's does.
     """
-    hidden, _ = model.apply(params, tokens)
-    targets = jnp.roll(tokens, -1, axis=1)
-    softcap = model.config.logit_softcap
-    return linear_token_log_probs(
-        hidden, model.head(params), targets, temperature=temperature, softcap=softcap
+    output = model.apply(params, tokens)
+    log_probs, entropy = linear_token_log_probs(
+        output.hidden,
+        model.head(params),
+        jnp.roll(tokens, -1, axis=1),
+        temperature=temperature,
+        softcap=model.config.logit_softcap,
+    )
+    return TokenScores(log_probs, entropy, output.aux)
+
+
+class InBatches:
+    """A function of parameters and any number of rows, applied to `rows` rows at a time: it compiles once."""
+
+    def __init__(self, function: Callable[..., jax.Array], rows: int, mesh: Mesh):
+        self.function, self.rows, self.sharding = jax.jit(function), rows, batch_sharding(mesh)
+
+    def __call__(self, params: Params, *columns: np.ndarray) -> np.ndarray:
+        """function(params, *columns) for columns [N, ...], on the host: [N, ...]."""
+        number, parts = len(columns[0]), []
+        for first in range(0, number, self.rows):
+            rows = np.minimum(np.arange(first, first + self.rows), number - 1)  # the last row fills it up
+            batch = jax.device_put([column[rows] for column in columns], self.sharding)
+            parts.append(self.function(params, *batch))
+        return np.concatenate(jax.device_get(parts))[:number]
+
+
+def log_probs_in_batches(model: Model, temperature: float, rows: int, mesh: Mesh) -> InBatches:
+    """(params, tokens [N, T]) -> log-probs [N, T] of `next_token_log_probs`, on the host."""
+    return InBatches(
+        lambda params, tokens: (
+            next_token_log_probs(params, tokens, model=model, temperature=temperature).log_probs
+        ),
+        rows,
+        mesh,
     )

@@ -1,53 +1,108 @@
 """A trained model from its checkpoint: weights, tokenizer, chat template."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import optax
 
-from jaxllm.runs.train import TEMPLATE_FILE
-from jaxllm.runs.weights import read_policy
 from jaxllm.config import parse
+from jaxllm.config_versions import upgrade
 from jaxllm.data.chat_template import ChatTemplate, load_template
 from jaxllm.data.tokenizer import BaseTokenizer, load_tokenizer
-from jaxllm.errors import ConfigError
-from jaxllm.models import Model, ModelConfig, ScalarModel, build_model, build_scalar_model
+from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.models import Model, ModelConfig, Params, ScalarModel, build_model, build_scalar_model
 from jaxllm.models.config import for_platform
 from jaxllm.parallel.sharding import placed
-from jaxllm.training.checkpoint import find_checkpoint
+from jaxllm.training.checkpoint import find_checkpoint, read_arrays
 from jaxllm.training.state import init_state
 
+TEMPLATE_FILE = "template.jinja"  # of a run whose conversations have another template than the tokenizer's
 
-class Loaded(NamedTuple):
-    """What a checkpoint holds."""
+
+class ModelKind(NamedTuple):
+    """What the parameters of a checkpoint are, whichever stage trained them: `metadata.json` says it."""
+
+    generates: bool  # text; a reward model gives a number instead
+    conversational: bool  # reads conversations, by a chat template
+    policy_prefix: str  # where in the parameters the model stands; "" where they are one model
+
+
+# What checkpoints were before their metadata said so (config.json without a version): by stage.
+VERSION_1 = {
+    "pretrain": ModelKind(generates=True, conversational=False, policy_prefix=""),
+    "reward_model": ModelKind(generates=False, conversational=True, policy_prefix=""),
+    "ppo": ModelKind(generates=True, conversational=True, policy_prefix="policy"),
+}
+VERSION_1 |= dict.fromkeys(("sft", "dpo", "grpo"), ModelKind(True, True, ""))
+
+
+class LoadedModel(NamedTuple):
+    """A model as a checkpoint holds it. One that generates is a Model, any other a ScalarModel."""
 
     folder: Path
-    stage: str  # that trained it
-    model: Model | ScalarModel
-    params: Any
+    kind: ModelKind
+    model: Any
+    params: Params
     tokenizer: BaseTokenizer
     metadata: dict[str, Any]
 
+    @property
+    def generates(self) -> bool:
+        return self.kind.generates
+
+    @property
+    def conversational(self) -> bool:
+        return self.kind.conversational
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a run or of a step folder, under today's names whichever version wrote it."""
+    try:
+        return upgrade(json.loads((folder / "config.json").read_bytes()))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def read_kind(folder: Path) -> ModelKind:
+    """What the parameters of a step folder are."""
+    metadata = json.loads((folder / "metadata.json").read_bytes())
+    if "model" in metadata:
+        return ModelKind(**metadata["model"])
+    return VERSION_1[read_config(folder)["stage"]]
+
+
+def read_policy(folder: Path, wanted: Any, optional: Collection[str] = ()) -> Params:
+    """The parameters of the model in a step folder that generates or scores: PPO's hold a critic besides.
+
+    `wanted` and `optional` are as in `read_arrays`.
+    """
+    prefix = "/".join(filter(None, ("params", read_kind(folder).policy_prefix)))
+    return cast(Params, read_arrays(folder, wanted, prefix=prefix, optional=optional))
+
 
 def load_checkpoint(
-    path: str | None, mesh: jax.sharding.Mesh | None = None, *, untrained: bool = False
-) -> Loaded:
-    """The newest valid checkpoint of a run folder (RUN/best: its best), on a mesh or the first device. PPO's
-    are of two models: this is the one that speaks. `untrained`: the random weights that a run of this config
-    without --init_from begins with."""
+    path: str | Path | None, mesh: jax.sharding.Mesh | None = None, *, untrained: bool = False
+) -> LoadedModel:
+    """The newest valid checkpoint of a run folder (RUN/best: its best), on a mesh or the first device.
+
+    Of PPO's two models this is the policy. `untrained`: the random weights at step 0 of a run with this
+    config and no --init_from.
+    """
     if path is None:
         raise ConfigError("--checkpoint=RUN_FOLDER is missing")
     return load_folder(find_checkpoint(path), mesh, untrained=untrained)
 
 
-def load_folder(folder: Path, mesh: jax.sharding.Mesh | None = None, *, untrained: bool = False) -> Loaded:
+def load_folder(
+    folder: Path, mesh: jax.sharding.Mesh | None = None, *, untrained: bool = False
+) -> LoadedModel:
     """`load_checkpoint` of a step folder that `find_checkpoint` has found to be whole."""
-    config = json.loads((folder / "config.json").read_text())
-    build = build_scalar_model if config["stage"] == "reward_model" else build_model
-    trained = parse(ModelConfig, config["model"], "model")
-    model = build(for_platform(trained, jax.default_backend()))
+    config, kind = read_config(folder), read_kind(folder)
+    trained = for_platform(parse(ModelConfig, config["model"], "model"), jax.default_backend())
+    model: Model | ScalarModel = build_model(trained) if kind.generates else build_scalar_model(trained)
     wanted = jax.eval_shape(model.init, jax.random.key(0))
     if untrained:
         key = jax.random.key(config["seed"])
@@ -55,10 +110,24 @@ def load_folder(folder: Path, mesh: jax.sharding.Mesh | None = None, *, untraine
     else:
         params = read_policy(folder, wanted if mesh is None else placed(wanted, mesh))
     metadata = json.loads((folder / "metadata.json").read_bytes())
-    return Loaded(folder, config["stage"], model, params, load_tokenizer(folder), metadata)
+    return LoadedModel(folder, kind, model, params, load_tokenizer(folder), metadata)
 
 
-def checkpoint_template(loaded: Loaded) -> ChatTemplate:
-    """The template that the checkpoint's conversations had."""
+def checkpoint_template(loaded: LoadedModel) -> ChatTemplate:
+    """The template of the conversations that the checkpoint was trained on."""
     file = loaded.folder / TEMPLATE_FILE
     return load_template(loaded.tokenizer, str(file) if file.exists() else None)
+
+
+def check_generates(loaded: LoadedModel, flag: str) -> LoadedModel:
+    """The checkpoint that `flag` names; ConfigError where it is a reward model."""
+    if not loaded.generates:
+        raise ConfigError(f"{flag} is a reward model and cannot generate; pass a policy checkpoint")
+    return loaded
+
+
+def check_scores(loaded: LoadedModel, flag: str) -> LoadedModel:
+    """The checkpoint that `flag` names; ConfigError where it is not a reward model."""
+    if loaded.generates:
+        raise ConfigError(f"{flag} is not a reward model; pass the run of one")
+    return loaded

@@ -3,11 +3,12 @@ in. Each module of experiments/stages adds what is its own."""
 
 from dataclasses import dataclass
 
+from jaxllm.data.rows import DataConfig
 from jaxllm.data.tokenizer import TokenizerConfig
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig
-from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.parallel.sharding import MeshConfig
+from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.training.loop import LoopConfig
 from jaxllm.training.optimizer import OptimizerConfig
 
@@ -50,6 +51,7 @@ class TrainConfig:
     seed: int
     model: ModelConfig
     tokenizer: TokenizerConfig
+    data: DataConfig
     optimizer: OptimizerConfig
     mesh: MeshConfig
     training: LoopConfig

@@ -1,40 +1,70 @@
-"""What a training run puts on the devices: model, sharded state and compiled step, from the config alone.
-
-What differs between stages is in experiments/stages: a module a stage, found by its name, with the same names
-(`Config`, `build`, `batch_shapes`, `tokenizer_text`, `initial_params`, `load`, `make_source`, `make_hooks`).
-"""
+"""What a training run puts on the devices: model, sharded state and compiled step, from the config alone."""
 
 import functools
-import importlib
 import math
 import time
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import jax
 
-from jaxllm.runs.config import TrainConfig
-from jaxllm.config import did_you_mean, nearest_multiples
+from jaxllm.config import nearest_multiples
 from jaxllm.errors import ConfigError
+from jaxllm.models import Params
 from jaxllm.models.config import ATTENTION, flops_per_token, runs_on
-from jaxllm.parallel.sharding import batch_sharding, make_mesh, matching, placed, shardings
+from jaxllm.parallel.sharding import Device, batch_sharding, make_mesh, matching, placed, shardings
+from jaxllm.runs.config import TrainConfig
 from jaxllm.training.metrics import parameter_count
 from jaxllm.training.optimizer import make_optimizer, make_schedule
 from jaxllm.training.state import TrainState, init_state
-from jaxllm.training.step import train_step
+from jaxllm.training.step import LossFn, train_step
 
 
-class Program:
+class TrainableModel(Protocol):
+    """What every model that is trained has; a stage knows more of its own."""
+
+    @property
+    def init(self) -> Callable[[jax.Array], Params]: ...
+
+
+class BatchShapes(Protocol):
+    """A batch's fields as `jax.ShapeDtypeStruct`s. All batches have tokens."""
+
+    @property
+    def tokens(self) -> jax.ShapeDtypeStruct: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+ModelT = TypeVar("ModelT", bound=TrainableModel)
+
+
+class Trainable(Protocol):
+    """The part of a stage that a `Program` is made of."""
+
+    @property
+    def Config(self) -> type[TrainConfig]: ...
+
+    def build(self, config: Any) -> tuple[TrainableModel, LossFn]:
+        """The model and the loss of a run."""
+        ...
+
+    def batch_shapes(self, config: Any) -> BatchShapes:
+        """Shape and dtype of every field of a batch, as `jax.ShapeDtypeStruct`s."""
+        ...
+
+
+class Program(Generic[ConfigT, ModelT]):
     """What runs on the devices: the model, the sharded state and the train step, from the config alone.
 
     Building it compiles nothing and reads no data, and raises ConfigError for whatever does not fit.
     """
 
-    def __init__(self, config: TrainConfig, devices: list[jax.Device] | None = None):
+    config: ConfigT
+    model: ModelT
+
+    def __init__(self, stage: Trainable, config: ConfigT, devices: Sequence[Device] | None = None):
         self.config = config
-        self.stage = find_stage(config.stage)
-        if not isinstance(config, self.stage.Config):
+        if not isinstance(config, stage.Config):
             raise ConfigError(f"stage={config.stage!r} is not that of the config file: choose another file")
         self.mesh = make_mesh(config.mesh, devices)
         platform = self.mesh.devices.flat[0].platform
@@ -45,11 +75,13 @@ class Program:
                 "set model.attention=xla"
             )
         check_sizes(config, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
-        self.model, loss_fn = self.stage.build(config)
+        model, loss_fn = stage.build(config)
+        self.model = cast(ModelT, model)
+        self.batch_shapes = stage.batch_shapes(config)
         self.schedule = make_schedule(config.optimizer, config.training.steps)
         optimizer, trainable = make_optimizer(config.optimizer, self.schedule), config.optimizer.trainable
         self.init = functools.partial(
-            init_state, init=self.model.init, optimizer=optimizer, trainable=trainable
+            init_state, init=model.init, optimizer=optimizer, trainable=trainable
         )
         self.abstract_state = jax.eval_shape(self.init, jax.random.key(config.seed))
         self.shardings = shardings(self.abstract_state, self.mesh)
@@ -83,7 +115,7 @@ class Program:
         """The train step for just these shapes, which can therefore never compile again."""
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.batch_sharding),
-            self.stage.batch_shapes(self.config),
+            self.batch_shapes,
         )
         step = jax.jit(self.train_step, donate_argnums=0, out_shardings=(self.shardings, None))
         with jax.set_mesh(self.mesh):
@@ -92,11 +124,11 @@ class Program:
     @property
     def tokens_per_step(self) -> int:
         """Positions of all sequences of a batch."""
-        return math.prod(self.stage.batch_shapes(self.config).tokens.shape)
+        return math.prod(self.batch_shapes.tokens.shape)
 
     @property
-    def rows_at_a_time(self) -> int:
-        """Rows that are computed together, over all devices: a micro-batch."""
+    def microbatch_rows(self) -> int:
+        """Rows of a micro-batch, over all devices."""
         return self.config.data.batch_size // self.config.training.num_microbatches
 
     @property
@@ -142,14 +174,6 @@ def trained_count(params: Any, trainable: str) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def find_stage(name: str) -> ModuleType:
-    """The module of experiments/stages with this name."""
-    stages = sorted(path.stem for path in (Path(__file__).parent / "stages").glob("*.py"))
-    if name not in stages:
-        raise ConfigError(f"stage={name!r}: choose one of {', '.join(stages)}{did_you_mean(name, stages)}")
-    return importlib.import_module(f"jaxllm.stages.{name}")
-
-
 def check_sizes(config: TrainConfig, row_devices: int) -> None:
     """ConfigError, with the nearest values that work, where batch, mesh and lengths do not go together."""
     data, pieces = config.data, config.training.num_microbatches
@@ -169,15 +193,17 @@ def check_sizes(config: TrainConfig, row_devices: int) -> None:
         )
 
 
-def dry_run(program: Program) -> str:
-    """Compile, and say what the step takes of each device and which knobs change that."""
+def dry_run(program: Program[Any, Any]) -> str:
+    """Compile the train step: its sizes, its memory on each device, and which fields change that."""
     start = time.perf_counter()
     memory = program.compile().memory_analysis()
+    if memory is None:
+        return f"{program.describe()}\nthis backend does not report memory"
     state, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     return "\n".join(
         [
             program.describe(),
-            f"compiled in {time.perf_counter() - start:.1f} s (data and weights were not looked at)",
+            f"compiled in {time.perf_counter() - start:.1f} s (no data or weights were read)",
             f"memory a device: {(state + temporary) / 1e9:.3f} GB = {state / 1e9:.3f} GB state and batch + "
             f"{temporary / 1e9:.3f} GB temporaries",
             "to lower temporaries: training.num_microbatches, model.remat (attention, dots, full), "

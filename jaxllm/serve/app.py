@@ -1,108 +1,120 @@
-"""The pages and calls of experiments/serve.py."""
+"""The HTTP routes: the page, OpenAI's API under /v1, and the page's own API under /api."""
 
 import asyncio
 import json
 from collections.abc import Awaitable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from jaxllm.serve import completions
-from jaxllm.serve.board import ComparisonQueue, Offer, Refused
-from jaxllm.serve.comparing import Comparing
+from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.serve import openai_api
+from jaxllm.serve.comparison_queue import ChoiceError, ComparisonQueue, Offer
 from jaxllm.serve.errors import ApiError, AsciiJSONResponse
 from jaxllm.serve.guard import COOKIE, Guard, cookie_of, same
+from jaxllm.serve.pair_generator import PairGenerator
 from jaxllm.serve.preferences import CHOICES
-from jaxllm.serve.speaker import ServedModel, together
-from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.serve.served_model import ServedModel, gather
+
+T = TypeVar("T")
 
 MAX_BODY = 1 << 20  # bytes
-LONGEST_NAME = 40  # characters of a rater's
-PAGE = Path(__file__).parents[1] / "page"
-KINDS = {"index.html": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
+MAX_NAME_LENGTH = 40  # characters of a rater's name
+PAGE = Path(__file__).parent / "page"
+MEDIA_TYPES = {"index.html": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
 
 
 def build_app(
-    speakers: Mapping[str, ServedModel],
-    board: ComparisonQueue,
+    models: Mapping[str, ServedModel],
+    queue: ComparisonQueue,
     sampling: SamplingConfig,
     *,
     seed: int,
-    names: Collection[str],
+    allowed_hosts: Collection[str],
     token: str | None,
 ) -> ASGIApp:
-    """The whole server; the first speaker answers who names none."""
-    calls = Calls(speakers, board, sampling, seed, token)
+    """The whole server. The first of `models` is the default. Pairs are sampled by `sampling` and `seed`; a
+    chat request may set its own."""
+    handlers = Handlers(models, queue, sampling, seed, token)
     routes = [
-        *(page_route("/" if name == "index.html" else f"/{name}", PAGE / name) for name in KINDS),
-        Route("/v1/models", calls.models),
-        Route("/v1/chat/completions", calls.chat, methods=["POST"]),
-        Route("/api/login", calls.login, methods=["POST"]),
-        Route("/api/state", calls.state),
-        Route("/api/next", calls.next, methods=["POST"]),
-        Route("/api/choice", calls.choice, methods=["POST"]),
-        Route("/api/undo", calls.undo, methods=["POST"]),
+        *(page_route("/" if name == "index.html" else f"/{name}", PAGE / name) for name in MEDIA_TYPES),
+        Route("/v1/models", handlers.models),
+        Route("/v1/chat/completions", handlers.chat, methods=["POST"]),
+        Route("/api/login", handlers.login, methods=["POST"]),
+        Route("/api/state", handlers.state),
+        Route("/api/next", handlers.next, methods=["POST"]),
+        Route("/api/choice", handlers.choice, methods=["POST"]),
+        Route("/api/undo", handlers.undo, methods=["POST"]),
     ]
-    app = Starlette(
-        routes=routes,
-        exception_handlers={
-            ApiError: lambda _, error: error.response(),
-            ClientDisconnect: lambda _, error: Response(status_code=499),  # nobody reads it
-            OSError: lambda _, error: ApiError(500, f"could not be saved: {error}").response(),
-            404: lambda request, _: ApiError(404, f"there is no {request.url.path}").response(),
-            405: lambda request, _: ApiError(405, f"not {request.method}: see the README").response(),
-            Exception: lambda *_: ApiError(500, "a bug: see the server's terminal").response(),
-        },
-    )
-    return Guard(app, names, token)  # around all of it: errors too have the headers
+    handled = (ApiError, ClientDisconnect, OSError, 404, 405, Exception)
+    app = Starlette(routes=routes, exception_handlers=dict.fromkeys(handled, error_response))
+    return Guard(app, allowed_hosts, token)  # outermost, so that errors have the security headers too
+
+
+def error_response(request: Request, error: Exception) -> Response:
+    """The response to a request whose handler raised an error."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it
+    if isinstance(error, HTTPException):
+        what = "does not exist" if error.status_code == 404 else f"does not allow {request.method}"
+        error = ApiError(error.status_code, f"{request.url.path} {what}")
+    elif isinstance(error, OSError):
+        error = ApiError(500, f"the choice could not be saved: {error}")
+    elif not isinstance(error, ApiError):
+        error = ApiError(500, "internal error; the server's terminal shows the traceback")
+    return error.response()
 
 
 def page_route(path: str, file: Path) -> Route:
-    content, kind = file.read_bytes(), KINDS[file.name]
-    return Route(path, lambda _: Response(content, media_type=f"{kind}; charset=utf-8"))
+    """Serves a file of the page from memory."""
+    content, media_type = file.read_bytes(), MEDIA_TYPES[file.name]
+    return Route(path, lambda _: Response(content, media_type=f"{media_type}; charset=utf-8"))
 
 
-class Calls:
-    """What the routes lead to."""
+class Handlers:
+    """The request handlers."""
 
     def __init__(
         self,
-        speakers: Mapping[str, ServedModel],
-        board: ComparisonQueue,
+        models: Mapping[str, ServedModel],
+        queue: ComparisonQueue,
         sampling: SamplingConfig,
         seed: int,
         token: str | None,
     ):
-        self.speakers, self.board, self.sampling, self.token = speakers, board, sampling, token
-        self.comparing = Comparing(board, list(speakers.values()), sampling, seed)
+        self.served, self.queue, self.sampling, self.token = models, queue, sampling, token
+        self.pairs = PairGenerator(queue, list(models.values()), sampling, seed)
 
     async def models(self, _: Request) -> Response:
+        """OpenAI's list of models, with the path of each checkpoint added."""
+        fields = {"object": "model", "created": 0, "owned_by": "jaxllm"}
         models = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "jaxllm"} for name in self.speakers
+            {"id": name, **fields, "path": model.checkpoint["path"]} for name, model in self.served.items()
         ]
         return AsciiJSONResponse({"object": "list", "data": models})
 
     async def chat(self, request: Request) -> Response:
         body = await read_json(request)
-        # In a thread: a Jinja template takes seconds to render a thousand messages.
-        asked = await asyncio.to_thread(completions.read_request, body, self.speakers, self.sampling)
-        speaker, prompt = asked.speaker, asked.prompt
+        # In a thread, because a Jinja template takes seconds to render a thousand messages.
+        asked = await asyncio.to_thread(openai_api.read_request, body, self.served, self.sampling)
+        model, prompt = asked.model, asked.prompt
         if asked.stream:
-            pieces = speaker.say(prompt, asked.sampling, asked.seed, asked.stop)
-            return StreamingResponse(completions.events(asked, pieces), media_type="text/event-stream")
+            chunks = model.stream(prompt, asked.sampling, asked.seed, asked.stop)
+            return StreamingResponse(openai_api.events(asked, chunks), media_type="text/event-stream")
         seeds = [(asked.seed + i) % 2**32 for i in range(asked.n)]
-        answers = together(speaker.answer(prompt, asked.sampling, seed, asked.stop) for seed in seeds)
-        return AsciiJSONResponse(completions.response(asked, await while_connected(request, answers)))
+        work = gather(model.generate(prompt, asked.sampling, seed, asked.stop) for seed in seeds)
+        return AsciiJSONResponse(openai_api.response(asked, await while_connected(request, work)))
 
     async def login(self, request: Request) -> Response:
         token = (await read_json(request)).get("token")
         if self.token is not None and not (isinstance(token, str) and same(token, self.token)):
-            raise ApiError(401, "this is not the token", "token", "token")
+            raise ApiError(401, "wrong token", "token", "token")
         response = AsciiJSONResponse({})
         if self.token is not None:
             response.set_cookie(COOKIE, cookie_of(self.token), httponly=True, samesite="strict")
@@ -110,24 +122,22 @@ class Calls:
 
     async def state(self, request: Request) -> Response:
         rater = request.query_params.get("rater", "")
-        progress = await asyncio.to_thread(self.board.progress, rater)
-        return AsciiJSONResponse({"models": list(self.speakers), "progress": progress})
+        progress = await asyncio.to_thread(self.queue.progress, rater)
+        return AsciiJSONResponse({"progress": progress})
 
     async def next(self, request: Request) -> Response:
-        """The next comparison; with a `prompt`, of answers to that."""
+        """The rater's next comparison; of answers to the body's `prompt`, if there is one."""
         body = await read_json(request)
         rater, prompt = read_rater(body), body.get("prompt")
         if prompt is None:
-            return await self.offered(rater, await self.comparing.next(rater))
+            return await self.offered(rater, await self.pairs.next(rater))
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ApiError(400, "prompt must be a text, and not empty", "prompt")
-        asking = asyncio.ensure_future(
-            self.comparing.ask(rater, [{"role": "user", "content": prompt.strip()}])
-        )
-        offer = await while_connected(request, asking)
+            raise ApiError(400, "prompt must be a string with text", "prompt")
+        work = self.pairs.compare(rater, [{"role": "user", "content": prompt.strip()}])
+        offer = await while_connected(request, work)
         if offer is None:
             raise ApiError(
-                422, "the answers to this prompt are all the same, or empty: try another", "prompt"
+                422, "no two different answers to this prompt were generated; try another prompt", "prompt"
             )
         return await self.offered(rater, offer)
 
@@ -135,63 +145,63 @@ class Calls:
         body = await read_json(request)
         rater, choice, id = read_rater(body), body.get("choice"), body.get("id")
         if isinstance(choice, bool | float) or choice not in CHOICES:
-            raise ApiError(400, f"choice is {choice!r}, not 0, 1, tie or bad", "choice")
+            raise ApiError(400, f"choice is {choice!r}; it must be 0, 1, tie or bad", "choice")
         if not isinstance(id, str):
-            raise ApiError(400, "id must be that of the comparison", "id")
+            raise ApiError(400, "id must be the id of the comparison", "id")
         try:
-            await asyncio.to_thread(self.board.choose, id, rater, choice)
-        except Refused as error:
+            await asyncio.to_thread(self.queue.choose, id, rater, choice)
+        except ChoiceError as error:
             raise ApiError(409, str(error), "id") from None
-        return AsciiJSONResponse({"progress": await asyncio.to_thread(self.board.progress, rater)})
+        return AsciiJSONResponse({"progress": await asyncio.to_thread(self.queue.progress, rater)})
 
     async def undo(self, request: Request) -> Response:
         rater = read_rater(await read_json(request))
         try:
-            offer = await asyncio.to_thread(self.board.undo, rater)
-        except Refused as error:
+            offer = await asyncio.to_thread(self.queue.undo, rater)
+        except ChoiceError as error:
             raise ApiError(409, str(error), "rater") from None
         return await self.offered(rater, offer)
 
     async def offered(self, rater: str, offer: Offer | None) -> Response:
-        """As the page shows it: which checkpoint said what stays with the server."""
+        """The comparison as the rater sees it, without the checkpoints, so that the choice is blind."""
         shown = None
         if offer is not None:
             shown = {"id": offer.id, "prompt": offer.comparison.prompt, "answers": offer.answers}
-        progress = await asyncio.to_thread(self.board.progress, rater)
+        progress = await asyncio.to_thread(self.queue.progress, rater)
         return AsciiJSONResponse({"offer": shown, "progress": progress})
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The object that is the request's body, of which no more is read than MAX_BODY."""
+    """The JSON object in the request's body; reads at most MAX_BODY bytes."""
     content = b""
     async for part in request.stream():
         content += part
         if len(content) > MAX_BODY:
-            raise ApiError(413, f"the request is larger than {MAX_BODY} bytes")
+            raise ApiError(413, f"the request's body is larger than {MAX_BODY} bytes")
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the request is no JSON: {error}") from None
+        raise ApiError(400, f"the request's body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ApiError(400, "the request must be a JSON object")
+        raise ApiError(400, "the request's body must be a JSON object")
     return value
 
 
 def read_rater(body: Mapping[str, Any]) -> str:
     rater = body.get("rater")
     name = rater.strip() if isinstance(rater, str) else ""
-    if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
-        raise ApiError(400, f"rater must be a name of 1 to {LONGEST_NAME} characters", "rater")
+    if not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
+        raise ApiError(400, f"rater must be a name of 1 to {MAX_NAME_LENGTH} characters", "rater")
     return name
 
 
-async def while_connected(request: Request, work: Awaitable[Any]) -> Any:
-    """What `work` gives, which is ended when the client goes away."""
-    work = asyncio.ensure_future(work)
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client disconnects."""
+    task = asyncio.ensure_future(work)
     try:
-        while not (await asyncio.wait([work], timeout=0.5))[0]:
+        while not (await asyncio.wait([task], timeout=0.5))[0]:
             if await request.is_disconnected():
                 raise ClientDisconnect
-        return work.result()
+        return task.result()
     finally:
-        work.cancel()
+        task.cancel()

@@ -1,4 +1,4 @@
-"""What a client is told, and, in OpenAI's form, what it is told when something cannot be done."""
+"""Errors as HTTP responses, in the format of OpenAI's API."""
 
 import json
 from typing import Any
@@ -7,14 +7,14 @@ from starlette.responses import JSONResponse
 
 
 class AsciiJSONResponse(JSONResponse):
-    """JSON with escapes: half a surrogate pair, which a client may send so, has no other form in UTF-8."""
+    """JSON in ASCII: a lone surrogate, which a client may send as an escape, cannot be encoded in UTF-8."""
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False).encode()
 
 
 class ApiError(Exception):
-    """An answer that is an error: status, message, and the field of the request that is to be mended."""
+    """An error response: HTTP status, message, and `param`, the field of the request that is wrong."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Who may talk to the server: its own page and its own machine, and elsewhere who has the token."""
+"""Access control: only the server's own page, programs on this machine, and clients that have the token."""
 
 import hashlib
 import hmac
@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxllm.serve.errors import ApiError
 
 COOKIE = "jaxllm"
-OPEN_PATHS = ("/", "/page.js", "/page.css", "/api/login")  # nothing secret: the page has to ask for the token
-# Text that a model or a rater wrote must never become a script: nothing runs but the page's own file.
+OPEN_PATHS = ("/", "/page.js", "/page.css", "/api/login")  # no secrets here: the page must ask for the token
+# Text written by a model or a rater must never run as a script: only the page's own file may run.
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -27,11 +27,14 @@ SECURITY_HEADERS = {
 
 
 class Guard:
-    """ASGI middleware: 403 for a foreign Host or Origin, 401 without the token, and headers on everything."""
+    """ASGI middleware: 403 for a foreign Host or Origin, 401 without the token, security headers on every
+    response."""
 
-    def __init__(self, app: ASGIApp, names: Collection[str], token: str | None):
-        """`names`: by which the server may be called; the address that a connection came to is always one."""
-        self.app, self.names, self.token = app, {name.lower() for name in names}, token
+    def __init__(self, app: ASGIApp, allowed_hosts: Collection[str], token: str | None):
+        """`allowed_hosts`: host names that a request may be sent to. The address that a connection came in on
+        is always allowed."""
+        self.app, self.token = app, token
+        self.allowed_hosts = {name.lower() for name in allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,37 +54,43 @@ class Guard:
             await self.app(scope, receive, send_with_headers)
 
     def check(self, scope: Scope) -> None:
-        """ApiError for who may not come in."""
+        """ApiError for a request without access."""
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        if hostname(host) not in {*self.names, (scope.get("server") or [None])[0]}:
-            raise ApiError(403, f"this server is not called {host!r}: name it by --names")
+        if hostname(host) not in {*self.allowed_hosts, (scope.get("server") or [None])[0]}:
+            raise ApiError(403, f"host {host!r} is not allowed; add it to --allowed_hosts")
         if origin is not None and origin.partition("://")[2].lower() != host.lower():
-            raise ApiError(403, f"requests of pages from {origin} are not answered")
-        if self.token is not None and scope["path"] not in OPEN_PATHS and not self.knows_token(headers):
-            raise ApiError(401, "the token is missing or wrong: Authorization: Bearer TOKEN", code="token")
+            raise ApiError(403, f"requests from pages of {origin} are not allowed")
+        if self.token is None or scope["path"] in OPEN_PATHS:
+            return
+        if not has_token(headers, self.token):
+            raise ApiError(
+                401, "the token is missing or wrong; send Authorization: Bearer TOKEN", code="token"
+            )
 
-    def knows_token(self, headers: Headers) -> bool:
-        kind, _, bearer = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer":
-            return same(bearer.strip(), self.token)
-        # Lenient as browsers are: another program on this machine may set cookies that break the rules.
-        return same(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""), cookie_of(self.token))
+
+def has_token(headers: Headers, token: str) -> bool:
+    """Whether a request carries the token: as a bearer token or by the page's cookie."""
+    kind, _, bearer = headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer":
+        return same(bearer.strip(), token)
+    # Parsed as leniently as browsers do: another program on this machine may set malformed cookies.
+    return same(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""), cookie_of(token))
 
 
 def cookie_of(token: str) -> str:
-    """What a browser keeps instead of the token: as good for this server, and for nothing else."""
+    """What a browser stores instead of the token: valid for this server, useless elsewhere."""
     return hmac.digest(token.encode(), b"the page", hashlib.sha256).hex()
 
 
-def same(given: str, wanted: str) -> bool:
-    """In a time that tells nothing about where they differ."""
-    # A client may send half a surrogate pair.
-    return hmac.compare_digest(given.encode(errors="surrogatepass"), wanted.encode())
+def same(given: str, expected: str) -> bool:
+    """String equality in constant time."""
+    # `given` may hold a lone surrogate.
+    return hmac.compare_digest(given.encode(errors="surrogatepass"), expected.encode())
 
 
 def hostname(host: str) -> str | None:
-    """`::1` of `[::1]:8000`."""
+    """The name without the port: `::1` of `[::1]:8000`."""
     try:
         return urlsplit(f"//{host}").hostname
     except ValueError:

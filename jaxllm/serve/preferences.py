@@ -1,43 +1,46 @@
-"""The file of choices: a line each, on disk before it is acknowledged; reward models train on it as it is."""
+"""The file of choices, one JSON object a line. A choice is on disk before it is acknowledged.
+
+Reward models and DPO train on the file as it is (jaxllm/data/preferences.py).
+"""
 
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jaxllm.files import locked
 from jaxllm.errors import DataError
-from jaxllm.training.checkpoint import write_file
+from jaxllm.files import locked, write_file
 
-CHOICES = (0, 1, "tie", "bad")
+Choice = Literal[0, 1, "tie", "bad"]  # the index of the better answer, both equally good, both bad
+CHOICES: tuple[Choice, ...] = (0, 1, "tie", "bad")
 
 
 class PreferenceFile:
-    """Rows in the order of the file, which one process at a time may write.
+    """The rows of the file, in order. Only one process at a time can write to it.
 
-    A row is appended and synced, so a machine that stops loses at most a row that nobody was promised: half a
-    line, which the next start cuts off. To take a row back the whole file is written anew and renamed: a line
-    that says "not that one" would mean nothing to a reward model.
+    Each row is appended and synced. A crash loses at most a row that was not acknowledged: it leaves part of
+    a line, which the next start removes. Removing a row rewrites the whole file and renames it, because a
+    reward model would not understand a line that cancels an earlier one.
     """
 
     def __init__(self, path: Path):
-        """Reads what is there. Lines that are not ours stay as they are."""
-        self.path = path = path.resolve()  # behind a link, rows taken back would leave the link's file
+        """Reads the file, or creates it. Lines in other formats stay as they are."""
+        self.path = path = path.resolve()  # a rename would replace a symbolic link and not its target
         if not path.parent.is_dir():
-            raise DataError(f"--preferences={path}: there is no folder {path.parent}")
+            raise DataError(f"--preferences={path}: the folder {path.parent} does not exist")
         try:
-            # Not the file with the rows, which is another one after each row taken back.
+            # A separate file, because removing a row replaces the file with the rows.
             self._lock = locked(path.with_name(f".{path.name}.lock"))
-            self.cut_off = self._repair()
+            self.cut_off = self._repair()  # the incomplete last line that was removed
         except BlockingIOError:
-            raise DataError(f"--preferences={path}: another server writes to it, give another file") from None
+            raise DataError(f"--preferences={path}: another server writes to it; use another file") from None
         except OSError as error:
             raise DataError(f"--preferences={path}: {error.strerror}") from error
         self.rows = [row for row in map(own_row, self._lines()) if row is not None]
 
     def append(self, row: dict[str, Any]) -> None:
-        """Returns when the row is on disk. OSError: it is not, and the file is as it was."""
+        """Returns when the row is on disk. After an OSError the file is unchanged."""
         line = json.dumps(row).encode() + b"\n"
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -51,7 +54,7 @@ class PreferenceFile:
         self.rows.append(row)
 
     def remove(self, row: dict[str, Any]) -> None:
-        """Take back one of `rows`."""
+        """Removes one of `rows` from the file."""
         kept = [line for line in self._lines() if (own_row(line) or {}).get("id") != row["id"]]
         write_file(self.path, b"".join(kept))
         self.rows.remove(row)
@@ -64,13 +67,13 @@ class PreferenceFile:
             yield from file
 
     def _repair(self) -> bytes:
-        """Cut off and return a last line that was never finished; make the file if there is none."""
+        """Removes and returns an incomplete last line. Creates the file where it does not exist."""
         with self.path.open("ab+", buffering=0) as file:
             file.seek(0)
             content = file.read()
             end = content.rfind(b"\n") + 1
             last = content[end:]
-            if read_object(last) is not None:  # a whole row: not everybody ends the last line
+            if read_object(last) is not None:  # complete: some editors omit the final newline
                 file.write(b"\n")
                 last = b""
             elif last:
@@ -80,6 +83,7 @@ class PreferenceFile:
 
 
 def read_object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object in a line."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -88,8 +92,9 @@ def read_object(line: bytes) -> dict[str, Any] | None:
 
 
 def own_row(line: bytes) -> dict[str, Any] | None:
-    """The row of a line that this server wrote."""
+    """The row in a line that this server wrote."""
     row = read_object(line)
     fields = {"id", "comparison", "prompt", "answers", "choice", "rater", "seeds", "sampling", "checkpoints"}
-    ours = row is not None and fields <= row.keys() and row["choice"] in CHOICES
-    return row if ours and isinstance(row["answers"], list) and len(row["answers"]) == 2 else None
+    if row is None or not fields <= row.keys() or row["choice"] not in CHOICES:
+        return None
+    return row if isinstance(row["answers"], list) and len(row["answers"]) == 2 else None

@@ -1,4 +1,8 @@
-"""Preference optimisation without a reward model: pairs, a frozen reference, implicit rewards."""
+"""Preference optimization without a reward model: DPO and its variants, against a frozen reference.
+
+The reference is the model that the run is initialized from. Its log-probs of the pairs are computed once and
+cached, or with each batch.
+"""
 
 import functools
 from collections.abc import Callable
@@ -7,52 +11,79 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from jaxllm.runs import weights
-from jaxllm.runs.program import Program
-from jaxllm.runs.train import held_out_batches, row_source
-from jaxllm.stages import reward_model
-from jaxllm.runs.config import TrainConfig
+from jaxllm.batches import PairBatch
 from jaxllm.data.loader import device_batches, evaluation_batches
 from jaxllm.data.preferences import PairRows, PreferenceConfig
 from jaxllm.data.rows import Dataset
-from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import ConfigError
 from jaxllm.evaluation.preference import dpo_metrics, score_pairs
+from jaxllm.losses import Weighted, add_auxiliary, dpo_loss
 from jaxllm.losses.dpo import check_dpo_options
-from jaxllm.models import Model, build_model
-from jaxllm.objectives.dpo import answer_log_probs, loss_fn
-from jaxllm.training.batch_source import BatchSource
+from jaxllm.models import Model, Params, build_model
+from jaxllm.rollout.score import next_token_log_probs
+from jaxllm.runs.config import TrainConfig
+from jaxllm.runs.context import RunContext, RunInputs
+from jaxllm.runs.hooks import evaluation_hooks
+from jaxllm.runs.panels import Panel, panel
+from jaxllm.runs.program import Program
+from jaxllm.runs.rows import row_source
+from jaxllm.runs.stage import Headline
+from jaxllm.runs.weights import initial_params as initial_params
+from jaxllm.stages import reward_model
+from jaxllm.stages.reward_model import LossAndMetrics, weighted_pairs
 from jaxllm.training.loop import Hook
-from jaxllm.training.run_folder import RunFolder
-from jaxllm.training.state import TrainState
+from jaxllm.training.step import LossFn
 
+headline = Headline("eval/rewards/accuracies", highest=True)
+generates = True
+conversational = True
+policy_prefix = ""
+panels: tuple[Panel, ...] = (
+    panel(
+        "Preference accuracy",
+        "fraction of pairs",
+        "highest",
+        training="rewards/accuracies",
+        held_out="eval/rewards/accuracies",
+    ),
+    panel(
+        "Reward margin",
+        "implicit reward",
+        "highest",
+        training="rewards/margins",
+        held_out="eval/rewards/margins",
+    ),
+    panel(
+        "Held-out rewards",
+        "implicit reward",
+        chosen="eval/rewards/chosen",
+        rejected="eval/rewards/rejected",
+    ),
+)
 make_source = row_source
 batch_shapes = reward_model.batch_shapes
 tokenizer_text = reward_model.tokenizer_text
-initial_params = weights.initial_params
-
-# For reference and evaluation alike, so that it is compiled once, and both are equal to the bit.
-score_batch = jax.jit(answer_log_probs, static_argnames="model")
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """Knobs of the loss."""
 
-    beta: float  # how far the policy may go from the reference: small is far
+    beta: float  # strength of the pull to the reference: a small one lets the policy move further
     variant: str  # sigmoid, robust, hinge, ipo, apo_zero or sppo
-    label_smoothing: float  # share of the choices taken for wrong (sigmoid, robust)
+    label_smoothing: float  # assumed share of flipped labels (sigmoid, robust)
     length_normalized: bool  # ipo: log-probs a token instead of summed
 
     def __post_init__(self):
         if self.beta <= 0:
             raise ConfigError(f"objective.beta={self.beta} must be above 0")
         if self.length_normalized and self.variant != "ipo":
-            raise ConfigError(f"objective.length_normalized has no meaning in variant {self.variant!r}")
+            raise ConfigError(f"objective.length_normalized is not supported in variant {self.variant!r}")
         try:
             check_dpo_options(self.variant, self.label_smoothing)
         except ValueError as error:
@@ -61,10 +92,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig(PreferenceConfig):
-    """Pairs, and how the frozen reference's log-probs of them are had."""
+    """Pairs, and how the frozen reference scores them."""
 
-    reference: str  # "cached": computed once before training; "on_the_fly": with each batch, a model more
-    cache_dir: str  # where they are kept between runs
+    reference: str  # "cached": once before training; "on_the_fly": with each batch, which keeps two models
+    cache_dir: str  # where cached log-probs are kept between runs
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,47 +111,91 @@ class Config(TrainConfig):
     data: ReferenceConfig
 
 
-def build(config: Config) -> tuple[Model, Callable[..., Any]]:
+def loss_fn(
+    params: Params, batch: PairBatch, key: jax.Array, *, model: Model, **options: Any
+) -> LossAndMetrics:
+    """The variant's loss a pair; `options` are the fields of ObjectiveConfig. The reference's log-probs come
+    with the batch."""
+    del key  # nothing here is random
+    log_probs, aux = completion_log_probs(params, batch, model=model)
+    return add_auxiliary(*pair_loss(log_probs, batch, **options), aux)
+
+
+def pair_loss(
+    log_probs: jax.Array, batch: PairBatch, *, length_normalized: bool, **options: Any
+) -> LossAndMetrics:
+    """The loss of log_probs[B, 2] of the completions, whichever model gave them."""
+    lengths = {}
+    if length_normalized:
+        tokens = batch.lengths - batch.prompt_lengths[:, None]
+        lengths = {"chosen_length": tokens[:, 0], "rejected_length": tokens[:, 1]}
+    sides = (log_probs[:, 0], log_probs[:, 1], batch.ref_log_probs[:, 0], batch.ref_log_probs[:, 1])
+    return weighted_pairs(functools.partial(dpo_loss, **options), batch.weight, *sides, **lengths)
+
+
+def completion_log_probs(
+    params: Params, batch: PairBatch, *, model: Model
+) -> tuple[jax.Array, dict[str, Weighted]]:
+    """Log-probs [B, 2] in nats of the completions given the prompt, end-of-turn token included; and the
+    model's auxiliary losses. One function for policy and reference."""
+    length = batch.tokens.shape[-1]
+    scores = next_token_log_probs(params, batch.tokens.reshape(-1, length), model=model)
+    positions = jnp.arange(length) + 1  # of the predicted tokens
+    mask = (positions >= batch.prompt_lengths[:, None, None]) & (positions < batch.lengths[:, :, None])
+    return jnp.where(mask, scores.log_probs.reshape(batch.tokens.shape), 0).sum(-1), scores.aux
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def score_batch(params: Params, batch: PairBatch, *, model: Model) -> jax.Array:
+    """`completion_log_probs` for reference and evaluation alike: compiled once, both are equal to the bit."""
+    return completion_log_probs(params, batch, model=model)[0]
+
+
+def build(config: Config) -> tuple[Model, LossFn]:
     """The model and the loss."""
     model = build_model(config.model)
     return model, functools.partial(loss_fn, model=model, **asdict(config.objective))
 
 
-def load(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: weights.InitialWeights) -> Dataset:
-    """Pairs to train and to validate on, with the log-probs of the weights that the run began with."""
+def load(inputs: RunInputs[Config, Model]) -> Dataset:
+    """Pairs to train and to validate on, with the reference's log-probs."""
+    program, initial = inputs.program, inputs.initial
     config = program.config
-    if start.parent is None:
-        raise ConfigError("--init_from=RUN is missing: DPO begins with its weights, and holds on to them")
-    data = reward_model.load(program, tokenizer, folder, start)
+    if initial.parent is None:
+        raise ConfigError("--init_from=RUN is missing: it initializes DPO's policy and is its reference")
+    data = reward_model.load(inputs)
     score = functools.partial(score_batch, model=program.model)
     if config.data.reference == "on_the_fly":
-        params = start.params()
+        params = initial.params()
         return replace(data, complete=lambda batch: batch._replace(ref_log_probs=score(params, batch)))
     key = xxhash.xxh3_128_hexdigest(
-        repr((start.hash, data.fingerprint, config.model, config.data.sequence_length)).encode()
+        repr((initial.hash, data.fingerprint, config.model, config.data.sequence_length)).encode()
     )
     file = Path(config.data.cache_dir).expanduser() / f"reference-{key}.npy"
     sources = (*data.train, *data.validation)
     if not file.exists():
-        found = np.concatenate(reference_log_probs(program, sources, start.params(), score))
+        log_probs = np.concatenate(reference_log_probs(program, sources, initial.params(), score))
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{folder.id}.npy")
-        np.save(temporary, found)
+        temporary = file.with_suffix(f".{inputs.folder.id}.npy")
+        np.save(temporary, log_probs)
         temporary.replace(file)
-    known = np.load(file, allow_pickle=False)
+    cached = np.load(file, allow_pickle=False)
     ends = np.cumsum([len(rows) for rows in sources])
-    parts = np.split(known, ends[:-1])
+    parts = np.split(cached, ends[:-1])
     filled = [replace(rows, ref_log_probs=part) for rows, part in zip(sources, parts, strict=True)]
     count = len(data.train)
     return replace(data, train=tuple(filled[:count]), validation=tuple(filled[count:]))
 
 
 def reference_log_probs(
-    program: Program, sources: tuple[PairRows, ...], params: Any, score: Callable[..., jax.Array]
+    program: Program[Config, Model],
+    sources: tuple[PairRows, ...],
+    params: Params,
+    score: Callable[[Params, PairBatch], jax.Array],
 ) -> list[np.ndarray]:
     """Log-probs [pairs, 2] of every source under the reference."""
     print(f"scoring {sum(map(len, sources)):,} pairs with the reference, once ...", flush=True)
-    found = []
+    log_probs = []
     for rows in sources:
         batches = evaluation_batches([rows], batch_size=program.config.data.batch_size)
         placed = tqdm(
@@ -130,28 +205,15 @@ def reference_log_probs(
             disable=None,
         )
         parts = [np.asarray(score(params, batch)) for batch in placed]
-        found.append(np.concatenate(parts)[: len(rows)])
-    return found
+        log_probs.append(np.concatenate(parts)[: len(rows)])
+    return log_probs
 
 
-def make_hooks(
-    program: Program,
-    data: Dataset,
-    tokenizer: BaseTokenizer,
-    folder: RunFolder,
-    check: Callable[[], None],
-    feed: BatchSource,
-) -> list[Hook]:
+def make_hooks(context: RunContext[Config, Model]) -> list[Hook]:
     """Implicit rewards of the held-out pairs."""
-    if not data.validation:
-        return []
-    batches = held_out_batches(program.config, data.validation)
-    score = functools.partial(score_batch, model=program.model)
-
-    def run(step: int, state: TrainState) -> dict[str, float]:
-        del step
-        placed = map(data.complete, device_batches(batches, program.batch_sharding))
-        found = score_pairs(state.params, placed, score, check)
-        return dpo_metrics(found, **asdict(program.config.objective))
-
-    return [Hook(program.config.training.evaluate_every, run)]
+    options = asdict(context.program.config.objective)
+    score = functools.partial(score_batch, model=context.program.model)
+    return evaluation_hooks(
+        context,
+        lambda params, pairs: dpo_metrics(score_pairs(params, pairs, score, context.check), **options),
+    )

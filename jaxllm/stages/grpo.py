@@ -1,40 +1,67 @@
-"""Group-relative policy optimisation: prompts, groups of answers, rewards that can be checked."""
+"""Group-relative policy optimization (GRPO): reinforce the better completions of each prompt's group.
+
+A group of completions is sampled for each prompt and rewarded, often by a check of the answer; a completion's
+advantage is its reward relative to its group. Variants of the loss (DAPO, Dr. GRPO, GSPO, CISPO) and of the
+advantages (RLOO, REINFORCE++) are fields of the config. Deviations from the papers: docs/algorithms.md.
+"""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
-from jaxllm.rl import hooks as rollout_hooks
-from jaxllm.rl import rollouts
-from jaxllm.runs import weights
-from jaxllm.runs.program import Program
-from jaxllm.rl.config import RolloutTrainConfig
-from jaxllm.rl.rollouts import Rollout, Rollouts, kl_metrics
 from jaxllm.batches import RolloutBatch
 from jaxllm.data.rows import Dataset
-from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import ConfigError
 from jaxllm.losses import (
+    Weighted,
+    add_auxiliary,
     discounted_returns,
     group_relative_advantages,
+    grpo_loss,
     leave_one_out_advantages,
     token_rewards,
     whiten,
 )
 from jaxllm.losses.advantages import SCALES
 from jaxllm.losses.grpo import MODES
-from jaxllm.models import Model, build_model
-from jaxllm.objectives.grpo import loss_fn
+from jaxllm.models import Model, Params, build_model
+from jaxllm.rl import hooks, inputs
+from jaxllm.rl.config import RolloutTrainConfig
+from jaxllm.rl.log_probs import LogProbs, kl_metrics
+from jaxllm.rl.rollouts import Metrics, Rollout, RolloutSource
+from jaxllm.rollout.score import next_token_log_probs
+from jaxllm.runs.context import RunInputs
+from jaxllm.runs.panels import COMPLETION_LENGTH, KL, REWARD, Panel, panel
+from jaxllm.runs.program import Program
+from jaxllm.runs.stage import Headline
+from jaxllm.runs.weights import initial_params as initial_params
 from jaxllm.training.batch_source import BatchSource
 from jaxllm.training.state import TrainState
+from jaxllm.training.step import LossFn
 
-initial_params = weights.initial_params
-load = rollouts.load_run_prompts
-make_hooks = rollout_hooks.make_hooks
-tokenizer_text = rollouts.tokenizer_text
+headline = Headline("eval/sampled_pass@1", highest=True)
+generates = True
+conversational = True
+policy_prefix = ""
+panels: tuple[Panel, ...] = (
+    panel(
+        "Held-out pass@1",
+        "fraction of problems",
+        "highest",
+        greedy="eval/pass@1",
+        sampled="eval/sampled_pass@1",
+    ),
+    REWARD,
+    COMPLETION_LENGTH,
+    KL,
+)
+load = inputs.load
+tokenizer_text = inputs.tokenizer_text
+make_hooks = hooks.make_hooks
 
 ADVANTAGES = ("group", "leave_one_out", "reinforce_plus_plus")
 
@@ -46,8 +73,8 @@ class ObjectiveConfig:
     variant: str  # grpo, dr_grpo, dapo, gspo or cispo
     clip_low: float
     clip_high: float
-    kl_coefficient: float  # of the KL to the weights that the run begins with; 0 needs no second model
-    kl_in: str  # "loss", by kl_estimator; or "reward": k1, taken off before advantages are found
+    kl_coefficient: float  # of the KL to the reference, the initial weights; 0 needs no second model
+    kl_in: str  # "loss", by kl_estimator; or "reward": k1, subtracted before advantages are computed
     kl_estimator: str  # k1, k2 or k3
     entropy_coefficient: float
     advantage: str  # "group": GRPO's, by advantage_scale; "leave_one_out": RLOO's; "reinforce_plus_plus"
@@ -75,13 +102,33 @@ class Config(RolloutTrainConfig):
     def __post_init__(self):
         if self.rollout.group_size < 2 and self.objective.advantage != "reinforce_plus_plus":
             raise ConfigError(
-                f"rollout.group_size={self.rollout.group_size}: answers are compared with others to the same "
-                f"prompt, make it 2 or more (or set objective.advantage=reinforce_plus_plus)"
+                f"rollout.group_size={self.rollout.group_size}: a group must have other completions to "
+                f"compare with: use 2 or more (or objective.advantage=reinforce_plus_plus)"
             )
         super().__post_init__()
 
 
-def build(config: Config) -> tuple[Model, Callable[..., Any]]:
+def loss_fn(
+    params: Params, batch: RolloutBatch, key: jax.Array, *, model: Model, temperature: float, **options: Any
+) -> tuple[Weighted, dict[str, Weighted]]:
+    """The loss of `grpo_loss` with these options; metrics `policy/NAME`. `temperature` is the sampler's."""
+    del key  # nothing here is random
+    scores = next_token_log_probs(params, batch.tokens, model=model, temperature=temperature)
+    loss, metrics = grpo_loss(
+        scores.log_probs,
+        batch.old_log_probs,
+        batch.advantages,
+        batch.mask,
+        ref_log_probs=batch.ref_log_probs,
+        importance_weights=batch.importance_weights,
+        entropy=scores.entropy,
+        **options,
+    )
+    metrics = {f"policy/{name}": value for name, value in metrics.items()} | {"loss": metrics["loss"]}
+    return add_auxiliary(loss, metrics, scores.aux)
+
+
+def build(config: Config) -> tuple[Model, LossFn]:
     """The model and the loss."""
     model, knobs = build_model(config.model), config.objective
     return model, functools.partial(
@@ -100,42 +147,60 @@ def build(config: Config) -> tuple[Model, Callable[..., Any]]:
 
 def batch_shapes(config: Config) -> RolloutBatch:
     """Shape and dtype of every field of a batch."""
-    batch, knobs = rollouts.batch_shapes(config), config.objective
-    if knobs.advantage != "reinforce_plus_plus":  # one an answer
+    batch, knobs = inputs.batch_shapes(config), config.objective
+    if knobs.advantage != "reinforce_plus_plus":  # one a completion
         batch = batch._replace(advantages=batch.advantages.update(shape=(config.data.batch_size,)))
     if knobs.kl_coefficient and knobs.kl_in == "loss":
         batch = batch._replace(ref_log_probs=batch.old_log_probs)
     return batch
 
 
-class GroupRollouts(Rollouts):
-    """An answer is worth what it is better than the others to its prompt."""
+class GRPO:
+    """The algorithm: a completion's advantage is its reward relative to its group."""
 
-    def worth(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, dict[str, float]]:
-        config = self.program.config
-        old_log_probs, row = self.old_log_probs(state.params, rollout)
+    def __init__(self, program: Program[Config, Model], reference: Params | None):
+        """`reference` is None where objective.kl_coefficient is 0."""
+        self.config = program.config
+        self.log_probs = LogProbs(program, program.model, reference)
+
+    def policy(self, params: Params) -> Params:
+        return params
+
+    def metadata(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, metadata: Mapping[str, Any]) -> None:
+        pass
+
+    def finish_row(self, row: Metrics) -> Metrics:
+        return row
+
+    def make_batch(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, Metrics]:
+        """Log-probs before the first update, KL to the reference, advantages."""
+        step = int(state.step)
+        old_log_probs, row = self.log_probs.old(state.params, rollout, step)
         ref_log_probs, kl = None, np.zeros_like(old_log_probs)
-        if self.reference is not None:
-            ref_log_probs, kl = self.kl(old_log_probs, rollout)
+        if self.log_probs.reference is not None:
+            ref_log_probs, kl = self.log_probs.kl(old_log_probs, rollout, step)
             row |= kl_metrics(kl, rollout.mask)
         batch = RolloutBatch(
             tokens=rollout.tokens,
             mask=rollout.mask,
             old_log_probs=old_log_probs,
-            advantages=np.asarray(advantages(config, rollout, kl)),
-            ref_log_probs=ref_log_probs if config.objective.kl_in == "loss" else None,
-            importance_weights=self.importance_weights(old_log_probs, rollout),
+            advantages=np.asarray(advantages(self.config, rollout, kl)),
+            ref_log_probs=ref_log_probs if self.config.objective.kl_in == "loss" else None,
+            importance_weights=self.log_probs.importance_weights(old_log_probs, rollout),
         )
         return batch, row
 
 
 def advantages(config: Config, rollout: Rollout, kl: np.ndarray) -> Any:
-    """One an answer, float32 [N]; or for REINFORCE++ (Hu 2025, arXiv:2501.03262) one a token, [N, T]."""
+    """One a completion, float32 [N]; or one a token, [N, T], for REINFORCE++ (Hu 2025, arXiv:2501.03262)."""
     knobs, size = config.objective, config.rollout.group_size
     coefficient = knobs.kl_coefficient if knobs.kl_in == "reward" else 0.0
     if knobs.advantage == "reinforce_plus_plus":
-        paid = token_rewards(rollout.rewards, kl, rollout.mask, kl_coefficient=coefficient)
-        return whiten(discounted_returns(paid, rollout.mask, discount=1.0), rollout.mask)
+        rewards = token_rewards(rollout.rewards, kl, rollout.mask, kl_coefficient=coefficient)
+        return whiten(discounted_returns(rewards, rollout.mask, discount=1.0), rollout.mask)
     rewards = rollout.rewards - coefficient * kl.sum(1)
     if knobs.advantage == "leave_one_out":
         return leave_one_out_advantages(rewards, size)
@@ -148,9 +213,10 @@ def advantages(config: Config, rollout: Rollout, kl: np.ndarray) -> Any:
     )
 
 
-def make_source(program: Program, data: Dataset, tokenizer: BaseTokenizer, start: weights.InitialWeights) -> BatchSource:
-    """Rollouts, and what their answers are worth."""
-    config = program.config
-    judge = rollouts.make_judge(program, tokenizer, data)
-    reference = start.params() if config.objective.kl_coefficient else None
-    return GroupRollouts(program, program.model, data, tokenizer, judge, reference)
+def make_source(run: RunInputs[Config, Model], data: Dataset) -> BatchSource:
+    """Rollouts, rewarded by what the config names."""
+    program = run.program
+    scorer = inputs.make_scorer(run)
+    reference = run.initial.params() if program.config.objective.kl_coefficient else None
+    algorithm = GRPO(program, reference)
+    return RolloutSource(run, data, policy=program.model, scorer=scorer, algorithm=algorithm)

@@ -1,57 +1,78 @@
-"""Proximal policy optimisation: a policy, a critic that foresees its rewards, a reference it stays near."""
+"""Proximal policy optimization (PPO): a policy, a critic that predicts its returns, a frozen reference.
+
+A rollout's completions are rewarded; each token is also charged kl_coefficient times its KL to the reference.
+The critic's values turn these rewards into advantages (GAE), and policy and critic train on them together for
+a few epochs. The critic is initialized from the reward model, rescaled to the units of the rewards.
+Deviations from Ziegler et al. 2019 and InstructGPT: docs/algorithms.md.
+"""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.rl import hooks as rollout_hooks
-from jaxllm.rl import rollouts
-from jaxllm.runs import weights
-from jaxllm.runs.program import Program
-from jaxllm.rewards.scorer import InBatches, critic_scale
-from jaxllm.rl.config import RolloutTrainConfig
-from jaxllm.rl.rollouts import Rollout, Rollouts, kl_metrics
 from jaxllm.batches import RolloutBatch
 from jaxllm.data.rows import Dataset
-from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import ConfigError
 from jaxllm.losses import (
+    Weighted,
     adaptive_kl_coefficient,
+    add_auxiliary,
+    aggregate,
     generalized_advantage_estimation,
+    ppo_policy_loss,
+    ppo_value_loss,
     token_rewards,
     whiten,
 )
-from jaxllm.models import Model, ScalarModel, build_model, build_scalar_model
-from jaxllm.objectives.ppo import loss_fn
-from jaxllm.training.checkpoint import find_checkpoint, read_arrays
+from jaxllm.models import Model, Params, ScalarModel, build_model, build_scalar_model
+from jaxllm.rewards.reward_model import read_statistics
+from jaxllm.rl import hooks, inputs
+from jaxllm.rl.config import RolloutTrainConfig
+from jaxllm.rl.log_probs import LogProbs, kl_metrics
+from jaxllm.rl.rollouts import Metrics, Rollout, RolloutSource
+from jaxllm.rollout.score import InBatches, next_token_log_probs
+from jaxllm.runs import weights
+from jaxllm.runs.checkpoints import read_policy
+from jaxllm.runs.context import RunInputs
+from jaxllm.runs.panels import COMPLETION_LENGTH, KL, REWARD, Panel
+from jaxllm.runs.program import Program
+from jaxllm.runs.stage import Headline
 from jaxllm.training.batch_source import BatchSource
+from jaxllm.training.checkpoint import find_checkpoint, read_arrays
 from jaxllm.training.state import TrainState
+from jaxllm.training.step import LossFn
 
-load = rollouts.load_run_prompts
-make_hooks = rollout_hooks.make_hooks
-tokenizer_text = rollouts.tokenizer_text
+headline = Headline("eval/reward/model", highest=True)
+generates = True
+conversational = True
+policy_prefix = "policy"
+panels: tuple[Panel, ...] = (REWARD, KL, COMPLETION_LENGTH)
+load = inputs.load
+tokenizer_text = inputs.tokenizer_text
+make_hooks = hooks.make_hooks
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """Knobs of the loss, of the rewards of tokens and of the advantages."""
 
-    clip: float  # how far the ratio may go from 1
+    clip: float  # how far from 1 a ratio still has a gradient
     value_clip: float | None  # how far a value may move in one rollout, in units of reward; None: no limit
     value_coefficient: float
     entropy_coefficient: float
     discount: float
-    gae_lambda: float  # of GAE: 0 trusts the critic, 1 the rewards
+    gae_lambda: float  # 0 trusts the critic, 1 the rewards
     whiten_advantages: bool  # advantages, over the rollout
-    kl_coefficient: float  # reward that a nat away from the weights it begins with costs
-    kl_target: float | None  # nats an answer, for which the coefficient is adapted; None: it is fixed
-    kl_horizon: float  # answers in which the coefficient may change by the factor e
-    critic_warmup: int  # rollouts at the start from which only the critic learns
+    kl_coefficient: float  # KL penalty: reward per nat of KL to the reference
+    kl_target: float | None  # nats a completion, to which the coefficient is adapted; None: it is fixed
+    kl_horizon: float  # completions over which the coefficient changes by the factor e^0.2 at most
+    critic_warmup: int  # rollouts at the start on which only the critic trains
 
     def __post_init__(self):
         if self.kl_target is not None and self.kl_target <= 0:
@@ -77,28 +98,67 @@ class Config(RolloutTrainConfig):
             ):
                 if value:
                     raise ConfigError(
-                        f"{name}={value} would move the policy while only the critic learns: set it to 0, or "
+                        f"{name}={value} would move the policy while only the critic trains: set it to 0, or "
                         f"objective.critic_warmup=0"
                     )
+
+
+def loss_fn(
+    params: Params,
+    batch: RolloutBatch,
+    key: jax.Array,
+    *,
+    model: Model,
+    critic: ScalarModel,
+    temperature: float,
+    clip: float,
+    value_clip: float | None,
+    value_coefficient: float,
+    entropy_coefficient: float,
+) -> tuple[Weighted, dict[str, Weighted]]:
+    """Policy loss + value_coefficient value loss - entropy_coefficient entropy, all means over tokens.
+
+    params: {"policy", "critic"}; `temperature` is the sampler's. Metrics are `policy/NAME` and `value/NAME`.
+    """
+    del key  # nothing here is random
+    scores = next_token_log_probs(params["policy"], batch.tokens, model=model, temperature=temperature)
+    values, value_aux = critic.apply(params["critic"], batch.tokens)
+    policy, policy_metrics = ppo_policy_loss(
+        scores.log_probs,
+        batch.old_log_probs,
+        batch.advantages,
+        batch.mask,
+        clip_low=clip,
+        clip_high=clip,
+        importance_weights=batch.importance_weights,
+    )
+    value, value_metrics = ppo_value_loss(values, batch.values, batch.returns, batch.mask, clip=value_clip)
+    entropy = aggregate(scores.entropy, batch.mask, "token_mean")
+    # The three count the same tokens, so their sums add up to a sum over the same weight.
+    total = policy.sum + value_coefficient * value.sum - entropy_coefficient * entropy.sum
+    loss = Weighted(total, policy.weight)
+    metrics = {f"policy/{name}": x for name, x in (policy_metrics | {"entropy": entropy}).items()}
+    metrics |= {f"value/{name}": x for name, x in value_metrics.items()} | {"loss": loss}
+    aux = {f"policy/{name}": x for name, x in scores.aux.items()}
+    aux |= {f"value/{name}": x for name, x in value_aux.items()}
+    return add_auxiliary(loss, jax.tree.map(jax.lax.stop_gradient, metrics), aux)
 
 
 class ActorCritic(NamedTuple):
     """Two models in one tree of parameters, {"policy", "critic"}."""
 
-    init: Callable[[jax.Array], Any]
     policy: Model
     critic: ScalarModel
 
+    def init(self, key: jax.Array) -> Params:
+        policy_key, critic_key = jax.random.split(key)
+        return {"policy": self.policy.init(policy_key), "critic": self.critic.init(critic_key)}
 
-def build(config: Config) -> tuple[ActorCritic, Callable[..., Any]]:
+
+def build(config: Config) -> tuple[ActorCritic, LossFn]:
     """The two models and the loss."""
     policy, critic, knobs = build_model(config.model), build_scalar_model(config.model), config.objective
-
-    def init(key: jax.Array) -> Any:
-        policy_key, critic_key = jax.random.split(key)
-        return {"policy": policy.init(policy_key), "critic": critic.init(critic_key)}
-
-    return ActorCritic(init, policy, critic), functools.partial(
+    return ActorCritic(policy, critic), functools.partial(
         loss_fn,
         model=policy,
         critic=critic,
@@ -112,29 +172,30 @@ def build(config: Config) -> tuple[ActorCritic, Callable[..., Any]]:
 
 def batch_shapes(config: Config) -> RolloutBatch:
     """Shape and dtype of every field of a batch."""
-    batch = rollouts.batch_shapes(config)
+    batch = inputs.batch_shapes(config)
     return batch._replace(values=batch.old_log_probs, returns=batch.old_log_probs)
 
 
-def initial_params(program: Program, parent: Any) -> Any:
-    """The policy is the checkpoint's; the critic is the reward model, in the units that answers are paid in,
-    or the policy with a head of zeros where there is none."""
+def initial_params(program: Program[Config, ActorCritic], parent: Path) -> Params:
+    """The policy is the checkpoint's; the critic is the reward model, in the units of the rewards, or the
+    policy with a head of zeros where there is none."""
     wanted, reward = program.placed_state.params, program.config.reward
-    policy = weights.read_policy(parent, wanted["policy"])
+    policy = read_policy(parent, wanted["policy"])
     if reward.model is None:
         critic = program.fresh_state().params["critic"]
         critic |= {name: jax.tree.map(jnp.copy, policy[name]) for name in critic.keys() & policy.keys()}
     else:
         folder = find_checkpoint(reward.model)
-        weights.check_shape(program.config, folder, f"reward.model={reward.model}, the critic's beginning,")
+        weights.check_shape(program.config, folder, f"reward.model={reward.model} (initializes the critic)")
         critic = read_arrays(folder, wanted["critic"], prefix="params")
-        scale = critic_scale(reward, folder)
+        # What turns the reward model's differences into those of the rewards.
+        scale = reward.model_weight / read_statistics(reward.model, folder, reward.normalize).std
         critic["scalar_head"] = jax.tree.map(lambda x: (x * scale).astype(x.dtype), critic["scalar_head"])
     return {"policy": policy, "critic": critic}
 
 
 @functools.partial(jax.jit, static_argnames=("discount", "gae_lambda", "whitened"))
-def targets(
+def advantages_and_returns(
     scores: jax.Array,
     kl: jax.Array,
     values: jax.Array,
@@ -145,7 +206,7 @@ def targets(
     gae_lambda: float,
     whitened: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Advantages and returns [N, T]."""
+    """[N, T] both, of scores [N] and kl, values, mask [N, T]."""
     rewards = token_rewards(scores, kl, mask, kl_coefficient=kl_coefficient)
     advantages, returns = generalized_advantage_estimation(
         rewards, values, mask, discount=discount, lambda_=gae_lambda
@@ -153,25 +214,30 @@ def targets(
     return whiten(advantages, mask) if whitened else advantages, returns
 
 
-class ActorCriticRollouts(Rollouts):
-    """A token is worth what came of it beyond what the critic foresaw."""
+class PPO:
+    """The algorithm: a token's advantage is its return beyond the critic's value."""
 
-    def __init__(self, program: Program, *args: Any):
-        super().__init__(program, program.model.policy, *args)
-        self.values = InBatches(program.model.critic.apply, program.rows_at_a_time, program.mesh)
-        self.kl_coefficient = program.config.objective.kl_coefficient
+    def __init__(self, program: Program[Config, ActorCritic], reference: Params):
+        config, model = program.config, program.model
+        self.knobs, self.rollout = config.objective, config.rollout
+        self.log_probs = LogProbs(program, model.policy, reference)
+        self.values = InBatches(
+            lambda params, tokens: model.critic.apply(params, tokens).values,
+            program.microbatch_rows,
+            program.mesh,
+        )
+        self.kl_coefficient = self.knobs.kl_coefficient
 
-    def policy(self, params: Any) -> Any:
+    def policy(self, params: Params) -> Params:
         return params["policy"]
 
     def metadata(self) -> dict[str, Any]:
-        return super().metadata() | {"kl_coefficient": self.kl_coefficient}
+        return {"kl_coefficient": self.kl_coefficient}
 
     def restore(self, metadata: Mapping[str, Any]) -> None:
-        super().restore(metadata)
         self.kl_coefficient = metadata.get("kl_coefficient", self.kl_coefficient)
 
-    def complete(self, step: int, row: dict[str, float]) -> dict[str, float]:
+    def finish_row(self, row: Metrics) -> Metrics:
         """With the share of the returns' variance that the critic explains, from sums over all tokens."""
 
         def variance(name: str) -> float:
@@ -179,15 +245,16 @@ class ActorCriticRollouts(Rollouts):
 
         spread, left = variance("return"), variance("error")
         row["value/explained_variance"] = 1 - left / spread if spread > 0 else float("nan")
-        return super().complete(step, row)
+        return row
 
-    def worth(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, dict[str, float]]:
-        knobs = self.program.config.objective
-        old_log_probs, row = self.old_log_probs(state.params["policy"], rollout)
+    def make_batch(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, Metrics]:
+        """Log-probs and values before the first update, KL penalty, GAE."""
+        step, knobs = int(state.step), self.knobs
+        old_log_probs, row = self.log_probs.old(state.params["policy"], rollout, step)
         values = self.values(state.params["critic"], rollout.tokens)
-        _, kl = self.kl(old_log_probs, rollout)
+        _, kl = self.log_probs.kl(old_log_probs, rollout, step)
         advantages, returns = jax.device_get(
-            targets(
+            advantages_and_returns(
                 rollout.rewards,
                 kl,
                 values,
@@ -199,7 +266,7 @@ class ActorCriticRollouts(Rollouts):
             )
         )
         row |= kl_metrics(kl, rollout.mask) | {"kl/coefficient": self.kl_coefficient}
-        if int(state.step) < knobs.critic_warmup * self.config.steps:
+        if step < knobs.critic_warmup * self.rollout.steps:
             advantages = np.zeros_like(advantages)  # no gradient for the policy, not even Adam's moments
         elif knobs.kl_target is not None:
             self.kl_coefficient = float(
@@ -208,7 +275,7 @@ class ActorCriticRollouts(Rollouts):
                     row["kl/reference"],
                     target=knobs.kl_target,
                     horizon=knobs.kl_horizon,
-                    num_samples=self.config.rows,
+                    num_samples=self.rollout.rows,
                 )
             )
         batch = RolloutBatch(
@@ -216,16 +283,18 @@ class ActorCriticRollouts(Rollouts):
             mask=rollout.mask,
             old_log_probs=old_log_probs,
             advantages=advantages,
-            importance_weights=self.importance_weights(old_log_probs, rollout),
+            importance_weights=self.log_probs.importance_weights(old_log_probs, rollout),
             values=values,
             returns=returns,
         )
         return batch, row
 
 
-def make_source(program: Program, data: Dataset, tokenizer: BaseTokenizer, start: weights.InitialWeights) -> BatchSource:
-    """Rollouts, and what their answers are worth."""
-    if program.config.reward.model is not None and start.parent is None:
-        raise ConfigError("--init_from=RUN is missing: PPO begins with a model that answers, such as SFT's")
-    judge = rollouts.make_judge(program, tokenizer, data)
-    return ActorCriticRollouts(program, data, tokenizer, judge, start.params()["policy"])
+def make_source(run: RunInputs[Config, ActorCritic], data: Dataset) -> BatchSource:
+    """Rollouts, rewarded by what the config names."""
+    program, initial = run.program, run.initial
+    if program.config.reward.model is not None and initial.parent is None:
+        raise ConfigError("--init_from=RUN is missing: PPO starts from a trained policy, such as SFT's")
+    scorer = inputs.make_scorer(run)
+    algorithm = PPO(program, initial.params()["policy"])
+    return RolloutSource(run, data, policy=program.model.policy, scorer=scorer, algorithm=algorithm)

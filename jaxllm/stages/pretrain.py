@@ -1,33 +1,42 @@
-"""Pretraining: text, windows, bits per byte, continuations."""
+"""Pretraining: predict the next token of packed documents; measured in bits per byte of held-out text."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxllm.runs import weights
-from jaxllm.runs.program import Program
-from jaxllm.runs.train import held_out_batches, row_source, write_samples
-from jaxllm.runs.config import SampleConfig, TrainConfig
 from jaxllm.batches import TokenBatch
-from jaxllm.data.loader import device_batches
 from jaxllm.data.rows import Dataset
 from jaxllm.data.text import TextConfig, load_text, text_documents
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.evaluation.perplexity import evaluate, row_sums
-from jaxllm.models import Model, build_model
-from jaxllm.objectives.pretrain import loss_fn
-from jaxllm.rollout.generate import generate
-from jaxllm.training.batch_source import BatchSource
+from jaxllm.losses import Weighted, add_auxiliary, linear_cross_entropy
+from jaxllm.models import Model, Params, build_model
+from jaxllm.runs.config import SampleConfig, TrainConfig
+from jaxllm.runs.context import RunContext, RunInputs
+from jaxllm.runs.hooks import complete, evaluation_hooks, write_samples
+from jaxllm.runs.panels import LOSS, TOKEN_ACCURACY, Panel, panel
+from jaxllm.runs.program import Program
+from jaxllm.runs.rows import row_source
+from jaxllm.runs.stage import Headline
+from jaxllm.runs.weights import initial_params as initial_params
 from jaxllm.training.loop import Hook
-from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import TrainState
+from jaxllm.training.step import LossFn
 
+headline = Headline("eval/bits_per_byte", highest=False)
+generates = True
+conversational = False
+policy_prefix = ""
+panels: tuple[Panel, ...] = (
+    LOSS,
+    panel("Compression", "bits per byte", "lowest", held_out="eval/bits_per_byte"),
+    TOKEN_ACCURACY,
+)
 make_source = row_source
-initial_params = weights.initial_params
 
 
 @dataclass(frozen=True)
@@ -46,83 +55,76 @@ class Config(TrainConfig):
     sample: SampleConfig
 
 
-def build(config: Config) -> tuple[Model, Callable[..., Any]]:
+def loss_fn(
+    params: Params, batch: TokenBatch, key: jax.Array, *, model: Model, z_loss: float
+) -> tuple[Weighted, dict[str, Weighted]]:
+    """Cross-entropy in nats a token."""
+    del key  # nothing here is random
+    output = model.apply(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+    loss, metrics = linear_cross_entropy(
+        output.hidden,
+        model.head(params),
+        batch.targets,
+        batch.mask,
+        z_loss=z_loss,
+        softcap=model.config.logit_softcap,
+    )
+    return add_auxiliary(loss, metrics, output.aux)
+
+
+def build(config: Config) -> tuple[Model, LossFn]:
     """The model and the loss."""
     model = build_model(config.model)
     return model, functools.partial(loss_fn, model=model, z_loss=config.objective.z_loss)
 
 
-def batch_shapes(config: Any) -> TokenBatch:
+def batch_shapes(config: TrainConfig) -> TokenBatch:
     """Shape and dtype of every field of a batch."""
     shape = (config.data.batch_size, config.data.sequence_length)
     ids = jax.ShapeDtypeStruct(shape, np.int32)
     return TokenBatch(ids, ids, jax.ShapeDtypeStruct(shape, bool), ids, ids)
 
 
-def tokenizer_text(config: Config) -> Any:
+def tokenizer_text(config: Config) -> Iterable[str]:
     """Documents to train a tokenizer on."""
     return text_documents(config.data, seed=config.seed)
 
 
-def load(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: weights.InitialWeights) -> Dataset:
+def load(inputs: RunInputs[Config, Model]) -> Dataset:
     """Windows to train and to validate on."""
-    return load_text(program.config.data, tokenizer, seed=program.config.seed, run_folder=folder.path)
+    config = inputs.program.config
+    return load_text(config.data, inputs.tokenizer, seed=config.seed, run_folder=inputs.folder.path)
 
 
-def make_hooks(
-    program: Program,
-    data: Dataset,
-    tokenizer: BaseTokenizer,
-    folder: RunFolder,
-    check: Callable[[], None],
-    feed: BatchSource,
-) -> list[Hook]:
-    """Samples, and bits per byte of the held-out windows."""
-    hooks = [make_sampling(program, tokenizer, folder)]
-    if data.validation:
-        hooks.append(make_evaluation(program, data.validation, tokenizer, check))
-    return hooks
+def make_hooks(context: RunContext[Config, Model]) -> list[Hook]:
+    """Continuations of the config's prompts, and bits per byte of the held-out windows."""
+    return [sampling_hook(context), *perplexity_hooks(context)]
 
 
-def make_evaluation(
-    program: Program, validation: Any, tokenizer: BaseTokenizer, check: Callable[[], None]
-) -> Hook:
-    """Score the held-out rows."""
-    byte_lengths = model_byte_lengths(program, tokenizer)
-    score = jax.jit(functools.partial(row_sums, byte_lengths=byte_lengths, model=program.model))
-    batches = held_out_batches(program.config, validation)
-
-    def run(step: int, state: TrainState) -> dict[str, float]:
-        del step
-        return evaluate(state.params, device_batches(batches, program.batch_sharding), score, check)
-
-    return Hook(program.config.training.evaluate_every, run)
+def perplexity_hooks(context: RunContext[Any, Model]) -> list[Hook]:
+    """Loss, bits per byte and accuracy on the held-out rows."""
+    byte_lengths = model_byte_lengths(context.program, context.tokenizer)
+    score = jax.jit(functools.partial(row_sums, byte_lengths=byte_lengths, model=context.program.model))
+    return evaluation_hooks(context, lambda params, batches: evaluate(params, batches, score, context.check))
 
 
-def model_byte_lengths(program: Program, tokenizer: BaseTokenizer) -> np.ndarray:
+def model_byte_lengths(program: Program[Any, Model], tokenizer: BaseTokenizer) -> np.ndarray:
     """Int32 [V] of the model, whose vocabulary may be larger than the tokenizer's: bytes of each token."""
     byte_lengths = np.zeros(program.config.model.vocab_size, np.int32)
     byte_lengths[: tokenizer.vocab_size] = tokenizer.token_byte_lengths
     return byte_lengths
 
 
-def make_sampling(program: Program, tokenizer: BaseTokenizer, folder: RunFolder) -> Hook:
+def sampling_hook(context: RunContext[Config, Model]) -> Hook:
     """Continue the config's prompts into `samples/STEP.txt` and onto the terminal."""
-    config = program.config.sample
-    every = program.config.training.sample_every if config.prompts else 0
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in config.prompts]
+    config, tokenizer = context.program.config.sample, context.tokenizer
+    prompts = [context.template.prompt([{"role": "user", "content": text}]) for text in config.prompts]
 
     def run(step: int, state: TrainState) -> dict[str, float]:
-        said = generate(
-            program.model,
-            state.params,
-            prompts,
-            sampling=config.sampling,
-            stop_ids=(tokenizer.eos_id,),
-            keys=jax.random.split(jax.random.fold_in(state.key, step), len(prompts)),
-        )
-        continuations = (tokenizer.decode(tokens, from_start=False) for tokens in said.tokens)
-        write_samples(folder, step, [p + text for p, text in zip(config.prompts, continuations, strict=True)])
+        completions = complete(context, prompts, step, state, config.sampling)
+        texts = [tokenizer.decode(tokens, from_start=False) for tokens in completions.tokens]
+        pairs = zip(config.prompts, texts, strict=True)
+        write_samples(context.folder, step, [prompt + text for prompt, text in pairs])
         return {}
 
-    return Hook(every, run)
+    return Hook(context.program.config.training.sample_every if prompts else 0, run)

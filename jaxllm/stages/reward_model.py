@@ -1,4 +1,7 @@
-"""Reward model: pairs, Bradley-Terry, accuracy beside what lengths alone would say."""
+"""Reward model: give the preferred of two completions the higher reward (Bradley-Terry).
+
+Its accuracy on held-out pairs is logged beside that of choosing the longer completion.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -6,28 +9,45 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.runs import weights
-from jaxllm.runs.program import Program
-from jaxllm.runs.train import held_out_batches, load_run_template, row_source
-from jaxllm.runs.config import TrainConfig
 from jaxllm.batches import PairBatch
-from jaxllm.data.loader import device_batches
 from jaxllm.data.preferences import PreferenceConfig, load_preferences, preference_texts
 from jaxllm.data.rows import Dataset
-from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.evaluation.preference import reward_metrics, score_pairs
-from jaxllm.models import ScalarModel, build_scalar_model
-from jaxllm.objectives.reward_model import loss_fn
-from jaxllm.training.batch_source import BatchSource
+from jaxllm.losses import Weighted, add_auxiliary, bradley_terry_loss
+from jaxllm.models import Params, ScalarModel, build_scalar_model
+from jaxllm.runs import weights
+from jaxllm.runs.config import TrainConfig
+from jaxllm.runs.context import RunContext, RunInputs
+from jaxllm.runs.hooks import evaluation_hooks
+from jaxllm.runs.panels import Panel, panel
+from jaxllm.runs.rows import row_source
+from jaxllm.runs.stage import Headline
 from jaxllm.training.loop import Hook
-from jaxllm.training.run_folder import RunFolder
-from jaxllm.training.state import TrainState
+from jaxllm.training.step import LossFn
 
+headline = Headline("eval/accuracy", highest=True)
+generates = False
+conversational = True
+policy_prefix = ""
+panels: tuple[Panel, ...] = (
+    panel(
+        "Preference accuracy",
+        "fraction of pairs",
+        "highest",
+        training="train/accuracy",
+        held_out="eval/accuracy",
+    ),
+    panel("Reward margin", "reward", "highest", training="train/margin", held_out="eval/margin"),
+    panel("Loss", "nats per pair", "lowest", training="train/loss", held_out="eval/loss"),
+)
 make_source = row_source
 # A language model has the first, and lacks the second.
 initial_params = functools.partial(weights.initial_params, optional=("head", "scalar_head"))
+
+LossAndMetrics = tuple[Weighted, dict[str, Weighted]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +65,27 @@ class Config(TrainConfig):
     data: PreferenceConfig
 
 
-def build(config: Config) -> tuple[ScalarModel, Callable[..., Any]]:
+def loss_fn(
+    params: Params, batch: PairBatch, key: jax.Array, *, model: ScalarModel, center_coefficient: float
+) -> LossAndMetrics:
+    """Bradley-Terry with margins, in nats a pair."""
+    del key  # nothing here is random
+    rewards, aux = model.rewards(params, batch.tokens, batch.lengths)
+    loss = functools.partial(bradley_terry_loss, center_coefficient=center_coefficient)
+    weighted = weighted_pairs(loss, batch.weight, rewards[:, 0], rewards[:, 1], margin=batch.margin)
+    return add_auxiliary(*weighted, aux)
+
+
+def weighted_pairs(
+    loss: Callable[..., LossAndMetrics], weight: jax.Array, *args: jax.Array, **kwargs: jax.Array
+) -> LossAndMetrics:
+    """A loss over pairs, and its metrics, with weight[B] for each: weighted sums of what it gives a pair."""
+    pairs = jax.tree.map(lambda x: x[:, None], (args, kwargs))
+    each = jax.vmap(lambda args, kwargs: loss(*args, **kwargs))(*pairs)
+    return jax.tree.map(lambda x: jnp.sum(x * weight), each)
+
+
+def build(config: Config) -> tuple[ScalarModel, LossFn]:
     """The model and the loss."""
     model = build_scalar_model(config.model)
     return model, functools.partial(
@@ -53,7 +93,7 @@ def build(config: Config) -> tuple[ScalarModel, Callable[..., Any]]:
     )
 
 
-def batch_shapes(config: Any) -> PairBatch:
+def batch_shapes(config: TrainConfig) -> PairBatch:
     """Shape and dtype of every field of a batch."""
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -63,36 +103,27 @@ def batch_shapes(config: Any) -> PairBatch:
     return PairBatch(ints(2, config.data.sequence_length), ints(), ints(2), floats(), floats(), floats(2))
 
 
-def tokenizer_text(config: Config) -> Iterator[str]:
-    """What is said in the pairs."""
+def tokenizer_text(config: Any) -> Iterator[str]:
+    """The texts of the pairs."""
     return preference_texts(config.data, seed=config.seed)
 
 
-def load(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: weights.InitialWeights) -> Dataset:
+def load(inputs: RunInputs[Any, Any]) -> Dataset:
     """Pairs to train and to validate on."""
-    config = program.config
-    template = load_run_template(config.data.template, tokenizer, folder, start)
-    return load_preferences(config.data, tokenizer, template, seed=config.seed, run_folder=folder.path)
+    config, folder = inputs.program.config, inputs.folder.path
+    return load_preferences(
+        config.data, inputs.tokenizer, inputs.template, seed=config.seed, run_folder=folder
+    )
 
 
-def make_hooks(
-    program: Program,
-    data: Dataset,
-    tokenizer: BaseTokenizer,
-    folder: RunFolder,
-    check: Callable[[], None],
-    feed: BatchSource,
-) -> list[Hook]:
+def make_hooks(context: RunContext[Config, ScalarModel]) -> list[Hook]:
     """Accuracy on the held-out pairs."""
-    if not data.validation:
-        return []
-    batches = held_out_batches(program.config, data.validation)
-    rewards = program.model.rewards
-    score = jax.jit(lambda params, batch: rewards(params, batch.tokens, batch.lengths))
+    model = context.program.model
 
-    def run(step: int, state: TrainState) -> dict[str, float]:
-        del step
-        placed = device_batches(batches, program.batch_sharding)
-        return reward_metrics(score_pairs(state.params, placed, score, check))
+    @jax.jit
+    def score(params: Params, batch: PairBatch) -> jax.Array:
+        return model.rewards(params, batch.tokens, batch.lengths).values
 
-    return [Hook(program.config.training.evaluate_every, run)]
+    return evaluation_hooks(
+        context, lambda params, pairs: reward_metrics(score_pairs(params, pairs, score, context.check))
+    )

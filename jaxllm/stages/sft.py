@@ -1,34 +1,43 @@
-"""Instruction fine-tuning: conversations, packed rows, loss and accuracy, answers to prompts."""
+"""Instruction fine-tuning (SFT): predict the assistant's turns of conversations, packed into rows."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.runs import weights
-from jaxllm.runs.program import Program
-from jaxllm.runs.train import load_run_template, row_source, write_samples
-from jaxllm.stages import pretrain
-from jaxllm.runs.config import SampleConfig, TrainConfig
+from jaxllm.batches import TokenBatch
 from jaxllm.data.chat import ChatConfig, ChatDataset, chat_texts, load_chats
 from jaxllm.data.show import show_mask
-from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import ConfigError
 from jaxllm.evaluation.preference import fraction
-from jaxllm.models import Model, build_model
-from jaxllm.objectives.sft import loss_fn
-from jaxllm.rollout.generate import generate
-from jaxllm.training.batch_source import BatchSource
+from jaxllm.losses import Weighted, add_auxiliary, aggregate, linear_cross_entropy, linear_token_log_probs
+from jaxllm.models import Model, Params, build_model
+from jaxllm.runs.config import SampleConfig, TrainConfig
+from jaxllm.runs.context import RunContext, RunInputs
+from jaxllm.runs.hooks import complete, write_samples
+from jaxllm.runs.panels import LOSS, TOKEN_ACCURACY, Panel, panel
+from jaxllm.runs.rows import row_source
+from jaxllm.runs.stage import Headline
+from jaxllm.runs.weights import initial_params as initial_params
+from jaxllm.stages.pretrain import batch_shapes as batch_shapes
+from jaxllm.stages.pretrain import perplexity_hooks
 from jaxllm.training.loop import Hook
-from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import TrainState
+from jaxllm.training.step import LossFn
 
+headline = Headline("eval/loss", highest=False)
+generates = True
+conversational = True
+policy_prefix = ""
+panels: tuple[Panel, ...] = (
+    LOSS,
+    panel("Completions that end with a stop token", "fraction", "highest", held_out="eval/stopped_fraction"),
+    TOKEN_ACCURACY,
+)
 make_source = row_source
-batch_shapes = pretrain.batch_shapes
-initial_params = weights.initial_params
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class ObjectiveConfig:
 
     z_loss: float  # weight of logsumexp(logits)^2
     neftune_alpha: float  # noise in the embeddings, of at most alpha / sqrt(T D); 0: none
-    dft: bool  # weigh each token's loss by its probability
+    dft: bool  # weight each token's loss by its probability
 
     def __post_init__(self):
         if self.dft and self.z_loss:
@@ -47,10 +56,10 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
-class AnswersConfig(SampleConfig):
-    """Answers written while training: to the prompts, and to held-out ones."""
+class CompletionsConfig(SampleConfig):
+    """Completions generated while training: of the prompts, and of held-out ones."""
 
-    num_held_out: int  # how many held-out prompts to answer, for `eval/stopped_fraction`
+    num_held_out: int  # held-out prompts to complete, for `eval/stopped_fraction`
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,48 @@ class Config(TrainConfig):
 
     objective: ObjectiveConfig
     data: ChatConfig
-    sample: AnswersConfig
+    sample: CompletionsConfig
 
 
-def build(config: Config) -> tuple[Model, Callable[..., Any]]:
+def loss_fn(
+    params: Params,
+    batch: TokenBatch,
+    key: jax.Array,
+    *,
+    model: Model,
+    z_loss: float,
+    neftune_alpha: float,
+    dft: bool,
+) -> tuple[Weighted, dict[str, Weighted]]:
+    """Cross-entropy in nats a token.
+
+    neftune_alpha > 0 adds uniform noise to the embeddings, of at most alpha / sqrt(T D) (NEFTune, Jain et al.
+    2023, arXiv:2310.05914, where T is the length of the text; here it is that of the row). `dft` weights each
+    token's loss by its own probability, a constant (Dynamic Fine-Tuning, Wu et al. 2025, arXiv:2508.05629):
+    tokens that the model finds very unlikely contribute less. The metric `loss` is without that weight.
+    """
+    noise = None
+    if neftune_alpha > 0:
+        shape = (*batch.tokens.shape, model.config.width)
+        noise = jax.random.uniform(key, shape, minval=-1) * neftune_alpha / (shape[1] * shape[2]) ** 0.5
+    output = model.apply(
+        params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids, noise=noise
+    )
+    hidden, head, softcap = output.hidden, model.head(params), model.config.logit_softcap
+    if dft:
+        log_probs, _ = linear_token_log_probs(hidden, head, batch.targets, softcap=softcap)
+        weights = jax.lax.stop_gradient(jnp.exp(log_probs))
+        loss = aggregate(-weights * log_probs, batch.mask, "token_mean")
+        metrics = {"loss": aggregate(-log_probs, batch.mask, "token_mean"), "dft_loss": loss}
+        metrics = jax.lax.stop_gradient(metrics)
+    else:
+        loss, metrics = linear_cross_entropy(
+            hidden, head, batch.targets, batch.mask, z_loss=z_loss, softcap=softcap
+        )
+    return add_auxiliary(loss, metrics, output.aux)
+
+
+def build(config: Config) -> tuple[Model, LossFn]:
     """The model and the loss."""
     model, knobs = build_model(config.model), config.objective
     return model, functools.partial(
@@ -71,69 +118,45 @@ def build(config: Config) -> tuple[Model, Callable[..., Any]]:
 
 
 def tokenizer_text(config: Config) -> Iterator[str]:
-    """What is said in the conversations."""
+    """The texts of the conversations."""
     return chat_texts(config.data, seed=config.seed)
 
 
-def load(program: Program, tokenizer: BaseTokenizer, folder: RunFolder, start: weights.InitialWeights) -> ChatDataset:
+def load(inputs: RunInputs[Config, Model]) -> ChatDataset:
     """Conversations to train and to validate on."""
-    config = program.config
-    template = load_run_template(config.data.template, tokenizer, folder, start)
-    return load_chats(config.data, tokenizer, template, seed=config.seed, run_folder=folder.path)
+    config, folder = inputs.program.config, inputs.folder.path
+    return load_chats(config.data, inputs.tokenizer, inputs.template, seed=config.seed, run_folder=folder)
 
 
-def make_hooks(
-    program: Program,
-    data: ChatDataset,
-    tokenizer: BaseTokenizer,
-    folder: RunFolder,
-    check: Callable[[], None],
-    feed: BatchSource,
-) -> list[Hook]:
-    """Answers, and the loss of the held-out rows."""
-    hooks = [make_answering(program, data, tokenizer, folder, check)]
-    if data.validation:
-        hooks.append(pretrain.make_evaluation(program, data.validation, tokenizer, check))
-    return hooks
+def make_hooks(context: RunContext[Config, Model]) -> list[Hook]:
+    """Completions, and the loss of the held-out rows."""
+    return [completions_hook(context), *perplexity_hooks(context)]
 
 
-def make_answering(
-    program: Program,
-    data: ChatDataset,
-    tokenizer: BaseTokenizer,
-    folder: RunFolder,
-    check: Callable[[], None],
-) -> Hook:
-    """Answer the config's prompts and some held-out ones into `samples/STEP.txt`; how many answers end."""
-    config, longest = program.config.sample, program.config.model.max_length - 1
-    template = data.template
+def completions_hook(context: RunContext[Config, Model]) -> Hook:
+    """Complete the config's prompts and some held-out ones into `samples/STEP.txt`, and log how many
+    completions of held-out prompts end with a stop token."""
+    config, longest = context.program.config.sample, context.program.config.model.max_length - 1
+    template, tokenizer, data = context.template, context.tokenizer, context.data
+    assert isinstance(data, ChatDataset)
     prompts = [template.prompt([{"role": "user", "content": prompt}]) for prompt in config.prompts]
     references = [""] * len(prompts)
     fitting = [(prompt, answer) for prompt, answer in data.held_out if len(prompt) < longest]
     for prompt, answer in fitting[: config.num_held_out]:
         prompts.append(prompt)
-        references.append(f"\n(held out; the answer given there: {tokenizer.decode(answer).strip()})")
+        references.append(f"\n(held out; the data's own completion: {tokenizer.decode(answer).strip()})")
     shown = [show_mask(prompt, [True] * len(prompt), tokenizer) for prompt in prompts]  # roles by name
 
     def run(step: int, state: TrainState) -> dict[str, float]:
-        keys = jax.random.split(jax.random.fold_in(state.key, step), len(prompts))
-        texts, stopped = [], []
-        for first in range(0, len(prompts), 64):
-            check()
-            part = slice(first, first + 64)
-            said = generate(
-                program.model,
-                state.params,
-                prompts[part],
-                sampling=config.sampling,
-                stop_ids=template.stop_ids,
-                keys=keys[part],
-            )
-            texts += [tokenizer.decode(tokens).strip() for tokens in said.tokens]
-            stopped += [reason == "stop" for reason in said.stop_reasons]
+        completions = complete(context, prompts, step, state, config.sampling)
+        texts = [tokenizer.decode(tokens).strip() for tokens in completions.tokens]
         rows = zip(shown, texts, references, strict=True)
-        write_samples(folder, step, [f"{prompt}\n{text}{reference}" for prompt, text, reference in rows])
-        share, error = fraction(np.array(stopped)[len(config.prompts) :])
-        return {"eval/stopped_fraction": share, "eval/stopped_fraction_se": error} if config.num_held_out else {}
+        samples = [f"{prompt}\n{text}{reference}" for prompt, text, reference in rows]
+        write_samples(context.folder, step, samples)
+        if not config.num_held_out:
+            return {}
+        stopped = np.array([reason == "stop" for reason in completions.stop_reasons])
+        share, error = fraction(stopped[len(config.prompts) :])
+        return {"eval/stopped_fraction": share, "eval/stopped_fraction_se": error}
 
-    return Hook(program.config.training.sample_every if prompts else 0, run)
+    return Hook(context.program.config.training.sample_every if prompts else 0, run)

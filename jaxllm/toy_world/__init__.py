@@ -1,18 +1,30 @@
-"""A small English world without end: text that a model of a million parameters learns in minutes.
+"""A generator of synthetic English data for every stage of training, about a small invented world.
 
-    >>> from jaxllm.toy_world import chats, documents, preferences, problems
+A model of a million parameters learns it in minutes, and every answer in it can be checked. Configs name it
+as a source: `synthetic`, `synthetic:chats`, ... (`jaxllm.data.sources`).
+
+    >>> from jaxllm.toy_world import documents
     >>> for text in documents("train", count=3, seed=0):
     ...     print(text)
 
-One function for each stage of training: `documents` to learn English from, `chats` to learn to answer,
-`drafts` to speak as those do who have not been told what is liked, `preferences` to learn which of two
-answers is better, `problems` (the easiest: `additions`) to learn to reason. All are about the world of their
-seed, keep their splits apart, and write each row as a function of (seed, split, index) alone.
+There is one function per kind of data:
 
-Beneath them, `World` says what is true, `facts` puts it into words, `sum_problem` and `word_problem` have
-answers that can be checked, `stories` and `descriptions` are texts, `exchanges` are questions with their
-answers. `rubric` judges any answer to the prompt of a preference: it labels the pairs and measures what came
-of training on them, and no training may see it.
+- `documents`: plain texts, for pretraining.
+- `chats`: conversations, for instruction fine-tuning.
+- `drafts`: prompts with completions of mixed quality, for a policy that preference training can improve.
+- `preferences`: pairs of completions labeled by a hidden rubric, for a reward model or DPO.
+- `problems`, and the easier `additions`: arithmetic with a checkable answer, for GRPO and PPO.
+
+Each takes a split, a number of rows and a seed. The seed determines the world: 48 people, their towns, jobs
+and friends, the same in the data of all kinds. A row is a function of (seed, split, index) alone, so any
+number of rows can be generated in any order. A hash assigns texts, prompts and equations to the training or
+the validation split, so that the two never overlap.
+
+From the bottom up: `language` fills in templates; `english/*.txt` has the templates and the words (in British
+spelling); `lexicon` has things, animals and jobs; `world` draws the people and towns; `facts` puts single
+facts into words; `problems`, `stories` and `descriptions` make texts; `exchanges` makes questions with
+reference answers. `rubric` scores any completion of a prompt of `preferences`. It labels the pairs and
+measures the effect of training on them, so no training may use it as a reward.
 """
 
 from jaxllm.toy_world.chats import chat, chats

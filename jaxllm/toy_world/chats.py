@@ -1,4 +1,4 @@
-"""Chats to learn answering from: questions about the small world, small tasks, sums with their working."""
+"""Conversations for instruction fine-tuning: questions about the world, small tasks, worked-out sums."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +14,15 @@ Message = dict[str, str]
 def chats(split: Split, *, count: int, seed: int) -> Iterator[dict]:
     """The first `count` rows `{"messages": [{"role", "content"}, ...]}` of a split of the world of this seed.
 
-    One in four has several turns, one in six a system message that changes the answers in a way that can be
-    checked. Training and validation share no system message and first question, and no equation.
+    One in four has several turns. One in six has a system message, which changes the answers in a way that
+    can be checked. Training and validation share no combination of system message and first question, and no
+    equation.
     """
     return (chat(split, index, seed=seed) for index in range(count))
 
 
 def chat(split: Split, index: int, *, seed: int) -> dict:
-    """One row, whichever others are ever written."""
+    """One row, independent of all others."""
     check_split(split)
     world = build_world(seed)
     rng = random.Random(f"chat {seed} {split} {index}")
@@ -33,19 +34,19 @@ def chat(split: Split, index: int, *, seed: int) -> dict:
         if instruction:
             system = spin(instruction, rng, child=child)
             answers = [_INSTRUCTIONS[instruction](exchange, child) for exchange in exchanges]
-        # An empty answer is one that cannot be given under the instruction.
+        # An answer is empty where the instruction cannot be followed.
         if all(answers) and prompt_split(exchanges, system) == split:
-            messages = spoken(exchanges, answers)
+            messages = as_messages(exchanges, answers)
             return {"messages": ([{"role": "system", "content": system}] if system else []) + messages}
 
 
 def prompt_split(exchanges: list[Exchange], system: str = "") -> Split:
-    """The split that owns what a chat begins with."""
+    """The split of a conversation, by its system message and first question."""
     return split_of(f"{system}\n{exchanges[0].question}")
 
 
-def spoken(exchanges: list[Exchange], answers: Sequence[str]) -> list[Message]:
-    """The messages of the user and the assistant in turn."""
+def as_messages(exchanges: list[Exchange], answers: Sequence[str]) -> list[Message]:
+    """The questions and answers as alternating user and assistant messages."""
     return [
         {"role": role, "content": content}
         for exchange, answer in zip(exchanges, answers, strict=True)
@@ -62,7 +63,7 @@ def _to_the_child(exchange: Exchange, child: str) -> str:
     return "" if child in exchange.question else f"{child}, here is my answer. {exchange.answer}"
 
 
-# What a system message asks for, and the answer that follows it.
+# System messages, each with the function that makes an answer follow it.
 _INSTRUCTIONS: dict[str, Callable[[Exchange, str], str]] = {
     "[answer|reply|always answer] in one word.": _in_one_word,
     "[answer|reply|always answer] in one sentence.": lambda exchange, child: exchange.sentence,

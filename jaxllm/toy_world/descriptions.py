@@ -1,4 +1,4 @@
-"""Texts that say what is so: people, towns and things described, compared, explained and asked about."""
+"""Factual texts: people, towns and things described, compared, explained and asked about."""
 
 import random
 
@@ -11,7 +11,7 @@ _MEASURES = {"person": "age", "animal": "grams", "thing": "grams", "town": "thou
 
 
 def person(world: World, rng: random.Random) -> str:
-    """Somebody, and then the best friend or somebody from the same town."""
+    """A person, and then the best friend or somebody from the same town."""
     subject = rng.choice(world.people)
     others = [other for other in world.people if other is not subject]
     other = rng.choice(
@@ -31,7 +31,7 @@ def town(world: World, rng: random.Random) -> str:
 
 
 def nature(world: World, rng: random.Random) -> str:
-    """What things, animals and jobs are, each with somebody of the world who has to do with it."""
+    """Two things, animals or jobs described, each with a person who has to do with it."""
     paragraphs = []
     for subject in rng.sample(THINGS + ANIMALS + JOBS, 2):
         slots = _circumstances(world, rng) | {"x": subject}
@@ -42,7 +42,7 @@ def nature(world: World, rng: random.Random) -> str:
 
 
 def comparison(world: World, rng: random.Random) -> str:
-    """Two of a kind: how they are alike, how they differ, and which is older, heavier or bigger."""
+    """Two entities of one kind: what they share, how they differ, and which is older, heavier or bigger."""
     a, b = rng.sample(rng.choice((world.people, world.towns, THINGS, ANIMALS)), 2)
     sentences = [frame("compare opening", rng, a=a.subject, b=b.subject, somebody=rng.choice(world.people))]
     for name in rng.sample([name for name in relations(a) if name != "definition"], 4):
@@ -58,7 +58,7 @@ def comparison(world: World, rng: random.Random) -> str:
 
 
 def questions(world: World, rng: random.Random) -> str:
-    """Short questions about the world with their answers, one after another or in a talk."""
+    """Short questions about the world with their answers, as a list or as a dialogue."""
     a, b, c, *people = rng.sample(world.people, 7)
     subjects: list[Entity] = [*people, *rng.sample(world.towns, 2), *rng.sample(THINGS + ANIMALS + JOBS, 2)]
     talk = rng.random() < 0.5
@@ -76,7 +76,7 @@ def questions(world: World, rng: random.Random) -> str:
 
 
 def explanation(world: World, rng: random.Random) -> str:
-    """What something is in general: a bridge, a mistake, a language model."""
+    """The definition of a concept and facts about it: a bridge, a mistake, a language model."""
     concepts = passages("computers" if rng.random() < 0.3 else "concepts")
     if rng.random() < 0.5:
         two = [_explain("explain", concept, world, rng) for concept in rng.sample(concepts, 2)]
@@ -85,7 +85,7 @@ def explanation(world: World, rng: random.Random) -> str:
 
 
 def instructions(world: World, rng: random.Random) -> str:
-    """How to do something, step by step: told, listed, or asked and answered."""
+    """How to do something, step by step: as prose, as a list or as a dialogue."""
     slots = _circumstances(world, rng)
     slots["thing"] = rng.choice(PORTABLE)
     task, *steps = (choose(line, rng) for line in rng.choice(passages("procedures")))
@@ -101,7 +101,7 @@ def instructions(world: World, rng: random.Random) -> str:
 
 
 def _order(count: int, rng: random.Random) -> list[str]:
-    """`First, ... Then ... Finally, ...`, one word for each step."""
+    """`first, ... then ... finally, ...`: one word per step."""
     middle = rng.sample(("then", "next,", "after that,", "now"), 4) * count
     return ["first,", *middle[: count - 2], "finally,"]
 
@@ -117,7 +117,7 @@ def _explain(title: str, concept: tuple[str, ...], world: World, rng: random.Ran
 def _describe(
     entity: Entity, count: int, rng: random.Random, *, without: tuple[str, ...] = ("definition",)
 ) -> str:
-    """Up to `count` facts in any order; the entity is named at first and now and then."""
+    """Up to `count` facts in random order. The first one names the entity, the others mostly do not."""
     names = [name for name in relations(entity) if name not in without]
     names = rng.sample(names, min(count, len(names)))
     return " ".join(
@@ -127,7 +127,7 @@ def _describe(
 
 
 def _circumstances(world: World, rng: random.Random) -> dict[str, object]:
-    """Three people, and the where and when that frames ask for."""
+    """Three people, and a place and time, for the slots of frames."""
     a, b, c = rng.sample(world.people, 3)
     words = {"colour": "colours", "place": "places", "weekday": "days", "season": "seasons"}
     slots = {slot: rng.choice(WORDS[title]) for slot, title in words.items()}

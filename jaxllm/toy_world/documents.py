@@ -1,4 +1,4 @@
-"""The documents of the small world: endless text, each document a function of (seed, split, index) alone."""
+"""Documents for pretraining, each a function of (seed, split, index) alone."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -12,15 +12,15 @@ from jaxllm.toy_world.world import World, build_world
 
 
 def documents(split: Split, *, count: int, seed: int) -> Iterator[str]:
-    """The first `count` documents of a split of the world of this seed."""
+    """The first `count` documents of a split, about the world of this seed."""
     return (document(split, index, seed=seed) for index in range(count))
 
 
 def document(split: Split, index: int, *, seed: int) -> str:
-    """One document, whichever others are ever written.
+    """One document, independent of all others.
 
-    Training and validation tell of the same world, but share no document and no equation that a problem
-    asks for: a text that belongs to the other split is dropped and the next one written.
+    Training and validation are about the same world, but share no document and no equation that a problem
+    asks for: a text whose hash is in the other split is discarded and another one generated.
     """
     check_split(split)
     world = build_world(seed)
@@ -33,14 +33,14 @@ def document(split: Split, index: int, *, seed: int) -> str:
 
 
 def write(kind: str, world: World, rng: random.Random, split: Split) -> str:
-    """A text of one kind of the mixture; its problems use numbers of the split."""
+    """A text of one kind of `MIXTURE`. Its problems use numbers of the split."""
     if kind in _NUMBERS:
         return _NUMBERS[kind](world, rng, split)
     return _WORDS[kind](world, rng)
 
 
 def _sums(world: World, rng: random.Random, split: Split) -> str:
-    """A column of sums, each with its working, or a child who works two of them out aloud."""
+    """A list of sums, each with its working, or a dialogue in which a child works two of them out."""
     if rng.random() < 0.4:
         return "\n".join(_lesson(sum_problem(rng, split), world, rng) for _ in range(2))
     problems = [sum_problem(rng, split) for _ in range(rng.randint(4, 6))]
@@ -50,7 +50,7 @@ def _sums(world: World, rng: random.Random, split: Split) -> str:
 
 
 def _word_problems(world: World, rng: random.Random, split: Split) -> str:
-    """Problems about people of the world, told with their working or solved in a talk."""
+    """Word problems about people of the world, with their working or as a dialogue."""
     if rng.random() < 0.4:
         return "\n".join(_lesson(word_problem(world, rng, split), world, rng) for _ in range(2))
     problems = [word_problem(world, rng, split) for _ in range(rng.randint(2, 3))]
@@ -77,7 +77,7 @@ _WORDS: dict[str, Callable[[World, random.Random], str]] = {
     "instructions": descriptions.instructions,
 }
 
-# How many of a hundred documents are of each kind.
+# Percentage of the documents of each kind.
 MIXTURE = {
     "story": 30,
     "sums": 12,

@@ -1,7 +1,7 @@
-"""What can be asked in a chat, with a good answer to it and what it takes to judge any other one.
+"""Questions for chats, each with a reference answer and the facts needed to score any other answer.
 
-Every kind of question is a function of (world, rng, split, turns), whose exchanges are about one and the same
-subject: questions after the first one may say `she`, `it` or `there`. Phrasings: `english/chats.txt`.
+Each kind of question is a function of (world, rng, split, turns) that returns exchanges about one subject:
+questions after the first one may say `she`, `it` or `there`. The wordings are in `english/chats.txt`.
 """
 
 import random
@@ -13,37 +13,33 @@ from typing import NamedTuple
 from jaxllm.toy_world.facts import answer, fact, kind, relations, statement
 from jaxllm.toy_world.language import choose, frame, passages, spin, table
 from jaxllm.toy_world.lexicon import ANIMALS, JOBS, PORTABLE, THINGS, WORDS, Entity
-from jaxllm.toy_world.problems import any_problem, asked, worked_out
+from jaxllm.toy_world.problems import any_problem, problem_prompt, problem_solution
 from jaxllm.toy_world.split import Split
 from jaxllm.toy_world.stories import cast
 from jaxllm.toy_world.world import World
 
 
 class Exchange(NamedTuple):
-    """A question and its answer.
-
-    `key` is what a right answer says, in whatever words around it, and "" where no one thing is right;
-    `rivals` is what a wrong answer says in its place, empty for a number, where it is any other number.
-    """
+    """A question and its reference answer."""
 
     question: str
     answer: str
-    sentence: str  # the answer in one sentence, "" where it needs more
-    key: str = ""
-    rivals: tuple[str, ...] = ()
+    sentence: str  # the answer in one sentence; "" where it needs more
+    key: str = ""  # the words that make an answer correct; "" where no single thing is correct
+    rivals: tuple[str, ...] = ()  # words that would make it wrong; () for a number: any other number would
 
 
 def conversation(world: World, rng: random.Random, split: Split) -> list[Exchange]:
-    """Three in four times one exchange, else two or three that belong together."""
+    """One exchange with probability 3/4, else two or three about one subject."""
     turns = rng.choices((1, 2, 3), (6, 1, 1))[0]
     kinds = _SINGLE if turns == 1 else _LONG
     make = rng.choices(list(kinds), list(kinds.values()))[0]
     if turns == 1 or rng.random() < 0.8:
         return make(world, rng, split, turns)
-    return [*make(world, rng, split, turns - 1), _told(frame("chat thanks", rng))]
+    return [*make(world, rng, split, turns - 1), _parsed(frame("chat thanks", rng))]
 
 
-# Facts. These have answers of more than one wording, all of them right.
+# Facts. The relations below have answers in several wordings, all of them correct.
 _MANY_WORDINGS = ("hobby", "pet", "definition")
 
 
@@ -79,25 +75,25 @@ def _fact(entity: Entity, relation: str, question: str, sentence: str, world: Wo
     rivals = tuple(
         value for value in _values(world, kind(entity), relation) if value not in (key, entity.name)
     )
-    return Exchange(question, sentence, sentence, key, _unsaid(rivals, sentence))
+    return Exchange(question, sentence, sentence, key, _not_in(rivals, sentence))
 
 
 def _bare_answer(entity: Entity, relation: str) -> str:
-    """The answer without the `a`, `an` or `to` that not every wording of the statement has."""
+    """The answer without a leading `a`, `an` or `to`, which not every wording of the statement has."""
     return re.sub(r"^(an?|to) ", "", answer(entity, relation))
 
 
 @cache
 def _values(world: World, entity_kind: str, relation: str) -> tuple[str, ...]:
-    """All that can be the answer for some entity of this kind."""
+    """The bare answers of this relation for all entities of this kind."""
     entities = (*world.people, *world.towns, *THINGS, *ANIMALS, *JOBS)
     return tuple(
         dict.fromkeys(_bare_answer(entity, relation) for entity in entities if kind(entity) == entity_kind)
     )
 
 
-def _unsaid(rivals: tuple[str, ...], sentence: str) -> tuple[str, ...]:
-    """The rivals that a good answer does not happen to name as well."""
+def _not_in(rivals: tuple[str, ...], sentence: str) -> tuple[str, ...]:
+    """The rivals that the reference answer does not happen to contain."""
     words = f" {re.sub('[.,]', ' ', sentence)} "
     return tuple(rival for rival in rivals if f" {rival} " not in words)
 
@@ -106,7 +102,7 @@ def _unsaid(rivals: tuple[str, ...], sentence: str) -> tuple[str, ...]:
 
 
 def _definition(world: World, rng: random.Random, split: Split, turns: int) -> list[Exchange]:
-    """What something is, and then more about it."""
+    """The definition of a concept, and then facts about it."""
     concept, *details = rng.choice(passages("computers" if rng.random() < 0.4 else "concepts"))
     term, definition = concept.split(": ")
     sentence = spin("{term} is {definition}.", rng, term=term, definition=choose(definition, rng))
@@ -118,28 +114,29 @@ def _definition(world: World, rng: random.Random, split: Split, turns: int) -> l
 
 
 def _tale(world: World, rng: random.Random, split: Split, turns: int) -> list[Exchange]:
-    """A short story to sum up or to ask about: `english/tales.txt`."""
+    """A short story to summarize, with questions about it: `english/tales.txt`."""
     roles = cast(world, rng)
-    story, summary, *asked_for = rng.choice(passages("tales"))
+    story, summary, *lines = rng.choice(passages("tales"))
     story, summary = spin(story, rng, **roles), spin(summary, rng, **roles)
     sums_up = rng.random() < 0.6
-    asked_for = rng.sample(asked_for, min(turns - sums_up, len(asked_for)))
+    lines = rng.sample(lines, min(turns - sums_up, len(lines)))
     exchanges = [Exchange(frame("chat story", rng, story=story), summary, summary)] if sums_up else []
-    for line in asked_for:
+    for line in lines:
         question, key, sentence = (spin(cell, rng, **roles) for cell in line.split(" | "))
         title = "chat follow" if exchanges else "chat story question"
         question = frame(title, rng, story=story, question=question)
-        key = key if key in sentence else key[0].lower() + key[1:]  # names alone keep their capital
-        exchanges.append(Exchange(question, sentence, sentence, key, _unsaid(_alike(key, world), sentence)))
+        key = key if key in sentence else key[0].lower() + key[1:]  # only names keep their capital
+        rivals = _not_in(_same_category(key, world), sentence)
+        exchanges.append(Exchange(question, sentence, sentence, key, rivals))
     return exchanges
 
 
-def _alike(word: str, world: World) -> tuple[str, ...]:
-    """What could stand in the place of this word: other names for a name, other colours for a colour."""
+def _same_category(word: str, world: World) -> tuple[str, ...]:
+    """All words of the category of this word: names for a name, colors for a color."""
     animals, things = ([entity.name for entity in entities] for entities in (ANIMALS, PORTABLE))
     names = [person.name for person in world.people]
-    families = (names, WORDS["towns"], WORDS["colours"], WORDS["days"], WORDS["foods"], animals, things)
-    return tuple(next(family for family in families if word in family))
+    categories = (names, WORDS["towns"], WORDS["colours"], WORDS["days"], WORDS["foods"], animals, things)
+    return tuple(next(category for category in categories if word in category))
 
 
 # Small tasks on sentences and lists.
@@ -147,17 +144,17 @@ def _alike(word: str, world: World) -> tuple[str, ...]:
 
 def _rewriting(world: World, rng: random.Random, split: Split, turns: int) -> list[Exchange]:
     roles = cast(world, rng)
-    hero, other = roles["hero"].name, roles["adult"].name
+    hero, other = str(roles["hero"]), str(roles["adult"])
     past, present = (spin(cell, rng, **roles) for cell in rng.choice(table("sentences")))
     past, present = (words[0].lower() + words[1:] for words in (past, present))
     sentence = f"{hero} {past}."
     task = rng.choice(("present", "capitals", "names"))
     question = frame(f"chat {task}", rng, sentence=sentence, old=hero, new=other)
     if task == "present":
-        return [_told(f"{question}\n{hero} {present}.", present, (past,))]
+        return [_parsed(f"{question}\n{hero} {present}.", present, (past,))]
     if task == "capitals":
-        return [_told(f"{question}\n{sentence.upper()}")]
-    return [_told(f"{question}\n{other} {past}.", f"{other} {past}", (f"{hero} {past}",))]
+        return [_parsed(f"{question}\n{sentence.upper()}")]
+    return [_parsed(f"{question}\n{other} {past}.", f"{other} {past}", (f"{hero} {past}",))]
 
 
 def _list(world: World, rng: random.Random, split: Split, turns: int) -> list[Exchange]:
@@ -174,7 +171,7 @@ def _list(world: World, rng: random.Random, split: Split, turns: int) -> list[Ex
     shuffled = {", ".join(rng.sample(words, len(words))) for _ in range(3)} | {joined}
     question = frame(f"chat {task}", rng, words=joined)
     reply = frame(f"chat {task} answer", rng, result=key)
-    return [_told(f"{question}\n{reply}", key, tuple(sorted(shuffled - {key})))]
+    return [_parsed(f"{question}\n{reply}", key, tuple(sorted(shuffled - {key})))]
 
 
 def _counting(world: World, rng: random.Random, split: Split, turns: int) -> list[Exchange]:
@@ -183,7 +180,7 @@ def _counting(world: World, rng: random.Random, split: Split, turns: int) -> lis
     sentence = spin(f"{{hero}} {past}.", rng, **roles)
     key = str(len(sentence.split()))
     question = frame("chat count", rng, sentence=sentence)
-    return [_told(f"{question}\n{frame('chat count answer', rng, result=key)}", key)]
+    return [_parsed(f"{question}\n{frame('chat count answer', rng, result=key)}", key)]
 
 
 def _pattern(world: World, rng: random.Random, split: Split, turns: int) -> list[Exchange]:
@@ -199,25 +196,25 @@ def _pattern(world: World, rng: random.Random, split: Split, turns: int) -> list
     *shown, key = words
     rivals = tuple(rival for rival in rivals if rival != key)
     question = frame(title, rng, words=", ".join(shown))
-    return [_told(f"{question}\n{frame('chat next answer', rng, result=key)}", key, rivals)]
+    return [_parsed(f"{question}\n{frame('chat next answer', rng, result=key)}", key, rivals)]
 
 
-# Numbers and courtesies.
+# Problems and small talk.
 
 
 def _problem(world: World, rng: random.Random, split: Split, turns: int) -> list[Exchange]:
     problem = any_problem(world, rng, split)
-    return [Exchange(asked(problem, rng), worked_out(problem, rng), "", problem.answer)]
+    return [Exchange(problem_prompt(problem, rng), problem_solution(problem, rng), "", problem.answer)]
 
 
 def _small_talk(world: World, rng: random.Random, split: Split, turns: int) -> list[Exchange]:
     roles = cast(world, rng)
     slots = roles | {"a": roles["hero"], "b": roles["friend"], "season": rng.choice(WORDS["seasons"])}
-    return [_told(frame("chat small talk", rng, **slots))]
+    return [_parsed(frame("chat small talk", rng, **slots))]
 
 
-def _told(text: str, key: str = "", rivals: tuple[str, ...] = ()) -> Exchange:
-    """The exchange of a text whose last line is the answer."""
+def _parsed(text: str, key: str = "", rivals: tuple[str, ...] = ()) -> Exchange:
+    """The exchange of a text whose last line is the answer, and whose other lines are the question."""
     question, reply = text.rsplit("\n", maxsplit=1)
     is_sentence = not re.search(r"[.!?] ", reply)
     return Exchange(question, reply, reply if is_sentence else "", key, rivals)
@@ -225,7 +222,7 @@ def _told(text: str, key: str = "", rivals: tuple[str, ...] = ()) -> Exchange:
 
 Kind = Callable[[World, random.Random, Split, int], list[Exchange]]
 
-# How many of a hundred single exchanges, and of ten longer talks, are of each kind.
+# Percentage of single exchanges, and number in ten of longer conversations, of each kind.
 _SINGLE: dict[Kind, int] = {
     _problem: 27,
     _person: 16,

@@ -1,4 +1,4 @@
-"""What can be said and asked about an entity, in several wordings each: `english/facts.txt`."""
+"""Facts about an entity as questions, answers and statements, in several wordings: `english/facts.txt`."""
 
 import random
 from typing import NamedTuple
@@ -8,9 +8,9 @@ from jaxllm.toy_world.lexicon import Entity
 
 
 class Fact(NamedTuple):
-    """One true thing in words: `Where does Rosa live?`, `Oakford`, `Rosa lives in Oakford.`
+    """A true fact in words: `Where does Rosa live?`, `Oakford`, `Rosa lives in Oakford.`
 
-    As templates these are about the entity `x`, and `{who}` is what the statement calls it.
+    In a template, `x` is the entity, and `{who}` its name or pronoun in the statement.
     """
 
     question: str
@@ -26,28 +26,28 @@ for title, *lines in passages("facts"):
 
 
 def kind(entity: Entity) -> str:
-    """`person`, `town`, `thing`, ...: what the texts about this entity are filed under."""
+    """`person`, `town`, `thing`, ...: the first word of the titles of templates about this entity."""
     return type(entity).__name__.lower()
 
 
 def relations(entity: Entity) -> dict[str, Fact]:
-    """The templates for everything that can be said about an entity of this kind, by name."""
+    """The templates of all facts about an entity of this kind, by name of the relation."""
     return _TEMPLATES[kind(entity)]
 
 
 def fact(entity: Entity, relation: str, rng: random.Random) -> Fact:
-    """A true question, answer and statement in one of their wordings."""
+    """A fact in one of its wordings."""
     return Fact(
         *(spin(template, rng, x=entity, who=entity.subject) for template in relations(entity)[relation])
     )
 
 
 def answer(entity: Entity, relation: str) -> str:
-    """Only the answer, which has one wording."""
+    """Only the answer of a fact, which has one wording."""
     return relations(entity)[relation].answer.format(x=entity)
 
 
 def statement(entity: Entity, relation: str, rng: random.Random, *, named: bool) -> str:
-    """Only the sentence; about `she` or `it` where the entity has been named before."""
+    """Only the statement of a fact; `named=False` calls the entity `she`, `he` or `it`."""
     who = entity.subject if named else entity.pronoun
     return spin(relations(entity)[relation].statement, rng, x=entity, who=who)

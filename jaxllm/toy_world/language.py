@@ -1,10 +1,11 @@
-"""Templates with choices, the small grammar that makes good English of them, and the files they are in."""
+"""Templates with choices, the rules that turn them into correct English, and the files that hold them."""
 
 import random
 import re
 from collections.abc import Iterator
 from functools import cache, lru_cache
 from importlib import resources
+from typing import TypeAlias
 
 _MARKS = re.compile(r"([\[|\]])")
 _ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou]|LLM)(?!use|one)")
@@ -12,8 +13,12 @@ _ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou]|LLM)(?!use|one)")
 _SENTENCE_START = re.compile(r'(^"?|\n"?|[.!?] "?|: ")([a-z])')
 
 
+# A list of alternatives, each a list of strings and of further alternatives.
+Alternatives: TypeAlias = "list[list[str | Alternatives]]"
+
+
 def spin(template: str, rng: random.Random, **slots: object) -> str:
-    """Resolve every `[this|that|]` to one of its alternatives, fill the `{slots}`, and tidy the sentences.
+    """Replace every `[this|that|]` by one of its alternatives, fill in the `{slots}`, and `tidy` the text.
 
     >>> spin("[he|he] ate a {food}. it was [good|good].", random.Random(0), food="egg")
     'He ate an egg. It was good.'
@@ -22,23 +27,23 @@ def spin(template: str, rng: random.Random, **slots: object) -> str:
 
 
 def choose(template: str, rng: random.Random) -> str:
-    """Only resolve the choices."""
+    """Only replace the choices."""
     return _choose(_parse(template), rng) if "[" in template else template
 
 
-def _choose(alternatives: list[list], rng: random.Random) -> str:
+def _choose(alternatives: Alternatives, rng: random.Random) -> str:
     parts = rng.choice(alternatives) if len(alternatives) > 1 else alternatives[0]
     return "".join([part if isinstance(part, str) else _choose(part, rng) for part in parts])
 
 
 @lru_cache(maxsize=4096)
-def _parse(template: str) -> list[list]:
+def _parse(template: str) -> Alternatives:
     return _alternatives(iter(_MARKS.split(template)))
 
 
-def _alternatives(tokens: Iterator[str]) -> list[list]:
-    """Up to the closing bracket: the alternatives, each a list of strings and of further alternatives."""
-    alternatives: list[list] = [[]]
+def _alternatives(tokens: Iterator[str]) -> Alternatives:
+    """The alternatives up to the closing bracket."""
+    alternatives: Alternatives = [[]]
     for token in tokens:
         if token == "[":
             alternatives[-1].append(_alternatives(tokens))
@@ -52,26 +57,26 @@ def _alternatives(tokens: Iterator[str]) -> list[list]:
 
 
 def tidy(text: str) -> str:
-    """`an` before a vowel sound, and a capital at the start of every sentence."""
+    """Put `an` before vowel sounds, and a capital at the start of every sentence."""
     text = _ARTICLE.sub(r"\1n ", text)
     return _SENTENCE_START.sub(lambda start: start[1] + start[2].upper(), text)
 
 
 @cache
 def passages(name: str) -> tuple[tuple[str, ...], ...]:
-    """The passages of `english/NAME.txt`: lines, parted from those of the next one by a blank line."""
-    text = resources.files(__package__).joinpath("english", f"{name}.txt").read_text(encoding="ascii")
+    """The passages of `english/NAME.txt`, each a tuple of lines. Blank lines separate them."""
+    text = resources.files("jaxllm.toy_world").joinpath("english", f"{name}.txt").read_text(encoding="ascii")
     return tuple(tuple(block.splitlines()) for block in text.strip().split("\n\n"))
 
 
 def frame(title: str, rng: random.Random, **slots: object) -> str:
-    """One of the passages of `english/frames.txt` or `chats.txt` with this title, filled in."""
+    """A random passage of `english/frames.txt` or `chats.txt` with this title, filled in."""
     return spin(rng.choice(frames()[title]), rng, **slots)
 
 
 @cache
 def frames() -> dict[str, list[str]]:
-    """The passages of both files under their titles."""
+    """The passages of both files by title."""
     titled: dict[str, list[str]] = {}
     for title, *lines in passages("frames") + passages("chats"):
         titled.setdefault(title, []).append("\n".join(lines))
@@ -80,6 +85,6 @@ def frames() -> dict[str, list[str]]:
 
 @cache
 def table(name: str) -> tuple[tuple[str, ...], ...]:
-    """The rows of `english/NAME.txt`, their cells parted by `|`."""
+    """The rows of `english/NAME.txt`, whose cells are separated by `|`."""
     (lines,) = passages(name)
     return tuple(tuple(cell.strip() for cell in line.split("|")) for line in lines)

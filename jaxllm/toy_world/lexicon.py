@@ -1,6 +1,6 @@
-"""The nouns of the small world: what is true of things, animals and work in every world.
+"""Things, animals, materials, jobs and hobbies, the same for every seed.
 
-The words themselves are in `english/`: tables with a row for each entity and a column for each field.
+They are read from `english/`: tables with a row per entity and a column per field.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from jaxllm.toy_world.language import passages, table
 
 
 class Entity:
-    """What a text can be about, equal only to itself.
+    """Something that a text can be about. An entity is equal only to itself.
 
-    `subject` is how a sentence names it, `pronoun` how the next one does.
+    `subject` is its name in a sentence, `pronoun` its name in the next one.
     """
 
     name: str
@@ -86,10 +86,13 @@ THINGS = tuple(
     for name, kind, material, use, room, grams in table("things")
 )
 PORTABLE = tuple(thing for thing in THINGS if thing.grams <= 3000)
-ANIMALS = tuple(Animal(*row, int(grams)) for *row, grams in table("animals"))
+ANIMALS = tuple(
+    Animal(name, kind, food, home, legs, skill, int(grams))
+    for name, kind, food, home, legs, skill, grams in table("animals")
+)
 HOBBIES = tuple(Hobby(*row) for row in table("hobbies"))
 JOBS = tuple(Job(*row) for row in table("jobs"))
-PUPIL = Job("pupil", "in a school", "learns to read and write", "pencil")  # what every child is
+PUPIL = Job("pupil", "in a school", "learns to read and write", "pencil")  # the job of every child
 
 WORDS = {title: tuple(", ".join(lines).split(", ")) for title, *lines in passages("words")}
 PETS = tuple(animal for animal in ANIMALS if animal.name in WORDS["pets"])

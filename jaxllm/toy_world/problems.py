@@ -1,8 +1,8 @@
 """Sums and word problems about the world, with their working and an answer that can be checked.
 
-Every equation belongs to one split (`Equation.split`), so that a held-out one is never worked out in
-training, neither alone nor as a step of another: the steps of a working only ever use single digits and round
-numbers, and to ask for those is always left to training, like tables learnt by heart.
+Every equation is in one split (`Equation.split`), so that no training text solves an equation of validation,
+neither alone nor as a step of another: the steps of a working only use single digits and round numbers, and
+equations of those are always in the training split.
 """
 
 import operator
@@ -20,7 +20,7 @@ _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 class Equation(NamedTuple):
-    """`a sign b = result`, of natural numbers."""
+    """`a sign b = result`, with natural numbers."""
 
     a: int
     sign: str
@@ -32,15 +32,15 @@ class Equation(NamedTuple):
 
     @property
     def split(self) -> Split:
-        """Who may ask this: training alone if it can be a step of a working, else by the operands' hash."""
+        """The training split if this can be a step of a working, else by a hash of the operands."""
         low, high = sorted((self.a, self.b))
-        by_heart = high < 10 if self.sign == "*" else low < 10
-        if by_heart or low % 10 == 0 or high % 10 == 0:
+        is_basic = high < 10 if self.sign == "*" else low < 10
+        if is_basic or low % 10 == 0 or high % 10 == 0:
             return "train"
         return _pair_split(low, high)
 
     def steps(self) -> list["Equation"]:
-        """The simpler equations that lead to this one: tens, then ones. None for what is known by heart."""
+        """The simpler equations that lead to this one: tens, then ones. Empty for a basic equation."""
         (tens_a, ones_a), (tens_b, ones_b) = ((n - n % 10, n % 10) for n in (self.a, self.b))
         if self.sign == "-":
             steps = [Equation(self.a, "-", tens_b), Equation(self.a - tens_b, "-", ones_b)]
@@ -75,35 +75,35 @@ Equations = tuple[Equation, ...]
 
 
 class Problem(NamedTuple):
-    """A question, the way to its answer (whose last number is the answer), and the bare answer."""
+    """A question, the working that leads to its answer (and ends with it), and the bare answer."""
 
     question: str
     working: str
     answer: str
-    equations: Equations  # what is worked out, in order
+    equations: Equations  # those of the working, in order
 
     @property
     def level(self) -> int:
-        """1: one-digit numbers, 2: longer ones, 3: two steps."""
+        """1: one-digit numbers, 2: longer numbers, 3: two equations."""
         if len(self.equations) > 1:
             return 3
-        (equation,) = self.equations
-        return 1 if max(equation.a, equation.b) < 10 else 2
+        largest = max(number for equation in self.equations for number in (equation.a, equation.b))
+        return 1 if largest < 10 else 2
 
 
 def problems(split: Split, *, count: int, seed: int) -> Iterator[dict]:
-    """Rows to learn reasoning from: `{"prompt", "answer", "working", "level"}`.
+    """The first `count` rows `{"prompt", "answer", "working", "level"}` of a split, for reasoning.
 
-    `answer` is the bare number, `working` all that `chats` teaches to reply to such a prompt: the steps and
+    `answer` is the bare number; `working` is the reply that `chats` has for such a prompt: the steps, and
     then `The answer is 62.`
     """
     return (problem_row(split, index, seed=seed) for index in range(count))
 
 
 def problem_row(split: Split, index: int, *, seed: int) -> dict:
-    """One row, whichever others are ever written; each level of the split is as likely as any other.
+    """One row, independent of all others. All levels of the split are equally likely.
 
-    Level 1 is known by heart, so that only training has it.
+    Level 1 is in the training split only, since its equations are basic.
     """
     check_split(split)
     rng = random.Random(f"problem {seed} {split} {index}")
@@ -115,12 +115,12 @@ def problem_row(split: Split, index: int, *, seed: int) -> dict:
 
 
 def additions(split: Split, *, count: int, seed: int) -> Iterator[dict]:
-    """Rows as `problems` has them, all of one kind: `What is 37 + 25?`, with a number of two digits."""
+    """Rows in the format of `problems`, all of one kind: `What is 37 + 25?`, with a number of two digits."""
     return (addition_row(split, index, seed=seed) for index in range(count))
 
 
 def addition_row(split: Split, index: int, *, seed: int) -> dict:
-    """One row, whichever others are ever written."""
+    """One row, independent of all others."""
     check_split(split)
     rng = random.Random(f"addition {seed} {split} {index}")
     while True:
@@ -130,7 +130,7 @@ def addition_row(split: Split, index: int, *, seed: int) -> dict:
 
 
 def _row(problem: Problem, rng: random.Random) -> dict:
-    prompt, working = asked(problem, rng), worked_out(problem, rng)
+    prompt, working = problem_prompt(problem, rng), problem_solution(problem, rng)
     return {"prompt": prompt, "answer": problem.answer, "working": working, "level": problem.level}
 
 
@@ -139,18 +139,18 @@ def any_problem(world: World, rng: random.Random, split: Split) -> Problem:
     return sum_problem(rng, split) if rng.random() < 0.5 else word_problem(world, rng, split)
 
 
-def asked(problem: Problem, rng: random.Random) -> str:
-    """The problem as somebody puts it to a model."""
+def problem_prompt(problem: Problem, rng: random.Random) -> str:
+    """The problem as a user's message."""
     return frame("chat problem", rng, question=problem.question)
 
 
-def worked_out(problem: Problem, rng: random.Random) -> str:
-    """The model's reply: the working, and the answer in the one form that a reward looks for."""
+def problem_solution(problem: Problem, rng: random.Random) -> str:
+    """The working as an assistant's message, which ends with the answer as rewards expect it."""
     return frame("chat answer", rng, working=problem.working, answer=problem.answer)
 
 
 def sum_problem(rng: random.Random, split: Split) -> Problem:
-    """Bare numbers: `What is 37 + 25?`"""
+    """A problem of bare numbers: `What is 37 + 25?`"""
     make = rng.choice((_addition, _addition, _subtraction, _multiplication))
     while True:
         equations = make(rng)
@@ -162,7 +162,7 @@ def sum_problem(rng: random.Random, split: Split) -> Problem:
 
 
 def word_problem(world: World, rng: random.Random, split: Split) -> Problem:
-    """One or two steps about people of the world: what they have, buy and sell, and how old they are."""
+    """A problem of one or two equations about people: what they own, buy and sell, and their ages."""
     shape, question, conclusion = rng.choice(passages("problems"))
     while True:
         hero, friend = rng.sample(world.people, 2)
@@ -182,7 +182,7 @@ def _belong_to(split: Split, equations: Equations) -> bool:
     return all(equation.split == split for equation in equations)
 
 
-# How the numbers of a problem are drawn. Nobody ever has fewer than two of anything: nouns are plural.
+# Functions that draw the numbers of a problem. All counts are at least two, since the nouns are plural.
 
 
 def _number(rng: random.Random) -> int:
@@ -203,7 +203,7 @@ def _multiplication(rng: random.Random, *people: Person) -> Equations:
 
 
 def _then(make: Callable[..., Equations], sign: str) -> Callable[..., Equations]:
-    """Two steps: the result of the first goes on with a smaller number."""
+    """Two equations: the second one combines the result of the first with a smaller number."""
 
     def equations(rng: random.Random, *people: Person) -> Equations:
         (first,) = make(rng)

@@ -1,4 +1,4 @@
-"""Which texts, questions and pairs of numbers are for training, and which are always held out."""
+"""The assignment of texts, prompts and pairs of numbers to the training or the validation split."""
 
 import hashlib
 from typing import Literal, get_args
@@ -6,16 +6,16 @@ from typing import Literal, get_args
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-_HELD_OUT = 5  # one key in five
+_HELD_OUT = 5  # one key in five is for validation
 
 
 def split_of(key: str) -> Split:
-    """The split that owns this key: a stable hash, so that the two can never share one, whatever the seed."""
+    """The split of a key, by a stable hash: no key is ever in both splits, whatever the seed."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return "validation" if int.from_bytes(digest, "big") % _HELD_OUT == 0 else "train"
 
 
 def check_split(split: str) -> None:
-    """Refuse a split that does not exist."""
+    """Raise ValueError for a split that does not exist."""
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} does not exist: choose one of {', '.join(SPLITS)}")
+        raise ValueError(f"split {split!r} does not exist; use one of {', '.join(SPLITS)}")

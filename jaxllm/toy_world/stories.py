@@ -1,4 +1,4 @@
-"""Little stories with cause and effect: a plot from `english/stories.txt`, played by people of the world."""
+"""Short stories with cause and effect: plots from `english/stories.txt`, with people of the world."""
 
 import random
 
@@ -27,13 +27,13 @@ _WILD = tuple(
 
 
 def story(world: World, rng: random.Random) -> str:
-    """One story."""
+    """A random story."""
     roles = cast(world, rng)
     return spin("\n".join(rng.choice(passages("stories"))), rng, **roles)
 
 
 def cast(world: World, rng: random.Random) -> dict[str, object]:
-    """People, things, times and places for the slots of any plot, which takes what it needs."""
+    """People, things, times and places for the slots of any plot. No plot uses all of them."""
     hero, friend = rng.sample(world.people, 2)
     child, other_child = rng.sample([person for person in world.children if person not in (hero, friend)], 2)
     adult, other_adult = rng.sample([person for person in world.adults if person not in (hero, friend)], 2)

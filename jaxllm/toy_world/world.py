@@ -1,4 +1,4 @@
-"""The small world: who lives where, does what and likes what, drawn once from a seed, true in every text."""
+"""The people and towns of the world of a seed: what is true in every text generated from it."""
 
 import random
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Town(Entity):
 class Person(Entity):
     name: str
     woman: bool
-    friend: str  # the name of the best friend, whose best friend is this person
+    friend: str  # name of the best friend, whose best friend is this person
     age: int
     job: Job
     town: Town
@@ -53,7 +53,7 @@ class Person(Entity):
     def pronoun(self) -> str:
         return self.he
 
-    # For templates: `{hero.He} lost {hero.his} hat.`
+    # For use in templates: `{hero.He} lost {hero.his} hat.`
     @property
     def he(self) -> str:
         return "she" if self.woman else "he"
@@ -73,7 +73,7 @@ class Person(Entity):
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """What is true of people and towns, alike for training and held-out text."""
+    """The facts about people and towns, the same in training and in validation data."""
 
     towns: tuple[Town, ...]
     people: tuple[Person, ...]
@@ -83,7 +83,7 @@ class World:
 
 @cache
 def build_world(seed: int) -> World:
-    """The world of this seed: the names are the same in all of them, the lives are not."""
+    """The world of this seed. All worlds have the same names, but other facts about them."""
     rng = random.Random(f"world {seed}")
     num_towns = len(WORDS["towns"])
     columns = [_deal(WORDS[field], num_towns, rng) for field in ("settings", "landmarks", "products", "days")]
@@ -93,7 +93,7 @@ def build_world(seed: int) -> World:
     names = [(name, True) for name in WORDS["women"]] + [(name, False) for name in WORDS["men"]]
     rng.shuffle(names)
     num_adults = len(names) - NUM_CHILDREN
-    # Neighbours in the list are best friends; the children come first, so that friends are of an age.
+    # Adjacent people are best friends; the children come first, so that friends are of similar age.
     friends = [names[index ^ 1][0] for index in range(len(names))]
     ages = [rng.randint(6, 13) for _ in range(NUM_CHILDREN)] + [
         rng.randint(20, 69) for _ in range(num_adults)
@@ -106,7 +106,7 @@ def build_world(seed: int) -> World:
 
 
 def _deal(items: Sequence[T], count: int, rng: random.Random) -> list[T]:
-    """`count` items in random order, each one used as often as any other, give or take one."""
+    """`count` items in random order, in which the counts of any two items differ by at most one."""
     rounds, rest = divmod(count, len(items))
     dealt = list(items) * rounds + rng.sample(items, rest)
     rng.shuffle(dealt)

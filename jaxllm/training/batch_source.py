@@ -1,39 +1,47 @@
-"""Where a run's batches come from, and what whoever makes them has to say."""
+"""Where the batches of a run come from, and what their source adds to its metrics and checkpoints."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from jaxllm.training.metrics import Metrics
 from jaxllm.training.state import TrainState
 
 
 class BatchSource:
-    """Batches, step by step. Rows of files know nothing of the run; rollouts need its parameters."""
+    """Batches, step by step. Rows of files do not depend on the run; rollouts need its parameters.
 
-    fingerprints: Mapping[str, str] = {}  # of what must not change within a run, besides data and tokenizer
+    Only `batches` must be written; the other methods do nothing unless a source needs them.
+    """
+
+    fingerprints: Mapping[str, str] = {}  # hashes of what must not change within a run, beside its data
 
     def batches(self, state: TrainState, check: Callable[[], None]) -> Iterator[Any]:
-        """An endless stream, from the batch of step state.step + 1 on. `check` may raise, to end the making
-        of one that takes long."""
+        """An endless stream of batches, starting with that of step state.step + 1.
+
+        `check` is called while a batch takes long to make; it may raise to leave early.
+        """
         raise NotImplementedError
 
-    def observe(self, state: TrainState) -> None:
-        """Told the state after every step."""
+    def after_step(self, state: TrainState) -> None:
+        """Receives the state after every step."""
 
-    def complete(self, step: int, row: dict[str, float]) -> dict[str, float]:
-        """The row of a step, with what is known on the host about its batch. Called once for every step, in
-        order; may raise where the row shows that something is wrong."""
+    def finish_row(self, step: int, row: Metrics) -> Metrics:
+        """The metrics of a step, with those that the host knows about its batch.
+
+        Called once for every step, in order. May raise where the metrics show that something is wrong.
+        """
         return row
 
-    def may_stop(self, step: int) -> bool:
-        """Whether the stream can go on from a checkpoint of this step."""
+    def can_stop_after(self, step: int) -> bool:
+        """Whether the stream can be resumed from a checkpoint of this step."""
         return True
 
     def metadata(self) -> dict[str, Any]:
-        """What a checkpoint must hold, besides the state, for that."""
+        """What a checkpoint must hold, besides the state, to resume the stream."""
         return {}
 
     def restore(self, metadata: Mapping[str, Any]) -> None:
-        """Take back what `metadata` gave."""
+        """Set what `metadata` returned when the checkpoint was saved."""
 
     def close(self) -> None:
-        """Let go of processes and files."""
+        """End processes and close files."""

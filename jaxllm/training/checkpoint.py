@@ -1,19 +1,18 @@
-"""Checkpoints: Orbax writes the arrays, and a manifest of hashes, written last, says that everything arrived.
+"""Checkpoints: Orbax writes the arrays; a manifest of hashes, written last, marks a checkpoint as complete.
 
 `checkpoints/STEP/` holds `state/` (Orbax's files), `arrays.json` (name, dtype and shape of each array),
-`metadata.json`, whatever small files the caller adds, and `manifest.json`: size and hash of all of these.
-A folder without a manifest is what a killed save left behind. One that does not match its manifest is
-damaged, which Orbax alone does not notice: a flipped bit restores as another number.
+`metadata.json`, small files that the caller adds, and `manifest.json`: size and hash of all of these. A
+folder without a manifest is left over from a killed save. One that does not match its manifest is damaged,
+which Orbax alone does not notice: a flipped bit restores as another number.
 
-This module alone talks to Orbax. It hands it a flat dict from names such as `params/layers/query` to arrays,
-so any tree of arrays can be saved, and any part of it read back, on any mesh.
+Only this module uses Orbax. It passes a flat dict from names such as `params/layers/query` to arrays, so
+that any tree of arrays can be saved, and any part of it read back, on any mesh.
 """
 
 import hashlib
 import itertools
 import json
 import logging
-import os
 import re
 import shutil
 import sys
@@ -31,25 +30,26 @@ from jax.experimental import multihost_utils
 
 from jaxllm.config import did_you_mean
 from jaxllm.errors import CheckpointError, ConfigError, RunError
+from jaxllm.files import to_json, write_file
 from jaxllm.parallel.sharding import path_name
 
-PyTree = Any
+PyTree = Any  # of jax.Arrays, or of their shapes
 
 MANIFEST = "manifest.json"
 _STEP = re.compile("0|[1-9][0-9]*")
 
-# Orbax logs each error as pages of traceback before raising it; raising is enough.
+# Orbax logs each error as pages of traceback before it raises it; raising is enough.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class Checkpoints:
-    """The checkpoints of one run. In a run of several processes each makes the same calls.
+    """The checkpoints of one run. In a run of several processes, every process makes the same calls.
 
     Args:
-      folder: where they are, `STEP/` each.
-      keep: how many of the newest to keep.
-      keep_every: steps divisible by this are kept for good.
-      log: told `saved step N` when that is true, from another thread.
+      folder: holds a folder `STEP/` for each checkpoint.
+      keep: number of the newest checkpoints to keep.
+      keep_every: steps divisible by this are never deleted.
+      log: called with `saved step N` once the checkpoint is complete, from another thread.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class Checkpoints:
         log: Callable[[str], None] = print,
     ) -> None:
         if keep < 1:
-            raise ConfigError(f"keep={keep} checkpoints: must be at least 1")
+            raise ConfigError(f"checkpoint.keep={keep} must be at least 1")
         self.folder = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep = keep
         self._keep_every = keep_every
         self._log = log
-        self.best_step: int | None = None  # kept as well, however old
+        self.best_step: int | None = None  # never deleted either
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
@@ -75,16 +75,16 @@ class Checkpoints:
     def save(
         self, step: int, state: PyTree, metadata: Mapping[str, Any], files: Mapping[str, bytes] | None = None
     ) -> None:
-        """Save in the background; on return the arrays are copied, and `state` may be donated.
+        """Save in the background. On return the arrays are copied, so that `state` may be donated.
 
-        First waits for the save before, and raises what went wrong with it. A step that is already there
-        and valid is left as it is.
+        First waits for the previous save, and raises its CheckpointError if it failed. A step that is
+        already saved and valid is left unchanged.
         """
         self.wait()
         folder = self.folder / str(step)
-        arrays = _by_name(state)
+        arrays = _leaves_by_name(state)
         size = sum(array.nbytes for array in arrays.values())
-        if not first_process_decides(lambda: _make_room(folder, size)):
+        if not first_process_decides(lambda: _prepare_folder(folder, size)):
             return
         documents = {
             "arrays.json": to_json({name: _describe(array) for name, array in arrays.items()}),
@@ -94,13 +94,13 @@ class Checkpoints:
         try:
             self._orbax.save(folder / "state", args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
-            raise _give_up_save(error, folder, size) from error
-        arguments = (step, documents, size, self.best_step)  # a best that comes later is not saved yet
+            raise _clean_up_failed_save(error, folder, size) from error
+        arguments = (step, documents, size, self.best_step)  # a later best step is not saved yet
         self._thread = threading.Thread(target=self._commit, args=arguments, name="save")
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the save in flight. Raises CheckpointError if it failed."""
+        """Wait until the running save is complete. Raises CheckpointError if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -118,16 +118,18 @@ class Checkpoints:
                 write_file(folder / name, content)
             _write_manifest(folder)
         except Exception as error:
-            self._failure = _give_up_save(error, folder, size)
+            self._failure = _clean_up_failed_save(error, folder, size)
             return
         try:
             self._log(f"saved step {step}")
             self._delete_old(step, best_step)
         except OSError as error:
-            self._failure = CheckpointError(f"step {step} was saved, but then: {_first_line(error)}")
+            self._failure = CheckpointError(
+                f"step {step} was saved, but logging or cleanup failed: {_first_line(error)}"
+            )
 
     def _delete_old(self, newest: int, best: int | None) -> None:
-        """Delete what retention no longer wants, once the newest is read back and found whole."""
+        """Delete the checkpoints that are not kept, after the newest has been read back and found valid."""
         steps = [step for step in self.steps() if step <= newest]
         obsolete = [
             s
@@ -135,28 +137,28 @@ class Checkpoints:
             if s != best and not (self._keep_every and s % self._keep_every == 0)
         ]
         if obsolete and (what := damage(self.folder / str(newest))):
-            self._failure = CheckpointError(f"{what}; older steps are kept")
+            self._failure = CheckpointError(f"{what}; the older checkpoints are kept")
             return
         for step in obsolete:
-            (self.folder / str(step) / MANIFEST).unlink()  # first, lest a half-deleted folder look whole
+            (self.folder / str(step) / MANIFEST).unlink()  # first, so that a half-deleted folder is not valid
             shutil.rmtree(self.folder / str(step), ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """The steps that look valid by manifest, file list and sizes, ascending; `restore` checks hashes."""
+        """The steps valid by manifest, file list and sizes, ascending; `restore` checks the hashes too."""
         return [int(folder.name) for folder in step_folders(self.folder) if not damage(folder, hashes=False)]
 
     def restore(self, step: int | None, abstract_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        """State and metadata of `step`, or for None of the newest valid step."""
+        """State and metadata of `step`; None stands for the newest valid step."""
         self.wait()
         wanted = self.folder if step is None else self.folder / str(step)
-        step = first_process_decides(lambda: int(find_checkpoint(wanted).name))
-        folder = self.folder / str(step)
+        found = first_process_decides(lambda: int(find_checkpoint(wanted).name))
+        folder = self.folder / str(found)
         return read_arrays(folder, abstract_state), json.loads((folder / "metadata.json").read_bytes())
 
     def rewind(self, step: int) -> None:
-        """Take what lies after `step` out of the way, before a run goes on from there.
+        """Rename the checkpoints after `step`, before a run resumes from there.
 
-        Else a damaged or abandoned later step would look like the newest. Nothing that was once saved is
+        Otherwise a damaged or abandoned later step would count as the newest. No complete checkpoint is
         deleted: `30/` becomes `30.aside-1/`.
         """
         if jax.process_index() == 0:
@@ -166,10 +168,10 @@ class Checkpoints:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The newest valid step folder of a run folder or of a folder of checkpoints; or a step folder itself.
+    """The newest valid step folder in a run folder or in a folder of checkpoints; or a step folder itself.
 
-    RUN/best is the step that the newest one calls the best. Damaged and unfinished ones are named on stderr
-    and skipped.
+    RUN/best stands for the best step, as recorded in the newest one. Damaged and unfinished step folders are
+    named on stderr and skipped. Raises CheckpointError where no valid one is found.
     """
     path = Path(path).expanduser().absolute()
     if path.name == "best" and not path.exists() and (path.parent / "checkpoints").is_dir():
@@ -188,33 +190,36 @@ def find_checkpoint(path: str | Path) -> Path:
             return folder
         print(f"warning: skipping a checkpoint: {what}", file=sys.stderr)
     raise CheckpointError(
-        f"{path} holds no valid checkpoint: give another or, for a run to begin anew, another --workdir"
+        f"{path} holds no valid checkpoint: pass another one, or start a new run in another --workdir"
     )
 
 
 def _best_step(newest: Path) -> int:
     best = json.loads((newest / "metadata.json").read_bytes()).get("best")
     if best is None:
-        raise CheckpointError(f"{newest}: its run kept no best step; set checkpoint.best_metric for that")
+        raise CheckpointError(
+            f"{newest}: its run recorded no best step: set checkpoint.best_metric, or pass a step"
+        )
     if not best["step"]:
         raise CheckpointError(
-            f"{newest}: by {best['metric']} the best are the weights that its run began with"
+            f"{newest}: no step of its run has a better {best['metric']} than the initial weights; pass the "
+            f"checkpoint that it was initialized from"
         )
     return best["step"]
 
 
 def read_arrays(folder: Path, abstract: PyTree, prefix: str = "", optional: Collection[str] = ()) -> PyTree:
-    """The arrays of a step folder in the tree `abstract`, of arrays or `jax.ShapeDtypeStruct`s.
+    """Read the arrays of a step folder into a tree like `abstract`, of arrays or `jax.ShapeDtypeStruct`s.
 
-    Each arrives with the sharding of its leaf, whatever mesh it was saved from; on the first device where
-    the leaf has none. With `prefix="params"` only what is saved under that name is read. Leaves must match
-    by name, shape and dtype (Orbax would cast in silence); but what lies under `optional` names of the tree
-    may be missing on either side, and comes back as None where it was not saved.
+    Each array has the sharding of its leaf, whatever mesh it was saved from, or is on the first device where
+    the leaf has none. With `prefix="params"` only the arrays saved under that name are read. Leaves must
+    match by name, shape and dtype (Orbax would cast silently), or CheckpointError is raised; but leaves under
+    the `optional` names of the tree may be missing on either side, and are None where they were not saved.
     """
     described = json.loads((folder / "arrays.json").read_bytes())
     if prefix:
         described = {name: text for name, text in described.items() if f"{name}/".startswith(f"{prefix}/")}
-    wanted = _by_name({prefix: abstract} if prefix else abstract)
+    wanted = _leaves_by_name({prefix: abstract} if prefix else abstract)
     names = list(wanted)
     one_sided = {
         name
@@ -223,7 +228,7 @@ def read_arrays(folder: Path, abstract: PyTree, prefix: str = "", optional: Coll
     }
     described = {name: text for name, text in described.items() if name not in one_sided}
     wanted = {name: leaf for name, leaf in wanted.items() if name not in one_sided}
-    _check_fit(folder, described, wanted)
+    _check_match(folder, described, wanted)
     first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     targets = {
         name: jax.ShapeDtypeStruct(
@@ -238,27 +243,30 @@ def read_arrays(folder: Path, abstract: PyTree, prefix: str = "", optional: Coll
                 folder / "state", args=ocp.args.PyTreeRestore(targets, restore_args, partial_restore=True)
             )
     except Exception as error:
-        raise CheckpointError(f"{folder}: cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be read: {_first_line(error)}") from error
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays.get(name) for name in names])
 
 
-def _check_fit(folder: Path, saved: Mapping[str, str], wanted: Mapping[str, Any]) -> None:
+def _check_match(folder: Path, saved: Mapping[str, str], wanted: Mapping[str, Any]) -> None:
+    """CheckpointError naming the first arrays that differ between a checkpoint and what is expected of it."""
     problems = []
     for name in wanted:
         if name not in saved:
-            problems.append(f"{name} is not in it{did_you_mean(name, saved)}")
+            problems.append(f"{name} is missing{did_you_mean(name, saved)}")
         elif saved[name] != _describe(wanted[name]):
-            problems.append(f"{name} is {saved[name]} in it, {_describe(wanted[name])} here")
+            problems.append(f"{name} is {saved[name]}, expected {_describe(wanted[name])}")
     missing = wanted.keys() - saved.keys()
     problems += [
-        f"{name} is in it, not here{did_you_mean(name, missing)}" for name in saved if name not in wanted
+        f"{name} is not expected{did_you_mean(name, missing)}" for name in saved if name not in wanted
     ]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{folder} does not fit: {'; '.join(problems[:3])}{more}")
+        raise CheckpointError(
+            f"{folder} does not match the model or optimizer: {'; '.join(problems[:3])}{more}"
+        )
 
 
-def _by_name(tree: PyTree) -> dict[str, Any]:
+def _leaves_by_name(tree: PyTree) -> dict[str, Any]:
     """`{"params/layers/query": leaf}`, in the order of the leaves."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {path_name(path): leaf for path, leaf in leaves}
@@ -273,7 +281,7 @@ def _describe(array: Any) -> str:
 
 
 def damage(folder: Path, *, hashes: bool = True) -> str | None:
-    """What keeps a step folder from being a valid checkpoint, or None. `hashes=False` reads sizes only."""
+    """Why a step folder is not a valid checkpoint, or None if it is. `hashes=False` compares sizes only."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         expected = {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
@@ -295,30 +303,8 @@ def damage(folder: Path, *, hashes: bool = True) -> str | None:
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """One hash for all that a valid step folder holds."""
+    """One hash of all files of a valid step folder."""
     return xxhash.xxh3_128_hexdigest((folder / MANIFEST).read_bytes())
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write so that, whenever the machine stops, `path` holds all of `content` or what it held before. A file
-    that is replaced keeps its mode."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        if path.exists():
-            shutil.copymode(path, temporary)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself
-    finally:
-        os.close(directory)
-
-
-def to_json(value: Any) -> bytes:
-    return json.dumps(value, indent=1).encode()
 
 
 def _write_manifest(folder: Path) -> None:
@@ -328,7 +314,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Every file of a step folder but its manifest, by its path inside the folder."""
+    """Every file of a step folder except its manifest, by its path inside the folder."""
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {name: found[name] for name in sorted(found) if name != MANIFEST}
 
@@ -343,14 +329,14 @@ def _hash_all(files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The folders of steps, finished or not, in order."""
+    """The step folders, complete or not, by ascending step."""
     return sorted(
         (path for path in folder.glob("*") if _STEP.fullmatch(path.name)), key=lambda path: int(path.name)
     )
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename a step folder so that it no longer counts; delete it if nothing was ever saved in it."""
+    """Rename a step folder so that it no longer counts; delete it if it was never complete."""
     if not (folder / MANIFEST).exists():
         shutil.rmtree(folder)
         return
@@ -359,13 +345,13 @@ def _set_aside(folder: Path) -> None:
     folder.rename(next(path for path in aside if not path.exists()))
 
 
-def _make_room(folder: Path, size: int) -> bool:
-    """Whether a step is still to be saved, its folder then being free to write to."""
+def _prepare_folder(folder: Path, size: int) -> bool:
+    """Whether a step must still be saved. If so, its folder no longer exists and the disk has room for it."""
     if folder.exists():
         if damage(folder) is None:
             return False
         _set_aside(folder)
-    # To find out here is much better than in Orbax, which fails one save later, in several threads at once.
+    # Orbax would find out later: it fails at the next save, in several threads at once.
     if shutil.disk_usage(folder.parent).free < size:
         raise CheckpointError(f"step {folder.name} was not saved: {_full_disk(folder.parent, size)}")
     return True
@@ -373,11 +359,11 @@ def _make_room(folder: Path, size: int) -> bool:
 
 def _full_disk(folder: Path, size: int) -> str:
     free = shutil.disk_usage(folder).free
-    return f"the disk is full, {size / 1e9:.3g} GB needed and {free / 1e9:.3g} GB free in {folder}"
+    return f"the disk is full: {size / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free in {folder}"
 
 
-def _give_up_save(error: Exception, folder: Path, size: int) -> CheckpointError:
-    """Delete what a failed save wrote (on a full disk, that is what fills it) and say why it failed."""
+def _clean_up_failed_save(error: Exception, folder: Path, size: int) -> CheckpointError:
+    """Delete what a failed save wrote, which may fill the disk, and return the error to raise."""
     shutil.rmtree(folder, ignore_errors=True)
     reason = _first_line(error)
     if any(text in str(error) for text in ("No space left", "Disk quota exceeded")):
@@ -390,10 +376,10 @@ def _first_line(error: Exception) -> str:
 
 
 def first_process_decides(choose: Callable[[], int]) -> int:
-    """What `choose()` returns in the first process, in every process: their views of a disk may differ."""
+    """Return in every process what `choose()` returns in process 0: their views of a disk may differ."""
     if jax.process_count() == 1:
         return choose()
-    choice, failure = -1, CheckpointError("the first process refused, see its message")
+    choice, failure = -1, CheckpointError("process 0 failed, see its message")
     if jax.process_index() == 0:
         try:
             choice = choose()

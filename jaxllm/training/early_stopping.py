@@ -1,4 +1,4 @@
-"""The best checkpoint of a run by one metric, and whether to wait for a better one."""
+"""The best step of a run by one metric, and when to stop the run by it."""
 
 import dataclasses
 import math
@@ -6,18 +6,18 @@ import math
 
 @dataclasses.dataclass
 class EarlyStopping:
-    """The best value of `metric` so far. Saved with every checkpoint, so that a resumed run knows it too."""
+    """The best value of `metric` so far. It is saved in every checkpoint, under "best", for a resumed run."""
 
     metric: str
     highest: bool  # whether higher is better
-    patience: int  # evaluations without a better value that end the run; 0: none do
-    target: float | None = None  # a value that ends the run; None: none does
-    value: float | None = None
-    step: int | None = None
-    waited: int = 0  # evaluations since
+    patience: int  # stop after this many evaluations in a row without a better value; 0: never
+    target: float | None = None  # stop once the value reaches this; None: never
+    value: float | None = None  # the best so far
+    step: int | None = None  # of the best value
+    waited: int = 0  # evaluations since the best one
 
     def update(self, step: int, value: float) -> bool:
-        """Take note of an evaluation; whether it is the best yet. NaN never is."""
+        """Record an evaluation. Returns whether it is the best so far; NaN never is."""
         better = not math.isnan(value) and (
             self.value is None or (value > self.value if self.highest else value < self.value)
         )
@@ -28,13 +28,12 @@ class EarlyStopping:
         return better
 
     @property
-    def reached(self) -> bool:
-        """Whether the target is."""
+    def target_reached(self) -> bool:
         if self.target is None or self.value is None:
             return False
         return self.value >= self.target if self.highest else self.value <= self.target
 
     @property
-    def over(self) -> bool:
-        """Whether there is nothing to wait for."""
-        return self.reached or 0 < self.patience <= self.waited
+    def should_stop(self) -> bool:
+        """Whether the target is reached or the patience is used up."""
+        return self.target_reached or 0 < self.patience <= self.waited

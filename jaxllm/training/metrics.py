@@ -1,4 +1,4 @@
-"""From the sums that a step returns to what a person reads: names, files, speed."""
+"""Metrics of a run: from the sums that a step returns to named numbers, files, and throughput."""
 
 import json
 import logging
@@ -10,7 +10,11 @@ from typing import Any, TextIO
 
 import jax
 
-# Dense bfloat16 matrix-product peak, FLOP/s a chip, from the makers' data sheets (no sparsity).
+from jaxllm.losses import Weighted
+
+Metrics = dict[str, float]  # "area/name" -> number, as in a row of metrics.jsonl
+
+# Dense bfloat16 matrix-product peak (no sparsity) in FLOP/s a chip, from the vendors' data sheets.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
@@ -23,33 +27,38 @@ PEAK_FLOPS = {
 }
 
 
-def to_scalars(metrics: dict[str, Any], area: str) -> dict[str, float]:
-    """`Weighted` sums on the device to named Python floats (one transfer): `loss` to `area/loss`, while
-    `policy/loss` has an area already."""
+def to_scalars(metrics: dict[str, Weighted], area: str) -> Metrics:
+    """Means of the `Weighted` sums, fetched from the device in one transfer.
+
+    `loss` is renamed to `area/loss`; a name such as `policy/loss` already has an area and is kept.
+    """
     fetched = jax.device_get(metrics)
     means = {name: float(w.sum) / float(w.weight) if w.weight else 0.0 for name, w in fetched.items()}
     return {name if "/" in name else f"{area}/{name}": mean for name, mean in means.items()}
 
 
 def parameter_count(params: Any) -> int:
-    """How many numbers a parameter tree (of arrays or shapes) holds."""
+    """Number of parameters in a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """The chip's bfloat16 peak, or None where it is not in the table: no figure beats a wrong one."""
-    known = [peak for name, peak in PEAK_FLOPS.items() if device.device_kind.startswith(name)]
+def peak_flops(device_kind: str) -> float | None:
+    """The bfloat16 peak of a chip in FLOP/s, or None for one that is not in the table."""
+    known = [peak for name, peak in PEAK_FLOPS.items() if device_kind.startswith(name)]
     return known[0] if known else None
 
 
 def memory_peak_gb() -> float | None:
-    """Most device memory used so far, GB, where the backend counts it."""
+    """Peak device memory so far in GB, or None where the backend does not count it."""
     stats = jax.local_devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] / 1e9 if stats and "peak_bytes_in_use" in stats else None
 
 
 class Throughput:
-    """Speed between two readings, pauses (evaluation, saving) taken out."""
+    """Speed of training between two calls of `read`, without pauses such as evaluation and saving.
+
+    The loop adds to `steps` and to `waited`, the seconds spent waiting for batches.
+    """
 
     def __init__(self, tokens_per_step: int, flops_per_step: float):
         self.tokens_per_step = tokens_per_step
@@ -57,11 +66,11 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the time since the last reading."""
+        """Start measuring anew, as after a pause."""
         self.start, self.steps, self.waited = time.perf_counter(), 0, 0.0
 
-    def read(self) -> dict[str, float]:
-        """`perf/*` over the steps since the last reading; empty where there were none."""
+    def read(self) -> Metrics:
+        """`perf/*` of the steps since the last reading or restart; empty if there were none."""
         if not self.steps:
             return {}
         step_time = (time.perf_counter() - self.start) / self.steps
@@ -70,7 +79,7 @@ class Throughput:
             "perf/step_time": step_time,
             "perf/data_wait": self.waited / self.steps,
         }
-        peak, memory = peak_flops(jax.devices()[0]), memory_peak_gb()
+        peak, memory = peak_flops(jax.devices()[0].device_kind), memory_peak_gb()
         if peak is not None:
             row["perf/mfu"] = self.flops_per_step / step_time / (peak * jax.device_count())
         if memory is not None:
@@ -80,10 +89,10 @@ class Throughput:
 
 
 class MetricWriter:
-    """`metrics.jsonl` and TensorBoard always, wandb where asked: each step once, also after a resume.
+    """Writes `metrics.jsonl`, TensorBoard events and, if asked, wandb: each step once, also after a resume.
 
-    Rows after `last_step` are leftovers of a run that went on after its last checkpoint: they are
-    dropped from the file, and TensorBoard's events are written anew from it.
+    Rows after `last_step` are leftovers of a run that continued after its last checkpoint: they are dropped
+    from the file, and TensorBoard's events are rewritten from the rest.
     """
 
     def __init__(self, workdir: Path, last_step: int, wandb_project: str | None, config: dict[str, Any]):
@@ -102,9 +111,9 @@ class MetricWriter:
         for row in rows:
             self._to_tensorboard(row)
 
-    def write(self, step: int, row: dict[str, float]) -> None:
-        """One step's metrics, on disk when this returns. JSON has no NaN: such a value is null."""
-        row = {"step": step} | {name: x if math.isfinite(x) else None for name, x in row.items()}
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Write one step's metrics, which are on disk on return. JSON has no NaN: such a value is null."""
+        row = {"step": step, **{name: x if math.isfinite(x) else None for name, x in metrics.items()}}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -113,39 +122,40 @@ class MetricWriter:
             try:
                 self.wandb.log({name: x for name, x in row.items() if name != "step"}, step=step)
             except Exception as error:
-                logging.warning("wandb failed and is left out from here on: %s", error)
+                logging.warning("logging to wandb failed; continuing without it: %s", error)
                 self.wandb = None
 
-    def _to_tensorboard(self, row: dict[str, float]) -> None:
+    def _to_tensorboard(self, row: dict[str, Any]) -> None:
         for name, x in row.items():
             if name != "step" and x is not None:
                 self.tensorboard.add_scalar(name, x, row["step"])
 
     def close(self) -> None:
+        """Close the files and end the wandb run."""
         self.file.close()
         self.tensorboard.close()
         if self.wandb is not None:
             try:
                 self.wandb.finish()
             except Exception as error:
-                logging.warning("wandb failed at the end: %s", error)
+                logging.warning("wandb failed to finish its run: %s", error)
 
 
 def start_wandb(project: str, workdir: Path, config: dict[str, Any]) -> Any:
-    """A wandb run, or None with a warning: a tracker that fails never stops a run."""
+    """A wandb run, or None with a warning: a failing tracker does not stop training."""
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         return wandb.init(project=project, dir=str(workdir), config=config)
     except ImportError:
-        logging.warning("wandb is not installed, going on without: pip install 'jaxllm[wandb]'")
+        logging.warning("wandb is not installed, continuing without it: pip install 'jaxllm[wandb]'")
     except Exception as error:
-        logging.warning("wandb did not start, going on without: %s", error)
+        logging.warning("wandb did not start, continuing without it: %s", error)
     return None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The rows of a metrics.jsonl, without a last line that a killed process left incomplete."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -1,37 +1,38 @@
-"""Optimisers and learning-rate schedules, by name, all from optax."""
+"""Optimizers and learning-rate schedules by name, all from optax."""
 
 import re
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxllm.errors import ConfigError
 from jaxllm.parallel.sharding import matching
 
-# Embeddings and the head are looked up or compared row by row: they are no maps between features,
-# so Muon leaves them, and all vectors, to AdamW.
+# The embedding and the head act row by row rather than as maps between features: Muon leaves them, and all
+# vectors, to AdamW.
 MUON_MATRICES = r"(^|/)blocks/.*kernel$"
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Which optimiser, how fast, for how long."""
+    """Optimizer, learning-rate schedule, and which parameters they apply to."""
 
-    name: str  # "adamw", or "muon": blocks' matrices by Muon, the rest by AdamW
-    learning_rate: float  # at the peak; for both halves of Muon, whose updates are scaled to AdamW's size
+    name: str  # "adamw", or "muon": the matrices of the blocks by Muon, the rest by AdamW
+    learning_rate: float  # at the peak; the same for Muon, whose updates are scaled to the size of AdamW's
     schedule: str  # after warm-up: "cosine", "linear", "wsd" (constant, then linear) or "constant"
     warmup_steps: int
-    decay_fraction: float  # wsd: the share of all steps that the final decay takes
+    decay_fraction: float  # wsd: fraction of all steps in the final decay
     final_learning_rate: float  # at the last step, as a fraction of the peak
     beta1: float
     beta2: float
     epsilon: float
     weight_decay: float
-    decay_pattern: str  # regular expression: paths of the parameters that decay
-    clip_norm: float | None  # gradients are scaled down to this global norm
+    decay_pattern: str  # regular expression: parameters with it in their path have weight decay
+    clip_norm: float | None  # gradients of a larger global norm are scaled down to it; None: never
     muon_momentum: float
-    trainable: str  # regular expression: only parameters with it in their path are trained; "" is all
+    trainable: str  # regular expression: only parameters with it in their path are trained; "": all
 
     def __post_init__(self):
         for name in ("decay_pattern", "trainable"):
@@ -44,13 +45,14 @@ class OptimizerConfig:
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate as a function of the number of updates made so far.
 
-    Linear warm-up from 0 over `warmup_steps`, then: `cosine` (Loshchilov and Hutter 2017) or `linear`
-    down to the final rate, `wsd` constant and then linear (Hu et al. 2024, arXiv:2404.06395), or
-    `constant`. Raises ConfigError where the parts do not fit into `steps`.
+    Linear warm-up over `warmup_steps`, then: `cosine` (Loshchilov and Hutter 2017) or `linear` decay to the
+    final rate, `wsd` (constant, then linear decay: Hu et al. 2024, arXiv:2404.06395), or `constant`.
+    Raises ConfigError where the parts do not fit into `steps`.
     """
     if not 0 <= config.warmup_steps < steps:
         raise ConfigError(
-            f"optimizer.warmup_steps={config.warmup_steps} must be under training.steps={steps}"
+            f"optimizer.warmup_steps={config.warmup_steps} must be at least 0 and less than "
+            f"training.steps={steps}"
         )
     peak, final, left = config.learning_rate, config.final_learning_rate, steps - config.warmup_steps
     if config.schedule == "cosine":
@@ -61,8 +63,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         decay = round(config.decay_fraction * steps)
         if not 0 < decay <= left:
             raise ConfigError(
-                f"optimizer.decay_fraction={config.decay_fraction} of {steps} steps does not fit after "
-                f"optimizer.warmup_steps={config.warmup_steps}"
+                f"optimizer.decay_fraction={config.decay_fraction} is {decay} of training.steps={steps}; "
+                f"between 1 and {left} fit after optimizer.warmup_steps={config.warmup_steps}"
             )
         after = optax.linear_schedule(peak, peak * final, decay, transition_begin=left - decay)
     elif config.schedule == "constant":
@@ -71,27 +73,33 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         raise ConfigError(
             f"optimizer.schedule={config.schedule!r}: choose one of cosine, linear, wsd, constant"
         )
-    # The first update is made at 1 / warmup_steps of the peak, not at 0, where it would be lost.
+    # The first update is made at 1 / (warmup_steps + 1) of the peak; at 0 it would be wasted.
     warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
 def scale_by_muon(momentum: float) -> optax.GradientTransformation:
-    """Orthogonalised momentum for stacked matrices [layer, in, out] (Jordan et al. 2024), scaled to an RMS
-    of 0.2 so that AdamW's learning rate and decay serve it too (Liu et al. 2025, arXiv:2502.16982)."""
+    """Orthogonalized momentum for stacked matrices [layer, in, out] (Jordan et al. 2024).
+
+    It is scaled to an RMS of 0.2, so that the learning rate and weight decay of AdamW suit it too (Liu et al.
+    2025, arXiv:2502.16982).
+    """
     dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    orthogonalise = optax.contrib.scale_by_muon(
+    orthogonalize = optax.contrib.scale_by_muon(
         beta=momentum, weight_dimension_numbers=lambda updates: jax.tree.map(lambda _: dimensions, updates)
     )
     # An orthogonal [m, n] matrix has an RMS of 1 / sqrt(max(m, n)).
-    rescale = optax.stateless_with_tree_map(lambda update, _: update * 0.2 * max(update.shape[-2:]) ** 0.5)
-    return optax.chain(orthogonalise, rescale)
+    rescale = optax.stateless_with_tree_map(
+        lambda update, _: update * 0.2 * max(jnp.shape(update)[-2:]) ** 0.5
+    )
+    return optax.chain(orthogonalize, rescale)
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clip, find a direction, decay, scale by the learning rate; ConfigError for an unknown name.
+    """Gradient clipping, update direction, weight decay and learning rate, in this order.
 
-    AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: see `scale_by_muon`.
+    AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: see `scale_by_muon`. Raises ConfigError for
+    an unknown name.
     """
     direction = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     if config.name == "muon":

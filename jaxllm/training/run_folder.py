@@ -1,8 +1,8 @@
-"""The folder of a run: which run it holds, whether this command may go on with it, and how it came about.
+"""The folder of a run: which run it holds, whether a command may resume it, and how it was started.
 
-`WORKDIR/` holds `config.json` (as resolved), `run.json` (id, parent checkpoint, fingerprints of what the run
-reads, and its starts), `checkpoints/STEP/`, and what the parts of a run write beside them. Reading it
-executes nothing and unpickles nothing.
+`WORKDIR/` holds `config.json` (as resolved, with a version), `run.json` (id, parent checkpoint, fingerprints
+of the inputs, and every start with its command), `checkpoints/STEP/`, and the other files that a run writes.
+Reading it executes nothing and unpickles nothing.
 """
 
 import contextlib
@@ -23,28 +23,34 @@ import jax
 
 import jaxllm
 from jaxllm.config import differences
+from jaxllm.config_versions import stamped, upgrade
 from jaxllm.errors import CheckpointError, ConfigError, DataError
-from jaxllm.training.checkpoint import MANIFEST, first_process_decides, step_folders, to_json, write_file
+from jaxllm.files import to_json, write_file
+from jaxllm.training.checkpoint import MANIFEST, first_process_decides, step_folders
 
 _NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True)
 class RunFolder:
+    """A run folder that this command may write to."""
+
     path: Path
     id: str
-    resuming: bool  # there is a checkpoint to go on from
-    step: int | None  # the one --resume=STEP asks for; None is the newest
+    resuming: bool  # whether there is a checkpoint to resume from
+    step: int | None  # of --resume=STEP; None: the newest
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     def file(self, *names: str) -> Path:
-        """A path inside the folder, its parents made. No name leads out of it."""
+        """A path inside the folder; its parent folders are created. No name leads out of the run folder."""
         for name in names:
             if not _NAME.fullmatch(name):
-                raise ConfigError(f"{name!r} cannot name a file: use only letters, digits and '.', '_', '-'")
+                raise ConfigError(
+                    f"{name!r} is not a valid file name: use only letters, digits, '.', '_', '-'"
+                )
         path = self.path.joinpath(*names)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -53,22 +59,23 @@ class RunFolder:
 def open_run(
     workdir: str, config: Mapping[str, Any], *, resume: str, may_differ: Collection[str] = ()
 ) -> RunFolder:
-    """Take `workdir` for a run of `config` (what `as_dict` gives), or refuse; call it before anything slow.
+    """Open `workdir` for a run of `config` (as `as_dict` returns it). To be called before anything slow.
 
-    A folder whose run never came to `record_start` may be taken with any config.
+    Raises ConfigError where the folder holds another run or anything else, and CheckpointError where the
+    checkpoint to resume from does not exist. A folder whose run never reached `record_start` may be reused
+    with any config.
 
     Args:
-      resume: "auto" goes on if the folder holds this run, else starts it; "must" refuses to start, "never"
-        refuses to go on; a number goes on from that step.
-      may_differ: dotted names of the fields, and sections of fields, that may change within a run.
+      resume: "auto" resumes if the folder holds a checkpoint of this run and otherwise starts the run; "must"
+        only resumes; "never" only starts; a number resumes from that step.
+      may_differ: dotted names of fields, and of sections of fields, that may change within a run.
     """
     if resume not in ("auto", "must", "never") and not resume.isdecimal():
-        raise ConfigError(f"--resume={resume}: must be auto, must, never or a step")
+        raise ConfigError(f"--resume={resume} must be auto, must, never or a step")
     path = Path(workdir).expanduser().absolute()
     if not workdir or "://" in workdir or not _NAME.fullmatch(path.name):
         raise ConfigError(
-            f"--workdir={workdir}: must be a local folder whose own name has only letters, digits, '.', '_' "
-            f"and '-'"
+            f"--workdir={workdir} must be a local folder whose name has only letters, digits, '.', '_', '-'"
         )
     try:
         resuming = first_process_decides(lambda: _claim(path, config, resume, may_differ))
@@ -79,41 +86,50 @@ def open_run(
 
 
 def _claim(path: Path, config: Mapping[str, Any], resume: str, may_differ: Collection[str]) -> bool:
-    """Whether there is a checkpoint of this run to go on from. Begins the record of a new run."""
+    """Whether there is a checkpoint of this run to resume from. Creates the `run.json` of a new run."""
     if not (path / "run.json").exists():
         path.mkdir(parents=True, exist_ok=True)
-        if found := {entry.name for entry in path.iterdir()} - {"logs"}:  # a launcher's may be there already
-            raise ConfigError(f"{path} holds {min(found)} but no run.json: choose another --workdir")
+        if found := {entry.name for entry in path.iterdir()} - {"logs"}:  # a launcher may have created logs/
+            raise ConfigError(f"{path} is not a run folder, it holds {min(found)}: choose another --workdir")
         run_id = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
         record = {"id": run_id, "parent": None, "fingerprints": {}, "starts": []}
         write_file(path / "run.json", to_json(record))
     record = _read(path / "run.json")
     if record["starts"]:
         if resume == "never":
-            raise ConfigError(f"--resume=never: {path} holds run {record['id']}, choose another --workdir")
-        _refuse_another_run(path, record["id"], config, may_differ)
-    # Those with a manifest, whole or not: a run whose checkpoints are all damaged must not start afresh.
+            raise ConfigError(f"--resume=never: {path} holds run {record['id']}; choose another --workdir")
+        _check_same_config(path, record["id"], config, may_differ)
+    # Damaged ones count too: a run whose checkpoints are all damaged must not start from step 0 unnoticed.
     saved = [folder.name for folder in step_folders(path / "checkpoints") if (folder / MANIFEST).exists()]
     if resume == "must" and not saved:
-        raise CheckpointError(f"--resume=must: {path} holds no checkpoint")
+        raise CheckpointError(
+            f"--resume=must: {path} holds no checkpoint; use --resume=auto to start the run"
+        )
     if resume.isdecimal() and str(int(resume)) not in saved:
-        raise CheckpointError(f"--resume={resume}: {path} holds steps {', '.join(saved) or 'none'}")
+        steps = f"only the steps {', '.join(saved)}" if saved else "no checkpoint"
+        raise CheckpointError(f"--resume={resume}: {path} holds {steps}")
     return bool(saved)
 
 
-def _refuse_another_run(
+def _check_same_config(
     path: Path, run_id: str, config: Mapping[str, Any], may_differ: Collection[str]
 ) -> None:
+    """ConfigError where `config` differs from that of the run in a field that is not in `may_differ`."""
+    file = path / "config.json"
+    try:
+        stored = upgrade(_read(file))
+    except ValueError as error:  # of a newer version
+        raise ConfigError(f"{file} cannot be read: {error}") from error
     found = [
         str(difference)
-        for difference in differences(_read(path / "config.json"), config)
+        for difference in differences(stored, config)
         if not any(f"{difference.path}.".startswith(f"{name}.") for name in may_differ)
     ]
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise ConfigError(
-            f"{path} holds run {run_id} of another config: {'; '.join(found[:5])}{more}. "
-            f"Choose another --workdir, or give these fields the values in its config.json"
+            f"{path} holds run {run_id} with another config: {'; '.join(found[:5])}{more}. "
+            f"Choose another --workdir, or set these fields to the values in its config.json"
         )
 
 
@@ -125,11 +141,12 @@ def record_start(
     fingerprints: Mapping[str, str],
     parent: Mapping[str, str] | None = None,
 ) -> None:
-    """Write down that the run starts or goes on; call it before compiling.
+    """Record in the folder that the run starts or resumes. To be called before compiling.
 
     Args:
-      fingerprints: hashes of what must not change within a run, such as its data and its tokenizer.
-      parent: path and hash of the checkpoint whose weights a new run starts from.
+      fingerprints: hashes of what must not change within a run, such as its data and its tokenizer. Raises
+        DataError where they differ from those of the run that is resumed.
+      parent: path and hash of the checkpoint that a new run is initialized from.
     """
     record = _read(run.path / "run.json")
     if run.resuming:
@@ -137,8 +154,9 @@ def record_start(
         for name in before | dict(fingerprints):
             if before.get(name) != fingerprints.get(name):
                 raise DataError(
-                    f"the {name} is not that of the run in {run.path}: fingerprint {before.get(name)} there, "
-                    f"{fingerprints.get(name)} here. Choose another --workdir, or restore the {name}"
+                    f"the {name} differs from that of the run in {run.path}: fingerprint "
+                    f"{before.get(name)} there, {fingerprints.get(name)} here. Choose another --workdir, or "
+                    f"restore the {name}"
                 )
     else:
         record |= {"fingerprints": dict(fingerprints), "parent": parent}
@@ -157,12 +175,12 @@ def record_start(
         }
     )
     if jax.process_index() == 0:
-        write_file(run.path / "config.json", to_json(config))
+        write_file(run.path / "config.json", to_json(stamped(config)))
         write_file(run.path / "run.json", to_json(record))
 
 
 def _git_revision() -> str | None:
-    """The commit of this code, with `-dirty` where files differ from it; None outside a git checkout."""
+    """The commit of this code, with `-dirty` if files differ from it; None outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
@@ -171,6 +189,7 @@ def _git_revision() -> str | None:
 
 
 def _versions() -> dict[str, str]:
+    """Of Python and of the packages that a run depends on most."""
     versions = {"python": platform.python_version(), "jaxllm": jaxllm.__version__}
     for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -179,6 +198,7 @@ def _versions() -> dict[str, str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; ConfigError where it is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a run carries from step to step: one plain tree of arrays, saved as it is."""
+"""The state that a run carries from step to step: one plain tree of arrays, saved as it is."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,42 +9,47 @@ import optax
 
 from jaxllm.parallel.sharding import matching
 
+Params = dict[str, Any]  # nested, with arrays at the leaves; None where a leaf belongs to another tree
+
 
 class TrainState(NamedTuple):
     """Everything a train step reads and returns. Scalars are int32."""
 
-    step: jax.Array  # steps done, skipped ones included: the x-axis, and the index of the next batch
-    params: Any
+    step: jax.Array  # steps done, including skipped ones: the x-axis, and the index of the next batch
+    params: Params
     opt_state: optax.OptState
     key: jax.Array  # typed PRNG key of the run; a step uses fold_in(key, step)
-    skipped_steps: jax.Array  # steps whose loss or gradient was not finite
-    bad_streak: jax.Array  # of those, how many in a row just now
+    skipped_steps: jax.Array  # steps so far whose loss or gradient was not finite
+    bad_streak: jax.Array  # the latest steps in a row whose loss or gradient was not finite
 
 
-def split_params(params: Any, trainable: str) -> tuple[Any, Any]:
-    """Two trees like `params`: leaves whose path (`blocks/mlp/up/kernel`) has the regular expression in it,
-    and the others. None, which is no leaf to JAX, stands for what is in the other one."""
+def split_params(params: Params, trainable: str) -> tuple[Params, Params]:
+    """Trained and frozen parameters: two trees like `params`.
+
+    Trained are the leaves in whose path (`blocks/mlp/up/kernel`) the regular expression `trainable` is found.
+    In each tree None, which is not a leaf to JAX, stands for the leaves of the other one.
+    """
     found = matching(trainable, params)
     trained = jax.tree.map(lambda x, is_trainable: x if is_trainable else None, params, found)
     frozen = jax.tree.map(lambda x, is_trainable: None if is_trainable else x, params, found)
     return trained, frozen
 
 
-def merge_params(trained: Any, frozen: Any) -> Any:
-    """What `split_params` split."""
+def merge_params(trained: Params, frozen: Params) -> Params:
+    """The inverse of `split_params`."""
     return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
 
 
 def init_state(
     key: jax.Array,
     *,
-    init: Callable[[jax.Array], Any],
+    init: Callable[[jax.Array], Params],
     optimizer: optax.GradientTransformation,
     trainable: str = "",
 ) -> TrainState:
-    """A fresh state. `init(key)` makes the parameters; jit this with the shardings of the whole state.
+    """A state at step 0. `init(key)` makes the parameters; jit this with the shardings of the whole state.
 
-    Optimiser state is made for the `trainable` parameters alone: those with this expression in their path.
+    Only the `trainable` parameters, as in `split_params`, have optimizer state.
     """
     init_key, run_key = jax.random.split(key)
     params = init(init_key)

@@ -1,4 +1,4 @@
-"""One optimiser step, the same for every stage."""
+"""One optimizer step, the same for every stage."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,28 +8,32 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.losses import Weighted
-from jaxllm.training.state import TrainState, merge_params, split_params
+from jaxllm.training.state import Params, TrainState, merge_params, split_params
 
-LossFn = Callable[[Any, Any, jax.Array], tuple[Weighted, dict[str, Weighted]]]
+Batch = Any  # a tree of arrays [B, ...]: one of jaxllm.batches, each loss function with its own
+LossAndMetrics = tuple[Weighted, dict[str, Weighted]]
+LossFn = Callable[[Params, Batch, jax.Array], LossAndMetrics]  # (params, batch, key)
 
 
-def split_rows(batch: Any, num_microbatches: int) -> Any:
+def split_rows(batch: Batch, num_microbatches: int) -> Batch:
     """[B, ...] to [num_microbatches, B / num_microbatches, ...], every device keeping its own rows.
 
-    Micro-batch i takes rows i, i + n, i + 2n, ...: cutting the batch in n pieces instead would move
-    most rows to another device.
+    Micro-batch i takes rows i, i + n, i + 2n, ...: contiguous micro-batches would move most rows to another
+    device.
     """
     return jax.tree.map(lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def gradient_sums(
-    loss_fn: LossFn, trained: Any, frozen: Any, batch: Any, key: jax.Array, num_microbatches: int
-) -> tuple[Any, Weighted, dict[str, Weighted]]:
-    """Gradient of the loss's sum by what is trained, the loss and the metrics, added up over micro-batches. No
-    division yet."""
+    loss_fn: LossFn, trained: Params, frozen: Params, batch: Batch, key: jax.Array, num_microbatches: int
+) -> tuple[Params, Weighted, dict[str, Weighted]]:
+    """Gradient of the summed loss with respect to `trained`, the loss and the metrics, over all rows.
 
-    def one(microbatch: Any, key: jax.Array) -> tuple[Any, Weighted, dict[str, Weighted]]:
-        def loss_sum(trained: Any) -> tuple[jax.Array, tuple[Weighted, dict[str, Weighted]]]:
+    They are sums: nothing is divided by its weight yet.
+    """
+
+    def one(microbatch: Batch, key: jax.Array) -> tuple[Params, Weighted, dict[str, Weighted]]:
+        def loss_sum(trained: Params) -> tuple[jax.Array, LossAndMetrics]:
             loss, metrics = loss_fn(merge_params(trained, frozen), microbatch, key)
             return loss.sum, (loss, metrics)
 
@@ -52,7 +56,7 @@ def gradient_sums(
 
 def train_step(
     state: TrainState,
-    batch: Any,
+    batch: Batch,
     *,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
@@ -62,14 +66,14 @@ def train_step(
     """The next state, and metrics as `Weighted` sums.
 
     Sums and weights are added over micro-batches and divided once, so the gradient does not depend on
-    how rows were grouped. A step whose loss or gradient is not finite changes nothing but `step`,
-    `skipped_steps` and `bad_streak`. Jit with the state donated and the state's shardings as out_shardings.
+    how rows are grouped. A step whose loss or gradient is not finite changes only `step`, `skipped_steps`
+    and `bad_streak`. Jit with the state donated and the state's shardings as out_shardings.
 
     Args:
       batch: a tree of arrays [B, ...]; num_microbatches divides B.
-      loss_fn: (params, microbatch, key) -> (Weighted, metrics); the key is new for every micro-batch.
-      trainable: regular expression; parameters without it in their path have no gradient, no optimiser state,
-        and do not change.
+      loss_fn: (params, microbatch, key) -> (Weighted, metrics), with a new key for every micro-batch.
+      trainable: as in `split_params`; the other parameters have no gradient, no optimizer state, and do not
+        change.
     """
     key = jax.random.fold_in(state.key, state.step)
     trained, frozen = split_params(state.params, trainable)

@@ -1,4 +1,4 @@
-"""What may end a run from outside its own steps: signals, and silence."""
+"""What may end a run from outside its steps: a signal, or a hang."""
 
 import faulthandler
 import os
@@ -16,22 +16,24 @@ EXIT_HANG = 71
 
 
 class StopRequested(Exception):
-    """Raised by `Watchdog.check` once a signal has come, to leave an evaluation or rollout early."""
+    """Raised by `Watchdog.check` after a signal, to leave an evaluation or a rollout early."""
 
 
 class Watchdog:
-    """A context that turns the first SIGTERM or SIGINT into a request, and a hang into exit 71.
+    """A context that turns the first SIGTERM or SIGINT into a request to stop, and a hang into exit code 71.
 
-    The second signal ends the process at once; the last checkpoint stays valid. A hang is no `beat`
-    within max(hang_timeout, 10 x the median time between beats): all stacks go to logs/hang.txt.
+    The second signal ends the process at once; the last checkpoint stays valid. A hang is a time of
+    max(hang_timeout, 10 x the median time between beats) without a `beat`: the stacks of all threads are
+    written to logs/hang.txt.
     """
 
     def __init__(self, workdir: Path, hang_timeout: float):
+        """`hang_timeout` is in seconds."""
         self.requested = False
         self.hang_timeout = hang_timeout
         self.log = workdir / "logs" / "hang.txt"
         self.intervals: list[float] = []
-        self.last_beat: float | None = None  # None while nothing is expected to beat
+        self.last_beat: float | None = None  # None while no beat is expected
         self.closed = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -47,14 +49,17 @@ class Watchdog:
             signal.signal(number, handler)
 
     def beat(self) -> None:
-        """A step is done."""
+        """Tell the watchdog that a step is done."""
         now = time.monotonic()
         if self.last_beat is not None:
             self.intervals = [*self.intervals[-99:], now - self.last_beat]
         self.last_beat = now
 
     def check(self) -> None:
-        """For long work between steps: leave it (StopRequested) if a signal has come, else show life."""
+        """To be called during long work between steps: it counts as a beat.
+
+        Raises StopRequested if a signal has come.
+        """
         if self.requested:
             raise StopRequested
         if self.last_beat is not None:
@@ -62,7 +67,7 @@ class Watchdog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """No hang is suspected inside: the first run of something compiles for as long as it must."""
+        """A context in which nothing counts as a hang: a first call may compile for minutes."""
         self.last_beat = None
         yield
         self.last_beat = time.monotonic()
@@ -72,7 +77,8 @@ class Watchdog:
             os._exit(128 + number)
         self.requested = True
         name = signal.Signals(number).name
-        print(f"\n{name}: saving after this step; once more ends at once", file=sys.stderr, flush=True)
+        message = f"\n{name}: saving and stopping after this step; a second signal stops at once, unsaved"
+        print(message, file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
         while not self.closed.wait(min(1.0, self.hang_timeout / 4)):
@@ -84,7 +90,8 @@ class Watchdog:
                 with self.log.open("w") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
                 message = (
-                    f"error: no step for {limit:.0f} s (training.hang_timeout); stacks are in {self.log}"
+                    f"error: no step finished in {limit:.0f} s (training.hang_timeout); the stacks of all "
+                    f"threads are in {self.log}"
                 )
                 print(message, file=sys.stderr, flush=True)
                 os._exit(EXIT_HANG)

@@ -1,4 +1,4 @@
-"""Conversations as rows: every token is read and every answer learnt exactly once, its stop token too."""
+"""Conversations as rows: every token is an input once, every assistant token a target once."""
 
 import gzip
 import json
@@ -6,16 +6,16 @@ import json
 import numpy as np
 import pytest
 
-from jaxllm.data.chat import ChatConfig, answered, chat_texts, encoder, last_run, load_chats
+from jaxllm.data.chat import ChatConfig, chat_texts, encoder, last_span_start, load_chats, split_completion
 from jaxllm.data.chat_template import NativeTemplate
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow
 from jaxllm.errors import ConfigError, DataError
 
 
-def turns(*said: str) -> list[dict[str, str]]:
+def turns(*written: str) -> list[dict[str, str]]:
     """Messages written as "role: content"."""
-    return [dict(zip(("role", "content"), each.split(": ", 1), strict=True)) for each in said]
+    return [dict(zip(("role", "content"), each.split(": ", 1), strict=True)) for each in written]
 
 
 # One row
@@ -71,15 +71,15 @@ TWO_TURNS = {"messages": turns("user: Who?", "assistant: Ada.", "user: Then?", "
         ),
     ],
 )
-def test_what_is_learnt_is_answers_with_their_stop_token(tokenizer, loss_on, shown):
+def test_the_loss_mask_has_the_turns_of_loss_on_with_their_stop_tokens(tokenizer, loss_on, shown):
     row = encode(TWO_TURNS, tokenizer, loss_on=loss_on)
     assert show_mask(row.ids[0], row.loss_mask[0], tokenizer) == shown
-    prompt, answer = answered(row)
-    assert show_mask(answer, [True] * len(answer), tokenizer) == "Bo.<|end|>"
-    assert [*prompt, *answer] == row.ids[0].tolist()
+    prompt, completion = split_completion(row)
+    assert show_mask(completion, [True] * len(completion), tokenizer) == "Bo.<|end|>"
+    assert [*prompt, *completion] == row.ids[0].tolist()
 
 
-def test_a_row_that_fits_just_so_is_kept_and_one_token_more_is_too_long(tokenizer):
+def test_a_row_that_just_fits_is_kept_and_one_token_more_is_too_long(tokenizer):
     length = len(encode(TWO_TURNS, tokenizer).ids[0])
     assert len(encode(TWO_TURNS, tokenizer, sequence_length=length - 1).ids[0]) == length
     with pytest.raises(BadRow, match=rf"longer than data.sequence_length \({length} tokens\)") as error:
@@ -88,7 +88,7 @@ def test_a_row_that_fits_just_so_is_kept_and_one_token_more_is_too_long(tokenize
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
-def test_cutting_keeps_a_row_as_long_as_some_of_an_answer_is_left(tokenizer, loss_on):
+def test_truncation_keeps_a_row_if_some_of_an_assistant_turn_is_left(tokenizer, loss_on):
     whole = encode(TWO_TURNS, tokenizer, loss_on=loss_on)
     loss_mask = np.flatnonzero(
         encode(TWO_TURNS, tokenizer, loss_on="last" if loss_on == "last" else "assistant").loss_mask[0]
@@ -101,42 +101,42 @@ def test_cutting_keeps_a_row_as_long_as_some_of_an_answer_is_left(tokenizer, los
         row = encode(TWO_TURNS, tokenizer, loss_on=loss_on, sequence_length=length, overlong="truncate")
         np.testing.assert_array_equal(row.ids[0], whole.ids[0][: length + 1])
         np.testing.assert_array_equal(row.loss_mask[0], whole.loss_mask[0][: length + 1])
-        prompt, answer = answered(row)  # to generate from: ends where an answer begins
+        prompt, completion = split_completion(row)  # the prompt ends where an assistant turn begins
         assert prompt[-1] == tokenizer.special_ids["<|assistant|>"]
-        assert answer
+        assert completion
 
 
-def test_an_alpaca_row_with_a_text_of_it_all_is_a_conversation(tokenizer):
+def test_an_alpaca_row_that_also_has_a_text_is_a_conversation(tokenizer):
     record = {"instruction": "Who?", "input": "", "output": "Ada.", "text": "Below is ... Who? ... Ada."}
     assert encode(record, tokenizer).kind == "instruction, input, output"
 
 
 @pytest.mark.parametrize("text", [3, None])
-def test_a_text_that_is_none_is_a_fault(tokenizer, text):
+def test_a_text_that_is_not_a_string_is_a_bad_row(tokenizer, text):
     with pytest.raises(BadRow, match=r"wrong type \('text' is "):
         encode({"text": text}, tokenizer)
 
 
-def test_an_empty_text_is_a_fault(tokenizer):
+def test_an_empty_text_is_a_bad_row(tokenizer):
     with pytest.raises(BadRow, match=r"empty text"):
         encode({"text": " \n"}, tokenizer)
 
 
-def test_the_last_stretch_is_found_wherever_it_lies():
-    assert [last_run(x) for x in ([0, 1, 1], [1, 1], [1, 0, 1, 0], [0, 1, 0, 0])] == [1, 0, 2, 1]
+def test_the_start_of_the_last_span_is_found_wherever_it_is():
+    assert [last_span_start(x) for x in ([0, 1, 1], [1, 1], [1, 0, 1, 0], [0, 1, 0, 0])] == [1, 0, 2, 1]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rename": ("question",)}, "data.rename has 'question': write THEIRS=OURS, such as question=prompt"),
+        ({"rename": ("question",)}, "data.rename has 'question'; write THEIRS=OURS, such as question=prompt"),
         ({"rename": ("=prompt",)}, "data.rename has '=prompt'"),
         ({"loss_on": "user"}, "data.loss_on='user': choose one of assistant, last, all"),
         ({"overlong": "stop"}, "data.overlong='stop': choose one of drop, truncate"),
         ({"batch_size": 0}, "data.batch_size=0"),
     ],
 )
-def test_an_impossible_field_is_named(changes, message):
+def test_an_invalid_field_is_named_in_the_error(changes, message):
     with pytest.raises(ConfigError, match=message):
         config(**changes)
 
@@ -146,20 +146,20 @@ def test_an_impossible_field_is_named(changes, message):
 
 def chats(count: int, first: int = 0) -> list[dict]:
     """Conversations of one to three exchanges, all different."""
-    said = [
+    conversations = [
         turns(
             *(f"{role}: {i} {turn}: the  {word}\nleft." for turn in range(1 + i % 3) for role, word in WORDS)
         )
         for i in range(first, first + count)
     ]
-    return [{"messages": messages} for messages in said]
+    return [{"messages": messages} for messages in conversations]
 
 
 WORDS = (("user", "ball"), ("assistant", "Ada"))
 
 
 def write(path, records):
-    """In the format that the path's end asks for."""
+    """Write the records in the format of the path's suffix."""
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -182,7 +182,7 @@ def load(*train, tokenizer, seed=0, **changes):
 
 
 def segments(sources):
-    """Every text of the rows: its ids, and which of them are learnt."""
+    """The ids and the loss mask of every sequence of the rows."""
     for packed in sources:
         for i in range(len(packed)):
             row = packed[i]
@@ -204,7 +204,7 @@ def test_every_conversation_is_in_the_rows_once_and_whole(tmp_path, tokenizer, t
     assert (len(data.train[0]) < 20) == packing
 
 
-def test_too_long_ones_are_counted_and_written_down_but_stop_nothing(tmp_path, tokenizer):
+def test_overlong_conversations_are_counted_and_written_to_a_file_but_stop_nothing(tmp_path, tokenizer):
     records = [*chats(10), {"messages": turns("user: Who?", "assistant: " + "Ada " * 300)}]
     path = write(tmp_path / "a.jsonl", records)
     chat_config = config(path, max_bad_fraction=0.0)
@@ -214,11 +214,9 @@ def test_too_long_ones_are_counted_and_written_down_but_stop_nothing(tmp_path, t
     assert json.loads(line)["where"] == f"{path}:11"
 
 
-def test_a_fault_stops_the_run_or_is_skipped_by_choice(tmp_path, tokenizer):
+def test_a_bad_row_stops_the_run_or_is_skipped_by_config(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [*chats(3), {"messages": turns("user: Who?")}])
-    with pytest.raises(
-        DataError, match=r"a.jsonl:4: no assistant turn; mend the row, or set data.on_bad_row"
-    ):
+    with pytest.raises(DataError, match=r"a.jsonl:4: no assistant turn; fix the row, or set data.on_bad_row"):
         load(path, tokenizer=tokenizer)
     data = load(path, tokenizer=tokenizer, on_bad_row="skip")
     assert "4 rows read, 3 kept, 1 dropped (1 no assistant turn)" in data.report
@@ -227,12 +225,12 @@ def test_a_fault_stops_the_run_or_is_skipped_by_choice(tmp_path, tokenizer):
 
 
 def openings(sources, tokenizer):
-    """The first user's message of each row, as tokens."""
+    """The first user message of each row."""
     end, user = tokenizer.special_ids["<|end|>"], tokenizer.special_ids["<|user|>"]
     return {tokenizer.decode(ids[ids.index(user) : ids.index(end)]) for ids, _ in segments(sources)}
 
 
-def test_an_opening_is_trained_on_or_validated_on_whatever_else_is_read(tmp_path, tokenizer):
+def test_conversations_with_one_opening_are_in_one_split_whatever_else_is_read(tmp_path, tokenizer):
     first = [{"messages": turns(f"user: Question {i // 2}?", f"assistant: Answer {i}.")} for i in range(80)]
     second = [{"prompt": f"Question {i}?", "completion": "Another."} for i in range(20, 60)]
     a, b = write(tmp_path / "a.jsonl", first), write(tmp_path / "b.jsonl", second)
@@ -247,23 +245,23 @@ def test_an_opening_is_trained_on_or_validated_on_whatever_else_is_read(tmp_path
     }
 
 
-def test_held_out_conversations_are_kept_as_prompts_and_answers(tmp_path, tokenizer):
-    records = [*chats(4), {"text": "no answer here"}]
+def test_held_out_conversations_are_kept_as_prompts_and_completions(tmp_path, tokenizer):
+    records = [*chats(4), {"text": "no completion here"}]
     train, validation = write(tmp_path / "a.jsonl", chats(2, 9)), write(tmp_path / "b.jsonl", records)
     data = load(train, tokenizer=tokenizer, validation=(str(validation),))
-    found = [(tokenizer.decode(prompt)[-17:], tokenizer.decode(answer)) for prompt, answer in data.held_out]
+    found = [(tokenizer.decode(prompt)[-17:], tokenizer.decode(ids)) for prompt, ids in data.held_out]
     assert found == [
         (f"{i} {i % 3}: the  ball\nleft."[-17:], f"{i} {i % 3}: the  Ada\nleft.") for i in range(4)
     ]
 
 
-def test_chats_mix_with_texts_of_which_every_token_is_learnt_once(tmp_path, tokenizer):
+def test_chats_mix_with_texts_of_which_every_token_is_a_target_once(tmp_path, tokenizer):
     texts = ["Ada left the  red ball in the garden.\n" * 9, "short"]
     chat_file = write(tmp_path / "a.jsonl", [*chats(3), {"text": texts[0]}])
     (tmp_path / "b.txt").write_text(texts[1])
     data = load(chat_file, tmp_path / "b.txt", tokenizer=tokenizer, weights=(0.8, 0.2), sequence_length=90)
     assert data.weights == (0.8, 0.2)
-    assert "4 rows read, 4 kept: 3 of messages, 1 of text;" in data.report
+    assert "4 rows read, 4 kept; formats: 3 [messages], 1 [text];" in data.report
     whole = [tokenizer.bos_id, *tokenizer.encode(texts[0]), tokenizer.eos_id]
     starts = range(0, len(whole) - 1, 90)
     pieces = [ids for ids, loss_mask in segments(data.train[:1]) if all(loss_mask[1:])]
@@ -274,14 +272,14 @@ def test_chats_mix_with_texts_of_which_every_token_is_learnt_once(tmp_path, toke
     assert all(loss_mask[1:])
 
 
-def test_named_validation_sources_are_what_is_validated_on(tmp_path, tokenizer):
+def test_named_validation_sources_are_validated_on(tmp_path, tokenizer):
     a, b = write(tmp_path / "a.jsonl", chats(9)), write(tmp_path / "b.jsonl", chats(4, 50))
     data = load(a, tokenizer=tokenizer, validation=(str(b),), validation_fraction=0.3)
     assert len(list(segments(data.train))) == 9
     assert len(list(segments(data.validation))) == len(data.held_out) == 4
 
 
-def test_the_fingerprint_follows_what_is_trained_on_and_not_where_it_lies(tmp_path, tokenizer):
+def test_the_fingerprint_depends_on_the_rows_and_not_on_their_path(tmp_path, tokenizer):
     a, b = write(tmp_path / "a.jsonl", chats(20)), write(tmp_path / "b.jsonl", chats(10, 40))
 
     def fingerprint(*train, **changes):
@@ -306,24 +304,24 @@ def test_the_fingerprint_follows_what_is_trained_on_and_not_where_it_lies(tmp_pa
     assert len(set(found)) == len(found)
 
 
-def test_the_report_says_what_is_learnt_and_shows_one_row_with_its_mask(tmp_path, tokenizer, monkeypatch):
+def test_the_report_has_the_fraction_in_the_loss_and_one_row_with_its_mask(tmp_path, tokenizer, monkeypatch):
     text = "first, but no conversation"
     path = write(tmp_path / "a.jsonl", [{"text": text}, {"prompt": "Who?", "completion": "Ada."}])
-    text_ids, question, answer = (len(tokenizer.encode(each)) for each in (text, "Who?", "Ada."))
-    tokens, loss_mask = (text_ids + 1) + (question + answer + 4), (text_ids + 1) + (answer + 1)
+    text_ids, prompt, completion = (len(tokenizer.encode(each)) for each in (text, "Who?", "Ada."))
+    tokens, targets = (text_ids + 1) + (prompt + completion + 4), (text_ids + 1) + (completion + 1)
     report = load(path, tokenizer=tokenizer, packing=False).report
     assert report.splitlines() == [
-        f"{path}: 2 rows read, 2 kept: 1 of text, 1 of prompt, completion; {tokens + 2} tokens",
-        f"train: {tokens} tokens, {loss_mask / tokens:.1%} of them learnt, in 2 rows of 128, "
+        f"{path}: 2 rows read, 2 kept; formats: 1 [text], 1 [prompt, completion]; {tokens + 2} tokens",
+        f"train: {tokens} tokens, {targets / tokens:.1%} of them in the loss, in 2 rows of 128, "
         f"{1 - tokens / 256:.1%} padding",
-        "chat template: built in; answers end at <|end|>, </s>",
-        "example (what is in ⟦ ⟧ is read but not learnt): ⟦<s><|user|>Who?<|end|><|assistant|>⟧Ada.<|end|>",
+        "chat template: built-in; stop tokens: <|end|>, </s>",
+        "example (tokens in ⟦ ⟧ are not in the loss): ⟦<s><|user|>Who?<|end|><|assistant|>⟧Ada.<|end|>",
     ]
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert load(path, tokenizer=tokenizer).report.endswith("\033[32mAda.<|end|>\033[0m")
 
 
-def test_what_a_tokenizer_is_trained_on_is_what_is_said(tmp_path):
+def test_a_tokenizer_is_trained_on_the_contents_of_messages_and_texts(tmp_path):
     renamed = {"messages": [{"speaker": "user", "said": "What?"}, {"speaker": "gpt", "said": "This."}]}
     path = write(tmp_path / "a.jsonl", [TWO_TURNS, {"text": "a text"}, {"nothing": 1}, renamed])
     (tmp_path / "b.txt").write_text("plain")

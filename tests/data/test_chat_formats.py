@@ -1,4 +1,4 @@
-"""Every public format of instruction data becomes the messages it means, and nothing else becomes any."""
+"""Every public format of instruction data is read as the right messages; other records are bad rows."""
 
 import pytest
 
@@ -6,9 +6,9 @@ from jaxllm.data.chat import conversation
 from jaxllm.data.sources import BadRow
 
 
-def turns(*said: str) -> list[dict[str, str]]:
+def turns(*written: str) -> list[dict[str, str]]:
     """Messages written as "role: content"."""
-    return [dict(zip(("role", "content"), each.split(": ", 1), strict=True)) for each in said]
+    return [dict(zip(("role", "content"), each.split(": ", 1), strict=True)) for each in written]
 
 
 EXCHANGE = turns("user: Who?", "assistant: Ada.")
@@ -92,7 +92,7 @@ def test_each_format_becomes_these_messages(record, kind, messages):
     assert conversation(record) == (kind, messages)
 
 
-def test_columns_can_be_called_otherwise_inside_messages_too():
+def test_rename_applies_to_columns_and_inside_messages():
     record = {"dialog": [{"speaker": "user", "said": "Who?"}, {"speaker": "gpt", "said": "Ada."}]}
     rename = ("dialog=messages", "speaker=role", "said=content")
     assert conversation(record, rename) == ("messages", EXCHANGE)
@@ -100,8 +100,8 @@ def test_columns_can_be_called_otherwise_inside_messages_too():
     assert conversation(record, ("question=prompt", "answer=completion", *rename[1:]))[1] == EXCHANGE
 
 
-PAIR_GIVEN = (
-    "unknown format (pairs of answers are for reward models and DPO; here set data.rename=chosen=completion)"
+A_PAIR = (
+    "unknown format (a preference pair; to train on its chosen completion, set data.rename=chosen=completion)"
 )
 
 
@@ -110,10 +110,13 @@ PAIR_GIVEN = (
     [
         (
             {"question": "Who?", "answer": "Ada."},
-            "unknown format (no answer among the keys question, answer; set data.rename=THEIRS=OURS)",
+            "unknown format (no completion among the keys question, answer; set data.rename=THEIRS=OURS)",
         ),
-        ({"prompt": "Who?"}, "unknown format (no answer among the keys prompt; set data.rename=THEIRS=OURS)"),
-        ({"prompt": "Who?", "chosen": "A", "rejected": "B"}, PAIR_GIVEN),
+        (
+            {"prompt": "Who?"},
+            "unknown format (no completion among the keys prompt; set data.rename=THEIRS=OURS)",
+        ),
+        ({"prompt": "Who?", "chosen": "A", "rejected": "B"}, A_PAIR),
         ({"messages": "Who?"}, "wrong type ('messages' is a string, not a list)"),
         ({"conversations": None}, "wrong type ('conversations' is null, not a list)"),
         ({"messages": ["Who?"]}, "wrong type (a message is a string, not an object)"),
@@ -124,11 +127,11 @@ PAIR_GIVEN = (
         ),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "find"}]}]},
-            "part of a message that is not read (tool_calls)",
+            "unsupported part of a message (tool_calls)",
         ),
         (
             {"messages": [{"role": "assistant", "content": "1", "reasoning_content": "0 + 1"}]},
-            "part of a message that is not read (reasoning_content)",
+            "unsupported part of a message (reasoning_content)",
         ),
         (
             {"instruction": ["Who?"], "output": "Ada."},
@@ -140,21 +143,21 @@ PAIR_GIVEN = (
         ),
         (
             {"history": [["alone"]], "instruction": "Who?", "output": "Ada."},
-            "wrong type ('history' must be a list of questions with their answers)",
+            "wrong type ('history' must be a list of [question, answer] pairs)",
         ),
         (
             {"history": "before", "instruction": "Who?", "output": "Ada."},
-            "wrong type ('history' must be a list of questions with their answers)",
+            "wrong type ('history' must be a list of [question, answer] pairs)",
         ),
     ],
 )
-def test_a_record_of_another_shape_is_a_fault_in_words(record, problem):
+def test_a_record_of_another_format_is_a_bad_row_with_the_reason(record, problem):
     with pytest.raises(BadRow) as error:
         conversation(record)
     assert str(error.value) == problem
     assert error.value.fault
 
 
-def test_empty_tool_calls_and_other_columns_are_no_fault():
+def test_empty_tool_calls_and_other_columns_are_ignored():
     messages = [{**each, "tool_calls": [], "id": 7} for each in EXCHANGE]
     assert conversation({"messages": messages, "source": "here"})[1] == EXCHANGE

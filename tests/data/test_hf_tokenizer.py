@@ -1,4 +1,4 @@
-"""A tokenizer.json reads text as it says, parses special tokens only on request, and keeps its files."""
+"""A tokenizer.json encodes text as it defines, parses special tokens only on request, and keeps its files."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ AWKWARD = [
 
 
 def byte_level_json(documents) -> bytes:
-    """As GPT-2's, but for a truncation and a BOS before each text, which some files ask for."""
+    """Like GPT-2's, but with truncation and a BOS before each text, which some files define."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -37,7 +37,7 @@ def byte_level_json(documents) -> bytes:
         vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(documents, trainer)
-    backend.add_tokens(["<thé>"])  # no special one
+    backend.add_tokens(["<thé>"])  # not a special token
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
     )
@@ -46,7 +46,7 @@ def byte_level_json(documents) -> bytes:
 
 
 def sentencepiece_like_json(documents) -> bytes:
-    """As Llama 2's: U+2581 for spaces, one before each text, and bytes for what the vocabulary lacks."""
+    """Like Llama 2's: U+2581 for spaces, one before each text, and byte fallback."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Sequence(
@@ -89,7 +89,7 @@ def test_awkward_text_survives_with_a_byte_length_for_each_token(any_tokenizer, 
     )
 
 
-def test_a_batch_is_encoded_as_its_texts_are(any_tokenizer):
+def test_a_batch_is_encoded_like_its_texts(any_tokenizer):
     assert any_tokenizer.encode_batch(AWKWARD) == [any_tokenizer.encode(text) for text in AWKWARD]
 
 
@@ -98,7 +98,7 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character(any_tokenizer):
     assert any_tokenizer.decode(any_tokenizer.encode_markup("a\ud83db")) == "a\ufffdb"
 
 
-def test_what_looks_like_a_special_token_is_text_unless_it_is_markup(any_tokenizer):
+def test_the_name_of_a_special_token_is_text_unless_it_is_markup(any_tokenizer):
     text = "".join(SPECIAL)
     special = [any_tokenizer.special_ids[name] for name in SPECIAL]
     assert not set(special) & set(any_tokenizer.encode(text))
@@ -106,14 +106,14 @@ def test_what_looks_like_a_special_token_is_text_unless_it_is_markup(any_tokeniz
     assert any_tokenizer.decode(special) == ""
 
 
-def test_neither_what_the_file_adds_to_a_text_nor_where_it_cuts_it_counts(byte_level):
+def test_truncation_and_added_tokens_of_the_file_are_ignored(byte_level):
     ids = byte_level.encode("a long enough text of many words, 漢字")
     assert len(ids) > 5
     assert byte_level.bos_id not in ids
     assert byte_level.encode_markup("a long enough text of many words, 漢字") == ids
 
 
-def test_a_token_that_only_the_config_calls_special_is_special(documents):
+def test_a_token_that_only_the_config_declares_special_is_special(documents):
     content = json.loads(byte_level_json(documents))
     content["added_tokens"] = [each for each in content["added_tokens"] if each["content"] != "</s>"]
     tokenizer = make(json.dumps(content).encode())
@@ -122,7 +122,7 @@ def test_a_token_that_only_the_config_calls_special_is_special(documents):
     assert tokenizer.token_bytes[tokenizer.eos_id] == b""
 
 
-def test_an_added_token_that_is_not_special_is_its_text(byte_level):
+def test_an_added_token_that_is_not_special_stands_for_its_text(byte_level):
     [i] = byte_level.encode("<thé>")
     assert byte_level.token_bytes[i] == "<thé>".encode()
 
@@ -139,20 +139,20 @@ def test_half_a_character_decodes_to_the_replacement_character(any_tokenizer):
     assert any_tokenizer.decode([any_tokenizer.vocab_size]) == "\ufffd"
 
 
-def test_the_space_before_a_text_is_not_shown_unless_the_text_goes_on(sentencepiece_like):
+def test_decode_drops_the_space_before_a_text_but_not_in_a_continuation(sentencepiece_like):
     ids = sentencepiece_like.encode("Ada left")
     assert sentencepiece_like.decode([sentencepiece_like.bos_id, *ids]) == "Ada left"
     assert sentencepiece_like.decode(ids, from_start=False) == " Ada left"
 
 
-def test_markup_that_goes_on_is_encoded_as_in_one_go(any_tokenizer):
+def test_markup_in_two_parts_is_encoded_like_the_whole(any_tokenizer):
     for after in ("\n", "</s>"):
         for text in ("Ada", " Ada", "<|end|>"):
             pieces = any_tokenizer.encode_markup(f"Bo{after}"), any_tokenizer.encode_markup(text, after=after)
             assert [*pieces[0], *pieces[1]] == any_tokenizer.encode_markup(f"Bo{after}{text}")
 
 
-def test_special_tokens_that_take_the_space_after_them_are_found_with_it(documents):
+def test_special_tokens_that_include_the_space_after_them_are_found_with_it(documents):
     content = json.loads(byte_level_json(documents))
     next(each for each in content["added_tokens"] if each["content"] == "<|end|>")["rstrip"] = True
     tokenizer = make(json.dumps(content).encode())
@@ -170,11 +170,11 @@ def test_bos_eos_and_pad_come_from_the_config(documents, byte_level):
     assert (other.bos_id, other.eos_id, other.pad_id) == (ids["<|end|>"], ids["<|end|>"], ids["<unk>"])
 
 
-def test_an_eos_that_is_missing_is_an_error_unless_there_is_one_special_token(documents):
+def test_a_missing_eos_is_an_error_unless_there_is_exactly_one_special_token(documents):
     content = byte_level_json(documents)
-    with pytest.raises(DataError, match=r"no EOS token: name one as eos_token in tokenizer_config.json"):
+    with pytest.raises(DataError, match=r"no EOS token; set eos_token in tokenizer_config.json"):
         HFTokenizer({"tokenizer.json": content})
-    with pytest.raises(DataError, match="eos_token is '<eos>', which is not in the vocabulary"):
+    with pytest.raises(DataError, match="eos_token='<eos>' is not in the vocabulary"):
         make(content, {"eos_token": "<eos>"})
     only_one = json.loads(content)  # GPT-2's
     only_one["added_tokens"] = [each for each in only_one["added_tokens"] if each["content"] == "</s>"]
@@ -182,7 +182,7 @@ def test_an_eos_that_is_missing_is_an_error_unless_there_is_one_special_token(do
     assert tokenizer.pieces[tokenizer.eos_id] == "</s>"
 
 
-def test_the_template_beside_it_counts_before_that_of_the_config(documents, byte_level):
+def test_the_template_file_precedes_the_template_of_the_config(documents, byte_level):
     content = byte_level_json(documents)
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     assert byte_level.chat_template is None
@@ -220,7 +220,7 @@ def test_a_folder_with_two_tokenizers_is_hugging_faces_if_it_has_its_config(toke
     assert load_tokenizer(tmp_path / "tokenizer.json").hash == byte_level.hash
 
 
-def test_files_that_are_no_tokenizer_are_named(documents, tmp_path):
+def test_a_file_that_is_not_a_tokenizer_is_named_in_the_error(documents, tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(DataError, match=r"only vocab.json and merges.txt.*save_pretrained"):
         load_tokenizer(tmp_path)
@@ -237,13 +237,13 @@ def test_files_that_are_no_tokenizer_are_named(documents, tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_a_tokenizer_that_would_lose_text_is_refused():
+def test_a_tokenizer_that_would_lose_text_is_an_error():
     words = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "word": 2}, unk_token="<unk>"))
-    with pytest.raises(DataError, match="neither byte-level nor falls back to bytes"):
+    with pytest.raises(DataError, match="neither byte-level nor with byte fallback"):
         make(words.to_str().encode(), {"eos_token": "</s>"})
 
 
-def test_without_the_extra_the_command_that_installs_it_is_given(monkeypatch):
+def test_without_the_extra_the_error_has_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ConfigError, match=r"pip install 'jaxllm\[hf\]'"):
         make(b"{}")

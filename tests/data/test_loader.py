@@ -1,4 +1,4 @@
-"""A batch is a pure function of (seed, step), and the same one however many processes share it."""
+"""A batch is a pure function of (seed, step), whatever the number of processes that share it."""
 
 import builtins
 from collections import Counter
@@ -26,7 +26,7 @@ def rows_of(batch: TokenBatch) -> list[int]:
     return batch.tokens[:, 0].tolist()
 
 
-def test_an_index_and_an_iteration_from_it_give_the_same_batches():
+def test_iterating_from_a_step_gives_the_same_batches_as_indexing():
     batches = training_batches([windows_of(10)], batch_size=4, seed=3)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for start in (0, 5):
@@ -35,7 +35,7 @@ def test_an_index_and_an_iteration_from_it_give_the_same_batches():
             jax.tree.map(np.testing.assert_array_equal, batch, batches[step])
 
 
-def test_the_seed_decides_and_nothing_else():
+def test_only_the_seed_determines_the_order():
     def first_rows(seed):
         batches = training_batches([windows_of(100)], batch_size=10, seed=seed)
         return [rows_of(batches[step]) for step in range(5)]
@@ -43,7 +43,7 @@ def test_the_seed_decides_and_nothing_else():
     assert first_rows(0) == first_rows(0) != first_rows(1)
 
 
-def test_an_epoch_shows_each_window_once_and_the_next_in_another_order():
+def test_an_epoch_has_each_window_once_and_the_next_in_another_order():
     batches = training_batches([windows_of(8), windows_of(4, first=8)], batch_size=4, seed=0)
     epochs = [
         [i for step in range(start, start + 3) for i in rows_of(batches[step])] for start in (0, 3, 3000)
@@ -78,13 +78,13 @@ def test_weights_are_shares_of_the_rows_whatever_the_sizes():
     )
     rows = [i for step in range(10) for i in rows_of(batches[step])]
     small = Counter(i for i in rows if i < 1000)
-    assert small == dict.fromkeys(range(10), 6)  # 60 of 80 rows, each window in its turn
+    assert small == dict.fromkeys(range(10), 6)  # 60 of 80 rows, each window equally often
     large = [i for i in rows if i >= 1000]
     assert len(set(large)) == 20
     assert large != sorted(large)
 
 
-def test_evaluation_shows_every_window_once_and_fills_up_with_masked_rows():
+def test_evaluation_has_every_window_once_and_fills_up_with_blank_rows():
     batches = evaluation_batches([windows_of(4), windows_of(3, first=4)], batch_size=3)
     assert len(batches) == 3
     assert [rows_of(batch) for batch in batches] == [[0, 1, 2], [3, 4, 5], [6, 0, 0]]
@@ -114,7 +114,7 @@ def test_device_batches_are_global_arrays_and_end_with_the_data():
     assert list(device_batches(batches, sharding, start_step=3)) == []
 
 
-def test_one_batch_is_placed_before_it_is_asked_for(monkeypatch):
+def test_one_batch_is_placed_before_it_is_requested(monkeypatch):
     placed = []
     make = jax.make_array_from_process_local_data
     monkeypatch.setattr(
@@ -131,21 +131,21 @@ def test_one_batch_is_placed_before_it_is_asked_for(monkeypatch):
 
 def test_fewer_windows_than_a_batch_is_an_error_with_both_numbers():
     with pytest.raises(
-        DataError, match=r"makes 5 rows of data.sequence_length=4, fewer than data.batch_size=8"
+        DataError, match=r"has 5 rows of data.sequence_length=4, fewer than data.batch_size=8; lower"
     ):
         training_batches([windows_of(3), windows_of(2)], batch_size=8, seed=0)
     training_batches([windows_of(8)], batch_size=8, seed=0)
 
 
 @pytest.mark.parametrize(("batch_size", "nearest"), [(7, "6 or 9"), (2, "3")])
-def test_a_batch_that_does_not_divide_over_processes_names_those_that_do(batch_size, nearest):
+def test_a_batch_size_not_divisible_by_processes_names_the_nearest_ones(batch_size, nearest):
     with pytest.raises(
-        ConfigError, match=rf"data.batch_size={batch_size} .* over 3 processes; use {nearest}$"
+        ConfigError, match=rf"data.batch_size={batch_size} is not divisible by 3 processes; use {nearest}$"
     ):
         training_batches([windows_of(9)], batch_size=batch_size, seed=0, process_count=3)
 
 
-def test_without_grain_the_error_says_what_to_install(monkeypatch):
+def test_without_grain_the_error_has_the_pip_command(monkeypatch):
     real_import = builtins.__import__
 
     def no_grain(name, *args, **kwargs):

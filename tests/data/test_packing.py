@@ -1,4 +1,4 @@
-"""Texts laid side by side: every one once and whole, none over the edge, little left empty."""
+"""Packing: every sequence once and whole, no row too long, little padding."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import pytest
 from jaxllm.data.packing import PackedRows, first_fit, pack_rows
 
 
-def texts(lengths, seed=0):
-    """Token rows of these many tokens, of which about half are learnt."""
+def sequences(lengths, seed=0):
+    """Token rows of these lengths, with about half of the tokens in the loss."""
     draw = np.random.default_rng(seed)
     return [(draw.integers(1, 1000, n).astype(np.int32), draw.random(n) < 0.5) for n in lengths]
 
@@ -17,7 +17,7 @@ def pack(rows, length=16, packing=True, seed=0, pad_id=7):
 
 
 def segments(packed):
-    """(ids, learnt) of every text, as it can be read out of the rows."""
+    """(ids, loss mask) of every sequence, recovered from the rows."""
     for i in range(len(packed)):
         row = packed[i]
         for number in range(1, row.segment_ids.max() + 1):
@@ -28,7 +28,7 @@ def segments(packed):
             yield [*row.tokens[here], row.targets[here[-1]]], [False, *row.mask[here]]
 
 
-# Where each goes
+# First fit
 
 
 def test_an_item_goes_to_the_first_row_with_room():
@@ -36,14 +36,14 @@ def test_an_item_goes_to_the_first_row_with_room():
 
 
 @pytest.mark.parametrize("capacity", [50, 64, 1000])
-def test_no_row_is_over_full_and_every_item_is_in_one(capacity):
+def test_no_row_is_too_long_and_every_item_is_in_one(capacity):
     lengths = np.random.default_rng(0).integers(1, 51, 2000).tolist()
     rows = first_fit(lengths, capacity)
     assert sorted(item for row in rows for item in row) == list(range(2000))
     assert max(sum(lengths[item] for item in row) for row in rows) <= capacity
 
 
-def test_random_lengths_leave_less_than_a_twentieth_empty():
+def test_random_lengths_leave_less_than_five_percent_padding():
     lengths = np.random.default_rng(1).integers(20, 500, 20_000).tolist()  # also: not quadratic in time
     rows = first_fit(lengths, 1024)
     assert sum(lengths) / (len(rows) * 1024) > 0.95
@@ -55,7 +55,7 @@ def test_a_row_is_closed_once_a_thousand_later_ones_are_open():
     assert first_fit(lengths, 100)[0] == [0]
 
 
-def test_nothing_makes_no_rows():
+def test_no_items_make_no_rows():
     assert first_fit([], 10) == []
 
 
@@ -63,14 +63,14 @@ def test_nothing_makes_no_rows():
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_every_text_is_in_the_rows_once_and_whole(packing):
-    rows = texts([2, 17, 9, 5, 3, 12, 8, 2, 6, 15, 4, 10])
+def test_every_sequence_is_in_the_rows_once_and_whole(packing):
+    rows = sequences([2, 17, 9, 5, 3, 12, 8, 2, 6, 15, 4, 10])
     found = segments(pack(rows, packing=packing))
-    expected = [(ids.tolist(), [False, *learnt[1:].tolist()]) for ids, learnt in rows]
+    expected = [(ids.tolist(), [False, *loss_mask[1:].tolist()]) for ids, loss_mask in rows]
     assert sorted(found) == sorted(expected)
 
 
-def test_a_row_by_hand():
+def test_a_hand_worked_row():
     first = np.array([1, 11, 12, 2], np.int32), np.array([True, False, True, True])
     second = np.array([3, 4], np.int32), np.array([False, True])
     packed = PackedRows([first, second], bins=[[0, 1]], sequence_length=6, pad_id=7)
@@ -87,26 +87,26 @@ def test_a_row_by_hand():
     assert packed.padded_fraction == pytest.approx(2 / 6)
 
 
-def test_the_order_of_the_texts_is_the_seed_s():
-    rows = texts([9] * 20)
+def test_the_seed_determines_the_order():
+    rows = sequences([9] * 20)
     first, again, other = (pack(rows, seed=seed).bins for seed in (0, 0, 1))
     assert first == again != other
 
 
-def test_without_packing_each_text_has_a_row():
-    packed = pack(texts([4, 4, 4]), packing=False)
+def test_without_packing_each_sequence_has_its_own_row():
+    packed = pack(sequences([4, 4, 4]), packing=False)
     assert len(packed) == 3
     assert all(packed[i].segment_ids.max() == 1 for i in range(3))
 
 
-def test_a_blank_row_counts_for_nothing():
-    blank = pack(texts([4])).blank()
+def test_a_blank_row_is_all_padding_and_outside_the_loss():
+    blank = pack(sequences([4])).blank()
     assert (blank.tokens == 7).all()
     assert not blank.mask.any()
     assert not blank.segment_ids.any()
 
 
 @pytest.mark.parametrize("i", [-1, 1])
-def test_a_row_that_is_not_there_is_an_index_error(i):
+def test_an_index_out_of_range_raises_index_error(i):
     with pytest.raises(IndexError, match=rf"row {i} of 1"):
-        pack(texts([4]))[i]
+        pack(sequences([4]))[i]

@@ -1,4 +1,4 @@
-"""Pairs of answers: every public format says the same prompt and answers, and none is cut."""
+"""Preference pairs: every public format is read as the right prompt and completions, none truncated."""
 
 import json
 
@@ -21,9 +21,9 @@ from jaxllm.data.sources import BadRow
 from jaxllm.errors import DataError
 
 
-def turns(*said: str) -> list[dict[str, str]]:
+def turns(*written: str) -> list[dict[str, str]]:
     """Messages written as "role: content"."""
-    return [dict(zip(("role", "content"), each.split(": ", 1), strict=True)) for each in said]
+    return [dict(zip(("role", "content"), each.split(": ", 1), strict=True)) for each in written]
 
 
 WHO = turns("user: Who?")
@@ -75,21 +75,21 @@ LONGER = turns("user: One?", "assistant: 1.", "user: Who?")
         ({"prompt": LONGER, "answers": ["Ada.", "Bo."], "choice": 0}, "prompt, answers, choice", LONGER),
     ],
 )
-def test_each_format_becomes_this_prompt_and_the_two_answers(record, kind, prompt):
+def test_each_format_becomes_this_prompt_and_these_two_completions(record, kind, prompt):
     assert pair(record) == (kind, prompt, ADA, BO)
     assert is_pair(record)
 
 
-def test_columns_can_be_called_otherwise_inside_messages_too():
-    said = ({"speaker": "user", "said": "Who?"}, {"speaker": "assistant", "said": "Ada."})
-    record = {"better": [said[1]], "worse": "Bo.", "question": [said[0]]}
+def test_rename_applies_to_columns_and_inside_messages():
+    messages = ({"speaker": "user", "said": "Who?"}, {"speaker": "assistant", "said": "Ada."})
+    record = {"better": [messages[1]], "worse": "Bo.", "question": [messages[0]]}
     rename = ("better=chosen", "worse=rejected", "question=prompt", "speaker=role", "said=content")
     assert pair(record, rename) == ("prompt, chosen, rejected", WHO, ADA, BO)
     assert is_pair(record, rename)
     assert not is_pair(record)
 
 
-def test_a_transcript_may_hold_blank_lines_and_the_words_themselves():
+def test_a_transcript_may_have_blank_lines_and_the_names_of_the_roles():
     text = "\n\nHuman: What is\n\na Human: or\nHuman: or\n\nHumans?\n\nAssistant:"
     ends = {"chosen": text + " Ada.", "rejected": text + " Bo."}
     assert pair(ends)[1] == turns("user: What is\n\na Human: or\nHuman: or\n\nHumans?")
@@ -100,12 +100,12 @@ def test_a_transcript_may_hold_blank_lines_and_the_words_themselves():
     [
         (
             {"prompt": "Who?", "chosen": "Ada."},
-            "missing key (no 'rejected' among prompt, chosen; data.rename",
+            "missing key (no 'rejected' among prompt, chosen; set data.",
         ),
-        ({"question": "Who?"}, "missing key (no 'chosen' among question; data.rename=THEIRS=OURS)"),
+        ({"question": "Who?"}, "missing key (no 'chosen' among question; set data.rename=THEIRS=OURS)"),
         (
             {"prompt": "Who?", "chosen": 3, "rejected": "Bo."},
-            "wrong type (an answer is a number, neither a te",
+            "wrong type (a completion is a number, not a string or a",
         ),
         (
             {"prompt": [3], "chosen": "Ada.", "rejected": "Bo."},
@@ -113,16 +113,19 @@ def test_a_transcript_may_hold_blank_lines_and_the_words_themselves():
         ),
         (
             {"chosen": "Ada.", "rejected": "Bo."},
-            "no prompt (a text without 'prompt' must be a transcript of H",
+            "no prompt (without 'prompt', a text must be a transcript of H",
         ),
         (
             {
                 "chosen": "Hi\n\nHuman: Who?\n\nAssistant: Ada.",
                 "rejected": "\n\nHuman: Who?\n\nAssistant: Bo.",
             },
-            "no prompt (a text without 'prompt' must be a transcript of Human: and Assistant:)",
+            "no prompt (without 'prompt', a text must be a transcript of Human: and Assistant: turns)",
         ),
-        ({"chosen": [ADA], "rejected": [BO]}, "no common prompt (the two sides differ from the first turn"),
+        (
+            {"chosen": [ADA], "rejected": [BO]},
+            "no common prompt (chosen and rejected differ from the first turn",
+        ),
         ({"prompt": "Who?", "answers": ["Ada."], "choice": 0}, "wrong type ('answers' must be a list of two"),
         (
             {"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": 2},
@@ -138,7 +141,7 @@ def test_a_transcript_may_hold_blank_lines_and_the_words_themselves():
         ),
     ],
 )
-def test_a_record_of_another_shape_is_a_fault_in_words(record, problem):
+def test_a_record_of_another_format_is_a_bad_row_with_the_reason(record, problem):
     with pytest.raises(BadRow) as error:
         pair(record)
     assert str(error.value).startswith(problem)
@@ -155,12 +158,15 @@ def test_a_record_of_another_shape_is_a_fault_in_words(record, problem):
         ({"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": None}, "tie"),
         (
             {"chosen": [*WHO, ADA, *WHO, ADA], "rejected": [*WHO, BO, *WHO, BO]},
-            "answers of several turns (they part at turn 2)",
+            "completions of several turns (they differ from turn 2 on)",
         ),
-        ({"chosen": [*WHO, ADA], "rejected": [*WHO]}, "answers of several turns (they part at turn 2)"),
+        (
+            {"chosen": [*WHO, ADA], "rejected": [*WHO]},
+            "completions of several turns (they differ from turn 2 on)",
+        ),
     ],
 )
-def test_a_pair_that_says_nothing_is_no_fault(record, problem):
+def test_a_pair_without_a_preference_is_dropped_and_no_fault(record, problem):
     with pytest.raises(BadRow) as error:
         pair(record)
     assert str(error.value) == problem
@@ -194,14 +200,14 @@ def encode(record, tokenizer, **changes) -> Example:
 PAIR = {"prompt": "Who?", "chosen": "Ada.", "rejected": "Dan, or Eve."}
 
 
-def test_both_sides_begin_with_the_prompt_and_end_with_the_stop_token(tokenizer):
+def test_both_sides_start_with_the_prompt_and_end_with_the_stop_token(tokenizer):
     row = encode({"prompt": LONGER, "chosen": "Ada.", "rejected": "Bo."}, tokenizer)
     prompt = "⟦<s><|user|>One?<|end|><|assistant|>1.<|end|><|user|>Who?<|end|><|assistant|>⟧"
     shown = [show_mask(*side, tokenizer) for side in zip(row.ids, row.loss_mask, strict=True)]
     assert shown == [prompt + "Ada.<|end|>", prompt + "Bo.<|end|>"]
     assert row.group == "One?"
     prompt_length, margin, weight = row.numbers
-    assert [np.flatnonzero(learnt)[0] for learnt in row.loss_mask] == [prompt_length] * 2
+    assert [np.flatnonzero(mask)[0] for mask in row.loss_mask] == [prompt_length] * 2
     np.testing.assert_array_equal(*(ids[: int(prompt_length)] for ids in row.ids))
     assert (margin, weight) == (0.0, 1.0)
 
@@ -214,7 +220,7 @@ def test_a_pair_of_which_the_longer_side_does_not_fit_is_dropped_and_no_fault(to
     assert not error.value.fault
 
 
-def test_margin_and_weight_are_read_from_columns_that_may_be_called_otherwise(tokenizer):
+def test_margin_and_weight_are_read_and_can_be_renamed(tokenizer):
     assert encode(PAIR | {"margin": 2, "weight": 0.5}, tokenizer).numbers[1:] == (2.0, 0.5)
     assert encode(PAIR | {"margin": None, "weight": None}, tokenizer).numbers[1:] == (0.0, 1.0)
     renamed = encode(PAIR | {"gap": 2, "votes": 3}, tokenizer, rename=("gap=margin", "votes=weight"))
@@ -223,8 +229,10 @@ def test_margin_and_weight_are_read_from_columns_that_may_be_called_otherwise(to
 
 @pytest.mark.parametrize("value", ["2", True, -1, float("nan"), float("inf")])
 @pytest.mark.parametrize("key", ["margin", "weight"])
-def test_a_margin_or_weight_that_is_no_number_from_0_on_is_a_fault(tokenizer, key, value):
-    with pytest.raises(BadRow, match=rf"wrong type \('{key}' is {value!r}, not a number from 0 on\)"):
+def test_a_margin_or_weight_that_is_not_a_finite_number_of_at_least_0_is_a_bad_row(tokenizer, key, value):
+    with pytest.raises(
+        BadRow, match=rf"wrong type \('{key}' is {value!r}, not a finite number of at least 0\)"
+    ):
         encode(PAIR | {key: value}, tokenizer)
 
 
@@ -235,12 +243,12 @@ def test_a_margin_or_weight_that_is_no_number_from_0_on_is_a_fault(tokenizer, ke
         {"prompt": "Who?", "chosen": turns("user: Ada."), "rejected": turns("user: Bo.")},
     ],
 )
-def test_answers_are_an_assistant_s_to_a_user(tokenizer, record):
-    with pytest.raises(BadRow, match=r"wrong role order \(the answers must be an assistant's, to a user\)"):
+def test_completions_must_be_assistant_turns_after_a_user_turn(tokenizer, record):
+    with pytest.raises(BadRow, match=r"wrong role order \(the completions must be assistant turns after"):
         encode(record, tokenizer)
 
 
-def test_answers_that_differ_in_nothing_a_token_shows_are_identical(tokenizer):
+def test_completions_with_the_same_tokens_are_identical(tokenizer):
     class Trimming(NativeTemplate):
         def encode(self, messages, *, loss_on):
             return super().encode(
@@ -252,7 +260,7 @@ def test_answers_that_differ_in_nothing_a_token_shows_are_identical(tokenizer):
         encode({"prompt": "Who?", "chosen": "Ada.", "rejected": "Ada. "})
 
 
-def test_a_row_of_the_batch_by_hand():
+def test_a_hand_worked_row_of_the_batch():
     ids = np.array([1, 5, 6, 7, 2], np.int32), np.array([1, 5, 8, 2], np.int32)
     example = Example(ids, ids, "group", "kind", numbers=(2.0, 0.5, 3.0))
     ref_log_probs = np.array([[-1.5, -2.5]], np.float32)
@@ -268,7 +276,7 @@ def test_a_row_of_the_batch_by_hand():
     assert [field.dtype for field in row] == [np.int32] * 3 + [np.float32] * 3
 
 
-def test_a_blank_pair_has_no_weight_and_one_that_is_not_there_is_an_index_error():
+def test_a_blank_pair_has_weight_0_and_an_index_out_of_range_raises_index_error():
     ids = np.array([1, 2, 3], np.int32)
     rows = PairRows([Example((ids, ids), (), "", "", (1.0, 0.0, 3.0))], np.zeros((1, 2), np.float32), 4, 0)
     assert rows.blank().weight == 0
@@ -286,7 +294,7 @@ def write(path, records):
 
 
 def pairs(count: int, first: int = 0) -> list[dict]:
-    """Two pairs on each prompt, the chosen answer mostly the longer one."""
+    """Two pairs per prompt, the chosen completion mostly the longer one."""
     return [
         {"prompt": f"Question {i // 2}?", "chosen": f"Yes, {i}." if i % 4 else "Y", "rejected": f"No {i}."}
         for i in range(first, first + count)
@@ -303,7 +311,7 @@ def prompts(sources, tokenizer) -> set[str]:
     return {tokenizer.decode(row.tokens[0, : row.prompt_lengths]) for row in rows}
 
 
-def test_pairs_of_one_prompt_are_on_one_side(tmp_path, tokenizer):
+def test_pairs_of_one_prompt_are_in_one_split(tmp_path, tokenizer):
     data = load(write(tmp_path / "a.jsonl", pairs(100)), tokenizer=tokenizer, validation_fraction=0.2)
     train, held_out = prompts(data.train, tokenizer), prompts(data.validation, tokenizer)
     assert not train & held_out
@@ -311,7 +319,7 @@ def test_pairs_of_one_prompt_are_on_one_side(tmp_path, tokenizer):
     assert sum(map(len, data.train)) + sum(map(len, data.validation)) == 100
 
 
-def test_what_is_left_out_is_counted_and_written_down(tmp_path, tokenizer):
+def test_dropped_pairs_are_counted_and_written_to_a_file(tmp_path, tokenizer):
     useless = [
         {"prompt": "Who?", "chosen": "Ada.", "rejected": "Ada."},
         {"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": "tie"},
@@ -321,7 +329,7 @@ def test_what_is_left_out_is_counted_and_written_down(tmp_path, tokenizer):
     data = load(path, tokenizer=tokenizer, run_folder=tmp_path, max_bad_fraction=0.0)
     assert data.report.startswith(
         f"{path}: 7 rows read, 4 kept, 3 dropped (1 identical pair, 1 longer than data.sequence_length, "
-        "1 tie): 4 of prompt, chosen, rejected; "
+        "1 tie); formats: 4 [prompt, chosen, rejected]; "
     )
     assert len((tmp_path / "bad_rows.jsonl").read_text().splitlines()) == 3
     write(path, [*pairs(4), {"prompt": "Who?"}])
@@ -329,21 +337,21 @@ def test_what_is_left_out_is_counted_and_written_down(tmp_path, tokenizer):
         load(path, tokenizer=tokenizer)
 
 
-def test_the_report_says_how_often_the_longer_answer_is_the_chosen_one(tmp_path, tokenizer, monkeypatch):
+def test_the_report_has_how_often_the_chosen_completion_is_longer(tmp_path, tokenizer, monkeypatch):
     same = {"prompt": "Who?", "chosen": "12", "rejected": "34"}
     path = write(tmp_path / "a.jsonl", [same, *[PAIR | {"chosen": "Cleo, Bo, Ada, Eve, Dan, Finn."}] * 3])
     lines = load(path, tokenizer=tokenizer).report.splitlines()
-    assert lines[1].startswith("train: 4 pairs, ")
-    assert lines[1].endswith("the longer one is chosen in 75.0% of them, 25.0% are as long")
+    assert lines[1].startswith("train: 4 pairs, mean length ")
+    assert lines[1].endswith("the chosen completion is longer in 75.0% of them, equally long in 25.0%")
     assert lines[2:] == [
-        "example, chosen (the prompt in ⟦ ⟧): ⟦<s><|user|>Who?<|end|><|assistant|>⟧12<|end|>",
-        "example, rejected (the prompt in ⟦ ⟧): ⟦<s><|user|>Who?<|end|><|assistant|>⟧34<|end|>",
+        "example, chosen (the prompt is in ⟦ ⟧): ⟦<s><|user|>Who?<|end|><|assistant|>⟧12<|end|>",
+        "example, rejected (the prompt is in ⟦ ⟧): ⟦<s><|user|>Who?<|end|><|assistant|>⟧34<|end|>",
     ]
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert load(path, tokenizer=tokenizer).report.endswith("\033[32m34<|end|>\033[0m")
 
 
-def test_the_fingerprint_follows_what_is_trained_on_and_not_where_it_lies(tmp_path, tokenizer):
+def test_the_fingerprint_depends_on_the_rows_and_not_on_their_path(tmp_path, tokenizer):
     a, b = write(tmp_path / "a.jsonl", pairs(20)), write(tmp_path / "b.jsonl", pairs(10, 40))
     heavier = write(tmp_path / "c.jsonl", [row | {"weight": 2} for row in pairs(20)])
     swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs(20)]
@@ -366,7 +374,7 @@ def test_the_fingerprint_follows_what_is_trained_on_and_not_where_it_lies(tmp_pa
     assert len(set(found)) == len(found)
 
 
-def test_what_a_tokenizer_is_trained_on_is_what_is_said(tmp_path):
+def test_a_tokenizer_is_trained_on_prompts_and_completions(tmp_path):
     path = write(tmp_path / "a.jsonl", [PAIR, {"prompt": "left out"}])
     assert list(preference_texts(config(path), seed=0)) == ["Who?", "Ada.", "Dan, or Eve."]
 
@@ -377,7 +385,7 @@ def test_the_synthetic_preferences_need_no_file(tokenizer):
     assert data.validation
 
 
-def test_an_answer_ends_at_the_token_that_ends_it_whatever_a_template_writes_after(tokenizer):
+def test_a_completion_ends_at_its_stop_token_whatever_the_template_writes_after_it(tokenizer):
     source = (
         "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
         "{% if add_generation_prompt %}<s>assistant: {% endif %}"
@@ -385,4 +393,4 @@ def test_an_answer_ends_at_the_token_that_ends_it_whatever_a_template_writes_aft
     row = {"prompt": "Hello", "chosen": "Hi there", "rejected": "Go away"}
     encoded = encoder(config(), JinjaTemplate(tokenizer, source))(row)
     assert [ids[-1] for ids in encoded.ids] == [tokenizer.eos_id] * 2
-    assert all(learnt[-1] for learnt in encoded.loss_mask)
+    assert all(mask[-1] for mask in encoded.loss_mask)

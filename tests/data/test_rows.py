@@ -1,4 +1,4 @@
-"""What becomes of each row of a source: an example, or a line that says why there is none."""
+"""Each row of a source becomes an example, or a line that names the reason why it was dropped."""
 
 import json
 
@@ -37,7 +37,7 @@ def source(*values) -> Source:
 
 
 def encode(value) -> Example:
-    """`word` becomes its letters; "long" is of no use, "wrong" a fault."""
+    """A word becomes its letters; "long" is of no use, "wrong" is malformed."""
     if value == "long":
         raise BadRow("longer than a row", fault=False)
     if value == "wrong":
@@ -53,37 +53,37 @@ def read(*values, policy=SKIP, encode=encode) -> Examples:
 # Bad rows
 
 
-def test_a_fault_stops_the_run_and_names_file_line_reason_and_the_way_on():
+def test_a_bad_row_stops_the_run_with_file_line_reason_and_fix():
     with pytest.raises(DataError) as error:
         read("one", "wrong", "two", policy=STOP)
-    assert str(error.value) == "a.jsonl:2: wrong type (a word); mend the row, or set data.on_bad_row=skip"
+    assert str(error.value) == "a.jsonl:2: wrong type (a word); fix the row, or set data.on_bad_row=skip"
 
 
-def test_what_the_source_could_not_read_is_a_fault_too():
-    with pytest.raises(DataError, match=r"^a.jsonl:1: invalid JSON; mend the row"):
+def test_a_row_that_the_source_cannot_read_is_bad_too():
+    with pytest.raises(DataError, match=r"^a.jsonl:1: invalid JSON; fix the row"):
         read(None, "one", policy=STOP)
 
 
-def test_a_run_stops_at_the_fault_and_reads_no_further():
-    asked = []
+def test_reading_stops_at_the_first_bad_row():
+    encoded = []
 
     def encode_some(value):
-        asked.append(value)
+        encoded.append(value)
         return encode(value)
 
     with pytest.raises(DataError, match=r"a.jsonl:2: wrong type"):
         read("one", "wrong", "two", policy=STOP, encode=encode_some)
-    assert asked == ["one", "wrong"]
+    assert encoded == ["one", "wrong"]
 
 
-def test_rows_without_use_never_stop_a_run_and_are_no_faults():
+def test_well_formed_rows_that_are_of_no_use_never_stop_a_run():
     found = read("one", "long", "long", "long", policy=BadRowPolicy("stop", 0.0))
     assert found.describe() == (
-        "a.jsonl: 4 rows read, 1 kept, 3 dropped (3 longer than a row): 1 of word; 3 tokens"
+        "a.jsonl: 4 rows read, 1 kept, 3 dropped (3 longer than a row); formats: 1 [word]; 3 tokens"
     )
 
 
-def test_skipped_rows_are_counted_by_reason_and_written_down(tmp_path):
+def test_skipped_rows_are_counted_by_reason_and_written_to_a_file(tmp_path):
     found = read("one", "wrong", "long", None, "wrong", "two", "three", "four")
     assert str(found.counts) == (
         "8 rows read, 4 kept, 4 dropped (1 invalid JSON, 1 longer than a row, 2 wrong type)"
@@ -103,39 +103,37 @@ def test_without_bad_rows_there_is_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_too_large_a_share_of_faults_stops_a_run_that_skips():
-    assert len(read("one", "wrong", policy=BadRowPolicy("skip", 0.5)).rows) == 1  # just as many as allowed
+def test_too_large_a_fraction_of_bad_rows_stops_a_run_that_skips():
+    assert len(read("one", "wrong", policy=BadRowPolicy("skip", 0.5)).rows) == 1  # exactly as many as allowed
     with pytest.raises(DataError) as error:
         read("one", "two", "wrong", policy=BadRowPolicy("skip", 0.3))
     assert str(error.value) == (
-        "a.jsonl: 1 of 3 rows are bad, more than data.max_bad_fraction=0.3: "
-        "mend them or raise it; the first: a.jsonl:3: wrong type (a word)"
+        "a.jsonl: 1 of 3 rows are bad, more than data.max_bad_fraction=0.3; "
+        "fix them or raise it; the first: a.jsonl:3: wrong type (a word)"
     )
 
 
-def test_a_bad_source_is_given_up_before_it_is_read_to_its_end():
-    asked = []
+def test_a_source_of_bad_rows_stops_the_run_before_it_is_read_to_its_end():
+    encoded = []
 
     def encode_some(value):
-        asked.append(value)
+        encoded.append(value)
         return encode(value)
 
     with pytest.raises(DataError, match=r"1000 of 1000 rows are bad"):
         read(*["wrong"] * 5000, encode=encode_some)
-    assert len(asked) == 1000
+    assert len(encoded) == 1000
 
 
-def test_a_source_of_which_nothing_is_left_is_an_error():
-    with pytest.raises(
-        DataError, match=r"a.jsonl holds no row that can be used: 2 rows read, 0 kept, 2 drop"
-    ):
+def test_a_source_without_usable_rows_is_an_error():
+    with pytest.raises(DataError, match=r"a.jsonl has no usable row: 2 rows read, 0 kept, 2 dropped"):
         read("long", "long", policy=STOP)
 
 
 # Fingerprint
 
 
-def test_the_fingerprint_follows_every_token_mask_number_and_group():
+def test_the_fingerprint_depends_on_every_token_mask_number_and_group():
     def changed(**changes):
         return read("one", "two", encode=lambda value: encode(value)._replace(**changes)).fingerprint
 
@@ -173,13 +171,13 @@ def test_rows_of_one_group_are_on_one_side_whatever_else_is_read():
     assert [row.group for row in fewer] == [row.group for row in held_out if int(row.group) < 250]
 
 
-def test_more_held_out_is_the_same_and_more():
+def test_a_larger_fraction_holds_out_the_same_rows_and_more():
     all_rows = examples(300)
     few, more = ({row.group for row in all_rows.split(fraction)[1]} for fraction in (0.1, 0.3))
     assert few < more
 
 
-def test_a_group_that_is_no_unicode_can_be_hashed():
+def test_a_group_with_a_lone_surrogate_can_be_hashed():
     train, _ = examples(1, lambda i: "\ud800").split(0.0)
     assert len(train) == 1
 
@@ -191,16 +189,16 @@ def test_named_validation_sources_are_what_is_validated_on_and_nothing_is_held_o
     assert [len(rows) for rows in validation] == [7]
 
 
-def test_every_train_source_gives_its_share_to_validate_on():
+def test_a_part_of_every_train_source_is_held_out():
     parts = [examples(400), examples(300)]
     train, validation = config(train=("a", "b")).hold_out(parts)
     assert [len(a) + len(b) for a, b in zip(train, validation, strict=True)] == [400, 300]
     assert config(validation_fraction=0.0).hold_out(parts[:1])[1] == []
 
 
-def test_too_few_rows_to_hold_any_out_is_an_error_that_names_the_ways_on():
+def test_too_few_rows_to_hold_any_out_is_an_error_with_the_possible_fixes():
     with pytest.raises(
-        DataError, match=r"data.validation_fraction=0.001 .* raise it, name a validation sour"
+        DataError, match=r"data.validation_fraction=0.001 .* raise it, name a source in data.validation"
     ):
         config(validation_fraction=0.001).hold_out([examples(3)])
 
@@ -211,7 +209,7 @@ def test_too_few_rows_to_hold_any_out_is_an_error_that_names_the_ways_on():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": ()}, "data.train names no source"),
+        ({"train": ()}, "data.train is empty; name at least one source"),
         ({"weights": (0.5, 0.5)}, r"data.weights=\(0.5, 0.5\) must be one positive number for each of the 1"),
         ({"weights": (0.0,)}, r"data.weights=\(0.0,\) must be one positive"),
         ({"on_bad_row": "ignore"}, "data.on_bad_row='ignore' must be 'stop' or 'skip'"),
@@ -222,17 +220,17 @@ def test_too_few_rows_to_hold_any_out_is_an_error_that_names_the_ways_on():
         ({"batch_size": 0}, "data.batch_size=0 must be at least 1"),
     ],
 )
-def test_an_impossible_field_is_named(changes, message):
+def test_an_invalid_field_is_named_in_the_error(changes, message):
     with pytest.raises(ConfigError, match=message):
         config(**changes)
 
 
-def test_a_source_that_is_not_there_is_named_with_its_field(tmp_path):
+def test_a_missing_source_is_named_with_its_field(tmp_path):
     with pytest.raises(DataError, match=r"^data.validation: '.*/none.jsonl' does not exist"):
         config().open(str(tmp_path / "none.jsonl"), "validation", text_key=None, seed=0)
 
 
-def test_synthetic_validation_has_its_fraction_of_the_rows():
+def test_a_synthetic_validation_source_has_validation_fraction_of_the_rows():
     sources = [
         config(synthetic_rows=40).open("synthetic", role, text_key=None, seed=0)
         for role in ("train", "validation")

@@ -1,4 +1,4 @@
-"""People see what is learnt: everything else stands in brackets."""
+"""The loss mask is visible: tokens outside the loss are in brackets."""
 
 import pytest
 
@@ -15,14 +15,14 @@ def row(tokenizer):
     return NativeTemplate(tokenizer).encode(messages, loss_on="assistant")
 
 
-def test_what_is_only_read_stands_in_brackets_and_special_tokens_by_name_on_one_line(row, tokenizer):
+def test_tokens_outside_the_loss_are_in_brackets_and_special_tokens_by_name_on_one_line(row, tokenizer):
     assert show_mask(*row, tokenizer) == (
         "⟦<s><|user|>Who left\\n the  ball?<|end|><|assistant|>⟧Ada, 漢.<|end|>"
     )
 
 
-def test_colour_dims_what_is_only_read_and_marks_what_is_learnt_green(row, tokenizer):
-    shown = show_mask(*row, tokenizer, colour=True)
+def test_color_dims_tokens_outside_the_loss_and_marks_the_others_green(row, tokenizer):
+    shown = show_mask(*row, tokenizer, color=True)
     assert shown.startswith("\033[2m⟦<s>")
     assert shown.endswith("⟧\033[0m\033[32mAda, 漢.<|end|>\033[0m")
 
@@ -32,6 +32,6 @@ def test_repeated_special_tokens_are_each_shown(tokenizer):
     assert show_mask([pad, pad, tokenizer.eos_id], [False, False, True], tokenizer) == "⟦<pad><pad>⟧</s>"
 
 
-def test_a_text_cannot_speak_to_the_terminal(tokenizer):
+def test_a_text_cannot_control_the_terminal(tokenizer):
     ids = tokenizer.encode("a\r\033[31mb\x9b2J\u2028c\td")
     assert show_mask(ids, [True] * len(ids), tokenizer) == "a\\r\\x1b[31mb\\x9b2J\\u2028c\\td"

@@ -1,4 +1,4 @@
-"""Every kind of source gives its documents; every unusable row says where it is and why."""
+"""Every kind of source gives its documents; every unusable row has its place and the reason."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ def texts(name, **options) -> list[str | None]:
     return [row.value for row in opened(name, **options).rows()]
 
 
-def faults(name, **options) -> list[str]:
+def bad_rows(name, **options) -> list[str]:
     return [
         f"{row.where}: {row.problem} {row.detail}".strip()
         for row in opened(name, **options).rows()
@@ -62,12 +62,12 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path, name):
     ]
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
     assert texts(write(tmp_path / "a.txt", b"\xef\xbb\xbfhi")) == ["hi"]
     assert texts(write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "hi"}')) == ["hi"]
 
 
-def test_a_large_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
+def test_a_large_text_file_is_cut_at_ends_of_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_TEXT_BLOCK", 10)
     path = write(tmp_path / "a.txt", b"one\ntwo\nthree four\nfive\n")
     assert [(row.where, row.value) for row in opened(path).rows()] == [
@@ -82,7 +82,7 @@ def test_json_lines_give_the_text_of_each_object(tmp_path, name):
     assert texts(path) == ["one\u2028line", "two"]
 
 
-def test_parquet_gives_its_column(tmp_path):
+def test_parquet_gives_the_text_of_its_column(tmp_path):
     path = save_parquet(tmp_path / "a.parquet", {"body": ["one", "two"], "other": [1, 2]})
     assert texts(path, text_key="body") == ["one", "two"]
 
@@ -99,7 +99,7 @@ def test_a_folder_saved_by_datasets(tmp_path, quiet_datasets):
     data.save_to_disk(tmp_path / "plain")
     quiet_datasets.DatasetDict(train=data, validation=data.select([2])).save_to_disk(tmp_path / "splits")
     assert texts(tmp_path / "plain") == ["one", None, "two"]
-    assert faults(tmp_path / "plain") == [f"{tmp_path}/plain:2: wrong type 'text' is null, not a string"]
+    assert bad_rows(tmp_path / "plain") == [f"{tmp_path}/plain:2: wrong type 'text' is null, not a string"]
     assert texts(tmp_path / "splits", split="validation") == ["two"]
     with pytest.raises(DataError, match=r"no split 'test'; it has train, validation"):
         opened(tmp_path / "splits", split="test")
@@ -108,22 +108,22 @@ def test_a_folder_saved_by_datasets(tmp_path, quiet_datasets):
 
 
 def test_a_dataset_of_the_hub_by_name_subset_and_split(monkeypatch, quiet_datasets):
-    asked = []
+    loaded = []
 
     def load_dataset(name, subset):
-        asked.append((name, subset))
+        loaded.append((name, subset))
         data = quiet_datasets.Dataset.from_dict({"text": ["one", "two"]})
         return quiet_datasets.DatasetDict(train=data, held=data.select([1]))
 
     monkeypatch.setattr(quiet_datasets, "load_dataset", load_dataset)
     assert texts("hf:org/name") == ["one", "two"]
     assert texts("hf:org/name:sub:held") == ["two"]
-    assert asked == [("org/name", None), ("org/name", "sub")]
+    assert loaded == [("org/name", None), ("org/name", "sub")]
     with pytest.raises(DataError, match=r"hf:org/name has no split 'validation'; it has train, held"):
         opened("hf:org/name", split="validation")
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, quiet_datasets):
+def test_the_error_of_an_unreachable_hub_is_one_line(monkeypatch, quiet_datasets):
     def load_dataset(name, subset):
         raise ConnectionError("no route\nand a page of detail")
 
@@ -143,12 +143,12 @@ def test_without_a_text_key_rows_are_whole_records(tmp_path, quiet_datasets):
     assert texts(write(tmp_path / "b.txt", b"Hi\n"), text_key=None) == [{"text": "Hi\n"}]
 
 
-def test_records_need_no_key_but_must_be_objects_and_no_file_an_empty_one(tmp_path):
+def test_records_need_no_key_but_must_be_objects_and_texts_not_empty(tmp_path):
     path = write(tmp_path / "a.jsonl", json_lines({}, {"text": 3}, ["Hi"]))
     assert texts(path, text_key=None) == [{}, {"text": 3}, None]
-    assert faults(path, text_key=None) == [f"{path}:3: wrong type the row is a list, not an object"]
+    assert bad_rows(path, text_key=None) == [f"{path}:3: wrong type the row is a list, not an object"]
     path = write(tmp_path / "a.txt", b" \n")
-    assert faults(path, text_key=None) == [f"{path}:1: empty text"]
+    assert bad_rows(path, text_key=None) == [f"{path}:1: empty text"]
 
 
 def test_a_source_of_records_has_another_hash_than_one_of_texts(tmp_path):
@@ -157,7 +157,7 @@ def test_a_source_of_records_has_another_hash_than_one_of_texts(tmp_path):
     assert opened("synthetic").content_hash != opened("synthetic", text_key=None).content_hash
 
 
-def test_what_the_source_rejects_is_a_fault_unless_it_is_said_otherwise(tmp_path):
+def test_a_rejected_row_is_a_fault_by_default(tmp_path):
     (row,) = opened(write(tmp_path / "a.jsonl", b"{")).rows()
     assert row.fault
     kept = Row("a.jsonl:3", 7, "value")
@@ -177,18 +177,18 @@ def test_each_kind_of_synthetic_record_has_its_keys(kind, keys):
     assert texts("synthetic") == texts("synthetic:documents")
 
 
-def test_an_unknown_kind_of_synthetic_rows_says_what_is_near():
+def test_an_unknown_kind_of_synthetic_rows_suggests_the_nearest():
     with pytest.raises(DataError, match=r"'synthetic:chat' does not exist; did you mean 'chats'\?"):
         opened("synthetic:chat")
-    with pytest.raises(DataError, match=r"there is 'documents', 'chats', .*'problems'"):
+    with pytest.raises(DataError, match=r"available: 'documents', 'chats', .*'problems'"):
         opened("synthetic:xyz")
 
 
-def test_synthetic_records_without_a_text_say_what_they_have():
-    assert faults("synthetic:chats")[0].startswith("synthetic:chats:1: missing key no 'text'; there is ")
+def test_synthetic_records_without_a_text_are_bad_rows_with_their_keys():
+    assert bad_rows("synthetic:chats")[0].startswith("synthetic:chats:1: missing key no 'text'; available: ")
 
 
-def test_synthetic_rows(monkeypatch, tmp_path):
+def test_synthetic_rows_and_their_content_hash(monkeypatch, tmp_path):
     def documents(split, *, count, seed):
         return (f"{split} {seed} {i}" for i in range(count))
 
@@ -200,17 +200,22 @@ def test_synthetic_rows(monkeypatch, tmp_path):
     assert texts("synthetic", split="validation", synthetic_rows=1) == ["validation 0 0"]
     before = opened("synthetic").content_hash
     assert before == opened("synthetic").content_hash != opened("synthetic", seed=1).content_hash
+    write(code, b'def documents(): """A comment that changes no row."""')
+    assert opened("synthetic").content_hash == before
     write(tmp_path / "words.txt", b"a new word")
-    assert opened("synthetic").content_hash != before
+    after = opened("synthetic").content_hash
+    assert after != before
+    fake.documents = lambda split, *, count, seed: (f"{split} {seed}: {i}" for i in range(count))
+    assert opened("synthetic").content_hash not in (before, after)
 
 
 @pytest.mark.parametrize(
-    ("line", "fault"),
+    ("line", "reason"),
     [
         (b'{"text": "caf\xe9"}', "invalid UTF-8 byte 0xe9"),
         (b'{"text": "cut o', "invalid JSON Unterminated string starting at: column 10"),
         (b'{"txt": "a"}', "missing key no 'text'; did you mean 'txt'?"),
-        (b'{"title": "a", "body": "b"}', "missing key no 'text'; there is 'title', 'body'"),
+        (b'{"title": "a", "body": "b"}', "missing key no 'text'; available: 'title', 'body'"),
         (b'{"text": 3}', "wrong type 'text' is a number, not a string"),
         (b'{"text": null}', "wrong type 'text' is null, not a string"),
         (b'{"text": ["a"]}', "wrong type 'text' is a list, not a string"),
@@ -218,28 +223,28 @@ def test_synthetic_rows(monkeypatch, tmp_path):
         (b'{"text": " \\n"}', "empty text"),
     ],
 )
-def test_a_bad_line_is_named_with_its_fault_and_the_others_are_read(tmp_path, line, fault):
+def test_a_bad_line_is_reported_with_the_reason_and_the_others_are_read(tmp_path, line, reason):
     path = write(
         tmp_path / "a.jsonl", json_lines({"text": "one"}) + line + b"\n" + json_lines({"text": "two"})
     )
-    assert faults(path) == [f"{path}:2: {fault}"]
+    assert bad_rows(path) == [f"{path}:2: {reason}"]
     assert texts(path) == ["one", None, "two"]
 
 
-def test_json_beyond_the_parsers_limits_is_a_bad_line(tmp_path):
+def test_json_beyond_the_limits_of_the_parser_is_a_bad_line(tmp_path):
     path = write(tmp_path / "a.jsonl", b'{"text": ' + b"[" * 200_000 + b"\n" + b"9" * 5000)
     assert [row.problem for row in opened(path).rows()] == ["invalid JSON"] * 2
 
 
-def test_a_text_file_that_is_not_utf8_is_named_with_the_line(tmp_path):
+def test_a_text_file_that_is_not_utf8_is_reported_with_the_line(tmp_path):
     path = write(tmp_path / "a.txt", "one\ntwo\nthé\n".encode("latin-1"))
-    assert faults(path) == [f"{path}:3: invalid UTF-8 byte 0xe9"]
+    assert bad_rows(path) == [f"{path}:3: invalid UTF-8 byte 0xe9"]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz"])
 def test_an_empty_file_is_a_bad_row(tmp_path, name):
     path = write(tmp_path / name, b"")
-    assert faults(path) == [f"{path}:1: empty file"]
+    assert bad_rows(path) == [f"{path}:1: empty file"]
 
 
 def test_parquet_rows_can_be_bad_too(tmp_path):
@@ -247,13 +252,13 @@ def test_parquet_rows_can_be_bad_too(tmp_path):
 
     invalid = pyarrow.array([b"caf\xe9", b"fine"]).cast(pyarrow.binary()).view(pyarrow.string())
     path = save_parquet(tmp_path / "a.parquet", {"text": invalid})
-    assert faults(path) == [f"{path}:1: invalid UTF-8 byte 0xe9"]
+    assert bad_rows(path) == [f"{path}:1: invalid UTF-8 byte 0xe9"]
     path = save_parquet(tmp_path / "b.parquet", {"text": ["", None, "fine"]})
-    assert faults(path) == [f"{path}:1: empty text", f"{path}:2: wrong type 'text' is null, not a string"]
+    assert bad_rows(path) == [f"{path}:1: empty text", f"{path}:2: wrong type 'text' is null, not a string"]
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.99])
-def test_a_truncated_gzip_file_is_one_line(tmp_path, keep):
+def test_the_error_of_a_truncated_gzip_file_is_one_line(tmp_path, keep):
     whole = gzip.compress(json_lines(*({"text": f"document {i * 7919}"} for i in range(1000))))
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(whole[: int(len(whole) * keep)])
@@ -262,7 +267,7 @@ def test_a_truncated_gzip_file_is_one_line(tmp_path, keep):
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_gzip_or_no_parquet_is_one_line(tmp_path):
+def test_the_error_of_a_file_that_is_not_gzip_or_parquet_is_one_line(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(b"plain text")
     with pytest.raises(DataError, match=r"a.txt.gz: the gzip file is truncated or damaged"):
         texts(tmp_path / "a.txt.gz")
@@ -271,27 +276,27 @@ def test_a_file_that_is_no_gzip_or_no_parquet_is_one_line(tmp_path):
         texts(tmp_path / "a.parquet")
 
 
-def test_a_name_that_leads_nowhere_says_what_is_near(tmp_path):
+def test_a_name_that_does_not_exist_suggests_the_nearest(tmp_path):
     write(tmp_path / "shakespeare.txt", b"text")
     with pytest.raises(DataError, match=r"does not exist; did you mean 'shakespeare.txt'\?"):
         opened(tmp_path / "shakespear.txt")
     with pytest.raises(DataError, match=r"no file matches '.*/\*.jsonl'"):
         opened(tmp_path / "*.jsonl")
-    with pytest.raises(DataError, match=r"no dataset saved by save_to_disk; .* such as '.*/\*.txt'"):
+    with pytest.raises(DataError, match=r"not a dataset saved by save_to_disk; .* such as '.*/\*.txt'"):
         opened(tmp_path)
     write(tmp_path / "table.csv", b"text")
     with pytest.raises(DataError, match=r"table.csv: only .txt, .txt.gz, .jsonl, .jsonl.gz and .parquet"):
         opened(tmp_path / "*")
 
 
-def test_a_damaged_saved_dataset_is_one_line(tmp_path):
+def test_the_error_of_a_damaged_saved_dataset_is_one_line(tmp_path):
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(DataError, match=r"the saved dataset cannot be read") as error:
         opened(tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_the_content_hash_follows_the_content_not_the_name(tmp_path):
+def test_the_content_hash_depends_on_the_content_not_the_name(tmp_path):
     first = opened(write(tmp_path / "a.jsonl", json_lines({"text": "one"})))
     moved = opened(write(tmp_path / "b.jsonl", json_lines({"text": "one"})))
     changed = opened(write(tmp_path / "c.jsonl", json_lines({"text": "onE"})))
@@ -313,7 +318,7 @@ def test_progress_reaches_the_size_of_the_source(tmp_path, quiet_datasets):
         assert done[-1] == source.size
 
 
-def test_rows_can_be_read_again(tmp_path):
+def test_rows_can_be_read_repeatedly(tmp_path):
     source = opened(write(tmp_path / "a.jsonl", json_lines({"text": "one"})))
     assert list(source.rows()) == list(source.rows())
     assert isinstance(next(iter(source.rows())), Row)

@@ -1,4 +1,4 @@
-"""From the names in a config to windows: what is read, held out, refused and reported."""
+"""From the sources of a config to windows: reading, holding out, errors and the report."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def changed(config, **fields) -> TextConfig:
 
 
 def stream(windows, tokenizer) -> str:
-    """All that is learnt from `windows`, as text."""
+    """All targets of `windows` as text."""
     return "".join(
         tokenizer.decode(window.targets[window.mask], from_start=False) for part in windows for window in part
     )
@@ -49,14 +49,14 @@ def test_every_document_is_trained_on_or_held_out(config, tokenizer, documents):
     assert 0.05 < len(held_out) / len(train) < 0.2
 
 
-def test_a_validation_source_leaves_all_of_train_to_learn_from(config, tokenizer, documents, tmp_path):
+def test_with_a_validation_source_all_train_sources_are_trained_on(config, tokenizer, documents, tmp_path):
     (tmp_path / "held.txt").write_text("Eve left.")
     data = load_text(changed(config, validation=(str(tmp_path / "held.txt"),)), tokenizer, seed=0)
     assert stream(data.train, tokenizer) == "".join(documents)
     assert stream(data.validation, tokenizer) == "Eve left."
 
 
-def test_a_fraction_of_zero_validates_on_nothing(config, tokenizer, documents):
+def test_a_fraction_of_zero_means_no_validation(config, tokenizer, documents):
     data = load_text(changed(config, validation_fraction=0.0), tokenizer, seed=0)
     assert data.validation == ()
     assert stream(data.train, tokenizer) == "".join(documents)
@@ -65,7 +65,7 @@ def test_a_fraction_of_zero_validates_on_nothing(config, tokenizer, documents):
 def test_a_text_too_short_to_hold_anything_out_is_an_error(config, tokenizer, tmp_path):
     (tmp_path / "short.txt").write_text("Ada")
     with pytest.raises(
-        DataError, match=r"data.validation_fraction=0.1 .* too little to validate on: raise it"
+        DataError, match=r"data.validation_fraction=0.1 .* holds no row to validate on; raise it"
     ):
         load_text(changed(config, train=(str(tmp_path / "short.txt"),)), tokenizer, seed=0)
 
@@ -99,7 +99,7 @@ def test_text_for_the_tokenizer_comes_from_each_source_in_turn(config, tmp_path)
     assert list(text_documents(both, seed=0)) == ["a1", "b1", "a3"]
 
 
-def test_the_fingerprint_follows_whatever_changes_a_window(config, tokenizer, tmp_path, documents):
+def test_the_fingerprint_depends_on_everything_that_changes_a_window(config, tokenizer, tmp_path, documents):
     (tmp_path / "held.txt").write_text("Eve left.")
     (tmp_path / "moved.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
     (tmp_path / "edited.jsonl").write_text(json.dumps({"text": " ".join(documents)}) + "\n")
@@ -118,7 +118,7 @@ def test_the_fingerprint_follows_whatever_changes_a_window(config, tokenizer, tm
     assert len({fingerprint(), *others}) == 6
 
 
-def test_the_report_counts_what_was_read_and_what_became_of_it(config, tokenizer):
+def test_the_report_counts_rows_read_kept_and_dropped(config, tokenizer):
     with open(config.train[0], "a") as file:
         file.write('{"text": ""}\n{"txt": "misspelt"}\n')
     data = load_text(changed(config, on_bad_row="skip"), tokenizer, seed=0)
@@ -131,6 +131,7 @@ def test_the_report_counts_what_was_read_and_what_became_of_it(config, tokenizer
     )
     assert lines[1].endswith("% padding")
     assert lines[2].startswith("validation: ")
+    assert lines[3].startswith("example (tokens in ⟦ ⟧ are not in the loss): ")
     assert "</s>⟦<s>⟧" in lines[3]
 
 
@@ -145,7 +146,7 @@ def test_targets_are_shown_with_their_mask(tokenizer):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"train": ()}, "train names no source"),
+        ({"train": ()}, "train is empty; name at least one source"),
         ({"weights": (1.0, 2.0)}, r"weights=\(1.0, 2.0\) must be one positive number for each of the 1"),
         ({"weights": (0.0,)}, r"weights=\(0.0,\) must be one positive number"),
         ({"on_bad_row": "ignore"}, "on_bad_row='ignore' must be 'stop' or 'skip'"),
@@ -156,19 +157,19 @@ def test_targets_are_shown_with_their_mask(tokenizer):
         ({"synthetic_rows": 0}, "synthetic_rows=0 must be at least 1"),
     ],
 )
-def test_fields_that_make_no_sense_are_refused(config, fields, message):
+def test_an_invalid_field_is_named_in_the_error(config, fields, message):
     with pytest.raises(ConfigError, match=rf"data\.{message}"):
         changed(config, **fields)
 
 
-def test_a_source_that_cannot_be_opened_names_its_field(config, tokenizer):
+def test_a_source_that_cannot_be_opened_is_named_with_its_field(config, tokenizer):
     with pytest.raises(DataError, match=r"data\.train: 'nowhere.txt' does not exist"):
         load_text(changed(config, train=("nowhere.txt",)), tokenizer, seed=0)
     with pytest.raises(DataError, match=r"data\.validation: 'nowhere.txt' does not exist"):
         load_text(changed(config, validation=("nowhere.txt",)), tokenizer, seed=0)
 
 
-def test_a_source_without_usable_text_says_what_was_wrong_with_it(config, tmp_path):
+def test_a_source_without_usable_text_reports_its_first_bad_row(config, tmp_path):
     (tmp_path / "binary.txt").write_bytes(bytes(range(128, 256)))
     with pytest.raises(DataError, match=r"data.train=.*binary.txt.*no usable text; .*binary.txt:1: .*UTF-8"):
         list(text_documents(changed(config, train=(str(tmp_path / "binary.txt"),)), seed=0))

@@ -1,4 +1,4 @@
-"""Text is tokenised once, into a cache that is whole or not there."""
+"""Text is tokenized once, into a cache that is complete or does not exist."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def test_each_document_is_one_bos_its_text_and_one_eos(tokens_of, tokenizer):
     assert cache.counts.text_bytes == sum(len(text.encode()) for text in texts)
 
 
-def test_half_a_surrogate_pair_does_not_stop_it(tokens_of):
+def test_half_a_surrogate_pair_is_no_error(tokens_of):
     assert tokens_of(source_of(["a\ud800b"])).counts.documents == 1
 
 
@@ -73,7 +73,7 @@ def test_batches_lose_no_document(tokens_of, monkeypatch):
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
-def test_ids_take_two_bytes_where_they_fit(tmp_path, vocab_size, dtype):
+def test_ids_are_stored_in_two_bytes_where_they_fit(tmp_path, vocab_size, dtype):
     last = vocab_size - 1
     fake = SimpleNamespace(
         vocab_size=vocab_size,
@@ -95,7 +95,7 @@ def test_a_second_run_does_not_read_the_source(tokens_of):
     assert isinstance(again.tokens, np.memmap)
 
 
-def test_other_content_tokenizer_or_format_is_tokenised_anew(tokens_of, tokenizer, tmp_path, monkeypatch):
+def test_other_content_tokenizer_or_format_is_tokenized_again(tokens_of, tokenizer, tmp_path, monkeypatch):
     keys = {tokens_of(source_of(["a"])).key, tokens_of(source_of(["b"], "other")).key}
     other = SimpleNamespace(
         vocab_size=400, bos_id=1, eos_id=2, hash="other", encode_batch=tokenizer.encode_batch
@@ -150,7 +150,7 @@ token_cache.cached_tokens(Source("a", "hash", 3, rows), fake, sys.argv[1], polic
 """
 
 
-def test_a_killed_run_leaves_no_half_cache(tmp_path):
+def test_a_killed_run_leaves_no_incomplete_cache(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=60, check=False)
     assert killed.returncode == -signal.SIGKILL
     fake = SimpleNamespace(
@@ -160,8 +160,8 @@ def test_a_killed_run_leaves_no_half_cache(tmp_path):
     assert cache.tokens.tolist() == [1, 5, 2] * 3
 
 
-def test_two_runs_at_once_both_end_with_the_whole_cache(tokens_of):
-    """The second starts and ends while the first is in the middle."""
+def test_two_runs_at_once_both_get_the_complete_cache(tokens_of):
+    """The second run starts and ends while the first one tokenizes."""
     faster, files = [], []
 
     def rows():
@@ -173,16 +173,18 @@ def test_two_runs_at_once_both_end_with_the_whole_cache(tokens_of):
     slower = tokens_of(Source("a.jsonl", "hash", 2, rows))
     assert slower.tokens.tolist() == faster[0].tokens.tolist()
     assert [path.name for path in slower.bad_rows.parent.parent.iterdir()] == [slower.key]
-    assert slower.bad_rows.stat().st_ino == files[0]  # what the first reads is left in place
+    assert (
+        slower.bad_rows.stat().st_ino == files[0]
+    )  # the files that the faster run has open are not replaced
 
 
 def test_the_first_bad_row_stops_the_run(tokens_of):
     with pytest.raises(DataError) as error:
         tokens_of(source_of(["fine", None, None]), STOP)
-    assert str(error.value) == "a.jsonl:2: missing key (no 'text'); mend the row, or set data.on_bad_row=skip"
+    assert str(error.value) == "a.jsonl:2: missing key (no 'text'); fix the row, or set data.on_bad_row=skip"
 
 
-def test_skipped_rows_are_counted_and_written_down(tokens_of):
+def test_skipped_rows_are_counted_and_written_to_a_file(tokens_of):
     cache = tokens_of(source_of(["fine", None, "fine too"]))
     assert (cache.counts.rows, cache.counts.documents, cache.counts.dropped) == (3, 2, {"missing key": 1})
     assert [json.loads(line) for line in cache.bad_rows.read_text().splitlines()] == [
@@ -196,35 +198,35 @@ def test_skipped_rows_are_counted_and_written_down(tokens_of):
     [
         (
             BadRowPolicy("skip", 0.3),
-            r"1 of 3 rows are bad, more than data.max_bad_fraction=0.3: .*; the first: a.jsonl:2",
+            r"1 of 3 rows are bad, more than data.max_bad_fraction=0.3; .*; the first: a.jsonl:2",
         ),
         (STOP, r"a.jsonl:2: missing key"),
     ],
 )
-def test_a_stricter_run_does_not_take_the_cache_of_a_lenient_one(tokens_of, policy, message):
+def test_a_stricter_policy_applies_to_a_cache_made_under_a_lenient_one(tokens_of, policy, message):
     tokens_of(source_of(["fine", None, "fine too"]))
     with pytest.raises(DataError, match=message):
         tokens_of(unreadable(), policy)
 
 
-def test_a_share_of_bad_rows_up_to_the_limit_passes(tokens_of):
+def test_a_fraction_of_bad_rows_up_to_the_limit_passes(tokens_of):
     assert tokens_of(source_of(["fine", None]), BadRowPolicy("skip", 0.5)).counts.documents == 1
 
 
-def test_a_source_of_bad_rows_is_given_up_early(tokens_of, monkeypatch):
+def test_a_source_of_bad_rows_stops_the_run_early(tokens_of, monkeypatch):
     monkeypatch.setattr(token_cache, "_BATCH_ROWS", 1000)
 
     def rows():
         for i in range(2000):
             yield Row(f"a:{i}", i, "").rejected("empty text")
-        raise AssertionError("read on although every row is bad")
+        raise AssertionError("did not stop although every row is bad")
 
     with pytest.raises(DataError, match="1000 of 1000 rows are bad"):
         tokens_of(Source("a", "hash", 3000, rows))
 
 
 def test_a_source_without_any_text_is_an_error(tokens_of):
-    with pytest.raises(DataError, match=r"a.jsonl holds no usable text: 0 rows read"):
+    with pytest.raises(DataError, match=r"a.jsonl has no usable text: 0 rows read"):
         tokens_of(source_of([]))
 
 
@@ -240,10 +242,10 @@ def test_a_home_folder_is_expanded(tokenizer, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["tokens"]
 
 
-def test_away_from_a_terminal_progress_is_one_line(tokens_of, capsys):
+def test_without_a_terminal_progress_is_one_line(tokens_of, capsys):
     tokens_of(source_of(["Ada left."]))
     captured = capsys.readouterr()
-    assert captured.out.startswith("tokenised a.jsonl: ")
+    assert captured.out.startswith("tokenized a.jsonl: ")
     assert captured.out.count("\n") == 1
     assert captured.err == ""
 
@@ -253,7 +255,7 @@ def test_on_a_terminal_progress_is_a_bar(tokens_of, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     tokens_of(source_of(["Ada left."]))
     captured = capsys.readouterr()
-    assert "tokenise a.jsonl: 100%|" in captured.err
+    assert "tokenize a.jsonl: 100%|" in captured.err
     assert captured.out == ""
 
 

@@ -1,4 +1,4 @@
-"""Packed windows: no token lost, none learnt twice, no document seeing another."""
+"""Windows: no token lost, none a target twice, no attention from one document to another."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ BOS, EOS, PAD = 1, 2, 9
 
 
 def windows_of(lengths, sequence_length) -> Windows:
-    """Documents of `lengths` tokens, BOS and EOS counted; the tokens between them are all different."""
+    """Documents of `lengths` tokens, BOS and EOS included; the tokens between them are all different."""
     documents, number = [], 100
     for length in lengths:
         inner = list(range(number, number + length - 2))
@@ -41,7 +41,12 @@ def test_a_hand_worked_example():
     assert first.positions.tolist() == [0, 1, 2, 3]
     assert second.tokens.tolist() == [2, 1, 105, 2]
     assert second.targets.tolist() == [1, 105, 2, PAD]
-    assert second.mask.tolist() == [False, True, True, False]  # BOS after another's EOS, and padding
+    assert second.mask.tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]  # BOS after the EOS of another document, and padding
     assert second.segment_ids.tolist() == [1, 2, 2, 2]
     assert second.positions.tolist() == [0, 0, 1, 2]
 
@@ -54,14 +59,14 @@ def test_types_are_those_of_a_token_batch():
 
 
 @pytest.mark.parametrize("sequence_length", [1, 2, 3, 7, 16, 64, 1000])
-def test_every_token_is_learnt_once_except_each_documents_first(sequence_length):
+def test_every_token_is_a_target_once_except_the_first_of_each_document(sequence_length):
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 40, size=50)
     windows = windows_of(lengths, sequence_length)
     rows = [windows[i] for i in range(len(windows))]
-    learnt = np.concatenate([row.targets[row.mask] for row in rows])
+    targets = np.concatenate([row.targets[row.mask] for row in rows])
     expected = windows.tokens[np.setdiff1d(np.arange(windows.num_tokens), windows.starts)]
-    assert learnt.tolist() == expected.tolist()
+    assert targets.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("sequence_length", [1, 5, 16, 64])
@@ -84,14 +89,14 @@ def test_segments_and_positions_follow_the_documents(sequence_length):
         assert (row.tokens[~real] == PAD).all()
 
 
-def test_only_the_last_window_is_padded_and_the_share_is_told():
+def test_only_the_last_window_is_padded_and_padded_fraction_counts_it():
     windows = windows_of([5, 6], 4)  # 10 targets in 3 windows
     assert [int((~row.mask & (row.segment_ids == 0)).sum()) for row in windows] == [0, 0, 1]
     assert windows.padded_fraction == pytest.approx(2 / 12)
     assert windows_of([5, 4], 4).padded_fraction == 0
 
 
-def test_a_blank_row_has_nothing_to_learn():
+def test_a_blank_row_is_all_padding_and_outside_the_loss():
     blank = windows_of([5], 4).blank()
     assert not blank.mask.any()
     assert not blank.segment_ids.any()
@@ -99,13 +104,13 @@ def test_a_blank_row_has_nothing_to_learn():
 
 
 @pytest.mark.parametrize("i", [-1, 2])
-def test_there_is_no_window_outside(i):
+def test_an_index_out_of_range_raises_index_error(i):
     with pytest.raises(IndexError, match=f"window {i} of 2"):
         windows_of([5, 3], 4)[i]
 
 
 def cache_of(lengths, hashes):
-    """A token cache whose tokens number from 0 on."""
+    """A token cache whose tokens are 0, 1, 2, ..."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return SimpleNamespace(
         tokens=np.arange(offsets[-1]),
@@ -116,7 +121,7 @@ def cache_of(lengths, hashes):
 
 
 def spans(windows: Windows) -> list[int]:
-    """Every token in the windows' stream."""
+    """The index in the cache of every token of the stream."""
     lengths = np.diff(windows.offsets)
     return [
         i for start, length in zip(windows.starts, lengths, strict=True) for i in range(start, start + length)
@@ -147,11 +152,18 @@ def test_the_same_text_is_never_on_both_sides():
 
 def test_of_few_documents_the_tail_of_each_is_held_out():
     train, held_out = split(cache_of([40, 10, 20], [0, 0, 0]), 0.1)
-    assert held_out == [36, 37, 38, 39, 68, 69]  # one token of ten would have nothing before it
+    assert held_out == [
+        36,
+        37,
+        38,
+        39,
+        68,
+        69,
+    ]  # of the ten tokens one would be held out, without an input token
     assert sorted(train + held_out) == list(range(70))
 
 
-def test_when_chance_holds_out_nothing_the_tails_are():
+def test_tails_are_held_out_where_no_hash_is_low_enough():
     train, held_out = split(cache_of([40] * 100, [2**63] * 100), 0.05)
     assert len(held_out) == 200
     assert len(train) == 3800

@@ -1,4 +1,4 @@
-"""One small decoder, with every switch at its plainest; a test replaces the field that it is about."""
+"""One small decoder with every option off; a test replaces the field that it is about."""
 
 import pytest
 

@@ -12,14 +12,13 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from jaxllm.models import build_model
+from jaxllm.models import LayerCache, build_model
 from jaxllm.models.attention import (
-    LayerCache,
+    attend,
     attend_cache,
     attend_cudnn,
     attend_splash,
     attend_xla,
-    weigh,
     write_cache,
 )
 from jaxllm.parallel.sharding import MeshConfig, make_mesh
@@ -32,15 +31,17 @@ def queries_keys_values(config, batch, length, seed=0):
 
 
 def plain_attention(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config):
-    """Head by head, row by row, with the whole square."""
+    """Head by head, row by row, with all T x T scores."""
     B, T, H, h = q_BTHh.shape
     group = H // k_BTKh.shape[2]
     distance = np.arange(T)[:, None] - np.arange(T)[None]
-    seen = (distance >= 0) & (distance < (config.sliding_window or T))
+    causal = (distance >= 0) & (distance < (config.sliding_window or T))
     out = np.zeros(q_BTHh.shape)
     for b in range(B):
         mask = (
-            seen if segment_ids_BT is None else seen & (segment_ids_BT[b][:, None] == segment_ids_BT[b][None])
+            causal
+            if segment_ids_BT is None
+            else causal & (segment_ids_BT[b][:, None] == segment_ids_BT[b][None])
         )
         for head in range(H):
             keys, values = k_BTKh[b, :, head // group], v_BTKh[b, :, head // group]
@@ -55,7 +56,7 @@ def plain_attention(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, config):
 # One token; within, at and beyond one block of 64 queries; a length that no block divides.
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 150])
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 20}, {"attention_softcap": 2.0}], ids=str)
-def test_blockwise_equals_the_whole_square(tiny, length, options):
+def test_blocks_of_queries_equal_plain_attention(tiny, length, options):
     config = replace(tiny, **options)
     q, k, v = queries_keys_values(config, 2, length)
     segment_ids = np.sort(np.random.default_rng(1).integers(0, 3, (2, length)))
@@ -90,11 +91,11 @@ def test_blockwise_gradient_equals_finite_differences(tiny):
     assert slope == pytest.approx((moved(1) - moved(-1)) / (2 * step), rel=1e-3)
 
 
-def test_the_backward_pass_keeps_queries_keys_and_values_only(tiny):
+def test_the_backward_pass_saves_queries_keys_and_values_only(tiny):
     q, k, v = queries_keys_values(tiny, 1, 300)
     pull_back = jax.eval_shape(lambda *qkv: jax.vjp(lambda *x: attend_xla(*x, None, tiny), *qkv)[1], q, k, v)
-    kept = sum(leaf.size for leaf in jax.tree.leaves(pull_back))
-    assert kept == q.size + k.size + v.size  # no scores, no slice of keys a block
+    saved = sum(leaf.size for leaf in jax.tree.leaves(pull_back))
+    assert saved == q.size + k.size + v.size  # no scores, and no slice of keys per block
 
 
 def test_scores_and_softmax_are_float32_below_bfloat16_inputs(tiny):
@@ -107,18 +108,18 @@ def test_scores_and_softmax_are_float32_below_bfloat16_inputs(tiny):
     assert np.linalg.norm(np.asarray(out, np.float32) - exact) / np.linalg.norm(exact) < 0.005
 
 
-def test_a_query_that_sees_nothing_is_finite(tiny):
+def test_a_query_whose_keys_are_all_masked_is_finite(tiny):
     q_BKGTh, k_BKSh = jnp.ones((1, 2, 2, 3, 8)), jnp.ones((1, 2, 5, 8))
 
     def loss(q_BKGTh):
-        return weigh(q_BKGTh, k_BKSh, k_BKSh, jnp.zeros((3, 5), bool), tiny).sum()
+        return attend(q_BKGTh, k_BKSh, k_BKSh, jnp.zeros((3, 5), bool), tiny).sum()
 
     value, gradient = jax.value_and_grad(loss)(q_BKGTh)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
 
 
-def test_a_cache_takes_rows_at_different_positions(tiny):
+def test_rows_are_written_to_a_cache_at_different_positions(tiny):
     _, k, v = queries_keys_values(tiny, 3, 2)
     zeros = jnp.zeros((3, tiny.num_kv_heads, 6, tiny.head_dim))
     starts = np.array([0, 4, 2])
@@ -131,7 +132,7 @@ def test_a_cache_takes_rows_at_different_positions(tiny):
     np.testing.assert_array_equal(cache.values_BKSh, expected_values)
 
 
-def test_a_query_over_a_cache_sees_its_window_and_no_later_slot(tiny):
+def test_a_query_over_a_cache_attends_to_its_window_and_to_no_later_slot(tiny):
     config = replace(tiny, sliding_window=3)
     q, k, v = queries_keys_values(config, 1, 9)
     cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
@@ -140,15 +141,15 @@ def test_a_query_over_a_cache_sees_its_window_and_no_later_slot(tiny):
     np.testing.assert_allclose(out, expected[:, 5:7], atol=1e-5)
 
 
-# Other ways to the same result
+# Other implementations
 
 
-def test_cudnn_is_asked_for_the_same_attention(tiny, monkeypatch):
-    """Its arguments, given to XLA's implementation of the same function: the kernel needs a GPU."""
-    asked_for = []
+def test_the_arguments_of_cudnn_describe_the_same_attention(tiny, monkeypatch):
+    """XLA's implementation of the same function takes the arguments: the kernel needs a GPU."""
+    implementations = []
 
     def on_xla(*args, implementation, **kwargs):
-        asked_for.append(implementation)
+        implementations.append(implementation)
         return dot_product_attention(*args, implementation="xla", **kwargs)
 
     dot_product_attention = jax.nn.dot_product_attention
@@ -159,14 +160,14 @@ def test_cudnn_is_asked_for_the_same_attention(tiny, monkeypatch):
         for segments in (None, segment_ids):
             out = attend_cudnn(q, k, v, segments, config)
             np.testing.assert_allclose(out, plain_attention(q, k, v, segments, config), atol=1e-5)
-    assert set(asked_for) == {"cudnn"}
+    assert set(implementations) == {"cudnn"}
 
 
 @pytest.mark.parametrize(
     "mesh", [None, MeshConfig(2, 2, 2), MeshConfig(8, 1, 1), MeshConfig(1, 2, 4)], ids=str
 )
 def test_splash_equals_xla_on_any_mesh(tiny, mesh, monkeypatch):
-    """Interpreted. Four rows over 8 devices, or two key-value heads over 4, do not divide and stay whole."""
+    """Interpreted. Four rows over 8 devices, or two key-value heads over 4, do not divide: not sharded."""
     interpreted = partial(splash_attention.make_splash_mha_single_device, interpret=True)
     monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", interpreted)
     config = replace(tiny, sliding_window=40, attention_softcap=5.0) if mesh is None else tiny
@@ -188,19 +189,21 @@ def test_splash_equals_xla_on_any_mesh(tiny, mesh, monkeypatch):
 
 
 def lowered_gradient(config, platform):
-    """The program of a gradient, in text, for a platform that need not be there."""
+    """The lowered gradient, as text, for a platform that this machine need not have."""
     model = build_model(config)
     params = jax.eval_shape(model.init, jax.random.key(0))
     tokens = segment_ids = np.ones((1, 128), int)
 
     def loss(params):
-        return model.apply(params, tokens, segment_ids=segment_ids)[0].astype(jnp.float32).sum()
+        return model.apply(params, tokens, segment_ids=segment_ids).hidden.astype(jnp.float32).sum()
 
     return jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("attention", 1), ("full", 2)])
-def test_kernels_lower_and_run_forward_again_only_where_remat_says_so(tiny, remat, forward, monkeypatch):
+def test_kernels_lower_and_repeat_the_forward_pass_only_where_remat_says_so(
+    tiny, remat, forward, monkeypatch
+):
     config = replace(tiny, remat=remat, sliding_window=100)
     splash = lowered_gradient(replace(config, attention="splash"), "tpu")
     assert splash.count("tpu_custom_call") == forward + 2  # gradients of queries; of keys and values

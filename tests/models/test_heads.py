@@ -14,11 +14,16 @@ LENGTH = 12
 
 @pytest.fixture(scope="module")
 def scalar(tiny):
-    """The functions, compiled, and parameters with a head that is not zero."""
+    """Compiled values and rewards, and parameters with a head that is not zero."""
     model = build_scalar_model(tiny)
     head = {"kernel": jax.random.normal(jax.random.key(9), (tiny.width, 1))}
     params = jax.jit(model.init)(jax.random.key(0)) | {"scalar_head": head}
-    return jax.jit(model.apply), jax.jit(model.rewards), params
+
+    @jax.jit
+    def values(params, tokens, **kwargs):
+        return model.apply(params, tokens, **kwargs).values
+
+    return values, jax.jit(lambda *args: model.rewards(*args).values), params
 
 
 def random_tokens(config, *shape):
@@ -26,7 +31,7 @@ def random_tokens(config, *shape):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_it_has_the_decoder_of_a_language_model_without_the_vocabulary_s_head(tiny, tied):
+def test_its_decoder_is_a_language_model_s_without_the_vocabulary_head(tiny, tied):
     config = replace(tiny, tie_embeddings=tied)
     key = jax.random.key(3)
     decoder, scalar = (jax.jit(build(config).init)(key) for build in (build_model, build_scalar_model))
@@ -36,7 +41,7 @@ def test_it_has_the_decoder_of_a_language_model_without_the_vocabulary_s_head(ti
     assert jax.tree.map(jnp.shape, head) == {"kernel": (tiny.width, 1)}
 
 
-def test_untrained_all_values_are_zero(tiny, scalar):
+def test_initial_values_are_zero(tiny, scalar):
     apply, _, _ = scalar
     params = jax.jit(build_scalar_model(tiny).init)(jax.random.key(0))
     values = apply(params, random_tokens(tiny, 2, LENGTH))
@@ -46,12 +51,12 @@ def test_untrained_all_values_are_zero(tiny, scalar):
 def test_values_are_the_head_times_the_states(tiny, scalar):
     apply, _, params = scalar
     tokens = random_tokens(tiny, 2, LENGTH)
-    hidden, _ = jax.jit(build_model(tiny).apply)(params, tokens)
+    hidden = jax.jit(build_model(tiny).apply)(params, tokens).hidden
     expected = np.asarray(hidden) @ np.asarray(params["scalar_head"]["kernel"])[:, 0]
     np.testing.assert_allclose(apply(params, tokens), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_packed_texts_are_valued_as_if_alone(tiny, scalar):
+def test_packed_texts_have_the_values_of_each_alone(tiny, scalar):
     apply, _, params = scalar
     tokens = random_tokens(tiny, 1, LENGTH)
     segment_ids, positions = np.array([[1] * 5 + [2] * 7]), np.array([[*range(5), *range(7)]])
@@ -74,5 +79,5 @@ def test_values_are_float32_in_bfloat16_too(tiny):
     params = jax.eval_shape(model.init, jax.random.key(0))
     assert params["scalar_head"]["kernel"].dtype == jnp.bfloat16
     tokens, lengths = random_tokens(tiny, 1, LENGTH), np.array([3])
-    assert jax.eval_shape(model.apply, params, tokens).dtype == jnp.float32
-    assert jax.eval_shape(model.rewards, params, tokens, lengths).dtype == jnp.float32
+    assert jax.eval_shape(model.apply, params, tokens).values.dtype == jnp.float32
+    assert jax.eval_shape(model.rewards, params, tokens, lengths).values.dtype == jnp.float32

@@ -66,7 +66,7 @@ def test_gated_mlp_gates_with_the_activation(tiny, activation):
 
 
 def rotations(head_dim, theta):
-    """Radians a position for each pair."""
+    """Radians per position for each pair."""
     return [theta ** (-2 * pair / head_dim) for pair in range(head_dim // 2)]
 
 
@@ -84,17 +84,20 @@ def llama3_frequency(frequency, scaling):
 
 
 def yarn_frequencies(head_dim, theta, scaling):
-    """YaRN, pair by pair: those that turn more than beta_fast times over the original length are kept,
-    those that turn less than beta_slow times are stretched, with a ramp over the pairs between."""
+    """YaRN, pair by pair: those with more than beta_fast rotations over the original length are kept, those
+    with fewer than beta_slow are scaled, with a ramp over the pairs between."""
 
-    def pair_that_turns(times):
-        return head_dim / 2 * np.log(scaling.original_length / (2 * np.pi * times)) / np.log(theta)
+    def pair_with_rotations(beta):
+        return head_dim / 2 * np.log(scaling.original_length / (2 * np.pi * beta)) / np.log(theta)
 
-    first, last = np.floor(pair_that_turns(scaling.beta_fast)), np.ceil(pair_that_turns(scaling.beta_slow))
+    first, last = (
+        np.floor(pair_with_rotations(scaling.beta_fast)),
+        np.ceil(pair_with_rotations(scaling.beta_slow)),
+    )
     scaled = []
     for pair, frequency in enumerate(rotations(head_dim, theta)):
-        stretched = min(max((pair - first) / (last - first), 0), 1)
-        scaled.append(stretched * frequency / scaling.factor + (1 - stretched) * frequency)
+        fraction = min(max((pair - first) / (last - first), 0), 1)
+        scaled.append(fraction * frequency / scaling.factor + (1 - fraction) * frequency)
     return scaled
 
 
@@ -108,7 +111,7 @@ def test_plain_rotary_frequencies():
     assert factor == 1.0
 
 
-def test_llama3_frequencies_keep_short_waves_and_stretch_long_ones():
+def test_llama3_frequencies_keep_short_wavelengths_and_scale_long_ones():
     frequencies, factor = rotary_frequencies(128, 500_000.0, LLAMA3)
     plain = rotations(128, 500_000.0)
     np.testing.assert_allclose(frequencies, [llama3_frequency(f, LLAMA3) for f in plain], rtol=1e-6)
@@ -127,14 +130,14 @@ def test_yarn_frequencies_and_attention_factor(beta_fast, beta_slow):
     assert factor == pytest.approx(0.1 * np.log(4.0) + 1.0)
 
 
-def test_rotation_keeps_lengths_and_products_depend_on_distance_alone(tiny):
+def test_rotation_preserves_norms_and_products_depend_on_distance_alone(tiny):
     q, k = normal(1, 1, 2, tiny.head_dim), normal(1, 1, 2, tiny.head_dim, seed=1)
 
     def product(query_position, key_position):
-        turned_q = rotate(q, rotary_angles(tiny, jnp.full((1, 1), query_position)))
-        turned_k = rotate(k, rotary_angles(tiny, jnp.full((1, 1), key_position)))
-        np.testing.assert_allclose(np.linalg.norm(turned_q), np.linalg.norm(q), rtol=1e-5)
-        return (turned_q * turned_k).sum(axis=-1)
+        rotated_q = rotate(q, rotary_angles(tiny, jnp.full((1, 1), query_position)))
+        rotated_k = rotate(k, rotary_angles(tiny, jnp.full((1, 1), key_position)))
+        np.testing.assert_allclose(np.linalg.norm(rotated_q), np.linalg.norm(q), rtol=1e-5)
+        return (rotated_q * rotated_k).sum(axis=-1)
 
     np.testing.assert_allclose(product(9, 4), product(205, 200), atol=1e-4)
     assert not np.allclose(product(9, 4), product(9, 5), atol=1e-2)
@@ -146,12 +149,12 @@ def test_rotation_pairs_the_two_halves_of_a_head(tiny):
     angle = 5 * tiny.rope_theta ** (-2 / tiny.head_dim)  # pair 1 at position 5
     expected = np.zeros(tiny.head_dim)
     expected[[1, 1 + tiny.head_dim // 2]] = np.cos(angle), np.sin(angle)
-    turned = rotate(jnp.asarray(x), rotary_angles(tiny, jnp.full((1, 1), 5)))
-    np.testing.assert_allclose(turned[0, 0, 0], expected, atol=1e-6)
+    rotated = rotate(jnp.asarray(x), rotary_angles(tiny, jnp.full((1, 1), 5)))
+    np.testing.assert_allclose(rotated[0, 0, 0], expected, atol=1e-6)
 
 
 def test_yarn_scales_queries_and_keys(tiny):
     yarn = replace(tiny, rope_scaling=RopeScaling("yarn", 4.0, 64, 1.0, 4.0, 32.0, 1.0))
     x = jnp.asarray(normal(1, 1, 1, tiny.head_dim))
-    turned = rotate(x, rotary_angles(yarn, jnp.full((1, 1), 100)))
-    np.testing.assert_allclose(np.linalg.norm(turned), np.linalg.norm(x) * (0.1 * np.log(4) + 1), rtol=1e-5)
+    rotated = rotate(x, rotary_angles(yarn, jnp.full((1, 1), 100)))
+    np.testing.assert_allclose(np.linalg.norm(rotated), np.linalg.norm(x) * (0.1 * np.log(4) + 1), rtol=1e-5)

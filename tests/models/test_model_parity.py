@@ -14,13 +14,13 @@ transformers = pytest.importorskip(
     "transformers", reason="parity needs transformers: pip install 'jaxllm[parity]'"
 )
 
-ORIGINAL_LENGTH = 64  # every test reads past it
+ORIGINAL_LENGTH = 64  # the tests use twice as many tokens
 LLAMA3 = RopeScaling("llama3", 8.0, ORIGINAL_LENGTH, 1.0, 4.0, beta_fast=32.0, beta_slow=1.0)
 YARN = RopeScaling("yarn", 4.0, ORIGINAL_LENGTH, 1.0, 4.0, beta_fast=8.0, beta_slow=1.0)
 
 
 def reference_model(family, config, **options):
-    """A random transformers model of the shape of `config`, every parameter moved off its initial value."""
+    """A random transformers model of the sizes of `config`, with noise on every parameter."""
     scaling = config.rope_scaling
     rope = {
         "none": {"rope_type": "default"},
@@ -57,7 +57,7 @@ def reference_model(family, config, **options):
 
 
 def copied_params(hf_model, config):
-    """Its weights as our tree: matrices transposed to [in, out], layers stacked."""
+    """The weights of a transformers model as our tree: matrices transposed to [in, out], layers stacked."""
     weights = {name: tensor.numpy() for name, tensor in hf_model.state_dict().items()}
 
     def stacked(name):

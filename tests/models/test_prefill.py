@@ -1,4 +1,4 @@
-"""A cache filled from its start holds what one filled position by position holds."""
+"""Prefill gives the cache that decoding at given positions gives."""
 
 from dataclasses import replace
 
@@ -11,16 +11,16 @@ from jaxllm.models import build_model
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_filling_a_cache_at_once_equals_filling_it_at_given_positions(tiny, window):
+def test_prefill_equals_decoding_at_given_positions(tiny, window):
     model = build_model(replace(tiny, sliding_window=window))
     params = model.init(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, tiny.vocab_size)
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
     apply = jax.jit(model.apply)
-    at_once, filled = apply(params, tokens, cache=model.init_cache(2, 9))
-    looked_up, written = apply(params, tokens, positions=positions, cache=model.init_cache(2, 9))
-    np.testing.assert_allclose(at_once, looked_up, atol=1e-5)
-    for a, b in zip(jax.tree.leaves(filled), jax.tree.leaves(written), strict=True):
+    prefilled = apply(params, tokens, cache=model.init_cache(2, 9))
+    decoded = apply(params, tokens, positions=positions, cache=model.init_cache(2, 9))
+    np.testing.assert_allclose(prefilled.hidden, decoded.hidden, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(prefilled.cache), jax.tree.leaves(decoded.cache), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
         assert not np.asarray(a)[:, :, 7:].any()
         assert np.asarray(a)[:, :, :7].any(axis=-1).all()
@@ -32,4 +32,4 @@ def test_unembed_is_the_head_and_its_softcap(tiny):
     hidden = 50 * jax.random.normal(jax.random.key(1), (3, tiny.width))
     plain = np.asarray(hidden, np.float64) @ np.asarray(model.head(params), np.float64)
     np.testing.assert_allclose(model.unembed(params, hidden), 2 * np.tanh(plain / 2), atol=1e-4)
-    assert np.abs(plain).max() > 2  # it was capped
+    assert np.abs(plain).max() > 2  # so the softcap matters

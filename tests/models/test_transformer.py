@@ -1,4 +1,4 @@
-"""The contract of a model: what a token sees, and what layout, remat, cache and dtype must not change."""
+"""The contract of a model: what a token attends to, and what layout, remat and cache must not change."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -31,9 +31,9 @@ def random_tokens(config, batch, length, seed=0):
 
 
 def projection(model, tokens, **kwargs):
-    """A scalar function of the parameters that feels every hidden state: something to differentiate."""
+    """A scalar function of the parameters that depends on every hidden state, to differentiate."""
     weights = jax.random.normal(jax.random.key(7), (*tokens.shape, model.config.width))
-    return lambda params: (model.apply(params, tokens, **kwargs)[0] * weights).sum()
+    return lambda params: (model.apply(params, tokens, **kwargs).hidden * weights).sum()
 
 
 def assert_trees_close(actual, expected, rtol=1e-4):
@@ -48,15 +48,15 @@ def assert_trees_close(actual, expected, rtol=1e-4):
     jax.tree_util.tree_map_with_path(check, actual, expected)
 
 
-# What a token sees
+# What a token attends to
 
 
-def seen_by(model, params, tokens_T, **kwargs):
+def dependencies(model, params, tokens_T, **kwargs):
     """[T, S] bool: does the state at t depend on the token at s? The row's tokens must all differ."""
 
     def states(table):
         params_with_table = {**params, "embed": {"table": table}}
-        return model.apply(params_with_table, tokens_T[None], **kwargs)[0][0].sum(axis=-1)
+        return model.apply(params_with_table, tokens_T[None], **kwargs).hidden[0].sum(axis=-1)
 
     influence_TVD = jax.jit(jax.jacrev(states))(params["embed"]["table"])
     return (influence_TVD != 0).any(axis=-1)[:, tokens_T]
@@ -64,19 +64,19 @@ def seen_by(model, params, tokens_T, **kwargs):
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_token_sees_itself_and_the_past_of_its_own_document(tiny, window, packed):
+def test_a_token_depends_on_itself_and_the_past_of_its_own_document(tiny, window, packed):
     model = build_model(replace(tiny, num_layers=2, sliding_window=window))
     tokens_T = np.random.default_rng(0).permutation(tiny.vocab_size)[:12]
     segments_T = np.array([1] * 5 + [2] * 4 + [3] * 2 + [0]) if packed else np.ones(12, int)
     distance = np.arange(12)[:, None] - np.arange(12)[None]
     one_layer = (distance >= 0) & (distance < (window or 12)) & (segments_T[:, None] == segments_T[None])
-    two_layers = one_layer @ one_layer  # what was seen by what is seen
+    two_layers = one_layer @ one_layer  # a key's state depends on the keys of the layer below
     segment_ids = jnp.asarray(segments_T)[None] if packed else None
-    seen = seen_by(model, random_params(model), tokens_T, segment_ids=segment_ids)
-    np.testing.assert_array_equal(seen, two_layers)
+    actual = dependencies(model, random_params(model), tokens_T, segment_ids=segment_ids)
+    np.testing.assert_array_equal(actual, two_layers)
 
 
-def test_changing_later_or_foreign_tokens_changes_no_state_and_no_gradient(tiny):
+def test_changing_later_tokens_or_other_documents_changes_no_state_and_no_gradient(tiny):
     model = build_model(tiny)
     params = random_params(model)
     segment_ids = np.array([[1] * 6 + [2] * 10])
@@ -86,7 +86,7 @@ def test_changing_later_or_foreign_tokens_changes_no_state_and_no_gradient(tiny)
     changed[0, 12:] = (changed[0, 12:] + 1) % tiny.vocab_size  # the future
 
     def states(params, tokens):
-        return model.apply(params, tokens, segment_ids=segment_ids)[0][:, 6:12]
+        return model.apply(params, tokens, segment_ids=segment_ids).hidden[:, 6:12]
 
     @jax.jit
     def value_and_gradient(tokens):
@@ -106,11 +106,11 @@ def test_packed_documents_equal_documents_alone(tiny):
     starts = np.cumsum([0, *lengths])
 
     def packed(params):
-        hidden, _ = model.apply(params, tokens, positions=positions, segment_ids=segment_ids)
+        hidden = model.apply(params, tokens, positions=positions, segment_ids=segment_ids).hidden
         return (hidden * weights).sum(), hidden
 
     def alone(params):
-        documents = [model.apply(params, tokens[:, start:stop])[0] for start, stop in pairwise(starts)]
+        documents = [model.apply(params, tokens[:, start:stop]).hidden for start, stop in pairwise(starts)]
         hidden = jnp.concatenate(documents, axis=1)
         return (hidden * weights).sum(), hidden
 
@@ -131,13 +131,13 @@ def test_a_fully_padded_row_is_finite_and_leaves_the_others_alone(tiny):
     @jax.jit
     def run(params):
         value, pull_back = jax.vjp(
-            lambda p: model.apply(p, tokens, positions=positions, segment_ids=segment_ids)[0], params
+            lambda p: model.apply(p, tokens, positions=positions, segment_ids=segment_ids).hidden, params
         )
         return value, pull_back(jnp.ones_like(value).at[1].set(0.0))[0]
 
     hidden, gradient = run(params)
     assert np.isfinite(hidden).all()
-    alone = jax.jit(model.apply)(params, tokens[:1])[0]
+    alone = jax.jit(model.apply)(params, tokens[:1]).hidden
     np.testing.assert_allclose(hidden[:1], alone, atol=1e-5)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
@@ -149,13 +149,13 @@ def test_decoding_token_by_token_equals_the_full_pass(tiny):
     model = build_model(replace(tiny, num_layers=2))
     params = random_params(model)
     tokens = random_tokens(tiny, 2, 10)
-    expected, no_cache = jax.jit(model.apply)(params, tokens)
-    assert no_cache is None
+    expected = jax.jit(model.apply)(params, tokens)
+    assert expected.cache is None
     step = jax.jit(lambda token, t, cache: model.apply(params, token, positions=t, cache=cache))
     cache = model.init_cache(2, 13)
     for t in range(10):
-        hidden, cache = step(tokens[:, t : t + 1], np.full((2, 1), t), cache)
-        np.testing.assert_allclose(hidden[:, 0], expected[:, t], atol=1e-5, err_msg=f"position {t}")
+        hidden, cache, _ = step(tokens[:, t : t + 1], np.full((2, 1), t), cache)
+        np.testing.assert_allclose(hidden[:, 0], expected.hidden[:, t], atol=1e-5, err_msg=f"position {t}")
 
 
 @pytest.mark.parametrize("positions", [None, np.tile(np.arange(8), (3, 1))], ids=["filled", "positions"])
@@ -163,7 +163,7 @@ def test_ragged_prompts_prefill_and_decode_like_each_row_alone(tiny, positions):
     model = build_model(replace(tiny, num_layers=2, sliding_window=6))
     params = random_params(model)
     tokens = random_tokens(tiny, 3, 12)
-    full, _ = jax.jit(model.apply)(params, tokens)
+    full = jax.jit(model.apply)(params, tokens).hidden
     lengths = np.array([3, 8, 5])
     prompts = np.where(np.arange(8) < lengths[:, None], tokens[:, :8], 60)  # pads on the right: any token
 
@@ -171,16 +171,16 @@ def test_ragged_prompts_prefill_and_decode_like_each_row_alone(tiny, positions):
     def run(tokens, positions, cache):
         return model.apply(params, tokens, positions=positions, cache=cache)
 
-    hidden, cache = run(prompts, positions, model.init_cache(3, 12))
+    hidden, cache, _ = run(prompts, positions, model.init_cache(3, 12))
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(hidden[row, :length], full[row, :length], atol=1e-5)
     for step in range(4):
         now = lengths + step
-        hidden, cache = run(tokens[np.arange(3), now][:, None], now[:, None], cache)
+        hidden, cache, _ = run(tokens[np.arange(3), now][:, None], now[:, None], cache)
         np.testing.assert_allclose(hidden[:, 0], full[np.arange(3), now], atol=1e-5, err_msg=f"step {step}")
 
 
-def test_cache_has_one_array_pair_a_layer_in_the_compute_dtype_or_the_one_asked_for(tiny):
+def test_a_cache_has_keys_and_values_per_layer_in_the_compute_dtype_or_the_given_one(tiny):
     model = build_model(replace(tiny, compute_dtype="bfloat16"))
     cache = model.init_cache(5, 17)
     assert len(cache) == tiny.num_layers
@@ -222,42 +222,42 @@ def test_unstacked_parameters_give_the_same_values_and_gradients(tiny):
     assert_trees_close(through, gradient)
 
 
-def kept_bytes(model, params, tokens):
-    """What a forward pass leaves behind for the backward pass, parameters included."""
+def saved_bytes(model, params, tokens):
+    """The bytes that a forward pass saves for the backward pass, parameters included."""
     pull_back = jax.eval_shape(lambda p: jax.vjp(projection(model, tokens), p)[1], params)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull_back))
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_each_remat_policy_keeps_less_than_the_one_before(tiny, scan_layers):
+def test_each_remat_policy_saves_less_than_the_one_before(tiny, scan_layers):
     tokens = random_tokens(tiny, 4, 32)
-    kept = []
+    saved = []
     for remat in ("none", "dots", "attention", "full"):
         model = build_model(replace(tiny, remat=remat, scan_layers=scan_layers))
-        kept.append(kept_bytes(model, jax.eval_shape(model.init, jax.random.key(0)), tokens))
-    assert kept[0] > 1.2 * kept[1] > 1.2**2 * kept[2] > 1.05 * 1.2**2 * kept[3], kept
+        saved.append(saved_bytes(model, jax.eval_shape(model.init, jax.random.key(0)), tokens))
+    assert saved[0] > 1.2 * saved[1] > 1.2**2 * saved[2] > 1.05 * 1.2**2 * saved[3], saved
     one_attention_output = 4 * 32 * tiny.num_heads * tiny.head_dim * 4
-    assert kept[2] - kept[3] == tiny.num_layers * one_attention_output
+    assert saved[2] - saved[3] == tiny.num_layers * one_attention_output
 
 
 @pytest.mark.parametrize("remat", ["full", "dots", "attention"])
 def test_remat_changes_no_gradient(tiny, remat):
     params, tokens = random_params(build_model(tiny)), random_tokens(tiny, 2, 9)
-    plain, rematerialised = (
+    plain, rematerialized = (
         jax.jit(jax.grad(projection(build_model(replace(tiny, remat=policy)), tokens)))(params)
         for policy in ("none", remat)
     )
-    assert_trees_close(rematerialised, plain, rtol=1e-5)
+    assert_trees_close(rematerialized, plain, rtol=1e-5)
 
 
 def test_noise_is_added_to_the_embedded_tokens(tiny):
     model, tokens = build_model(tiny), random_tokens(tiny, 2, 12)
     params, other = random_params(model), random_tokens(tiny, 2, 12, seed=1)
     table, apply = params["embed"]["table"], jax.jit(model.apply)
-    turned, _ = apply(params, tokens, noise=table[other] - table[tokens])
-    np.testing.assert_allclose(turned, apply(params, other)[0], rtol=1e-4, atol=1e-4)
-    silent, _ = apply(params, tokens, noise=jnp.zeros((2, 12, tiny.width)))
-    np.testing.assert_allclose(silent, apply(params, tokens)[0], rtol=1e-5, atol=1e-6)
+    replaced = apply(params, tokens, noise=table[other] - table[tokens]).hidden
+    np.testing.assert_allclose(replaced, apply(params, other).hidden, rtol=1e-4, atol=1e-4)
+    unchanged = apply(params, tokens, noise=jnp.zeros((2, 12, tiny.width))).hidden
+    np.testing.assert_allclose(unchanged, apply(params, tokens).hidden, rtol=1e-5, atol=1e-6)
 
 
 def test_noise_keeps_the_compute_dtype(tiny):
@@ -265,15 +265,15 @@ def test_noise_keeps_the_compute_dtype(tiny):
     tokens = random_tokens(tiny, 2, 12)
     noise = jnp.ones((2, 12, tiny.width), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    hidden, _ = jax.eval_shape(lambda params: model.apply(params, tokens, noise=noise), params)
-    assert hidden.dtype == jnp.bfloat16
+    output = jax.eval_shape(lambda params: model.apply(params, tokens, noise=noise), params)
+    assert output.hidden.dtype == jnp.bfloat16
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_gradients(tiny):
     exact, model = build_model(tiny), build_model(replace(tiny, compute_dtype="bfloat16"))
     params, tokens = random_params(model), random_tokens(tiny, 2, 9)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    hidden, _ = jax.jit(model.apply)(params, tokens)
+    hidden = jax.jit(model.apply)(params, tokens).hidden
     assert hidden.dtype == model.head(params).dtype == jnp.bfloat16
     logits = jax.jit(model.logits)(params, tokens)
     assert logits.dtype == jnp.float32
@@ -302,7 +302,7 @@ def test_tied_head_is_the_embedding_and_untied_one_its_own_matrix(tiny):
     assert set(random_params(tied)) == {"embed", "blocks", "final_norm"}
     np.testing.assert_array_equal(untied.head(params), params["head"]["kernel"])
     np.testing.assert_array_equal(tied.head(params), params["embed"]["table"].T)
-    hidden, _ = jax.jit(untied.apply)(params, tokens)
+    hidden = jax.jit(untied.apply)(params, tokens).hidden
     for model in (tied, untied):
         logits = jax.jit(model.logits)(params, tokens)
         np.testing.assert_allclose(logits, hidden @ model.head(params), atol=1e-4)
@@ -341,13 +341,13 @@ def test_a_bias_is_where_its_field_says_and_is_used(tiny, field, where):
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_qk_norm_takes_the_size_of_queries_and_keys_away(tiny, qk_norm):
+def test_qk_norm_removes_the_scale_of_queries_and_keys(tiny, qk_norm):
     model = build_model(replace(tiny, qk_norm=qk_norm))
     params, tokens = random_params(model), random_tokens(tiny, 1, 6)
     attention = params["blocks"]["attention"]
     larger = {name: {"kernel": 5 * attention[name]["kernel"]} for name in ("query", "key")}
     scaled = {**params, "blocks": {**params["blocks"], "attention": {**attention, **larger}}}
-    hidden, of_scaled = (jax.jit(model.apply)(p, tokens)[0] for p in (params, scaled))
+    hidden, of_scaled = (jax.jit(model.apply)(p, tokens).hidden for p in (params, scaled))
     assert np.allclose(hidden, of_scaled, atol=1e-3) == qk_norm
 
 
@@ -367,7 +367,7 @@ def test_initial_layers_differ_and_the_residual_stream_keeps_its_size(tiny):
         assert np.std(kernel) == pytest.approx(expected, rel=0.05), name
 
 
-# Configurations that cannot be
+# Invalid configs
 
 
 @pytest.mark.parametrize(
@@ -395,18 +395,22 @@ def test_initial_layers_differ_and_the_residual_stream_keeps_its_size(tiny):
         ("norm_epsilon", -1e-6),
     ],
 )
-def test_an_impossible_field_is_named(tiny, field, value):
+def test_an_invalid_field_is_named(tiny, field, value):
     with pytest.raises(ConfigError, match=rf"model\.{field}={value!r}"):
         build_model(replace(tiny, **{field: value}))
 
 
 def test_an_unknown_rope_scaling_is_named(tiny):
-    with pytest.raises(ConfigError, match=r"model\.rope_scaling\.kind='linear'.*none, llama3 or yarn"):
+    with pytest.raises(
+        ConfigError, match=r"model\.rope_scaling\.kind='linear'.*choose one of none, llama3, yarn"
+    ):
         build_model(replace(tiny, rope_scaling=replace(tiny.rope_scaling, kind="linear")))
 
 
-def test_cudnn_has_no_softcap_and_no_float32(tiny):
-    with pytest.raises(ConfigError, match=r"model\.attention=cudnn.*softcap"):
+def test_cudnn_supports_no_softcap_and_no_float32(tiny):
+    with pytest.raises(
+        ConfigError, match=r"model\.attention=cudnn does not support model\.attention_softcap"
+    ):
         build_model(replace(tiny, attention="cudnn", compute_dtype="bfloat16", attention_softcap=30.0))
-    with pytest.raises(ConfigError, match=r"model\.attention=cudnn.*model\.compute_dtype=bfloat16"):
+    with pytest.raises(ConfigError, match=r"model\.compute_dtype=float32; use bfloat16 or float16"):
         build_model(replace(tiny, attention="cudnn"))

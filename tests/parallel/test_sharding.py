@@ -1,4 +1,4 @@
-"""The mesh, the rule table, and that splitting a model changes none of its numbers."""
+"""The mesh, the rule table, and that sharding a model changes none of its numbers."""
 
 import logging
 import re
@@ -13,10 +13,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.base.models import model as model_size
-from jaxllm import sharding
 from jaxllm.config import parse
 from jaxllm.errors import ConfigError
 from jaxllm.models import ModelConfig, build_model, build_scalar_model
+from jaxllm.parallel import sharding
 from jaxllm.parallel.sharding import (
     BATCH,
     MeshConfig,
@@ -67,7 +67,7 @@ def abstract_state(config, optimizer_name):
 
 
 def all_params(config, key):
-    """Those of a decoder and those of a reward model in one tree."""
+    """The parameters of a decoder and those of a reward model in one tree."""
     return build_model(config).init(key) | build_scalar_model(config).init(key)
 
 
@@ -83,7 +83,7 @@ def all_params(config, key):
         (MeshConfig(1, 1, -1), (1, 1, 8)),
     ],
 )
-def test_the_free_axis_takes_the_devices_that_are_left(config, shape):
+def test_the_free_axis_takes_the_remaining_devices(config, shape):
     mesh = make_mesh(config)
     assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), shape, strict=True))
     assert set(mesh.axis_types) == {AxisType.Auto}
@@ -97,9 +97,12 @@ def test_a_mesh_takes_the_devices_it_is_given():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(2, 2, 1), r"data=2 x fsdp=2 x tensor=1 does not cover 8 devices.*-1"),
-        (MeshConfig(-1, 3, 1), r"does not cover 8 devices"),
-        (MeshConfig(16, -1, 1), r"does not cover 8 devices"),
+        (
+            MeshConfig(2, 2, 1),
+            r"data=2 x fsdp=2 x tensor=1 is 4 devices, but there are 8; set one size to -1",
+        ),
+        (MeshConfig(-1, 3, 1), r"8 devices are not divisible by fsdp=3 x tensor=1"),
+        (MeshConfig(16, -1, 1), r"8 devices are not divisible by data=16 x tensor=1"),
         (MeshConfig(-1, -1, 1), r"at most one of them -1.*'fsdp': -1"),
         (MeshConfig(8, 0, 1), r"1 or more.*'fsdp': 0"),
         (MeshConfig(8, -2, 1), r"1 or more.*'fsdp': -2"),
@@ -123,17 +126,17 @@ def test_every_leaf_of_a_state_matches_one_rule(every_leaf, optimizer_name):
             assert len(spec) <= leaf.ndim, f"{sharding.path_name(path)}: {spec} for {leaf.shape}"
 
 
-def test_every_rule_is_of_use(every_leaf):
+def test_every_rule_is_used(every_leaf):
     paths = [
         sharding.path_name(path)
         for optimizer_name in ("adamw", "muon")
         for path, _ in jax.tree_util.tree_leaves_with_path(abstract_state(every_leaf, optimizer_name))
     ]
-    idle = [pattern for pattern, _ in sharding.RULES if not any(re.search(pattern, path) for path in paths)]
-    assert idle == []
+    unused = [pattern for pattern, _ in sharding.RULES if not any(re.search(pattern, path) for path in paths)]
+    assert unused == []
 
 
-def test_moments_lie_like_their_parameters(every_leaf):
+def test_moments_are_sharded_like_their_parameters(every_leaf):
     mesh = make_mesh(MeshConfig(2, 2, 2))
     state = shardings(abstract_state(every_leaf, "adamw"), mesh)
     assert optax.tree.get(state.opt_state, "mu") == optax.tree.get(state.opt_state, "nu") == state.params
@@ -151,18 +154,18 @@ def test_a_path_with_two_rules_is_an_error(monkeypatch):
         rule_for("params/blocks/mlp/up/kernel")
 
 
-def test_an_axis_that_does_not_divide_is_dropped_and_said_once(caplog):
+def test_a_dimension_that_is_not_divisible_is_not_sharded_and_logged_once(caplog):
     mesh = make_mesh(MeshConfig(1, 4, 2))
     tree = {"embed": {"table": jax.ShapeDtypeStruct((61, 32), jnp.float32)}}
     with caplog.at_level(logging.INFO):
         resolved = shardings(tree, mesh)
     assert resolved["embed"]["table"] == NamedSharding(mesh, P(None, "fsdp"))
     assert [record.getMessage() for record in caplog.records] == [
-        "embed/table: 61 does not divide over tensor=2; kept whole"
+        "embed/table: dimension 61 is not divisible by mesh.tensor=2; not sharded"
     ]
 
 
-def test_what_a_checkpoint_is_read_into_has_shapes_dtypes_and_shardings(every_leaf):
+def test_the_target_of_a_checkpoint_has_shapes_dtypes_and_shardings(every_leaf):
     mesh = make_mesh(MeshConfig(2, 2, 2))
     state = abstract_state(every_leaf, "adamw")
     leaves = jax.tree.leaves(placed(state, mesh))
@@ -170,7 +173,7 @@ def test_what_a_checkpoint_is_read_into_has_shapes_dtypes_and_shardings(every_le
     assert [x.sharding for x in leaves] == jax.tree.leaves(shardings(state, mesh))
 
 
-def test_whole_keeps_tensor_parallel_parts_and_nothing_else_apart(every_leaf):
+def test_whole_shards_over_tensor_and_not_over_fsdp(every_leaf):
     mesh = make_mesh(MeshConfig(2, 2, 2))
     params = jax.eval_shape(lambda: all_params(every_leaf, jax.random.key(0)))
     layout = whole(params, mesh)
@@ -181,27 +184,26 @@ def test_whole_keeps_tensor_parallel_parts_and_nothing_else_apart(every_leaf):
         assert tuple(ours.spec) == tuple(None if axis == "fsdp" else axis for axis in split.spec)
 
 
-# What it must not change
+# What sharding must not change
 
 
 @pytest.fixture(scope="module")
 def single(every_leaf):
-    """A model, a loss, a batch, and what one device makes of them."""
-    model = build_model(replace(every_leaf, vocab_size=511, scan_layers=True))  # odd: its axis is dropped
+    """A model, a loss, a batch, and the value and gradient on one device."""
+    model = build_model(replace(every_leaf, vocab_size=511, scan_layers=True))  # odd: not sharded
     draw = np.random.default_rng(0)
     batch = draw.integers(0, 511, (8, 12)), np.sort(draw.integers(1, 3, (8, 12)))
     weights = draw.normal(size=(8, 12, every_leaf.width)).astype(np.float32)
 
     def loss(params, tokens, segment_ids):
-        hidden, _ = model.apply(params, tokens, segment_ids=segment_ids)
-        return (hidden * weights).sum()
+        return (model.apply(params, tokens, segment_ids=segment_ids).hidden * weights).sum()
 
     params = jax.jit(model.init)(jax.random.key(0))
     return model, loss, batch, params, jax.jit(jax.value_and_grad(loss))(params, *batch)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
-def test_a_mesh_changes_no_value_and_no_gradient_and_splits_the_parameters(single, sizes):
+def test_a_mesh_changes_no_value_and_no_gradient_and_shards_the_parameters(single, sizes):
     model, loss, batch, whole_params, (expected_value, expected_gradient) = single
     mesh = make_mesh(MeshConfig(*sizes))
     layout = shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh)
@@ -219,15 +221,15 @@ def test_a_mesh_changes_no_value_and_no_gradient_and_splits_the_parameters(singl
         leaf.nbytes for leaf in blocks
     )
     _, fsdp, tensor = sizes
-    assert share == pytest.approx(1 / (fsdp * tensor), rel=0.05)  # norms and some biases stay whole
+    assert share == pytest.approx(1 / (fsdp * tensor), rel=0.05)  # norms and some biases are replicated
 
 
-def test_activations_stay_split_by_rows_where_rows_divide():
+def test_activations_stay_sharded_by_rows_where_rows_are_divisible():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     whole = jnp.ones((8, 6))
     assert constrain(whole, BATCH) is whole  # no mesh
     with jax.set_mesh(mesh):
         split = jax.jit(constrain, static_argnums=1)(whole, BATCH)
-        left_alone = jax.make_jaxpr(constrain, static_argnums=1)(jnp.ones((3, 6)), BATCH)
+        unconstrained = jax.make_jaxpr(constrain, static_argnums=1)(jnp.ones((3, 6)), BATCH)
     assert split.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"))), 2)
-    assert left_alone.eqns == []
+    assert unconstrained.eqns == []

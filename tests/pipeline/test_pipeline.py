@@ -1,4 +1,4 @@
-"""The pipeline: one command through all stages, stopped and gone on with, and gates that can be failed."""
+"""The pipeline: one command through all stages, stopped and resumed, and gates that can fail."""
 
 import json
 import os
@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 
 from configs import quickstart, sft_chat
-from jaxllm.pipeline import prompts as asking
-from jaxllm.pipeline import gates
-from experiments import pipeline
-from jaxllm.pipeline.config import PARENTS, PipelineConfig
 from jaxllm.config import override, parse
 from jaxllm.errors import DataError
+from jaxllm.pipeline import completions, gates
+from jaxllm.pipeline import run as pipeline
+from jaxllm.pipeline.config import PARENTS, PipelineConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +48,7 @@ def get_config(stage=""):
 
 
 def run(config, workdir, *flags, stop_in=None, by=signal.SIGTERM):
-    """The pipeline as a user runs it; with a signal once it has begun the stage `stop_in`."""
+    """The pipeline as a user runs it; with a signal once it has started the stage `stop_in`."""
     command = [
         sys.executable,
         "experiments/pipeline.py",
@@ -77,7 +76,7 @@ def run(config, workdir, *flags, stop_in=None, by=signal.SIGTERM):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A config file, the folder of its pipeline, and what was said until it was stopped, killed and over."""
+    """A config file, the folder of its pipeline, and the output until it was stopped, killed and finished."""
     folder = tmp_path_factory.mktemp("pipeline")
     (folder / "tiny.py").write_text(TINY)
     config, workdir = folder / "tiny.py", folder / "run"
@@ -90,23 +89,23 @@ def stages_of(output):
     return [line.split()[1] for line in output.splitlines() if line.startswith("[")]
 
 
-def test_a_pipeline_that_is_stopped_goes_on_where_it_was(tiny):
+def test_a_pipeline_that_is_stopped_resumes_where_it_was(tiny):
     _, workdir, (code, output, errors), (_, after_stop, _), _ = tiny
     assert code == 75, errors
-    assert "the same command goes on" in errors
+    assert "resume with the same command" in errors
     assert stages_of(output) == ["pretrain"]
     assert stages_of(after_stop)[0] == "sft"
     assert "resumed at step" in (workdir / "logs" / "sft.txt").read_text()
 
 
-def test_a_pipeline_that_is_killed_goes_on_where_it_was(tiny):
+def test_a_pipeline_that_is_killed_resumes_where_it_was(tiny):
     _, _, _, (code, output, _), (_, after_kill, errors) = tiny
     assert code == -signal.SIGKILL
     assert stages_of(output) == ["sft", "reward_model", "ppo"]
     assert stages_of(after_kill) == ["dpo", "sft_reasoning", "grpo", "gates"], errors
 
 
-def test_a_gate_that_is_failed_fails_the_command_and_says_what_was_measured(tiny):
+def test_a_failed_gate_fails_the_command_and_prints_what_was_measured(tiny):
     _, workdir, _, _, (code, output, errors) = tiny
     assert code == 1, errors
     found = json.loads((workdir / "gates.json").read_text())
@@ -124,7 +123,7 @@ def test_a_gate_that_is_failed_fails_the_command_and_says_what_was_measured(tiny
     assert text["measured"] > text["needed"] > 0
 
 
-def test_every_stage_begins_with_its_parent_s_last_checkpoint(tiny):
+def test_every_stage_is_initialized_from_its_parents_last_checkpoint(tiny):
     _, workdir, *_ = tiny
     for stage, parent in PARENTS.items():
         record = json.loads((workdir / stage / "run.json").read_text())
@@ -134,7 +133,7 @@ def test_every_stage_begins_with_its_parent_s_last_checkpoint(tiny):
             assert Path(record["parent"]["path"]) == workdir / parent / "checkpoints" / "4"
 
 
-def test_the_commands_written_down_are_those_that_ran(tiny):
+def test_the_recorded_commands_are_those_that_ran(tiny):
     config, workdir, *_ = tiny
     record = json.loads((workdir / "pipeline.json").read_text())
     commands = {stage["name"]: shlex.split(stage["command"]) for stage in record["stages"]}
@@ -157,7 +156,7 @@ def test_all_models_are_shown_with_the_same_prompts(tiny):
     assert "What is an LLM?" in (workdir / "report.html").read_text()
 
 
-def test_a_finished_pipeline_is_not_run_again_but_judged_again(tiny):
+def test_a_finished_pipeline_only_reports_its_gates_again(tiny):
     config, workdir, *_ = tiny
     before = (workdir / "pipeline.json").read_bytes()
     code, output, _ = run(config, workdir)
@@ -167,7 +166,7 @@ def test_a_finished_pipeline_is_not_run_again_but_judged_again(tiny):
     assert (workdir / "pipeline.json").read_bytes() == before
 
 
-def test_another_config_is_refused_before_anything_runs(tiny):
+def test_another_config_is_an_error_before_anything_runs(tiny):
     config, workdir, *_ = tiny
     code, _, errors = run(config, workdir, "--config.ppo.optimizer.learning_rate=0.5")
     assert code == 78
@@ -208,7 +207,9 @@ def test_what_differs_from_the_config_file_is_passed_on_to_its_stage():
         pretrain__optimizer__clip_norm="none",
         grpo__reward__functions="countdown",
     )
-    commands = pipeline.stage_commands(config, f"{ROOT}/configs/quickstart.py", "runs/x")
+    commands = pipeline.stage_commands(
+        config, f"{ROOT}/configs/quickstart.py", "runs/x", ROOT / "experiments"
+    )
     flags = {name: set(command[4:]) for name, command in commands.items()}
     assert flags["pretrain"] == {
         "--config.seed=3",
@@ -225,7 +226,7 @@ def test_data_or_a_seed_of_one_stage_is_that_stage_s_alone():
         config = make_config(**{field: f"{field}.jsonl" for field in order})
         assert config.ppo.data.train == ("ppo__data__train.jsonl",)
         assert config.dpo.data.train == config.reward_model.data.train == ("data__pairs.jsonl",)
-    with pytest.raises(pipeline.ConfigError, match=r"dpo\.seed is not that of the pipeline"):
+    with pytest.raises(pipeline.ConfigError, match=r"dpo\.seed differs from the pipeline\'s seed"):
         make_config(dpo__seed="3")
 
 
@@ -269,7 +270,7 @@ def test_a_stage_that_is_interrupted_before_it_can_save_has_not_failed(tmp_path)
         if next(interrupt, False):
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(pipeline.Stopped, match="the same command goes on"):
+    with pytest.raises(pipeline.Stopped, match="resume with the same command"):
         pipeline.run_stage(command, tmp_path / "logs" / "x.txt", report)
 
 
@@ -322,7 +323,7 @@ def test_preferences_must_raise_the_rubric_by_three_standard_errors_near_sft(ris
 
 
 @pytest.mark.parametrize(
-    ("references", "judged"),
+    ("references", "expected"),
     [
         ([{"answer": "In Rome.", "key": "Rome", "rivals": []}] * 2, True),
         ([{"answer": "In Rome.", "key": "Rome", "rivals": []}, None], False),
@@ -330,9 +331,9 @@ def test_preferences_must_raise_the_rubric_by_three_standard_errors_near_sft(ris
         ([{"answer": "In Rome."}], False),
     ],
 )
-def test_the_rubric_judges_only_where_every_row_brings_what_it_needs(references, judged):
+def test_the_rubric_scores_only_where_every_row_has_a_whole_reference(references, expected):
     rows = [{"prompt": "Where?"} | ({} if each is None else {"reference": each}) for each in references]
-    assert asking.has_references(rows) is judged
+    assert completions.has_references(rows) is expected
 
 
 def test_unchanged_answers_are_no_rise():

@@ -1,4 +1,4 @@
-"""experiments/report.py on several runs: what was set otherwise, and what differs by more than chance."""
+"""experiments/report.py on several runs: which settings differ, and which metrics by more than chance."""
 
 import math
 
@@ -9,7 +9,7 @@ from jaxllm.report.estimates import Estimate, difference, over_seeds
 
 
 def runs_at(folder, losses, *, error=0.02, values=None):
-    """A run for each last held-out loss; `values` are their configs, else all have the same."""
+    """A run for each last held-out loss; `values` are their configs, by default all the same."""
     return [
         write_run(
             folder / f"run{i}",
@@ -29,16 +29,16 @@ def seeds(*numbers, **changes):
 
 
 def verdicts(page):
-    return [row for row in page.rows if row[-1] in ("they differ", "not distinguishable")]
+    return [row for row in page.rows if row[-1] in ("different", "not distinguishable")]
 
 
-def test_runs_differ_where_0_is_outside_the_interval_of_their_difference(tmp_path):
+def test_runs_differ_where_the_interval_of_their_difference_excludes_0(tmp_path):
     # 1.96 standard errors of a difference are 1.96 * sqrt(2) * 0.02 = 0.0554
     folders = runs_at(tmp_path, [3.0, 3.055, 3.056])
     page, _, markdown = report(*folders, output=tmp_path / "out")
     found = [
         ["Loss", "run0", "run1", "0.055 ± 0.055", "not distinguishable"],
-        ["Loss", "run0", "run2", "0.056 ± 0.055", "they differ"],
+        ["Loss", "run0", "run2", "0.056 ± 0.055", "different"],
         ["Loss", "run1", "run2", "0.001 ± 0.055", "not distinguishable"],
     ]
     assert verdicts(page) == found
@@ -46,13 +46,13 @@ def test_runs_differ_where_0_is_outside_the_interval_of_their_difference(tmp_pat
         assert f"| {' | '.join(row)} |" in markdown
 
 
-def test_the_last_figure_is_shown_with_the_best(tmp_path):
+def test_the_last_value_is_shown_with_the_best(tmp_path):
     page, _, _ = report(*runs_at(tmp_path, [3.0, 2.0]), output=tmp_path / "out")
     assert ["Loss", "run0", "3.000 ± 0.020", "20", "2.500 ± 0.020 (step 10)"] in page.rows
     assert ["Loss", "run1", "2.000 ± 0.020", "20", "1.500 ± 0.020 (step 10)"] in page.rows
 
 
-def test_figures_without_a_standard_error_are_not_compared(tmp_path):
+def test_metrics_without_a_standard_error_are_not_compared(tmp_path):
     page, _, _ = report(*runs_at(tmp_path, [3.0, 2.0], error=None), output=tmp_path / "out")
     assert verdicts(page) == []
 
@@ -67,7 +67,7 @@ def test_settings_that_differ_are_listed(tmp_path):
     assert len(page.rows[first + 3]) != 3
 
 
-def test_seeds_are_taken_together(tmp_path):
+def test_runs_that_differ_only_in_the_seed_are_grouped(tmp_path):
     values = [*seeds(0, 1, 2), *seeds(0, 1, 2, stage="pretrain", wandb_project="other")]
     folders = runs_at(tmp_path, [3.0, 3.1, 3.2, 3.3, 3.4, 3.5], values=values)
     page, _, _ = report(*folders, output=tmp_path / "out")
@@ -75,22 +75,22 @@ def test_seeds_are_taken_together(tmp_path):
     assert ["Loss", "run0 and 2 more seeds", "3", mean, "0.10", "3 to 3.2"] in page.rows
     # 0.3 is 3.67 standard errors of 0.1 * sqrt(2 / 3); with 4 degrees of freedom t is 2.776
     pair = ["Loss", "run0 and 2 more seeds", "run3 and 2 more seeds"]
-    assert verdicts(page) == [[*pair, "0.30 ± 0.23", "they differ"]]
+    assert verdicts(page) == [[*pair, "0.30 ± 0.23", "different"]]
 
 
-def test_runs_that_are_all_seeds_of_one_are_also_compared_one_by_one(tmp_path):
+def test_seeds_of_a_single_config_are_also_compared_one_by_one(tmp_path):
     page, _, _ = report(*runs_at(tmp_path, [3.0, 3.5], values=seeds(0, 1)), output=tmp_path / "out")
-    assert "Over seeds" in page.words
+    assert "Statistics over seeds" in page.words
     assert [row[1:3] for row in verdicts(page)] == [["run0", "run1"]]
 
 
-def test_a_seed_that_was_run_twice_is_no_second_seed(tmp_path):
+def test_a_repeated_seed_does_not_count_as_a_second_seed(tmp_path):
     page, _, _ = report(*runs_at(tmp_path, [3.0, 3.0], values=seeds(0, 0)), output=tmp_path / "out")
-    assert "Over seeds" not in page.words
+    assert "Statistics over seeds" not in page.words
     assert verdicts(page) == [["Loss", "run0", "run1", "0.000 ± 0.055", "not distinguishable"]]
 
 
-def test_pipelines_in_other_folders_are_seeds_of_one(tmp_path):
+def test_pipelines_in_different_folders_are_seeds_of_one_config(tmp_path):
     for seed in (0, 1):
         folder = tmp_path / f"seed{seed}"
         model = f"runs/seed{seed}/reward_model/best"
@@ -104,7 +104,7 @@ def test_pipelines_in_other_folders_are_seeds_of_one(tmp_path):
     assert ["gate", "seed0", "seed1"] in page.rows
     assert ["ppo", "passed: 0.500 ± 0.010", "passed: 0.500 ± 0.010"] in page.rows
     assert ["seed", "0", "1"] in page.rows
-    assert "seed0/ppo and 1 more seeds" in {row[1] for row in page.rows}
+    assert "seed0/ppo and 1 more seed" in {row[1] for row in page.rows}
     assert not any("reward.model" in row for row in page.rows)
 
 
@@ -116,13 +116,13 @@ def test_runs_of_several_stages_have_a_section_each(tmp_path):
     assert headings[:2] == ["pretrain", "sft"]
 
 
-def test_folders_of_one_name_are_told_apart(tmp_path):
+def test_folders_of_the_same_name_get_distinct_names(tmp_path):
     folders = [*runs_at(tmp_path / "a", [3.0]), *runs_at(tmp_path / "b", [3.5])]
     page, _, _ = report(*folders, output=tmp_path / "out")
     assert [row[1:3] for row in verdicts(page)] == [["a/run0", "b/run0"]]
 
 
-def test_each_run_has_a_line_of_its_own(tmp_path):
+def test_each_run_has_its_own_line_style(tmp_path):
     folders = runs_at(
         tmp_path, [3.0 + i / 10 for i in range(10)], values=[config(extra=i) for i in range(10)]
     )
@@ -148,12 +148,12 @@ def test_the_mean_over_seeds_has_the_error_of_their_spread():
         (Estimate(0, 0, 2), Estimate(0, 0, 2), 0),
     ],
 )
-def test_an_interval_is_as_wide_as_its_errors_are_uncertain(before, after, half_width):
+def test_intervals_are_wider_where_errors_are_from_few_seeds(before, after, half_width):
     found = difference(before, after)
     assert found.half_width == pytest.approx(half_width, rel=1e-5)
     assert found.value == after.value
 
 
-def test_equal_figures_without_error_do_not_differ():
+def test_equal_values_without_error_do_not_differ():
     assert not difference(Estimate(1, 0), Estimate(1, 0)).is_distinguishable
     assert difference(Estimate(1, 0), Estimate(0.9, 0)).is_distinguishable

@@ -1,4 +1,4 @@
-"""experiments/report.py on a run or a pipeline: all there is, from JSON alone, and every text stays text."""
+"""experiments/report.py on a run or a pipeline: complete, from JSON alone, with generated text escaped."""
 
 import json
 import re
@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from experiments import report as script
-from jaxllm.report import write_report
-from jaxllm.report.document import duration, number, with_error
-from jaxllm.report.runs import read_run
-from jaxllm.report.sections import typed
 from jaxllm.config import load_config, parse, run_script
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig, flops_per_token
+from jaxllm.report import write_report
+from jaxllm.report.document import duration, number, with_error
+from jaxllm.report.runs import read_run
+from jaxllm.report.sections import wrap_command
+from jaxllm.stages import find_stage
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = '<script>alert(1)</script> | `a` *b* & "c"\n</dd><img src=x onerror=alert(1)>\x1b[31m'
@@ -36,8 +37,8 @@ GATES = [
 SHOWN = {
     "prompts": ["What is an LLM?"],
     "answers": [
-        {"name": "random", "kind": "babble", "texts": [HOSTILE]},
-        {"name": "sft", "kind": "answers", "texts": ["A language model."]},
+        {"name": "random", "kind": "untrained", "texts": [HOSTILE]},
+        {"name": "sft", "kind": "fine-tuned", "texts": ["A language model."]},
     ],
 }
 
@@ -70,7 +71,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def pipeline(tmp_path):
-    """A folder of two stages, the second begun with the weights of the first, and the gates."""
+    """A folder of two stages, the second initialized from the first, and the gates."""
     folder = tmp_path / "quick"
     write_run(folder / "pretrain", config())
     parent = {"path": str(folder / "pretrain" / "checkpoints" / "20"), "hash": "a" * 32}
@@ -90,15 +91,15 @@ def pipeline(tmp_path):
 
 
 class Page(HTMLParser):
-    """What a browser would see: the tags with their attributes, the text, and the cells of each row."""
+    """The page as a browser parses it: tags with their attributes, text, and the cells of each row."""
 
     def __init__(self, source):
         super().__init__()
         self.tags, self.words, self.rows, self.in_cell = [], [], [], False
         self.feed(source)
 
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
         if tag == "tr":
             self.rows.append([])
         elif tag in ("td", "th"):
@@ -124,19 +125,19 @@ def report(*folders, output=None):
     return Page(source), source, ((output or folders[0]) / "report.md").read_text()
 
 
-def test_what_a_model_says_stays_text(pipeline):
+def test_generated_text_is_escaped(pipeline):
     page, _, markdown = report(pipeline)
     assert {"script", "img"}.isdisjoint(tag for tag, _ in page.tags)
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    assert HOSTILE.replace("\x1b", "") in page.words  # all of it, but for the control character
-    (said,) = (line for line in markdown.splitlines() if "alert(1)" in line)
-    assert said == (
-        '| random (babble) | \\<script\\>alert(1)\\</script\\> \\| \\`a\\` \\*b\\* &amp; "c"<br>'
+    assert HOSTILE.replace("\x1b", "") in page.words  # all except the control character
+    (shown,) = (line for line in markdown.splitlines() if "alert(1)" in line)
+    assert shown == (
+        '| random (untrained) | \\<script\\>alert(1)\\</script\\> \\| \\`a\\` \\*b\\* &amp; "c"<br>'
         "\\</dd\\>\\<img src=x onerror=alert(1)\\>\\[31m |"
     )
 
 
-def test_the_page_needs_nothing_from_elsewhere(pipeline):
+def test_the_page_loads_no_external_resource(pipeline):
     page, source, _ = report(pipeline)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in page.tags
@@ -146,22 +147,22 @@ def test_the_page_needs_nothing_from_elsewhere(pipeline):
     assert all(link.startswith("#") for link in links)
 
 
-def test_pictures_share_no_ids_and_take_their_colours_from_the_page(pipeline):
+def test_pictures_share_no_ids_and_take_their_colors_from_the_page(pipeline):
     page, source, _ = report(pipeline)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == 2  # a loss for each stage
     pictures = "".join(re.findall("<svg.*?</svg>", source, re.DOTALL))
     assert "var(--series-0)" in pictures
-    assert "<style" not in pictures  # it would be of the whole page
+    assert "<style" not in pictures  # it would apply to the whole page
     assert re.findall(r": #[0-9a-f]{3,6}", pictures) == []
     used = {attributes["href"][1:] for tag, attributes in page.tags if tag == "use"}
     assert used <= set(ids)
 
 
-def test_figures_are_those_of_the_metrics(run):
+def test_metrics_and_cost_are_those_of_the_run(run):
     page, _, markdown = report(run)
-    figures = ["Loss, nats a token", "eval/loss", "6.250 ± 0.013", "3.877 ± 0.031"]
+    figures = ["Loss", "nats per token", "eval/loss", "6.250 ± 0.013", "3.877 ± 0.031"]
     assert [*figures, "3.877 ± 0.031 (step 20)"] in page.rows
     each = flops_per_token(
         parse(ModelConfig, config()["model"], "model"), config()["data"]["sequence_length"]
@@ -186,20 +187,30 @@ def test_parameters_are_counted_and_ppo_trains_a_critic_too(tmp_path):
     assert found["ppo"].flops == 2 * found["pretrain"].flops
 
 
-def test_a_pipeline_is_told_from_its_verdict_to_its_commands(pipeline):
+@pytest.mark.parametrize("stage", sorted(path.stem for path in (ROOT / "jaxllm/stages").glob("[!_]*.py")))
+def test_each_stage_has_panels(stage):
+    assert find_stage(stage).panels
+
+
+def test_a_run_of_an_unknown_stage_shows_its_loss(tmp_path):
+    page, _, _ = report(write_run(tmp_path / "mine", config("distillation")))
+    assert ["Loss", "", "eval/loss", "6.250 ± 0.013", "3.877 ± 0.031", "3.877 ± 0.031 (step 20)"] in page.rows
+
+
+def test_the_report_on_a_pipeline_has_verdict_gates_cost_and_commands(pipeline):
     page, _, markdown = report(pipeline)
     for text in (page.text, markdown):
         assert "1 of 2 gates failed. dpo: +0.10 ± 0.07." in text
         assert "python train.py --b" in text
-        assert "Not complete" not in text
+        assert "Incomplete" not in text
     assert ["text", "passed", "0.5246 ± 0.0080", "1.06", "beats a trigram", "0.525 bits"] in page.rows
     costs = {row[0]: row[5:] for row in page.rows if len(row) == 7}
     assert costs["pretrain"] == ["1 min 1 s", "900 MB"]
     assert costs["gates"] == ["9 s", "–"]
-    assert costs["in all"] == ["2 min 50 s", "1.50 GB"]
+    assert costs["total"] == ["2 min 50 s", "1.50 GB"]
 
 
-def test_lineage_names_parent_data_code_and_changed_settings(pipeline):
+def test_lineage_shows_parent_data_code_and_changed_settings(pipeline):
     page, _, _ = report(pipeline)
     known = ["dddddddddddd", "eeeeeeeeeeee"]
     assert ["pretrain", "id-pretrain", "random weights", "–", *known, "0", "f" * 12] in page.rows
@@ -210,22 +221,22 @@ def test_lineage_names_parent_data_code_and_changed_settings(pipeline):
 
 
 @pytest.mark.parametrize(
-    ("passed", "says"),
+    ("passed", "verdict"),
     [
         ([True, True], "2 of 2 gates passed."),
         ([True, None], "1 of 2 gates passed. 1 could not be measured."),
         ([False, None], "1 of 2 gates failed. text: 0.525 bits. 1 could not be measured."),
     ],
 )
-def test_the_verdict_counts_what_was_measured(pipeline, passed, says):
+def test_the_verdict_counts_what_was_measured(pipeline, passed, verdict):
     gates = [gate | {"passed": each} for gate, each in zip(GATES, passed, strict=True)]
     (pipeline / "gates.json").write_text(json.dumps({"gates": gates}))
     page, _, _ = report(pipeline)
-    assert says in page.words
+    assert verdict in page.words
 
 
 @pytest.mark.parametrize(
-    ("file", "says"),
+    ("file", "message"),
     [
         ("pipeline.json", "quick/pipeline.json"),
         ("gates.json", "quick/gates.json"),
@@ -238,7 +249,7 @@ def test_the_verdict_counts_what_was_measured(pipeline, passed, says):
 @pytest.mark.parametrize(
     "content", [None, "", '{"gates": [', "[]", '{"stages": 3, "gates": 3, "prompts": 3}']
 )
-def test_what_is_missing_or_half_there_is_named_and_the_rest_is_shown(pipeline, file, says, content):
+def test_missing_or_truncated_files_are_named_and_the_rest_is_shown(pipeline, file, message, content):
     if content is None:
         (pipeline / file).unlink()
     else:
@@ -246,30 +257,64 @@ def test_what_is_missing_or_half_there_is_named_and_the_rest_is_shown(pipeline, 
     page, _, markdown = report(pipeline)
     for heading in ("Curves", "Cost", "Lineage", "Commands"):
         assert heading in page.words
-    if content != '{"stages": 3, "gates": 3, "prompts": 3}':  # there, and of no use: nothing is lost by it
-        assert re.search(f"Not complete: .*{re.escape(says)} ", page.text)
-        assert says in markdown
+    if content != '{"stages": 3, "gates": 3, "prompts": 3}':  # readable, only without the expected content
+        assert re.search(f"Incomplete: .*{re.escape(message)} ", page.text)
+        assert message in markdown
     assert ("A language model." in page.words) == (file != "shown.json")
     assert ("beats a trigram" in page.text) == (file != "gates.json")
     assert "id-pretrain" in page.text
 
 
-def test_stages_that_are_running_are_shown(pipeline):
+def test_unfinished_stages_are_shown(pipeline):
     facts = json.loads((pipeline / "pipeline.json").read_text())
     facts["stages"] = facts["stages"][:1]
     (pipeline / "pipeline.json").write_text(json.dumps(facts))
     page, _, _ = report(pipeline)
-    assert "stage sft is not over" in page.text
+    assert "stage sft has not finished" in page.text
     assert "id-sft" in page.text
     shutil.rmtree(pipeline / "pretrain")
     page, _, _ = report(pipeline)
     assert "pretrain/run.json is missing" in page.text
 
 
-def test_answers_of_the_first_and_last_evaluation_are_shown(run):
+def test_a_pipeline_that_has_just_started_is_shown(pipeline):
+    for file in ("pipeline.json", "gates.json", "shown.json"):
+        (pipeline / file).unlink()
+    (pipeline / "lock").touch()
+    page, _, _ = report(pipeline)
+    assert "stage pretrain has not finished" in page.text
+
+
+def test_old_folders_are_shown_under_todays_names(tmp_path):
+    folder = tmp_path / "old"
+    entries = []
+    for name, stage, parent, section, field in (
+        ("sft", "sft", "pretrain", "data", {"learn": "assistant"}),
+        ("worked", "sft", "sft", "data", {"learn": "last"}),
+        ("grpo", "grpo", "worked", "rollout", {"prompts": 4}),
+    ):
+        values = config(stage)
+        write_run(folder / name, values | {section: values.get(section, {}) | field})
+        entries.append({"name": name, "workdir": name, "parent": parent, "command": f"python {name}"})
+    (folder / "pipeline.json").write_text(json.dumps({"stages": entries}))
+    page, _, _ = report(folder)
+    headings = "sft", "sft_reasoning (sft)", "grpo"
+    assert all(heading in page.words for heading in headings)
+    assert ["data.loss_on", "assistant", "last"] in page.rows
+    assert ["rollout.num_prompts", "–", "4"] in page.rows
+    assert not {"worked", "data.learn", "rollout.prompts"} & {row[0] for row in page.rows}
+
+
+def test_a_config_of_a_newer_version_is_named(run):
+    (run / "config.json").write_text(json.dumps(config() | {"version": 99}))
+    page, _, _ = report(run)
+    assert "Incomplete: mine/config.json cannot be read: config.json has version 99" in page.text
+
+
+def test_completions_of_the_first_and_last_evaluation_are_shown(run):
     (run / "evals").mkdir()
-    for step, said in ((0, "seven"), (9, "eight"), (10, "nine")):
-        row = {"prompt": "4 + 5?", "completion": said, "reward": step / 10}
+    for step, text in ((0, "seven"), (9, "eight"), (10, "nine")):
+        row = {"prompt": "4 + 5?", "completion": text, "reward": step / 10}
         (run / "evals" / f"{step}.jsonl").write_text(json.dumps(row) + '\n{"cut')
     page, _, _ = report(run)
     assert page.text.count("4 + 5?") == 1
@@ -278,19 +323,21 @@ def test_answers_of_the_first_and_last_evaluation_are_shown(run):
     assert "eight" not in page.words
 
 
-def test_a_missing_matplotlib_is_told_with_the_command(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=r"pip install 'jaxllm\[plot\]'"):
+@pytest.mark.parametrize("package", ["matplotlib", "scipy"])
+def test_a_missing_package_gives_the_pip_command(run, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    message = r"^the report needs matplotlib and scipy: pip install 'jaxllm\[plot\]'$"
+    with pytest.raises(ConfigError, match=message):
         report(run)
 
 
-def test_commands_are_broken_into_lines_without_changing_them():
+def test_commands_are_wrapped_without_changing_them():
     command = f"python 'a script.py' --text='it is' {' '.join(f'--config.field{i}=value' for i in range(9))}"
-    lines = typed(command).splitlines()
+    lines = wrap_command(command).splitlines()
     assert len(lines) == 3
     assert max(map(len, lines)) < 100
-    assert shlex.split(typed(command).replace("\\\n", "")) == shlex.split(command)
-    assert typed("it's") == "it's"
+    assert shlex.split(wrap_command(command).replace("\\\n", "")) == shlex.split(command)
+    assert wrap_command("it's") == "it's"
 
 
 @pytest.mark.parametrize(
@@ -305,11 +352,11 @@ def test_commands_are_broken_into_lines_without_changing_them():
         (None, 0.1, "–"),
     ],
 )
-def test_a_standard_error_has_two_digits(value, error, shown):
+def test_a_standard_error_has_two_significant_digits(value, error, shown):
     assert with_error(value, error) == shown
 
 
-def test_other_numbers_are_short():
+def test_other_numbers_are_rounded():
     assert [number(x) for x in (3.14159, 1e-5, 984448, 12345.6, True, "x")] == [
         "3.142",
         "1e-05",
@@ -321,7 +368,7 @@ def test_other_numbers_are_short():
     assert [duration(x) for x in (59.4, 61, 3720, None)] == ["59 s", "1 min 1 s", "1 h 2 min", "–"]
 
 
-def test_the_script_takes_folders_and_says_where_the_report_is(run, run_process):
+def test_the_script_takes_folders_and_prints_where_the_report_is(run, run_process):
     code, output, errors = run_process("report.py", "mine", "--output", "there")
     assert (code, output, errors) == (0, "there/report.html\n", "")
     assert (run.parent / "there" / "report.md").exists()
@@ -331,7 +378,7 @@ def run_report(*flags):
     return run_script(script.main, None, script.define_flags, script.runs_as_flags(["report.py", *flags]))
 
 
-def test_one_run_has_its_report_in_its_folder_and_several_beside_them(run, monkeypatch, capsys):
+def test_the_report_is_written_into_the_folder_of_one_run_and_beside_several(run, monkeypatch, capsys):
     monkeypatch.chdir(run.parent)
     write_run(run.parent / "other", config())
     assert run_report("mine") == run_report("mine", "--run=other") == 0
@@ -339,20 +386,20 @@ def test_one_run_has_its_report_in_its_folder_and_several_beside_them(run, monke
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
-        (["empty"], "is no run: it has neither run.json nor pipeline.json"),
-        (["mine", "nowhere"], "nowhere is no run"),
-        (["."], "nor pipeline.json; in it are mine"),
+        (["empty"], "is not a run folder: it has neither run.json nor pipeline.json"),
+        (["mine", "nowhere"], "nowhere is not a run folder"),
+        (["."], "nor pipeline.json; it contains mine"),
         (["mine", "mine"], "the same folder is given twice"),
         (["mine", "--output=mine/run.json"], "mine/run.json: "),
         (["--config=x"], "unknown flag"),
-        ([], "give a run's folder"),
+        ([], "no run given; pass one or more folders"),
     ],
 )
-def test_what_is_no_run_is_refused_in_one_line(run, monkeypatch, capsys, flags, says):
+def test_other_arguments_give_one_line_that_names_the_error(run, monkeypatch, capsys, flags, message):
     (run.parent / "empty").mkdir()
     monkeypatch.chdir(run.parent)
     assert run_report(*flags) == 78
     (line,) = capsys.readouterr().err.splitlines()
-    assert says in line
+    assert message in line

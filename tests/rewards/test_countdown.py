@@ -16,7 +16,7 @@ RIGHT = [
     "35 − (−19 − 44)",
     "The 3 numbers give 44 + 19 + 35 = 98",
     "((((44)))) + 19 + 35",
-    "- 44 + 19 + 35",  # an item of a list
+    "- 44 + 19 + 35",  # a list item
 ]
 
 WRONG = [
@@ -85,7 +85,7 @@ def test_arithmetic_is_exact(numbers, target, completion, score):
     assert countdown({"numbers": numbers, "target": target}, completion) == score
 
 
-def test_the_right_numbers_may_earn_partial_credit():
+def test_the_right_numbers_get_partial_credit():
     assert countdown(ROW, "44 + 19 - 35", partial_credit=0.1) == 0.1
     assert countdown(ROW, "44 + 19", partial_credit=0.1) == 0.0
     assert countdown(ROW, "44 + 19 + 35", partial_credit=0.1) == 1.0

@@ -27,6 +27,6 @@ def test_each_tag_once_in_order_and_nothing_else(completion, score):
     assert format({}, completion) == score
 
 
-def test_tags_can_be_others():
+def test_tags_can_be_changed():
     assert format({}, "<a+b>1</a+b> <c>2</c>", tags=("a+b", "c")) == 1.0
     assert format({}, "<think>1</think><answer>2</answer>", tags=("a+b", "c")) == 0.0

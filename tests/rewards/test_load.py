@@ -1,11 +1,11 @@
-"""A reward by name: what is found, and the one line that says what is not."""
+"""Loading rewards by name, and the one-line errors for those that cannot be loaded."""
 
 import sys
 
 import pytest
 
 from jaxllm.errors import ConfigError
-from jaxllm.rewards.load import load_reward
+from jaxllm.rewards.load import load_reward, reward_names
 from jaxllm.rewards.math_answer import math_answer
 
 
@@ -19,13 +19,14 @@ def user_file(tmp_path):
     return write
 
 
-def test_ours_are_known_by_their_bare_names():
+def test_rewards_of_this_package_have_bare_names():
     assert load_reward("math_answer") is math_answer
-    for name in ("countdown", "format", "length"):
+    assert {"countdown", "format", "length", "math_answer", "math_verify"} <= set(reward_names())
+    for name in reward_names():
         assert load_reward(name).__name__ == name
 
 
-def test_a_dotted_name_and_a_file_name_a_users_function(user_file):
+def test_functions_of_users_have_dotted_names_or_files(user_file):
     assert load_reward("jaxllm.rewards.math_answer.math_answer") is math_answer
     path = user_file(
         "from __future__ import annotations\n"
@@ -43,6 +44,7 @@ def test_a_dotted_name_and_a_file_name_a_users_function(user_file):
     [
         ("math_anwser", "'math_anwser': unknown, did you mean 'math_answer'?"),
         ("pool", "'pool': unknown"),
+        ("scorer", "'scorer': unknown"),
         ("nowhere_to_be_found.reward", "No module named 'nowhere_to_be_found'"),
         ("jaxllm.rewards.countdown.cuntdown", "no function 'cuntdown', did you mean 'countdown'?"),
         ("math.pi", "math: no function 'pi'"),
@@ -50,7 +52,7 @@ def test_a_dotted_name_and_a_file_name_a_users_function(user_file):
         ("os.path.join.", "'os.path.join.'"),
     ],
 )
-def test_what_is_not_there(name, message):
+def test_a_name_that_does_not_exist(name, message):
     with pytest.raises(ConfigError) as caught:
         load_reward(name)
     assert message in str(caught.value)
@@ -73,7 +75,7 @@ def test_what_is_not_there(name, message):
         ("def reward(completion): ...\n", "must take (example, completion): too many positional arguments"),
     ],
 )
-def test_a_faulty_file_is_one_line_with_its_place(user_file, source, message):
+def test_a_faulty_file_is_a_one_line_error_with_file_and_line(user_file, source, message):
     with pytest.raises(ConfigError) as caught:
         load_reward(f"{user_file(source)}:reward")
     assert message in str(caught.value)
@@ -84,11 +86,11 @@ def test_a_missing_file_or_function_name(user_file):
     path = user_file("")
     with pytest.raises(ConfigError, match=r"no such file, did you mean 'mine.py'\?"):
         load_reward(f"{path.parent}/mime.py:reward")
-    with pytest.raises(ConfigError, match=r"name the function too, as .*mine.py:FUNCTION"):
+    with pytest.raises(ConfigError, match=r"give the name of the function too, as .*mine.py:FUNCTION"):
         load_reward(str(path))
 
 
-def test_a_missing_extra_is_named_with_its_command(monkeypatch):
+def test_a_missing_extra_is_an_error_with_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     monkeypatch.delitem(sys.modules, "jaxllm.rewards.math_verify", raising=False)
     with pytest.raises(ConfigError, match=r"^the reward math_verify .*pip install 'jaxllm\[math\]'$"):

@@ -1,4 +1,4 @@
-"""Each row is a way of writing a number that a grader has been seen to get wrong."""
+"""Each row is a way of writing a number that some grader is known to get wrong."""
 
 import time
 
@@ -7,7 +7,7 @@ import pytest
 from jaxllm.rewards.math_answer import math_answer
 
 RIGHT = [
-    # where the answer stands
+    # where the answer is
     ("18", "16 - 3 = 13, and 9 * 2 = 18 #### 18"),
     ("18", "#### 18\nI hope this helps 100 of you."),
     ("18", "#### 7\nNo, I forgot some.\n#### 18"),
@@ -123,7 +123,7 @@ def test_wrong(answer, completion):
 
 
 @pytest.mark.parametrize("answer", ["", "B", "x + 1", "18 or 20", "1e999999999", "{1, 2}"])
-def test_it_does_not_apply_where_the_example_asks_for_no_number(answer):
+def test_it_does_not_apply_where_the_answer_is_not_a_number(answer):
     assert math_answer({"answer": answer}, "#### 1") is None
 
 
@@ -135,7 +135,7 @@ def test_it_does_not_apply_where_the_example_asks_for_no_number(answer):
         *(r"\boxed{", r"\frac", r"\frac{", r"\text{"),
     ],
 )
-def test_no_text_costs_more_than_reading_it(piece):
+def test_the_time_is_linear_in_the_length_of_the_text(piece):
     text = piece * (100_000 // len(piece))
     for completion in (text, "#### 9" + text, "the answer is" + text + "x", "= 9" + text):
         began = time.process_time()

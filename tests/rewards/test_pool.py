@@ -1,4 +1,4 @@
-"""Rewards in processes: whatever one call does, the others' scores stand, and nothing is left running."""
+"""Rewards in processes: whatever one call does, the others are scored, and no process is left running."""
 
 import os
 import re
@@ -14,7 +14,7 @@ import pytest
 from jaxllm.errors import ConfigError, DataError
 from jaxllm.rewards.pool import RewardPool, Scores, gather
 
-# A completion names what the reward does; any other is worth its length.
+# A completion names what the reward does; for any other the reward is its length.
 HOSTILE = """
 import os, re, sys, time
 import numpy as np
@@ -58,7 +58,7 @@ def hostile(tmp_path_factory):
 
 def pool_of(reward, *, time_limit=20.0, workers=1):
     return RewardPool(
-        {"mine": reward}, weights={"mine": 1.0}, workers=workers, time_limit=time_limit, default=-1.0
+        {"mine": reward}, weights={"mine": 1.0}, workers=workers, time_limit=time_limit, error_reward=-1.0
     )
 
 
@@ -90,21 +90,21 @@ def wait_until(condition, seconds):
     return condition()
 
 
-# What a sample is worth
+# Scores
 
 
-def test_the_total_is_the_weighted_sum_of_what_applies(hostile):
+def test_the_total_is_the_weighted_sum_of_the_rewards_that_apply(hostile):
     rewards = {"mine": hostile, "ten": hostile.replace(":reward", ":ten")}
     weights = {"ten": 2.0, "mine": 0.5}
-    with RewardPool(rewards, weights=weights, workers=2, time_limit=20.0, default=-1.0) as pool:
+    with RewardPool(rewards, weights=weights, workers=2, time_limit=20.0, error_reward=-1.0) as pool:
         examples = [{"ten": True}, {"ten": False}, {"ten": False}, {"ten": True}]
         scores = pool.submit(examples, ["abc", "abc", "None", "raise"]).result()
     np.testing.assert_array_equal(scores.by_name["mine"], np.float32([3, 3, np.nan, -1]))
     np.testing.assert_array_equal(scores.by_name["ten"], np.float32([10, np.nan, np.nan, 10]))
     np.testing.assert_array_equal(scores.total, np.float32([21.5, 1.5, -1.0, 19.5]))
     assert scores.total.dtype == scores.by_name["ten"].dtype == np.float32
-    assert scores.counters == {"reward/timeouts": 0, "reward/errors": 2}  # the third has no reward at all
-    assert scores.messages[1] == "no reward applies to a sample, all returned None"
+    assert scores.counters == {"reward/timeouts": 0, "reward/errors": 2}  # no reward applies to the third
+    assert scores.messages[1] == "no reward applies to a sample: all returned None"
 
 
 def test_numbers_of_any_kind_are_rewards(pool):
@@ -113,13 +113,13 @@ def test_numbers_of_any_kind_are_rewards(pool):
     assert scores.messages == []
 
 
-def test_no_samples_are_no_scores(pool):
+def test_no_samples_give_no_scores(pool):
     scores = score(pool)
     assert scores.total.shape == scores.by_name["mine"].shape == (0,)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_scores_come_in_the_order_of_samples(hostile, workers):
+def test_scores_are_in_the_order_of_the_samples(hostile, workers):
     completions = ["x" * (7 * i % 23) for i in range(100)]
     with pool_of(hostile, workers=workers) as pool:
         handles = [pool.submit([{}] * 100, completions[i:] + completions[:i]) for i in (0, 50)]
@@ -129,17 +129,17 @@ def test_scores_come_in_the_order_of_samples(hostile, workers):
 
 
 def scores_of(*total, errors=0, messages=()):
-    """Of one reward that is half the total."""
+    """Scores of one reward that is half the total."""
     total = np.float32(total)
     return Scores(total, {"half": total / 2}, {"reward/errors": errors}, list(messages))
 
 
-def test_rows_of_several_scores_are_gathered_in_the_order_wanted():
+def test_rows_of_several_scores_are_gathered_in_the_given_order():
     parts = [scores_of(1, 2, errors=1, messages="ab"), scores_of(), scores_of(3, errors=2, messages="bc")]
     gathered = gather(parts, [2, 0, 0])
     np.testing.assert_array_equal(gathered.total, np.float32([3, 1, 1]))
     np.testing.assert_array_equal(gathered.by_name["half"], np.float32([1.5, 0.5, 0.5]))
-    assert gathered.counters == {"reward/errors": 3}  # of all calls, also of rows that are left out
+    assert gathered.counters == {"reward/errors": 3}  # of all calls, including rows that are left out
     assert gathered.messages == ["a", "b", "c"]
 
 
@@ -149,7 +149,7 @@ def test_of_many_messages_the_first_few_are_kept():
 
 # Faults
 
-AROUND = ["x" * score for score in range(10)]  # handed out three at a time
+AROUND = ["x" * score for score in range(10)]  # sent to the worker three at a time
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,13 @@ AROUND = ["x" * score for score in range(10)]  # handed out three at a time
         ("recurse", "RecursionError"),
         ("nan", "returned nan"),
         ("inf", "returned inf"),
-        ("1e39", r"returned 1e\+39"),  # finite, but not in float32
+        ("1e39", r"returned 1e\+39"),  # finite in float64, but not in float32
         ("huge", "OverflowError"),
         ("str", "returned a str, not a number"),
         ("dict", "returned a dict, not a number"),
     ],
 )
-def test_a_fault_is_counted_and_the_sample_gets_the_default(pool, completion, message):
+def test_a_fault_is_counted_and_the_sample_gets_the_error_reward(pool, completion, message):
     scores = score(pool, *AROUND[:4], completion, *AROUND[5:])
     assert scores.total.tolist() == scores.by_name["mine"].tolist() == [0, 1, 2, 3, -1, 5, 6, 7, 8, 9]
     assert scores.counters == {"reward/timeouts": 0, "reward/errors": 1}
@@ -179,13 +179,13 @@ def test_a_fault_is_counted_and_the_sample_gets_the_default(pool, completion, me
     ("completion", "returned"), [("list", "list of 2"), ("empty", "tuple of 0"), ("array", "ndarray of 1")]
 )
 def test_the_wrong_number_of_values_is_an_error_that_names_the_function(pool, completion, returned):
-    message = rf"hostile.py:reward': returned a {returned} values, must be one number a completion"
+    message = rf"hostile.py:reward': returned a {returned} values; it must return one number"
     with pytest.raises(ConfigError, match=message):
         score(pool, "ab", completion)
 
 
 @pytest.mark.parametrize("completion", ["hang", "hang and hold the lock"])
-def test_a_call_over_its_time_limit_is_killed_and_the_others_stand(hostile, completion):
+def test_a_call_over_its_time_limit_is_killed_and_the_others_are_scored(hostile, completion):
     with pool_of(hostile, time_limit=0.5) as pool:
         score(pool, "a")  # the process has started
         began = time.monotonic()
@@ -193,14 +193,14 @@ def test_a_call_over_its_time_limit_is_killed_and_the_others_stand(hostile, comp
         assert 0.5 < time.monotonic() - began < 3.0
         assert scores.total.tolist() == [0, 1, 2, 3, -1, 5, 6, 7, 8, 9]
         assert scores.counters == {"reward/timeouts": 1, "reward/errors": 0}
-        assert scores.messages == ["reward 'mine': took over 0.5 s, killed"]
+        assert scores.messages == ["reward 'mine': took more than 0.5 s and was killed"]
         assert score(pool, "abc").total.tolist() == [3.0]
 
 
-def test_only_the_time_of_one_call_counts(tmp_path):
+def test_the_time_limit_is_for_one_call(tmp_path):
     (tmp_path / "slow.py").write_text("import time\ndef reward(*_): time.sleep(0.4); return 1\n")
     with pool_of(f"{tmp_path}/slow.py:reward", time_limit=0.7) as pool:
-        assert score(pool, *"aaaaa").total.tolist() == [1.0] * 5  # handed out two at a time
+        assert score(pool, *"aaaaa").total.tolist() == [1.0] * 5  # sent to the worker two at a time
 
 
 def test_what_a_reward_prints_or_reads_does_no_harm(hostile, capfd):
@@ -216,11 +216,11 @@ def test_what_a_reward_prints_or_reads_does_no_harm(hostile, capfd):
     assert len(captured.err) > 10**6
 
 
-def test_messages_are_few_and_different(pool):
+def test_equal_messages_are_reported_once(pool):
     assert len(score(pool, *["raise"] * 50).messages) == 1
 
 
-def test_a_process_ended_from_outside_is_replaced_unnoticed(hostile, tmp_path):
+def test_a_process_killed_from_outside_is_replaced_silently(hostile, tmp_path):
     (tmp_path / "pid.py").write_text("import os\ndef reward(*_): return os.getpid()\n")
     with pool_of(f"{tmp_path}/pid.py:reward") as pool:
         (pid,) = score(pool, "").total
@@ -231,10 +231,10 @@ def test_a_process_ended_from_outside_is_replaced_unnoticed(hostile, tmp_path):
     assert scores.messages == []
 
 
-# What can be said before a process is started
+# Checks before a process is started
 
 
-def test_what_cannot_be_loaded_is_said_when_the_pool_is_made(tmp_path):
+def test_a_reward_that_cannot_be_loaded_is_an_error_when_the_pool_is_made(tmp_path):
     (tmp_path / "mine.py").write_text("def reward(example, completion):\n    return (\n")
     with pytest.raises(ConfigError, match=r"mine.py:2: SyntaxError"):
         pool_of(f"{tmp_path}/mine.py:reward")
@@ -243,34 +243,34 @@ def test_what_cannot_be_loaded_is_said_when_the_pool_is_made(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"rewards": {}, "weights": {}}, "rewards: name at least one"),
+        ({"rewards": {}, "weights": {}}, "rewards must have at least one entry"),
         ({"weights": {"lenght": 1.0}}, "weights.lenght: there is no such reward, did you mean 'length'?"),
-        ({"weights": {}}, "weights.length: give"),
-        ({"weights": {"length": float("nan")}}, "weights.length: give"),
-        ({"workers": 0}, "workers: must be at least 1"),
-        ({"time_limit": 0.0}, "time_limit: must be a positive"),
-        ({"time_limit": float("inf")}, "time_limit: must be a positive"),
-        ({"default": float("nan")}, "default: must be finite"),
+        ({"weights": {}}, "weights.length: the reward 'length' needs a finite weight"),
+        ({"weights": {"length": float("nan")}}, "weights.length: the reward 'length' needs a finite weight"),
+        ({"workers": 0}, "workers=0 must be at least 1"),
+        ({"time_limit": 0.0}, "time_limit=0.0 must be a positive"),
+        ({"time_limit": float("inf")}, "time_limit=inf must be a positive"),
+        ({"error_reward": float("nan")}, "error_reward=nan must be finite"),
     ],
 )
-def test_fields_that_make_no_sense(changed, message):
+def test_invalid_arguments_are_named(changed, message):
     fields = {"rewards": {"length": "length"}, "weights": {"length": 1.0}}
-    fields |= {"workers": 1, "time_limit": 1.0, "default": 0.0} | changed
+    fields |= {"workers": 1, "time_limit": 1.0, "error_reward": 0.0} | changed
     with pytest.raises(ConfigError, match=re.escape(message)):
         RewardPool(fields.pop("rewards"), **fields)
 
 
-def test_a_batch_that_does_not_fit(pool):
+def test_invalid_samples_are_errors(pool):
     with pytest.raises(ValueError, match="shorter"):
         pool.submit([{}, {}], ["a"])
-    with pytest.raises(DataError, match="must be what JSON can hold: Object of type set"):
+    with pytest.raises(DataError, match="must be representable in JSON: Object of type set"):
         pool.submit([{"numbers": {1, 2}}], ["a"])
 
 
 # Processes
 
 
-def test_workers_import_no_jax(pool):
+def test_workers_do_not_import_jax(pool):
     assert score(pool, "jax?").total.tolist() == [0.0]
 
 
@@ -282,7 +282,7 @@ def test_a_worker_outlives_a_pause_between_batches(tmp_path):
         assert score(pool, "").total == before
 
 
-def test_scores_are_computed_while_the_run_goes_on(hostile):
+def test_submit_returns_while_scores_are_computed(hostile):
     with pool_of(hostile, time_limit=0.7) as pool:
         began = time.monotonic()
         handle = pool.submit([{}], ["hang"])
@@ -290,7 +290,7 @@ def test_scores_are_computed_while_the_run_goes_on(hostile):
         assert wait_until(lambda: all(future.done() for future in handle.futures), 10)
 
 
-def test_waiting_can_be_left_and_leaves_nothing_running(hostile, tmp_path):
+def test_check_may_raise_while_waiting_and_no_process_is_left(hostile, tmp_path):
     file = tmp_path / "pids"
     calls = []
 
@@ -316,7 +316,7 @@ import sys
 from jaxllm.rewards.pool import RewardPool, Scores, gather
 
 if __name__ == "__main__":
-    fields = dict(weights={"mine": 1.0}, workers=1, time_limit=float(sys.argv[3]), default=0.0)
+    fields = dict(weights={"mine": 1.0}, workers=1, time_limit=float(sys.argv[3]), error_reward=0.0)
     with RewardPool({"mine": sys.argv[1]}, **fields) as pool:
         pool.submit([{"file": sys.argv[2]}], ["start a process and hang"]).result()
 """
@@ -326,7 +326,7 @@ if __name__ == "__main__":
     ("number", "time_limit", "seconds"), [(signal.SIGINT, 60, 5), (signal.SIGKILL, 0.5, 10)]
 )
 def test_no_worker_outlives_the_run(hostile, tmp_path, number, time_limit, seconds):
-    """Ctrl-C ends the workers; where the run itself is killed, they end after the limit and some seconds."""
+    """Ctrl-C ends the workers; if the run itself is killed, they end some seconds after the time limit."""
     (tmp_path / "run.py").write_text(SCRIPT)
     file = tmp_path / "pids"
     command = [sys.executable, str(tmp_path / "run.py"), hostile, str(file), str(time_limit)]
@@ -336,11 +336,11 @@ def test_no_worker_outlives_the_run(hostile, tmp_path, number, time_limit, secon
         process.send_signal(number)
         process.wait(10)
     assert wait_until(lambda: not is_running(worker), seconds)
-    if number == signal.SIGKILL:  # what a reward starts has nobody left to end it
+    if number == signal.SIGKILL:  # a child process of a reward is not killed then
         os.kill(child, signal.SIGKILL)
 
 
-def test_workers_leave_signals_to_the_run(hostile, tmp_path):
+def test_workers_ignore_signals_to_the_run(hostile, tmp_path):
     file = tmp_path / "pids"
     with pool_of(hostile, time_limit=1.0) as pool:
         handle = pool.submit([{"file": str(file)}], ["start a process and hang"])
@@ -350,9 +350,9 @@ def test_workers_leave_signals_to_the_run(hostile, tmp_path):
         assert handle.result().counters == {"reward/timeouts": 1, "reward/errors": 0}
 
 
-def test_math_verify_is_stopped_where_it_would_not_end():
+def test_math_verify_is_killed_where_it_would_not_return():
     with RewardPool(
-        {"math": "math_verify"}, weights={"math": 1.0}, workers=1, time_limit=2.0, default=0.0
+        {"math": "math_verify"}, weights={"math": 1.0}, workers=1, time_limit=2.0, error_reward=0.0
     ) as pool:
         examples = [{"answer": r"\frac{3}{4}"}, {"answer": "#### 5"}, {"answer": "5"}, {"answer": "(1,2]"}]
         completions = [r"so $0.75$", r"\boxed{9^{9^{9^9}}}", r"\boxed{5}", r"$1<x\leq 2$ or \boxed{(1, 2]}"]

@@ -1,4 +1,4 @@
-"""A small decoder whose parameters carry noise: at its initial ones a tied head mostly echoes its input."""
+"""A small decoder with noise added to its parameters: at first a tied head mostly echoes its input."""
 
 from contextlib import contextmanager
 
@@ -7,7 +7,7 @@ import pytest
 
 from configs.base.models import model as model_shape
 from jaxllm.config import parse
-from jaxllm.models import ModelConfig, build_model
+from jaxllm.models import ModelConfig, Transformer, build_model
 
 
 @pytest.fixture(scope="session")
@@ -40,23 +40,24 @@ def params(model, noisy_params):
 
 
 @pytest.fixture
-def counted(model):
+def counted(tiny):
     """The model, and the shapes of the tokens that it is traced for."""
     shapes = []
 
-    def apply(params, tokens, **kwargs):
-        shapes.append(tokens.shape)
-        return model.apply(params, tokens, **kwargs)
+    class Counted(Transformer):  # a class of its own per test, so that none finds another's programs
+        def apply(self, params, tokens, **kwargs):
+            shapes.append(tokens.shape)
+            return super().apply(params, tokens, **kwargs)
 
-    return model._replace(apply=apply), shapes
+    return Counted(tiny), shapes
 
 
 @pytest.fixture
 def no_compilation():
-    """A context in which nothing may be compiled."""
+    """A context manager that fails if anything is compiled inside."""
 
     @contextmanager
-    def watch():
+    def fail_on_compilation():
         compiled = []
 
         def listen(event, seconds, **_):
@@ -70,4 +71,4 @@ def no_compilation():
             jax.monitoring.unregister_event_duration_listener(listen)
         assert not compiled
 
-    return watch
+    return fail_on_compilation

@@ -1,4 +1,4 @@
-"""What a completion says does not depend on what decodes beside it, and no row waits for a longer one."""
+"""A completion does not depend on the rest of its batch, and no row waits for a longer one."""
 
 from dataclasses import replace
 
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from jaxllm.errors import ConfigError, DataError, Stopped
+from jaxllm.parallel.sharding import MeshConfig, make_mesh, shardings
 from jaxllm.rollout import collect as module
-from jaxllm.rollout.collect import STRETCH, collect
+from jaxllm.rollout.collect import CHUNK_STEPS, collect
 from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig
-from jaxllm.parallel.sharding import MeshConfig, make_mesh, shardings
 
 SAMPLED = SamplingConfig(temperature=1.0, top_k=None, top_p=0.95, min_p=None, max_new_tokens=40)
 GREEDY = replace(SAMPLED, temperature=0.0, top_p=None)
@@ -35,7 +35,7 @@ def keys():
 
 @pytest.fixture(scope="module")
 def expected(model, params, prompts, keys):
-    """Of 3 completions of each prompt, all in one batch; for 1 a prompt take every third."""
+    """`generate` of 3 completions of each prompt in one batch; every third is the first of its prompt."""
     repeated = [prompt for prompt in prompts for _ in range(3)]
     return {
         sampling: generate(model, params, repeated, sampling=sampling, stop_ids=STOP_IDS, keys=keys)
@@ -44,9 +44,9 @@ def expected(model, params, prompts, keys):
 
 
 def rollout(model, params, prompts, keys, **changed):
-    """A call of collect, one completion a prompt in 8 rows unless changed."""
-    usual = {"group_size": 1, "sampling": SAMPLED, "stop_ids": STOP_IDS, "max_rows": 8}
-    return collect(model, params, prompts, keys=keys, **{**usual, **changed})
+    """A call of `collect`: one completion a prompt, in 8 rows, unless `changed`."""
+    defaults = {"group_size": 1, "sampling": SAMPLED, "stop_ids": STOP_IDS, "decode_batch_size": 8}
+    return collect(model, params, prompts, keys=keys, **{**defaults, **changed})
 
 
 def assert_same(completions, tokens, log_probs, stop_reasons):
@@ -56,83 +56,87 @@ def assert_same(completions, tokens, log_probs, stop_reasons):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-# What is said
+# Completions
 
 
-@pytest.mark.parametrize(("sampling", "max_rows"), [(GREEDY, 8), (SAMPLED, 3)])
-def test_each_row_says_what_generate_says(model, params, prompts, keys, expected, sampling, max_rows):
-    collected = rollout(model, params, prompts, keys[::3], sampling=sampling, max_rows=max_rows)
+@pytest.mark.parametrize(("sampling", "decode_batch_size"), [(GREEDY, 8), (SAMPLED, 3)])
+def test_each_completion_equals_that_of_generate(
+    model, params, prompts, keys, expected, sampling, decode_batch_size
+):
+    collected = rollout(
+        model, params, prompts, keys[::3], sampling=sampling, decode_batch_size=decode_batch_size
+    )
     static = expected[sampling]
     assert_same(collected, static.tokens[::3], static.log_probs[::3], static.stop_reasons[::3])
-    assert len(set(map(len, collected.tokens))) > 8, "equal lengths would show nothing"
+    assert len(set(map(len, collected.tokens))) > 8, "the test needs completions of different lengths"
     assert set(collected.stop_reasons) == {"stop", "length"}
 
 
-@pytest.mark.parametrize("max_rows", [2, 32, 64])
-def test_completions_of_a_prompt_stand_together_each_with_its_key(
-    model, params, prompts, keys, expected, max_rows
+@pytest.mark.parametrize("decode_batch_size", [2, 32, 64])
+def test_completions_are_in_prompt_order_each_with_its_key(
+    model, params, prompts, keys, expected, decode_batch_size
 ):
-    collected = rollout(model, params, prompts, keys, group_size=3, max_rows=max_rows)
+    collected = rollout(model, params, prompts, keys, group_size=3, decode_batch_size=decode_batch_size)
     static = expected[SAMPLED]
     assert_same(collected, static.tokens, static.log_probs, static.stop_reasons)
 
 
-def test_a_mesh_changes_no_token(model, params, prompts, keys, expected):
+def test_a_mesh_does_not_change_the_tokens(model, params, prompts, keys, expected):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         split = jax.device_put(params, shardings(params, mesh))
-        collected = rollout(model, split, prompts, keys, group_size=3, sampling=GREEDY, max_rows=16)
+        collected = rollout(model, split, prompts, keys, group_size=3, sampling=GREEDY, decode_batch_size=16)
     assert collected.tokens == expected[GREEDY].tokens
 
 
-@pytest.mark.parametrize("max_rows", [8, 64])
-def test_every_completion_is_announced_once_with_the_tokens_that_are_returned(
-    model, params, prompts, keys, max_rows
-):
-    announced = []
+@pytest.mark.parametrize("decode_batch_size", [8, 64])
+def test_on_done_gets_every_completion_once(model, params, prompts, keys, decode_batch_size):
+    received = []
 
-    def on_done(numbers, tokens):
-        announced.extend(zip(numbers, map(list, tokens), strict=True))
+    def on_done(indices, tokens):
+        received.extend(zip(indices, map(list, tokens), strict=True))
 
-    collected = rollout(model, params, prompts, keys, group_size=3, max_rows=max_rows, on_done=on_done)
-    assert len(announced) == 63
-    assert dict(announced) == dict(enumerate(collected.tokens))
+    collected = rollout(
+        model, params, prompts, keys, group_size=3, decode_batch_size=decode_batch_size, on_done=on_done
+    )
+    assert len(received) == 63
+    assert dict(received) == dict(enumerate(collected.tokens))
 
 
-def test_completions_are_announced_while_others_go_on(model, params, prompts, keys):
+def test_on_done_is_called_while_other_completions_are_active(model, params, prompts, keys):
     batches = []
-    rollout(model, params, prompts, keys[::3], on_done=lambda numbers, _: batches.append(numbers))
+    rollout(model, params, prompts, keys[::3], on_done=lambda indices, _: batches.append(indices))
     assert len(batches) > 5  # 21 completions in 8 rows, refilled one at a time
     assert all(batches)
 
 
-# What it costs
+# Cost
 
 
-def test_a_prompt_is_read_once_for_all_its_completions(model, params, prompts, keys, monkeypatch):
-    read = []
+def test_a_prompt_is_prefilled_once_for_all_its_completions(model, params, prompts, keys, monkeypatch):
+    prefilled = []
 
     def recorded(model, params, tokens, lengths, *rest):
-        read.extend(row[:length].tolist() for row, length in zip(tokens, lengths, strict=True))
+        prefilled.extend(row[:length].tolist() for row, length in zip(tokens, lengths, strict=True))
         return prefill(model, params, tokens, lengths, *rest)
 
     prefill = module.prefill
     monkeypatch.setattr(module, "prefill", recorded)
     few = replace(SAMPLED, max_new_tokens=2)
     rollout(model, params, prompts, keys, group_size=3, sampling=few)
-    assert read == prompts
+    assert prefilled == prompts
 
 
-def test_short_rows_pass_beside_a_long_one(model, params, tiny, keys):
+def test_short_completions_do_not_wait_for_a_long_one(model, params, tiny, keys):
     short, long = [1] * (tiny.max_length - 2), [1]
     sampling = replace(SAMPLED, max_new_tokens=16)
     prompts = [long, *[short] * 8]
-    collected = rollout(model, params, prompts, keys[:9], sampling=sampling, stop_ids=(), max_rows=2)
+    collected = rollout(model, params, prompts, keys[:9], sampling=sampling, stop_ids=(), decode_batch_size=2)
     assert list(map(len, collected.tokens)) == [16] + [2] * 8
-    assert collected.steps == 16  # batches of two would take 16 + 2 + 2 + 2 + 2
+    assert collected.steps == 16  # static batches of two would take 16 + 2 + 2 + 2 + 2
 
 
-def test_the_last_rows_decode_in_a_smaller_batch(model, params, tiny, keys, monkeypatch):
+def test_the_last_active_rows_decode_in_a_smaller_batch(model, params, tiny, keys, monkeypatch):
     sizes = []
 
     def recorded(model, params, state, *rest, **kwargs):
@@ -147,29 +151,29 @@ def test_the_last_rows_decode_in_a_smaller_batch(model, params, tiny, keys, monk
     assert sizes == [8, 2]
 
 
-def test_rounds_share_a_handful_of_programs(counted, no_compilation, params, tiny, keys):
+def test_rounds_share_a_few_programs(counted, no_compilation, params, tiny, keys):
     rounds, keys = [random_prompts(tiny, seed) for seed in range(9)], [keys, keys[::-1]]
     model, traced = counted
 
     def run(seed):
         rollout(model, params, rounds[seed], keys[seed % 2], group_size=3)
 
-    # Prompts are read in one shape; 8 rows decode in 64 and 96 slots, the last 2 in 96.
+    # Prompts are prefilled in one shape; 8 rows decode in 64 and 96 slots, the last 2 in 96.
     run(0)
     assert sorted(traced) == [(1, 32), (2, 1), (8, 1), (8, 1)]
     for seed in range(1, 6):
         run(seed)
-    # Copies from one size to another may come late, but they come once.
+    # The copies from one size to another may be compiled later, but only once.
     with no_compilation():
         for seed in range(6, 9):
             run(seed)
     assert len(traced) == 4
 
 
-# Being stopped, and bad input
+# Stopping, and invalid arguments
 
 
-def test_check_is_called_between_stretches_and_may_end_it(model, params, keys):
+def test_check_is_called_between_chunks_and_may_raise(model, params, keys):
     calls = []
 
     def check():
@@ -177,8 +181,8 @@ def test_check_is_called_between_stretches_and_may_end_it(model, params, keys):
         if len(calls) == 2:
             raise Stopped("enough")
 
-    prompt = [1] * 150  # in 256 slots from the start, so that no growing cache ends a stretch
-    long = replace(SAMPLED, max_new_tokens=STRETCH + 10)
+    prompt = [1] * 150  # in 256 slots from the start, so that no chunk ends because the cache grows
+    long = replace(SAMPLED, max_new_tokens=CHUNK_STEPS + 10)
     with pytest.raises(Stopped, match="enough"):
         rollout(model, params, [prompt], keys[:1], sampling=long, stop_ids=(), check=check)
 
@@ -187,13 +191,13 @@ def test_check_is_called_between_stretches_and_may_end_it(model, params, keys):
     ("bad", "error", "message"),
     [
         ({"group_size": 0}, ConfigError, "group_size=0 must be at least 1"),
-        ({"max_rows": 0}, ConfigError, "max_rows=0 must be at least 1"),
-        ({"group_size": 3}, DataError, r"keys of shape \(4,\) for 2 prompts x 3: give one key a completion"),
-        ({"prompts": []}, DataError, r"keys of shape \(4,\) for 0 prompts x 2"),
-        ({"prompts": [[1], []]}, DataError, r"prompts\[1\] has 0 tokens; give 1 to 255"),
+        ({"decode_batch_size": 0}, ConfigError, "decode_batch_size=0 must be at least 1"),
+        ({"group_size": 3}, DataError, r"keys has shape \(4,\) for 2 prompts x 3 completions: pass one key"),
+        ({"prompts": []}, DataError, r"keys has shape \(4,\) for 0 prompts x 2"),
+        ({"prompts": [[1], []]}, DataError, r"prompts\[1\] has 0 tokens, must have 1 to 255"),
     ],
 )
-def test_calls_that_cannot_be_met_are_refused(model, params, keys, bad, error, message):
+def test_invalid_arguments_are_errors(model, params, keys, bad, error, message):
     good = {"prompts": [[1, 2], [3]], "keys": keys[:4], "group_size": 2}
     with pytest.raises(error, match=message):
         rollout(model, params, **{**good, **bad})

@@ -1,4 +1,4 @@
-"""What a completion is: the model's own next tokens, whatever shares the batch, cut at the first stop id."""
+"""A completion is the model's next tokens up to the first stop token, whatever else is in the batch."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,9 +11,9 @@ import pytest
 from jaxllm.errors import DataError
 from jaxllm.losses.language_model import token_log_probs
 from jaxllm.models import build_model
-from jaxllm.rollout.generate import begin, bucket, decode, generate, stream
-from jaxllm.rollout.sampling import SamplingConfig, sample
 from jaxllm.parallel.sharding import MeshConfig, make_mesh, shardings
+from jaxllm.rollout.generate import bucket, decode, generate, prefill_prompts, stream
+from jaxllm.rollout.sampling import SamplingConfig, sample
 
 GREEDY = SamplingConfig(temperature=0.0, top_k=None, top_p=None, min_p=None, max_new_tokens=20)
 SAMPLED = replace(GREEDY, temperature=0.9, top_k=50, top_p=0.95)
@@ -42,8 +42,8 @@ def sampled(model, params, prompts, keys):
 
 
 def full_pass(model, params, prompts, completions):
-    """Prompt and completion read at once: logits [N, T, V], the tokens they predict, and which were said."""
-    rows = [prompt + said for prompt, said in zip(prompts, completions, strict=True)]
+    """Prompts with completions in one forward pass: logits [N, T, V], targets, and the completions' mask."""
+    rows = [prompt + tokens for prompt, tokens in zip(prompts, completions, strict=True)]
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for b, row in enumerate(rows):
@@ -53,18 +53,20 @@ def full_pass(model, params, prompts, completions):
     return logits[:, :-1], tokens[:, 1:], mask[:, 1:]
 
 
-# What is said
+# Tokens and log-probs
 
 
-def test_greedy_says_the_argmax_of_the_full_pass(model, params, prompts, greedy):
-    assert [len(said) for said in greedy.tokens] == [20] * len(prompts)
-    assert len(set(greedy.tokens[0])) > 5, "a constant completion shows nothing"
+def test_greedy_tokens_are_the_argmax_of_a_full_forward_pass(model, params, prompts, greedy):
+    assert [len(tokens) for tokens in greedy.tokens] == [20] * len(prompts)
+    assert len(set(greedy.tokens[0])) > 5, "the test needs a completion that is not constant"
     logits, targets, mask = full_pass(model, params, prompts, greedy.tokens)
     np.testing.assert_array_equal(np.argmax(logits, axis=-1)[mask], targets[mask])
 
 
 @pytest.mark.parametrize("row", [0, 1, 3])
-def test_a_row_says_the_same_alone(model, params, prompts, keys, greedy, sampled, row):
+def test_a_completion_is_the_same_without_the_rest_of_the_batch(
+    model, params, prompts, keys, greedy, sampled, row
+):
     one = {"prompts": prompts[row : row + 1], "stop_ids": (), "keys": keys[row : row + 1]}
     alone = generate(model, params, sampling=GREEDY, **one)
     assert alone.tokens[0] == greedy.tokens[row]
@@ -75,16 +77,16 @@ def test_a_row_says_the_same_alone(model, params, prompts, keys, greedy, sampled
 
 def test_the_draw_at_position_t_uses_the_key_folded_with_t(model, params, prompts, keys, sampled):
     logits, _, mask = full_pass(model, params, prompts, sampled.tokens)
-    for row, said in enumerate(sampled.tokens):
-        folded = jax.vmap(partial(jax.random.fold_in, keys[row]))(jnp.arange(len(said)))
-        assert sample(logits[row][mask[row]], folded, SAMPLED)[0].tolist() == said
+    for row, tokens in enumerate(sampled.tokens):
+        folded = jax.vmap(partial(jax.random.fold_in, keys[row]))(jnp.arange(len(tokens)))
+        assert sample(logits[row][mask[row]], folded, SAMPLED)[0].tolist() == tokens
 
 
-def test_one_prompt_with_many_keys_says_many_things(model, params, prompts, keys, sampled):
+def test_different_keys_give_different_completions_of_one_prompt(model, params, prompts, keys, sampled):
     same_prompt = [prompts[0]] * len(prompts)
-    said = generate(model, params, same_prompt, sampling=SAMPLED, stop_ids=(), keys=keys[::-1]).tokens
-    assert said[-1] == sampled.tokens[0]
-    assert len({tuple(completion) for completion in said}) == len(said)
+    completions = generate(model, params, same_prompt, sampling=SAMPLED, stop_ids=(), keys=keys[::-1]).tokens
+    assert completions[-1] == sampled.tokens[0]
+    assert len({tuple(tokens) for tokens in completions}) == len(completions)
 
 
 def test_log_probs_are_those_that_training_computes(tiny, noisy_params, prompts, keys):
@@ -96,7 +98,7 @@ def test_log_probs_are_those_that_training_computes(tiny, noisy_params, prompts,
     np.testing.assert_allclose(np.concatenate(completions.log_probs), expected[mask], rtol=1e-3, atol=1e-4)
 
 
-def test_a_mesh_changes_no_token(model, params, prompts, keys, sampled):
+def test_a_mesh_does_not_change_the_tokens(model, params, prompts, keys, sampled):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         split = jax.device_put(params, shardings(params, mesh))
@@ -104,37 +106,37 @@ def test_a_mesh_changes_no_token(model, params, prompts, keys, sampled):
     assert completions.tokens == sampled.tokens[:4]
 
 
-# Where it ends
+# Where a completion ends
 
 
-def test_the_first_stop_id_is_kept_and_nothing_after_it(model, params, prompts, keys, greedy):
+def test_a_completion_ends_with_its_first_stop_token(model, params, prompts, keys, greedy):
     stop_ids = (greedy.tokens[0][5], greedy.tokens[2][11], greedy.tokens[3][0])
     stopped = generate(model, params, prompts, sampling=GREEDY, stop_ids=stop_ids, keys=keys)
-    for row, said in enumerate(greedy.tokens):
-        end = min((said.index(token) + 1 for token in stop_ids if token in said), default=len(said))
-        assert stopped.tokens[row] == said[:end]
-        assert stopped.stop_reasons[row] == ("stop" if any(t in said for t in stop_ids) else "length")
+    for row, tokens in enumerate(greedy.tokens):
+        end = min((tokens.index(stop) + 1 for stop in stop_ids if stop in tokens), default=len(tokens))
+        assert stopped.tokens[row] == tokens[:end]
+        assert stopped.stop_reasons[row] == ("stop" if set(tokens) & set(stop_ids) else "length")
         assert len(stopped.log_probs[row]) == end
     assert {"stop", "length"} == set(stopped.stop_reasons)
 
 
-def test_decoding_ends_with_the_last_row(model, params, prompts, keys, greedy):
+def test_decoding_ends_with_the_last_active_row(model, params, prompts, keys, greedy):
     assert greedy.steps == 20
-    stop_ids = tuple({said[3] for said in greedy.tokens})
+    stop_ids = tuple({tokens[3] for tokens in greedy.tokens})
     stopped = generate(model, params, prompts, sampling=GREEDY, stop_ids=stop_ids, keys=keys)
     assert stopped.steps == max(map(len, stopped.tokens)) <= 4
 
 
 @pytest.mark.parametrize("limit", [20, 2**31 - 1, 3 * 10**9])
-def test_a_row_ends_where_the_model_does(model, params, tiny, keys, limit):
+def test_the_model_length_ends_a_completion(model, params, tiny, keys, limit):
     prompts = [[1] * (tiny.max_length - 1), [1] * (tiny.max_length - 3)]
     sampling = replace(GREEDY, max_new_tokens=limit)
     completions = generate(model, params, prompts, sampling=sampling, stop_ids=(), keys=keys[:2])
-    assert [len(said) for said in completions.tokens] == [1, 3]
+    assert [len(tokens) for tokens in completions.tokens] == [1, 3]
     assert completions.stop_reasons == ["length", "length"]
 
 
-def test_a_stop_id_as_the_last_token_allowed_is_a_stop(model, params, prompts, keys, greedy):
+def test_a_stop_token_in_the_last_place_is_a_stop(model, params, prompts, keys, greedy):
     short = replace(GREEDY, max_new_tokens=1)
     completions = generate(
         model, params, prompts[:1], sampling=short, stop_ids=greedy.tokens[0][:1], keys=keys[:1]
@@ -143,27 +145,21 @@ def test_a_stop_id_as_the_last_token_allowed_is_a_stop(model, params, prompts, k
     assert completions.stop_reasons == ["stop"]
 
 
-def test_a_stream_is_the_completion_in_pieces(model, params, prompts, keys, sampled):
-    pieces = list(stream(model, params, prompts[0], sampling=SAMPLED, stop_ids=(), key=keys[0], max_steps=7))
-    assert [token for piece in pieces for token in piece] == sampled.tokens[0]
-    assert all(1 <= len(piece) <= 7 for piece in pieces)
+def test_a_stream_is_the_completion_in_chunks(model, params, prompts, keys, sampled):
+    chunks = list(stream(model, params, prompts[0], sampling=SAMPLED, stop_ids=(), key=keys[0], max_steps=7))
+    assert [token for chunk in chunks for token in chunk] == sampled.tokens[0]
+    assert all(1 <= len(chunk) <= 7 for chunk in chunks)
 
 
-# What it costs
+# Cost
 
 
-def test_shapes_share_programs(model, params):
-    traced = []
-
-    def counted(params, tokens, **kwargs):
-        traced.append(tokens.shape)
-        return model.apply(params, tokens, **kwargs)
-
-    counting = model._replace(apply=counted)
+def test_batches_of_similar_shapes_share_programs(counted, params):
+    model, traced = counted
 
     def run(lengths, max_new_tokens):
         generate(
-            counting,
+            model,
             params,
             [[1] * length for length in lengths],
             sampling=replace(GREEDY, max_new_tokens=max_new_tokens),
@@ -191,27 +187,27 @@ def test_sizes_are_rounded_up_by_at_most_half(size, expected):
 
 
 def test_the_cache_is_donated(model, params, prompts, keys):
-    state = begin(model, params, prompts, keys, max_new_tokens=2)
+    state = prefill_prompts(model, params, prompts, keys, max_new_tokens=2)
     decode(model, params, state, jnp.array([], jnp.int32), 2, 0, sampling=GREEDY)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
 
 
-# Bad input
+# Invalid arguments
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"prompts": []}, r"keys of shape \(1,\) for 0 prompts"),
-        ({"prompts": [[1], [2]]}, r"keys of shape \(1,\) for 2 prompts"),
-        ({"prompts": [[]]}, r"prompts\[0\] has 0 tokens; give 1 to 255"),
-        ({"prompts": [[1] * 256]}, r"prompts\[0\] has 256 tokens; give 1 to 255"),
-        ({"prompts": [[1, 512]]}, r"prompts\[0\] has token ids from 1 to 512; the model knows 0 to 511"),
-        ({"prompts": [[-1, 5]]}, r"prompts\[0\] has token ids from -1 to 5; the model knows 0 to 511"),
-        ({"stop_ids": (3, 600)}, r"stop_ids has token ids from 3 to 600; the model knows 0 to 511"),
+        ({"prompts": []}, r"keys has shape \(1,\) for 0 prompts"),
+        ({"prompts": [[1], [2]]}, r"keys has shape \(1,\) for 2 prompts"),
+        ({"prompts": [[]]}, r"prompts\[0\] has 0 tokens, must have 1 to 255"),
+        ({"prompts": [[1] * 256]}, r"prompts\[0\] has 256 tokens, must have 1 to 255"),
+        ({"prompts": [[1, 512]]}, r"prompts\[0\] has token ids from 1 to 512, which must be from 0 to 511"),
+        ({"prompts": [[-1, 5]]}, r"prompts\[0\] has token ids from -1 to 5, which must be from 0 to 511"),
+        ({"stop_ids": (3, 600)}, r"stop_ids has token ids from 3 to 600, which must be from 0 to 511"),
     ],
 )
-def test_prompts_that_the_model_cannot_read_are_refused(model, params, keys, bad, message):
+def test_invalid_prompts_are_errors(model, params, keys, bad, message):
     good = {"prompts": [[1, 2]], "stop_ids": (), "keys": keys[:1]}
     with pytest.raises(DataError, match=message):
         generate(model, params, sampling=GREEDY, **{**good, **bad})

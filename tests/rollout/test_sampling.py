@@ -1,4 +1,4 @@
-"""What may be drawn, how often, and what log-prob a draw is given."""
+"""Which tokens can be sampled, how often, and with what log-prob."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ draw = jax.jit(sample, static_argnames="config")
 
 
 def random_logits(rows=6, vocabulary=41):
-    """Of both signs, sharp in one row and nearly flat in another."""
+    """Logits of both signs, from a nearly flat row to a peaked one."""
     scale = np.geomspace(0.1, 20, rows)[:, None]
     return jnp.array(np.random.default_rng(0).normal(size=(rows, vocabulary)) * scale, jnp.float32)
 
@@ -26,7 +26,7 @@ def softmax(logits):
 
 
 def kept(filtered, logits):
-    """Which tokens are left; what is left must be unchanged."""
+    """Which tokens a filter keeps; their logits must be unchanged."""
     left = np.isfinite(filtered)
     np.testing.assert_array_equal(np.asarray(filtered)[left], np.asarray(logits)[left])
     return left
@@ -43,7 +43,7 @@ def test_top_k_keeps_the_k_largest(k):
 
 
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.99])
-def test_top_p_keeps_tokens_by_likelihood_until_their_sum_reaches_p(p):
+def test_top_p_keeps_the_most_likely_tokens_until_their_sum_reaches_p(p):
     logits = random_logits()
     expected = np.zeros(logits.shape, bool)
     for row, probabilities in enumerate(softmax(logits)):
@@ -56,14 +56,14 @@ def test_top_p_keeps_tokens_by_likelihood_until_their_sum_reaches_p(p):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.01, 0.3, 1.0])
-def test_min_p_keeps_tokens_by_their_share_of_the_likeliest(p):
+def test_min_p_keeps_tokens_by_their_ratio_to_the_most_likely(p):
     logits = random_logits()
     probabilities = softmax(logits)
     expected = probabilities >= p * probabilities.max(axis=-1, keepdims=True)
     np.testing.assert_array_equal(kept(min_p(logits, p), logits), expected)
 
 
-def test_top_p_of_one_keeps_even_tokens_lost_in_rounding():
+def test_top_p_of_one_keeps_tokens_whose_probability_rounds_to_0():
     logits = jnp.array([[30.0, 0.0, -50.0]])
     assert kept(top_p(logits, 1.0), logits).all()
 
@@ -74,17 +74,17 @@ def test_ties_with_the_last_token_kept_are_kept():
     assert kept(top_p(logits, 0.5), logits).all()
 
 
-def test_a_filter_brings_back_no_token_that_an_earlier_one_dropped():
+def test_a_filter_keeps_dropped_tokens_dropped():
     logits = jnp.array([[-jnp.inf, 1.0, -jnp.inf, 2.0]])
     for filtered in (top_k(logits, 4), top_p(logits, 1.0), min_p(logits, 0.0)):
         assert np.isfinite(filtered).tolist() == [[False, True, False, True]]
 
 
-# Draws
+# Samples
 
 
 def draws(logits, config, number=40_000):
-    """Counts of each token of one row of logits."""
+    """How often each token of one row of logits is sampled."""
     keys = jax.random.split(jax.random.key(0), number)
     tokens, _ = draw(jnp.tile(logits, (number, 1)), keys, config)
     return np.bincount(tokens, minlength=len(logits))
@@ -98,13 +98,13 @@ def draws(logits, config, number=40_000):
         (replace(PLAIN, top_k=3), [4 / 9, 3 / 9, 2 / 9, 0]),
         (replace(PLAIN, top_p=0.6), [4 / 7, 3 / 7, 0, 0]),
         (replace(PLAIN, min_p=0.3), [4 / 9, 3 / 9, 2 / 9, 0]),
-        # Top-p counts shares of what top-k left: 4/9 + 3/9 reaches 0.75, where 0.4 + 0.3 would not.
+        # Top-p sums probabilities normalized after top-k: 4/9 + 3/9 reaches 0.75, where 0.4 + 0.3 would not.
         (replace(PLAIN, top_k=3, top_p=0.75), [4 / 7, 3 / 7, 0, 0]),
         # The temperature comes first: 0.4 + 0.3 would reach 0.65, but at temperature 2 that is 0.33 + 0.28.
         (replace(PLAIN, temperature=2.0, top_p=0.65), [0.388, 0.336, 0.275, 0]),
     ],
 )
-def test_tokens_are_drawn_as_often_as_they_are_likely(config, expected):
+def test_tokens_are_sampled_by_their_probability(config, expected):
     counts = draws(jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1])), config)
     expected = np.array(expected)
     assert counts[expected == 0].sum() == 0
@@ -113,7 +113,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(config, expected):
     assert chi_squared < 17  # at most 3 degrees of freedom: exceeded once in 1400 seeds
 
 
-def test_a_row_draws_by_its_own_key_whatever_the_batch():
+def test_a_row_is_sampled_by_its_own_key_whatever_the_batch():
     logits, keys = random_logits(), jax.random.split(jax.random.key(1), 6)
     tokens, log_probs = draw(logits, keys, PLAIN)
     for row in (0, 3):
@@ -122,14 +122,14 @@ def test_a_row_draws_by_its_own_key_whatever_the_batch():
         np.testing.assert_allclose(alone_log_probs[0], log_probs[row], rtol=1e-6)
 
 
-def test_temperature_zero_takes_the_likeliest_whatever_the_key():
+def test_temperature_zero_is_greedy_whatever_the_key():
     logits = random_logits()
     tokens, log_probs = draw(logits, jax.random.split(jax.random.key(2), 6), replace(PLAIN, temperature=0.0))
     np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
     np.testing.assert_allclose(log_probs, np.log(softmax(logits).max(axis=-1)), rtol=1e-5, atol=1e-6)
 
 
-def test_the_log_prob_knows_the_temperature_but_not_the_filters():
+def test_the_log_prob_includes_the_temperature_but_not_the_filters():
     config = replace(PLAIN, temperature=1.5, top_k=5, top_p=0.8, min_p=0.1)
     logits = random_logits()
     tokens, log_probs = draw(logits.astype(jnp.bfloat16), jax.random.split(jax.random.key(3), 6), config)
@@ -151,6 +151,6 @@ def test_the_log_prob_knows_the_temperature_but_not_the_filters():
         ("max_new_tokens", 0),
     ],
 )
-def test_a_value_that_means_nothing_is_named(field, value):
+def test_an_invalid_value_is_named(field, value):
     with pytest.raises(ConfigError, match=rf"sampling\.{field}={value} must be"):
         replace(PLAIN, **{field: value})

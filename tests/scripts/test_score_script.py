@@ -1,4 +1,4 @@
-"""experiments/evaluate.py: the rewards it writes are the model's own, and no row is lost unseen."""
+"""experiments/score.py: the rewards it writes are the model's own, and no row is dropped silently."""
 
 import json
 
@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import evaluate
-from jaxllm.runs.checkpoints import checkpoint_template, load_checkpoint
+from experiments import score
 from jaxllm.config import run_script
+from jaxllm.runs.checkpoints import checkpoint_template, load_checkpoint
 
 PAIRS = [
     {"prompt": "one and two?", "chosen": "Yes, one.", "rejected": "No, never two.", "id": 7},
@@ -28,14 +28,15 @@ def write(path, rows):
 
 @pytest.fixture(scope="session")
 def reward_of(reward_model):
-    """(question, answer) -> what the model gives their answer, by itself and without padding."""
+    """(question, completion) -> the model's reward, of this one alone and without padding."""
     loaded = load_checkpoint(str(reward_model))
     template = checkpoint_template(loaded)
 
     def reward(question, answer):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         ids = np.array(template.encode(messages, loss_on="last").ids, np.int32)
-        return float(jax.jit(loaded.model.rewards)(loaded.params, ids[None], np.array([len(ids)]))[0])
+        rewards = jax.jit(loaded.model.rewards)(loaded.params, ids[None], np.array([len(ids)]))
+        return float(rewards.values[0])
 
     return reward
 
@@ -48,7 +49,7 @@ def test_pairs_are_scored_compared_and_written(reward_model, reward_of, run_proc
     ]
     file = write(tmp_path / "pairs.jsonl", [*PAIRS, *bad])
     code, output, errors = run_process(
-        "evaluate.py", f"--checkpoint={reward_model}", f"--input={file}", "--output=scores.jsonl"
+        "score.py", f"--checkpoint={reward_model}", f"--input={file}", "--output=scores.jsonl"
     )
     assert code == 0, errors
     rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
@@ -58,11 +59,11 @@ def test_pairs_are_scored_compared_and_written(reward_model, reward_of, run_proc
         for side in ("chosen", "rejected"):
             reward = row[f"{side}_reward"]
             assert reward == pytest.approx(reward_of(given["prompt"], given[side]), abs=1e-5)
-            normalised = (reward - metrics["eval/reward_mean"]) / metrics["eval/reward_std"]
-            assert row[f"{side}_reward_normalised"] == pytest.approx(normalised)
+            normalized = (reward - metrics["eval/reward_mean"]) / metrics["eval/reward_std"]
+            assert row[f"{side}_reward_normalized"] == pytest.approx(normalized)
     first, accuracy, longer, shorter, baseline = output.splitlines()
     assert first.startswith("3 rows scored, 3 left out; reward ")
-    assert accuracy == "accuracy 0.667 ± 0.272"  # the model loss_mask that "Yes" is better
+    assert accuracy == "accuracy 0.667 ± 0.272"  # the model was trained to prefer "Yes"
     assert longer == "accuracy_longer_chosen 0.000 ± 0.000"
     assert shorter == "accuracy_shorter_chosen 1.000 ± 0.000"
     assert baseline == "length_baseline 0.333 ± 0.333"
@@ -72,10 +73,10 @@ def test_pairs_are_scored_compared_and_written(reward_model, reward_of, run_proc
         assert why in line
 
 
-def test_conversations_are_scored_by_their_last_answer(reward_model, reward_of, run_process, tmp_path):
+def test_conversations_are_scored_by_their_last_turn(reward_model, reward_of, run_process, tmp_path):
     file = write(tmp_path / "chats.jsonl", CHATS)
     code, output, errors = run_process(
-        "evaluate.py", f"--checkpoint={reward_model}", f"--input={file}", "--output=scores.jsonl"
+        "score.py", f"--checkpoint={reward_model}", f"--input={file}", "--output=scores.jsonl"
     )
     assert code == 0, errors
     found = [json.loads(line)["reward"] for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
@@ -88,30 +89,30 @@ def test_conversations_are_scored_by_their_last_answer(reward_model, reward_of, 
     )
 
 
-def test_columns_called_otherwise_are_renamed(reward_model, run_process, tmp_path):
+def test_columns_are_renamed(reward_model, run_process, tmp_path):
     file = write(tmp_path / "theirs.jsonl", [{"question": "one and two?", "good": "Yes, one.", "bad": "No."}])
     flags = f"--checkpoint={reward_model}", f"--input={file}"
     code, output, errors = run_process(
-        "evaluate.py", *flags, "--rename=question=prompt,good=chosen,bad=rejected"
+        "score.py", *flags, "--rename=question=prompt,good=chosen,bad=rejected"
     )
     assert (code, errors) == (0, "")
     assert "accuracy 1.000" in output
-    code, _, errors = run_process("evaluate.py", *flags)
+    code, _, errors = run_process("score.py", *flags)
     assert code == 78
     assert "theirs.jsonl:1: unknown format" in errors.splitlines()[0]
     assert errors.splitlines()[-1].endswith("no row can be scored")
 
 
-def test_what_cannot_be_scored_is_refused_in_one_line(reward_model, chat_model, tmp_path, capsys):
+def test_bad_input_is_an_error_of_one_line(reward_model, chat_model, tmp_path, capsys):
     file = write(tmp_path / "chats.jsonl", CHATS)
     for flags, code, line in (
         ((f"--checkpoint={reward_model}",), 78, "--input=FILE is missing"),
         ((f"--input={file}",), 78, "--checkpoint=RUN_FOLDER is missing"),
-        ((f"--checkpoint={chat_model}", f"--input={file}"), 78, "is of stage sft, not a reward model"),
+        ((f"--checkpoint={chat_model}", f"--input={file}"), 78, "is not a reward model; pass the run of one"),
         ((f"--checkpoint={reward_model}", f"--input={file}l"), 78, "chats.jsonll"),
         ((f"--checkpoint={reward_model}", f"--input={file}", "--rename=a"), 78, "write THEIRS=OURS"),
         ((f"--checkpoint={reward_model}", f"--input={file}", "--output=no/x"), 78, "no/x"),
     ):
-        assert run_script(evaluate.main, None, evaluate.define_flags, ["evaluate.py", *flags]) == code
+        assert run_script(score.main, None, score.define_flags, ["score.py", *flags]) == code
         (message,) = capsys.readouterr().err.splitlines()
         assert line in message

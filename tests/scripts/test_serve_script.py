@@ -1,34 +1,40 @@
-"""experiments/serve.py as it is started: what it says, refuses in one line, and closes again."""
+"""experiments/serve.py as it is started: its output, its one-line errors, and what it closes again."""
 
+import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
+from pathlib import Path
 
 import pytest
-from test_serve import ROOT, Client
 
-from experiments import serve
+from experiments import serve as script
 from jaxllm.config import run_script
 from jaxllm.errors import ConfigError
+from jaxllm.serve import server
+
+ROOT = Path(__file__).parents[2]
 
 
-def test_it_says_where_it_is_serves_and_ends_on_ctrl_c(chat_model, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "experiments" / "serve.py"),
-        f"--checkpoint={chat_model}",
-        "--port=0",
-    ]
-    pipe = subprocess.PIPE
+def test_it_prints_what_it_serves_and_stops_on_ctrl_c(chat_model, tmp_path):
+    path, pipe = str(ROOT / "experiments" / "serve.py"), subprocess.PIPE
+    command = [sys.executable, path, f"--checkpoint={chat_model}", "--port=0"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
         lines = [process.stdout.readline() for _ in range(3)]
-        address = re.search(r"http://127\.0\.0\.1:(\d+)", lines[0])
+        address = re.search(r"http://127\.0\.0\.1:\d+", lines[0])
         try:
-            assert str(chat_model) in lines[1]
+            assert lines[1].startswith(f"model chat: {chat_model}")
             assert str(tmp_path / "preferences.jsonl") in lines[2]
-            assert Client(int(address[1]), None).chat(max_tokens=1)[0] == 200
+            body = {"model": "chat", "messages": [{"role": "user", "content": "Well?"}], "max_tokens": 1}
+            with urllib.request.urlopen(
+                f"{address[0]}/v1/chat/completions", json.dumps(body).encode(), timeout=60
+            ) as response:
+                assert json.load(response)["model"] == "chat"
+            with urllib.request.urlopen(address[0], timeout=60) as page:
+                assert b'<script type="module" src="page.js">' in page.read()
         finally:
             process.send_signal(signal.SIGINT)
             output, errors = process.communicate(timeout=60)
@@ -39,58 +45,71 @@ def test_it_says_where_it_is_serves_and_ends_on_ctrl_c(chat_model, tmp_path):
     ("flags", "message"),
     [
         ([], "--checkpoint=RUN_FOLDER is missing"),
-        (["--host=0.0.0.0"], "lets others in, who must have a token: add --token=SECRET"),
-        (["--token=short"], "--token has 5 characters, give at least 12"),
+        (["--host=0.0.0.0"], "opens the server to other machines and requires a token; add --token=SECRET"),
+        (["--token=short"], "--token has 5 characters; use at least 12"),
         (["--raters_per_pair=0"], "--raters_per_pair=0 must be at least 1"),
         (["--port=99999"], "--port=99999 must be from 0 to 65535"),
         (["--host=no.such.host.invalid", "--token=123456789012"], "--host=no.such.host.invalid"),
-        (["--temperature=0", "--prompts=synthetic:problems"], "--temperature=0 gives the same answer twice"),
-        (["--preferences=/no/such/folder/a.jsonl"], "there is no folder /no/such/folder"),
+        (["--temperature=0", "--prompts=synthetic:problems"], "--temperature=0 generates the same answer"),
+        (["--preferences=/no/such/folder/a.jsonl"], "the folder /no/such/folder does not exist"),
+        (["--checkpoint=runs/none,runs/none"], "--checkpoint names runs/none twice"),
+        (["--checkpoint=a=runs/x,a=runs/y"], "--checkpoint uses the name 'a' twice"),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_one_line(flags, message, capsys, monkeypatch, tmp_path):
+def test_bad_flags_are_errors_of_one_line(flags, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     checkpoint = ["--checkpoint=runs/none", "--port=0"] if flags else []
-    code = run_script(serve.main, None, serve.define_flags, ["serve.py", *checkpoint, *flags])
+    code = run_script(script.main, None, script.define_flags, ["serve.py", *checkpoint, *flags])
     (line,) = capsys.readouterr().err.splitlines()
     assert (code, message in line) == (78, True), line
 
 
 @pytest.fixture
 def start(chat_model, monkeypatch, tmp_path, capsys):
-    """(checkpoint, load) -> what a start with chat_model and another checkpoint says; `load` loads them."""
+    """(checkpoint, load) -> stderr of a failing start with chat_model and another checkpoint.
+
+    `load` takes the place of load_model.
+    """
 
     def start(other, load):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(serve, "load_speaker", load)
+        monkeypatch.setattr(server, "load_model", load)
         arguments = ["serve.py", f"--checkpoint={chat_model},{other}", "--port=0"]
-        assert run_script(serve.main, None, serve.define_flags, arguments) > 0
+        assert run_script(script.main, None, script.define_flags, arguments) > 0
         return capsys.readouterr().err
 
     return start
 
 
-def test_a_checkpoint_that_is_not_there_is_named_before_any_is_loaded(start):
+def test_a_missing_checkpoint_is_an_error_before_any_is_loaded(start):
     loaded = []
     assert "runs/none does not exist" in start("runs/none", lambda *given: loaded.append(given))
     assert loaded == []
 
 
 def test_an_engine_is_closed_where_the_next_checkpoint_cannot_be_loaded(start, chat_model, tmp_path):
-    other, load, threads = shutil.copytree(chat_model, tmp_path / "other"), serve.load_speaker, []
+    other, load, threads = shutil.copytree(chat_model, tmp_path / "other"), server.load_model, []
 
     def load_one(name, *given):
-        if name == str(other):
+        if name == "other":
             raise ConfigError("cannot be loaded")
-        speaker = load(name, *given)
-        threads.append(speaker.engine._thread)
-        return speaker
+        model = load(name, *given)
+        threads.append(model.engine._thread)
+        return model
 
     assert "cannot be loaded" in start(other, load_one)
-    assert not threads[0].is_alive(), "a process that ends while its threads compile aborts"
+    assert not threads[0].is_alive(), "a process that exits while its threads compile aborts"
 
 
-def test_a_missing_extra_is_one_line_with_the_command(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "starlette", None)
-    assert run_script(serve.main, None, serve.define_flags, ["serve.py", "--checkpoint=runs/x"]) == 78
+def test_a_reward_model_cannot_be_served(chat_model, reward_model, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["serve.py", f"--checkpoint={reward_model}", "--port=0"]
+    assert run_script(script.main, None, script.define_flags, arguments) == 78
+    assert "is a reward model and cannot generate" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_an_error_with_the_command(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "jaxllm.serve.server")
+    assert run_script(script.main, None, script.define_flags, ["serve.py", "--checkpoint=runs/x"]) == 78
     assert "pip install 'jaxllm[serve]'" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 
 from jaxllm.batches import PairBatch
 from jaxllm.losses import bradley_terry_loss
-from jaxllm.objectives import dpo, reward_model
+from jaxllm.stages import dpo, reward_model
 
 T = 24
 
@@ -59,7 +59,7 @@ def test_untrained_it_is_undecided(scalar_model):
 
 def test_the_step_s_loss_is_bradley_terry_of_the_rewards_read_at_the_last_tokens(step, scalar_model):
     batch = pairs()
-    values = scalar_model.apply(headed(scalar_model), batch.tokens.reshape(-1, T)).reshape(-1, 2, T)
+    values = scalar_model.apply(headed(scalar_model), batch.tokens.reshape(-1, T)).values.reshape(-1, 2, T)
     rewards = np.take_along_axis(np.asarray(values), batch.lengths[..., None] - 1, axis=2)[..., 0]
     expected, _ = bradley_terry_loss(rewards[:, 0], rewards[:, 1], center_coefficient=0.01)
     np.testing.assert_allclose(step(batch, 0.01)[0]["loss"], expected.mean, rtol=1e-5)
@@ -78,8 +78,8 @@ def test_what_lies_after_the_end_changes_neither_reward_nor_gradient(step):
 def test_an_end_of_text_inside_the_prompt_does_not_move_the_reward_s_place(scalar_model, end_of_text):
     batch, params = pairs(count=2), headed(scalar_model)
     batch.tokens[:, :, 1] = end_of_text
-    values = np.asarray(scalar_model.apply(params, batch.tokens.reshape(-1, T))).reshape(-1, 2, T)
-    found = np.asarray(scalar_model.rewards(params, batch.tokens, batch.lengths))
+    values = np.asarray(scalar_model.apply(params, batch.tokens.reshape(-1, T)).values).reshape(-1, 2, T)
+    found = np.asarray(scalar_model.rewards(params, batch.tokens, batch.lengths).values)
     np.testing.assert_allclose(
         found, np.take_along_axis(values, batch.lengths[..., None] - 1, axis=2)[..., 0], rtol=1e-5, atol=1e-6
     )
@@ -109,7 +109,7 @@ OPTIONS = {"beta": 0.1, "variant": "sigmoid", "label_smoothing": 0.0, "length_no
 
 
 def with_reference(batch, model, params):
-    return batch._replace(ref_log_probs=np.asarray(dpo.answer_log_probs(params, batch, model=model)))
+    return batch._replace(ref_log_probs=np.asarray(dpo.score_batch(params, batch, model=model)))
 
 
 def test_where_policy_and_reference_agree_the_loss_is_log_2_and_the_margin_0(model):
@@ -123,7 +123,7 @@ def test_where_policy_and_reference_agree_the_loss_is_log_2_and_the_margin_0(mod
 
 def test_log_probs_are_those_of_the_answer_alone_its_last_token_included(model):
     params, batch = model.init(jax.random.key(0)), pairs(count=2)
-    found = np.asarray(dpo.answer_log_probs(params, batch, model=model))
+    found = np.asarray(dpo.score_batch(params, batch, model=model))
     for pair, side in np.ndindex(2, 2):
         end = batch.lengths[pair, side]
         row = batch.tokens[pair, side, :end]
@@ -164,7 +164,7 @@ def test_a_step_makes_the_chosen_answer_likelier_and_the_rejected_one_less(model
     loss = functools.partial(dpo.loss_fn, model=model, **OPTIONS)
     _, gradient = take_step(model.init, loss, batch, params=params)
     after = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
-    moved = np.asarray(dpo.answer_log_probs(after, batch, model=model)) - batch.ref_log_probs
+    moved = np.asarray(dpo.score_batch(after, batch, model=model)) - batch.ref_log_probs
     assert (moved[:, 0] > moved[:, 1]).all()
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from jaxllm.batches import TokenBatch
 from jaxllm.data.packing import pack_rows
-from jaxllm.objectives.sft import loss_fn
+from jaxllm.models import Transformer
+from jaxllm.stages.sft import loss_fn
 
 T, PAD = 24, 0
 
@@ -63,7 +64,10 @@ def test_every_learnt_target_changes_loss_and_gradient(step):
 
 
 def test_the_stop_token_is_learnt_where_pad_equals_it(step):
-    rows = [(np.append(ids, PAD).astype(np.int32), np.append(loss_mask, True)) for ids, loss_mask in texts(count=3)]
+    rows = [
+        (np.append(ids, PAD).astype(np.int32), np.append(loss_mask, True))
+        for ids, loss_mask in texts(count=3)
+    ]
     batch = batch_of(rows)
     stops = batch.mask & (batch.targets == PAD)
     assert stops.sum() == 3  # one a text, whatever its padding
@@ -113,13 +117,13 @@ def test_neftune_noise_is_bounded_new_each_step_and_never_part_of_evaluation(mod
     assert losses[0] == losses[1] != losses[2] == losses[3] != losses[4]
 
     seen = []
-    spying = model._replace(
-        apply=lambda params, tokens, *, noise, **kwargs: (
-            seen.append(noise),
-            model.apply(params, tokens, noise=noise, **kwargs),
-        )[1]
-    )
-    loss_fn(params, batch, jax.random.key(0), neftune_alpha=5.0, **(plain | {"model": spying}))
+
+    class Spying(Transformer):
+        def apply(self, params, tokens, *, noise, **kwargs):
+            seen.append(noise)
+            return super().apply(params, tokens, noise=noise, **kwargs)
+
+    loss_fn(params, batch, jax.random.key(0), neftune_alpha=5.0, **(plain | {"model": Spying(config)}))
     bound = 5.0 / np.sqrt(T * config.width)
     assert 0.95 * bound < np.abs(seen[0]).max() <= bound
 

@@ -1,12 +1,12 @@
-// Chat and Compare. Everything that a model or a person wrote goes into the page as textContent, never as HTML.
+// The views Chat and Compare. Text written by a model or a person enters the page as textContent, never as HTML.
 
 const $ = (id) => document.getElementById(id);
 
-// Talking to the server
+// Requests
 
 class ServerError extends Error {
   constructor(status, error) {
-    super(error?.message ?? `the server answered ${status}`);
+    super(error?.message ?? `the server responded with status ${status}`);
     this.status = status;
     this.code = error?.code;
   }
@@ -19,7 +19,7 @@ async function call(path, body, signal) {
     response = await fetch(path, { ...options, signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("the server does not answer: is it still running?");
+    throw new Error("the server does not respond; check that it is still running");
   }
   if (response.ok) return response;
   const { error } = await response.json().catch(() => ({}));
@@ -55,18 +55,18 @@ function login() {
   return loggingIn;
 }
 
-function complain(error) {
+function showError(error) {
   $("error").textContent = error ? error.message : "";
   $("error").hidden = !error;
 }
 
-// Calls fn and shows what goes wrong.
+// Wraps fn so that its errors are shown on the page.
 const guarded = (fn) => async (...args) => {
-  complain(null);
+  showError(null);
   try {
     return await fn(...args);
   } catch (error) {
-    complain(error);
+    showError(error);
   }
 };
 
@@ -77,7 +77,7 @@ function message(role, text) {
   return item;
 }
 
-// Enter in a text field sends its form.
+// Enter in a text field submits its form.
 function sendOnEnter(field) {
   field.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -90,8 +90,9 @@ function sendOnEnter(field) {
 // Chat
 
 let conversation = [];
-let speaking = null; // what stops the answer that is coming
+let generating = null; // the AbortController of the reply that is being generated
 
+// The text of server-sent events, in pieces.
 async function* pieces(response) {
   let rest = "";
   for await (const chunk of response.body.pipeThrough(new TextDecoderStream())) {
@@ -107,12 +108,12 @@ async function* pieces(response) {
   }
 }
 
-// Asks for an answer, forgetting the oldest exchanges where the model cannot read so much.
-async function ask(conversation, signal) {
-  for (let forgotten = 0; ; forgotten += 2) {
+// Requests a reply; drops the oldest exchanges where the conversation does not fit the model's context.
+async function requestReply(conversation, signal) {
+  for (let dropped = 0; ; dropped += 2) {
     try {
       const response = await call("/v1/chat/completions", { model: $("model").value, messages: conversation, stream: true }, signal);
-      if (forgotten) $("messages").lastChild.before(message("note", `The first ${forgotten} messages no longer fit and are forgotten.`));
+      if (dropped) $("messages").lastChild.before(message("note", `The first ${dropped} messages no longer fit and were dropped.`));
       return response;
     } catch (error) {
       if (error.code !== "context_length_exceeded" || conversation.length < 3) throw error;
@@ -121,72 +122,76 @@ async function ask(conversation, signal) {
   }
 }
 
-const say = guarded(async (text) => {
-  const list = $("messages");
-  const mine = conversation; // "New conversation" begins another, even while the answer is coming
-  const asked = message("user", text);
-  const answer = message("assistant writing", "");
-  list.append(asked, answer);
+const send = guarded(async (text) => {
+  const mine = conversation; // "New conversation" replaces it, even while the reply is being generated
+  const model = { textContent: $("model").value, title: $("model").title };
+  const sent = message("user", text);
+  const reply = message("assistant writing", "");
+  $("messages").append(sent, reply);
   mine.push({ role: "user", content: text });
-  speaking = new AbortController();
-  busy(true);
-  follow();
+  generating = new AbortController();
+  showBusy(true);
+  scrollToEnd();
   try {
-    for await (const piece of pieces(await ask(mine, speaking.signal))) {
-      answer.textContent += piece;
-      follow();
+    for await (const piece of pieces(await requestReply(mine, generating.signal))) {
+      reply.textContent += piece;
+      scrollToEnd();
     }
   } catch (error) {
     if (error.name !== "AbortError") {
       mine.pop();
-      asked.remove();
-      answer.remove();
+      sent.remove();
+      reply.remove();
       $("text").value = text;
       throw error;
     }
   } finally {
-    busy(false);
-    speaking = null;
+    showBusy(false);
+    generating = null;
   }
-  mine.push({ role: "assistant", content: answer.textContent.trim() || "…" });
-  answer.className = "assistant";
-  answer.append(Object.assign(document.createElement("small"), { textContent: $("model").value }));
+  mine.push({ role: "assistant", content: reply.textContent.trim() || "…" });
+  reply.className = "assistant";
+  reply.append(Object.assign(document.createElement("small"), model));
 });
 
-function busy(on) {
+function showBusy(on) {
   $("send").hidden = on;
   $("stop").hidden = !on;
   $("messages").setAttribute("aria-busy", on);
   if (!on) $("text").focus();
 }
 
-const follow = () => window.scrollTo(0, document.body.scrollHeight);
+const scrollToEnd = () => window.scrollTo(0, document.body.scrollHeight);
 
-$("say").addEventListener("submit", (event) => {
+$("compose").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = $("text").value.trim();
-  if (!text || speaking) return;
+  if (!text || generating) return;
   $("text").value = "";
-  say(text);
+  send(text);
 });
-$("stop").addEventListener("click", () => speaking?.abort());
+$("stop").addEventListener("click", () => generating?.abort());
 $("reset").addEventListener("click", () => {
-  speaking?.abort();
+  generating?.abort();
   conversation = [];
   $("messages").replaceChildren();
-  complain(null);
+  showError(null);
   $("text").focus();
 });
+
+// The path of the checkpoint, as a tooltip.
+const showPath = () => { $("model").title = $("model").selectedOptions[0].title; };
+$("model").addEventListener("change", showPath);
 
 // Compare
 
 const KEYS = { a: 0, b: 1, t: "tie", x: "bad", 1: 0, 2: 1, 3: "tie", 4: "bad" };
-let offer = null; // what is to be judged
+let offer = null; // the comparison that is shown
 let working = false;
 
 const rater = () => $("rater").value.trim();
 
-// One thing at a time: two quick keys make one choice.
+// Ignores calls while another is in progress, so that two quick keys make one choice.
 const step = (fn) => guarded(async (...args) => {
   if (working || !rater()) return;
   working = true;
@@ -205,33 +210,33 @@ function show(next) {
   $("pair").hidden = !offer;
   if (!offer) return;
   $("prompt").replaceChildren(...offer.prompt.map(({ role, content }) => message(role, content)));
-  document.querySelectorAll(".answer .said").forEach((said, i) => { said.textContent = offer.answers[i]; });
+  document.querySelectorAll(".answer .text").forEach((span, i) => { span.textContent = offer.answers[i]; });
   $("question").focus({ preventScroll: true });
 }
 
-function report({ mine, done, of, rows, agreement }) {
+function showProgress({ mine, done, of, rows, agreement }) {
   $("undo").disabled = mine === 0;
-  $("count").textContent = of ? `${mine} by you, ${done} of ${of} in all` : `${rows} choices so far`;
+  $("count").textContent = of ? `${mine} by you, ${done} of ${of} in total` : `${rows} choices so far`;
   $("progress").hidden = of === 0;
   $("progress").max = of || 1;
   $("progress").value = done;
   const kappa = agreement.kappa === null ? "" : `, kappa ${agreement.kappa.toFixed(2)}`;
   $("agreement").textContent = agreement.comparisons
-    ? `Raters agree in ${Math.round(100 * agreement.share)}% of choices (${agreement.comparisons} judged by several${kappa}).`
+    ? `Raters agree in ${Math.round(100 * agreement.share)}% of choices (pairs with several raters: ${agreement.comparisons}${kappa}).`
     : "";
 }
 
 async function fetchNext() {
-  $("waiting").textContent = "Two answers are being written…";
+  $("waiting").textContent = "Generating two answers…";
   const next = await json("/api/next", { rater: rater() });
   show(next.offer);
-  report(next.progress);
+  showProgress(next.progress);
   if (!offer) $("waiting").textContent = next.progress.done < next.progress.of
-    ? "You have judged all there is; the rest is for other raters."
-    : "Nothing is left to judge. Thank you!";
+    ? "You have compared all pairs; the remaining choices are for other raters."
+    : "All pairs are compared. Thank you!";
 }
 
-const begin = step(fetchNext);
+const showNext = step(fetchNext);
 
 const choose = step(async (choice) => {
   if (!offer) return;
@@ -247,13 +252,13 @@ const choose = step(async (choice) => {
 const undo = step(async () => {
   const back = await json("/api/undo", { rater: rater() });
   show(back.offer);
-  report(back.progress);
+  showProgress(back.progress);
 });
 
 const compareOwn = step(async (prompt) => {
   const before = offer;
   show(null);
-  $("waiting").textContent = "Two answers are being written…";
+  $("waiting").textContent = "Generating two answers…";
   const next = await json("/api/next", { rater: rater(), prompt }).catch((error) => {
     $("waiting").textContent = "";
     show(before);
@@ -262,7 +267,7 @@ const compareOwn = step(async (prompt) => {
     throw error;
   });
   show(next.offer);
-  report(next.progress);
+  showProgress(next.progress);
 });
 
 document.querySelectorAll("[data-choice]").forEach((button) => {
@@ -280,7 +285,7 @@ $("ask").addEventListener("submit", (event) => {
 });
 
 function needName() {
-  $("waiting").textContent = "Give your name first: it stands beside your choices.";
+  $("waiting").textContent = "Enter your name first: it is recorded with your choices.";
   $("rater").focus();
 }
 
@@ -288,14 +293,14 @@ $("rater").value = localStorage.getItem("rater") ?? "";
 $("rater").addEventListener("change", () => {
   localStorage.setItem("rater", rater());
   show(null);
-  if (rater()) begin();
+  if (rater()) showNext();
   else needName();
 });
 
 // Both
 
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") speaking?.abort();
+  if (event.key === "Escape") generating?.abort();
   const typing = event.target.matches("input, textarea, select");
   if (event.key === "Enter" && event.target === $("rater")) $("rater").blur();
   if (typing || $("compare").hidden || $("login").open || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
@@ -309,11 +314,11 @@ function view(name) {
     $(each).hidden = each !== name;
     $(`show-${each}`).setAttribute("aria-pressed", each === name);
   }
-  complain(null);
+  showError(null);
   if (location.hash !== `#${name}`) history.replaceState(null, "", `#${name}`);
   if (name === "chat") $("text").focus();
   else if (!rater()) needName();
-  else if (!offer) begin();
+  else if (!offer) showNext();
 }
 
 $("show-chat").addEventListener("click", () => view("chat"));
@@ -322,8 +327,10 @@ sendOnEnter($("text"));
 sendOnEnter($("own"));
 
 guarded(async () => {
-  const { models, progress } = await json(`/api/state?rater=${encodeURIComponent(rater())}`);
-  $("model").replaceChildren(...models.map((name) => new Option(name, name)));
-  report(progress);
+  const { progress } = await json(`/api/state?rater=${encodeURIComponent(rater())}`);
+  const { data } = await json("/v1/models");
+  $("model").replaceChildren(...data.map(({ id, path }) => Object.assign(new Option(id, id), { title: path })));
+  showPath();
+  showProgress(progress);
   view(location.hash === "#compare" ? "compare" : "chat");
 })();

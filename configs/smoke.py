@@ -1,0 +1,42 @@
+"""Every stage for a few steps on a tiny model: does it run on this machine? Its figures mean nothing.
+
+    make smoke
+
+installs and runs this; in an environment of your own it is
+
+    python experiments/pipeline.py --config=configs/smoke.py --workdir=runs/smoke
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import pipeline
+
+STAGES = ("pretrain", "sft", "reward_model", "ppo", "dpo", "sft_reasoning", "grpo")
+
+
+def get_config(stage: str = "") -> ConfigDict:
+    """configs/base/pipeline.py, as short as it can be."""
+    config = pipeline.base("tiny")
+    config.model.num_layers, config.model.width = 1, 32
+    config.data.problems = config.data.solutions = ("synthetic:additions",)
+    for name in STAGES:
+        section = config[name]
+        section.data.synthetic_rows, section.data.sequence_length = 300, 128
+        section.evaluation.max_rows = 16
+        section.training.steps = section.training.checkpoint_every = 4
+        section.training.evaluate_every = section.training.sample_every = 4
+        section.training.evaluate_at_start = False
+        if "rollout" in section:
+            section.rollout.num_prompts, section.rollout.group_size = 4, 2
+            section.rollout.epochs = section.rollout.num_minibatches = 1
+            section.rollout.sampling.max_new_tokens = section.sample.sampling.max_new_tokens = 8
+        else:
+            section.data.batch_size = 4
+        if "num_held_out" in section.get("sample", {}):
+            section.sample.num_held_out = 0
+    config.grpo.training.evaluate_at_start = True  # its gate compares with it
+    config.grpo.sample.group_size = 2
+    config.gates.must_pass = False
+    config.gates.max_rows, config.gates.max_new_tokens = 20, 8
+    config.gates.shown = ("What is an LLM?",)
+    return pipeline.part(config, stage)

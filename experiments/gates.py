@@ -1,0 +1,49 @@
+"""Did each stage of a pipeline reach its gate? Measured on held-out data, with standard errors.
+
+    python experiments/gates.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+writes WORKDIR/gates.json, the completions that it scored into WORKDIR/answers/, and what every model generates
+from the same prompts into WORKDIR/shown.json. experiments/pipeline.py runs it after the last stage.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
+
+from jaxllm.config import run_script
+from jaxllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from absl.flags import FlagValues
+    from ml_collections import ConfigDict
+
+    from jaxllm.pipeline.config import PipelineConfig
+
+
+def define_flags(flag_values: "FlagValues") -> None:
+    """This script's flags; --config and --print_config are there already."""
+    from absl import flags
+
+    flags.DEFINE_string("workdir", None, "folder of the pipeline", flag_values=flag_values)
+
+
+def config_class(config: "ConfigDict") -> type:
+    """The pipeline's dataclass. Late, since it imports jax."""
+    from jaxllm.pipeline.config import pipeline_class
+
+    return pipeline_class(config)
+
+
+def main(config: "PipelineConfig", flags: "FlagValues") -> None:
+    """Measure all gates, and print a line for each."""
+    from jaxllm.pipeline.gates import measure_gates
+
+    if flags.workdir is None:
+        raise ConfigError("--workdir=FOLDER is missing")
+    measure_gates(config, Path(flags.workdir).expanduser().absolute())
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, config_class, define_flags))

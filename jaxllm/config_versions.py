@@ -1,0 +1,75 @@
+"""Config fields by the names they once had: old run folders are read, old names on a command line answered.
+
+`config.json` carries the version that wrote it. To rename a field, raise VERSION and add a row to RENAMED.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+VERSION = 2
+
+# Dotted name in an older version -> dotted name today. Version 1 wrote no version.
+RENAMED: dict[str, str] = {
+    "rollout.prompts": "rollout.num_prompts",
+    "rollout.minibatches": "rollout.num_minibatches",
+    "rollout.max_rows": "rollout.decode_batch_size",
+    "rollout.refills": "rollout.max_resamples",
+    "rollout.gather": "rollout.replicate_params",
+    "rollout.rescore": "rollout.recompute_log_probs",
+    "rollout.importance": "rollout.importance_sampling",
+    "rollout.importance_limit": "rollout.importance_sampling_cap",
+    "rollout.difference_limit": "rollout.log_prob_difference_limit",
+    "reward.normalise": "reward.normalize",
+    "reward.default": "reward.error_reward",
+    "reward.missing_stop": "reward.missing_eos_penalty",
+    "objective.lambda_": "objective.gae_lambda",
+    "objective.whiten": "objective.whiten_advantages",
+    "objective.length_normalised": "objective.length_normalized",
+    "data.learn": "data.loss_on",
+    "data.too_long": "data.overlong",
+    "data.worked": "data.solutions",
+    "sample.held_out": "sample.num_held_out",
+    "worked": "sft_reasoning",
+    "expected_seconds.worked": "expected_seconds.sft_reasoning",
+}
+
+# Values that were renamed, by today's name of their field.
+RENAMED_VALUES: dict[str, dict[Any, Any]] = {"data.overlong": {"cut": "truncate"}}
+
+
+def stamped(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config.json` holds: the config, and the version that wrote it."""
+    return {"version": VERSION, **config}
+
+
+def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a `config.json` of any version, under today's names and without its version.
+
+    Raises ValueError where a newer version wrote it.
+    """
+    config = copy.deepcopy(dict(config))
+    version = config.pop("version", 1)
+    if version > VERSION:
+        raise ValueError(f"config.json has version {version}; this jaxllm reads up to {VERSION}: update it")
+    if version == 1:
+        for old, new in RENAMED.items():
+            section, _, name = old.rpartition(".")
+            place = config.get(section, {}) if section else config
+            if name in place:
+                place[new.rpartition(".")[2]] = place.pop(name)
+        for field, values in RENAMED_VALUES.items():
+            section, _, name = field.rpartition(".")
+            place = config.get(section, {})
+            if name in place:
+                place[name] = values.get(place[name], place[name])
+    return config
+
+
+def current_name(field: str) -> str | None:
+    """Today's dotted name of a field that an older version called `field`, however deep it lies
+    (`ppo.rollout.prompts` in a pipeline); None where no version did."""
+    for old, new in RENAMED.items():
+        if field == old or field.endswith(f".{old}"):
+            return field.removesuffix(old) + new
+    return None

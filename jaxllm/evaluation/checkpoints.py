@@ -1,0 +1,72 @@
+"""A checkpoint evaluated on a source of prompts: for experiments/evaluate.py."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxllm.data.chat_template import PlainTextTemplate
+from jaxllm.data.prompts import PromptOptions
+from jaxllm.errors import ConfigError
+from jaxllm.evaluation.completions import (
+    complete_prompts,
+    completion_metrics,
+    completion_rows,
+    kl_to,
+    read_prompts,
+)
+from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.runs.checkpoints import check_generates, checkpoint_template, load_checkpoint
+
+
+def evaluate_checkpoint(
+    checkpoint: str | None,
+    source: str,
+    *,
+    options: PromptOptions,
+    rewards: Sequence[str],
+    reward_model: str | None,
+    reference: str | None,
+    plain: bool,
+    untrained: bool,
+    samples: int,
+    max_rows: int,
+    sampling: SamplingConfig,
+    seed: int,
+    output: Path | None,
+) -> None:
+    """Complete the prompts of a source, score the completions, write them to `output`, and print means.
+
+    The arguments are the flags of experiments/evaluate.py.
+    """
+    loaded = load_checkpoint(checkpoint, untrained=untrained)
+    check_generates(loaded, f"--checkpoint={checkpoint}")
+    reference_model = None
+    if reference is not None:
+        reference_model = check_generates(load_checkpoint(reference), f"--reference={reference}")
+        if reference_model.tokenizer.hash != loaded.tokenizer.hash:
+            raise ConfigError(f"--reference={reference} has another tokenizer than --checkpoint")
+    template = PlainTextTemplate(loaded.tokenizer) if plain else checkpoint_template(loaded)
+    longest = loaded.model.config.max_length - sampling.max_new_tokens
+    prompts = read_prompts(source, options, template, longest=longest, max_rows=max_rows, seed=seed)
+    completions = complete_prompts(
+        loaded,
+        template,
+        prompts,
+        functions=rewards,
+        reward_model=reward_model,
+        samples=samples,
+        sampling=sampling,
+        seed=seed,
+    )
+    kl = None if reference_model is None else kl_to(reference_model, completions, sampling.temperature)
+    if output is not None:
+        with output.open("w") as file:
+            for i, row in enumerate(completion_rows(completions, kl)):
+                file.write(json.dumps({**prompts[i // samples].row, **row}) + "\n")
+    print(f"{len(prompts)} prompts, {samples} completions each")
+    metrics = completion_metrics(completions, samples, "", kl)
+    for name, value in metrics.items():
+        if not name.endswith("_se"):
+            error = metrics[f"{name}_se"]  # NaN where there is one prompt alone
+            print(f"{name} {value:.4g}" + (f" ± {error:.2g}" if not math.isnan(error) else ""))

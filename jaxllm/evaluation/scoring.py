@@ -1,0 +1,111 @@
+"""Rewards of completions that are given, by a reward model: for experiments/score.py."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxllm.data.chat import conversation, last_span_start
+from jaxllm.data.chat_template import ChatTemplate
+from jaxllm.data.preferences import encode_completion, is_pair, pair
+from jaxllm.data.sources import BadRow, open_source
+from jaxllm.errors import DataError
+from jaxllm.evaluation.preference import PairScores, mean, reward_metrics
+from jaxllm.rollout.generate import bucket
+from jaxllm.runs.checkpoints import LoadedModel, checkpoint_template
+
+BATCH = 16  # sequences scored at a time
+
+
+class Row(NamedTuple):
+    """A row with one completion, or the two of a pair."""
+
+    record: dict[str, Any]
+    sequences: list[list[int]]  # token ids of prompt and completion
+    prompt_length: int  # tokens
+
+
+def read_rows(
+    name: str, template: ChatTemplate, *, longest: int, rename: Sequence[str]
+) -> tuple[list[Row], int]:
+    """The rows of a source with at most `longest` tokens, and the number left out, which stderr names."""
+    rows, dropped = [], 0
+    source = open_source(name, split="validation", text_key=None, synthetic_rows=1000, seed=0)
+    for row in source.rows():
+        try:
+            if row.value is None:
+                raise BadRow(row.problem, row.detail)
+            encoded = encode(row.value, template, rename)
+            length = max(map(len, encoded.sequences))
+            if length > longest:
+                raise BadRow("longer than model.max_length", f"{length} tokens")
+            rows.append(encoded)
+        except BadRow as error:
+            print(f"left out: {row.where}: {error}", file=sys.stderr)
+            dropped += 1
+    if not rows:
+        raise DataError(f"--input={name}: no row can be scored")
+    return rows, dropped
+
+
+def encode(record: dict[str, Any], template: ChatTemplate, rename: Sequence[str]) -> Row:
+    """The last assistant turn of a conversation, or both completions of a pair. Raises BadRow."""
+    if is_pair(record, rename):
+        _, prompt, *completions = pair(record, rename)
+    else:
+        *prompt, completion = conversation(record, rename)[1]
+        completions = [completion]
+    encoded = [encode_completion(template, prompt, completion) for completion in completions]
+    return Row(record, [each.ids for each in encoded], last_span_start(encoded[0].loss_mask))
+
+
+def score(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """A reward for each, float32 [N]. Sequences of similar length share a batch."""
+    model = loaded.model
+    rewards = jax.jit(lambda params, tokens, lengths: model.rewards(params, tokens, lengths).values)
+    found = np.zeros(len(sequences), np.float32)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for first in range(0, len(order), BATCH):
+        rows = order[first : first + BATCH]
+        tokens = np.zeros((BATCH, bucket(len(sequences[rows[-1]]))), np.int32)
+        lengths = np.ones(BATCH, np.int32)
+        for row, i in enumerate(rows):
+            tokens[row, : len(sequences[i])], lengths[row] = sequences[i], len(sequences[i])
+        found[rows] = np.asarray(rewards(loaded.params, tokens, lengths))[: len(rows)]
+    return found
+
+
+def score_rows(loaded: LoadedModel, name: str, *, rename: Sequence[str], output: Path | None) -> None:
+    """Score a source, write its rows with their rewards to `output`, and print means."""
+    template, longest = checkpoint_template(loaded), loaded.model.config.max_length
+    rows, dropped = read_rows(name, template, longest=longest, rename=rename)
+    rewards = score(loaded, [ids for row in rows for ids in row.sequences])
+    ends = np.cumsum([len(row.sequences) for row in rows])
+    by_row = np.split(rewards, ends[:-1])
+    if output is not None:
+        metrics = loaded.metadata["metrics"] or {}  # none where an evaluation was interrupted
+        with output.open("w") as file:
+            for row, values in zip(rows, by_row, strict=True):
+                file.write(json.dumps(row.record | reward_columns(values, metrics)) + "\n")
+    value, error = mean(rewards.astype(np.float64))
+    print(f"{len(rows)} rows scored, {dropped} left out; reward {value:.4f} ± {error:.4f}")
+    pairs = [(row, values) for row, values in zip(rows, by_row, strict=True) if len(values) == 2]
+    if pairs:
+        lengths = [[len(ids) - row.prompt_length for ids in row.sequences] for row, _ in pairs]
+        zeros = np.zeros((len(pairs), 2))
+        scores = np.stack([values for _, values in pairs])
+        table = reward_metrics(PairScores(scores, np.array(lengths), zeros[:, 0], zeros))
+        for name in ("accuracy", "accuracy_longer_chosen", "accuracy_shorter_chosen", "length_baseline"):
+            print(f"{name} {table[f'eval/{name}']:.3f} ± {table[f'eval/{name}_se']:.3f}")
+
+
+def reward_columns(values: np.ndarray, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The columns that a row gets: its rewards, as they are and standardized by the validation's."""
+    level, spread = metrics.get("eval/reward_mean", 0.0), metrics.get("eval/reward_std", 1.0) or 1.0
+    names = ["reward"] if len(values) == 1 else ["chosen_reward", "rejected_reward"]
+    columns = {name: float(value) for name, value in zip(names, values, strict=True)}
+    return columns | {f"{name}_normalized": (x - level) / spread for name, x in columns.items()}

@@ -1,0 +1,300 @@
+"""All stages, from random weights to a reasoning model, and whether each of them reached its gate.
+
+Every stage is a run of experiments/train.py in a folder of its own; pipeline.json records the commands. The
+same call again resumes where it was.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxllm.config import as_dict, differences, load_config, parse
+from jaxllm.errors import ConfigError, DataError, RunError, Stopped
+from jaxllm.files import locked, to_json, write_file
+from jaxllm.pipeline.config import PARENTS, PipelineConfig
+from jaxllm.report import check_extra, write_report
+from jaxllm.stages import build_program, find_stage
+from jaxllm.training.metrics import read_metrics
+
+# A killed pipeline cannot stop its stage; Linux does, as a SIGTERM would (1 is PR_SET_PDEATHSIG).
+_DIE_TOO = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+END_WITH_PARENT = (sys.executable, "-c", _DIE_TOO) if sys.platform == "linux" else ()
+
+
+def run_pipeline(config: PipelineConfig, *, config_file: str, workdir: str, scripts: Path) -> int:
+    """Run what is left to run; 0 if all gates are passed.
+
+    Args:
+      config_file: as given to --config, FILE.py. scripts: the folder of train.py and gates.py.
+    """
+    check_extra()  # now, and not after the last stage
+    check_sources(config)
+    folder = Path(workdir).expanduser().absolute()
+    commands = stage_commands(config, config_file, workdir, scripts)
+    with claimed(folder):
+        record = Record(folder, config.seed, config_file, commands)
+        for number, (name, command) in enumerate(commands.items(), 1):
+            if record.is_done(name):
+                continue
+            title = f"[{number}/{len(commands)}] {name:13}"
+            report = functools.partial(show_progress, title, folder / name, config, record)
+            seconds, memory = run_stage(command, folder / "logs" / f"{name}.txt", report)
+            record.add(name, command, seconds, memory)
+            outcome = f"{headline(config, folder, name)}{time_left(config, record)}"
+            print(f"{title} {clock(seconds):>6}  {outcome}", flush=True)
+            for warning in warnings(folder / "logs" / f"{name}.txt"):
+                print(f"      {warning}", flush=True)
+    return conclude(folder, record, must_pass=config.gates.must_pass)
+
+
+def check_sources(config: PipelineConfig) -> None:
+    """DataError for data that does not exist: now, and not after an hour of the stages before."""
+    from jaxllm.data.sources import check_source
+
+    named = {f"data.{field}": names for field, names in vars(config.data).items()}
+    for field, names in {**named, "gates.prompts": config.gates.prompts}.items():
+        for name in names:
+            try:
+                check_source(name)
+            except DataError as error:
+                raise DataError(f"{field}: {error}") from None
+
+
+def conclude(folder: Path, record: "Record", must_pass: bool) -> int:
+    """Write the report and print which gates were passed; the exit code."""
+    gates = json.loads((folder / "gates.json").read_text())
+    marks = {True: "passed", False: "FAILED", None: "not measured"}
+    for gate in gates["gates"]:
+        print(f"{marks[gate['passed']]:12}  {gate['name']:12} {gate['says']}")
+    value = record.value
+    print(f"{clock(value['seconds'])} in all, {value['peak_memory_bytes'] / 1e9:.1f} GB of memory at most")
+    print(f"report: {write_report([folder], folder)}")
+    return 0 if gates["passed"] or not must_pass else RunError.exit_code
+
+
+def dry_run(config: PipelineConfig) -> None:
+    """Compile the train step of every stage, and print what it takes."""
+    from jaxllm.runs.process import set_up_process
+    from jaxllm.runs.program import dry_run as compile_stage
+
+    set_up_process()
+    for name in PARENTS:
+        section = getattr(config, name)
+        print(f"{name}\n{compile_stage(build_program(section))}\n")
+
+
+# Commands
+
+
+def stage_commands(
+    config: PipelineConfig, config_file: str, workdir: str, scripts: Path
+) -> dict[str, list[str]]:
+    """The command of each stage, with what differs from the config file as flags."""
+    plain = as_dict(parse(PipelineConfig, load_config(config_file)))
+    changed = differences(plain, as_dict(config))
+
+    def command(script: str, file: str, folder: str, section: str, **more: str) -> list[str]:
+        flags = {"config": file, "workdir": folder} | more
+        for path, _, value in changed:
+            if path.startswith(section):
+                flags[f"config.{path.removeprefix(section)}"] = as_flag(value)
+        path = os.path.relpath(scripts / script)
+        return [sys.executable, path, *(f"--{name}={value}" for name, value in flags.items())]
+
+    commands = {}
+    for name, parent in PARENTS.items():
+        more = {} if parent is None else {"init_from": f"{workdir}/{parent}"}
+        if rewarded_by_model(getattr(config, name)):
+            more["config.reward.model"] = f"{workdir}/reward_model"
+        commands[name] = command("train.py", f"{config_file}:{name}", f"{workdir}/{name}", f"{name}.", **more)
+    commands["gates"] = command("gates.py", config_file, workdir, "")
+    return commands
+
+
+def rewarded_by_model(section: Any) -> bool:
+    """Whether a run's completions are scored by a reward model: here the pipeline's own."""
+    return hasattr(section, "reward") and section.reward.model is not None
+
+
+def as_flag(value: Any) -> str:
+    """A value of a config as `--config.FIELD=` takes it."""
+    if isinstance(value, list):
+        return str(tuple(value))
+    return "none" if value is None else str(value)
+
+
+def run_stage(command: Sequence[str], log: Path, report: Callable[[], None]) -> tuple[float, int]:
+    """Run a command to its end, its output in `log`; the seconds and bytes of memory it took.
+
+    SIGINT and SIGTERM are passed on, and the command saves its state.
+    """
+    log.parent.mkdir(exist_ok=True)
+    began = time.perf_counter()
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [*END_WITH_PARENT, *command], stdout=output, stderr=output, start_new_session=True
+        )
+        with passing_on(process) as passed:
+            memory, code = 0, None
+            while code is None:
+                memory = max(memory, peak_memory(process.pid))
+                report()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=1.0)
+    if code == Stopped.exit_code or (passed and code == -signal.SIGTERM):  # before there was anything to save
+        raise Stopped(f"resume with the same command: {shlex.join([sys.executable, *sys.argv])}")
+    if code:
+        last = " ".join(log.read_text(errors="replace").strip().splitlines()[-1:])
+        raise StageFailed(f"{Path(command[1]).name} ended with exit code {code}: {last} (see {log})", code)
+    return time.perf_counter() - began, memory
+
+
+def peak_memory(pid: int) -> int:
+    """The most bytes that a process has held so far; 0 where the system does not tell. (wait4 reports of a
+    child at least its parent's size.)"""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return 1024 * int(found[1]) if found else 0
+
+
+class StageFailed(RunError):
+    """A stage ended with an exit code, which is then the pipeline's."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code if exit_code > 0 else RunError.exit_code
+
+
+@contextlib.contextmanager
+def passing_on(process: subprocess.Popen) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are passed on to the child. Yields those that have come."""
+    passed: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        passed.append(number)
+        process.send_signal(signal.SIGTERM)
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(each, pass_on) for each in signals]
+    try:
+        yield passed
+    finally:
+        for each, handler in zip(signals, before, strict=True):
+            signal.signal(each, handler)
+
+
+# The record
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Lock the folder for this process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = locked(folder / "lock")
+    except BlockingIOError:
+        raise ConfigError(f"--workdir={folder}: another pipeline is running there") from None
+    except OSError as error:
+        raise ConfigError(f"--workdir={folder}: {error.strerror}") from None
+    with file:
+        yield
+
+
+class Record:
+    """pipeline.json: which stages are done, by which commands, and what time and memory they took."""
+
+    def __init__(self, folder: Path, seed: int, config_file: str, commands: Mapping[str, Sequence[str]]):
+        self.file = folder / "pipeline.json"
+        self.value: dict[str, Any] = {"stages": []}
+        if self.file.exists():
+            self.value = json.loads(self.file.read_text())
+        self.value |= {"seed": seed, "config_file": config_file, "command": shlex.join(["python", *sys.argv])}
+        for stage in self.value["stages"]:
+            if stage["command"] != shown(commands[stage["name"]]):
+                raise ConfigError(
+                    f"{folder}: {stage['name']} was run by `{stage['command']}`; its command is now "
+                    f"`{shown(commands[stage['name']])}`: choose another --workdir"
+                )
+
+    def is_done(self, name: str) -> bool:
+        return any(stage["name"] == name for stage in self.value["stages"])
+
+    def add(self, name: str, command: Sequence[str], seconds: float, memory: int) -> None:
+        """Record a stage that has finished."""
+        stage = {"name": name, "workdir": name, "parent": PARENTS.get(name), "command": shown(command)}
+        stages = self.value["stages"]
+        stages.append(stage | {"seconds": seconds, "peak_memory_bytes": memory})
+        self.value["seconds"] = sum(each["seconds"] for each in stages)
+        self.value["peak_memory_bytes"] = max(each["peak_memory_bytes"] for each in stages)
+        write_file(self.file, to_json(self.value))
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as one would type it."""
+    return shlex.join(["python", *command[1:]])
+
+
+# Progress
+
+
+def show_progress(title: str, folder: Path, config: PipelineConfig, record: Record) -> None:
+    """On a terminal, the step of the running stage."""
+    if not sys.stdout.isatty():
+        return
+    row = last_row(folder)
+    step = f"step {row['step']}" if "step" in row else "starting"
+    print(f"{title} {step}{time_left(config, record)}", end="\033[K\r", flush=True)
+
+
+def time_left(config: PipelineConfig, record: Record) -> str:
+    """From the expected times of the stages, and the times of those that have finished."""
+    expected = dataclasses.asdict(config.expected_seconds)
+    if not all(expected.values()):
+        return ""
+    done = {stage["name"]: stage["seconds"] for stage in record.value["stages"]}
+    if len(done) == len(expected):
+        return ""
+    pace = sum(done.values()) / sum(expected[name] for name in done) if done else 1.0
+    left = pace * sum(expected[name] for name in expected if name not in done)
+    return f"  about {max(1, round(left / 60))} min left"
+
+
+def warnings(log: Path) -> list[str]:
+    """What a stage warned of, each thing once. The built-in data is truncated on purpose."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("warning:")]
+    return [line for line in dict.fromkeys(lines) if "synthetic:" not in line]
+
+
+def headline(config: PipelineConfig, folder: Path, name: str) -> str:
+    """The headline metric of a stage, if it is one and has measured it."""
+    if name not in PARENTS:
+        return ""
+    metric = find_stage(getattr(config, name).stage).headline.metric
+    row = last_row(folder / name)
+    return f"{metric} {row[metric]:.3f}" if metric in row else ""
+
+
+def last_row(folder: Path) -> dict[str, float]:
+    """Of the metrics of a run so far."""
+    file = folder / "metrics.jsonl"
+    rows = read_metrics(file) if file.exists() else []
+    return rows[-1] if rows else {}
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

@@ -1,0 +1,83 @@
+"""A trained reward model as the reward of completions."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxllm.data.chat_template import ChatTemplate
+from jaxllm.data.tokenizer import BaseTokenizer
+from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.rollout.score import InBatches
+from jaxllm.runs.checkpoints import check_scores, checkpoint_template, load_checkpoint
+from jaxllm.training.checkpoint import checkpoint_hash
+
+
+class RewardStatistics(NamedTuple):
+    """Of a reward model's rewards of held-out completions, by which its rewards are standardized."""
+
+    mean: float
+    std: float
+
+
+def read_statistics(checkpoint: str, folder: Path, normalize: bool) -> RewardStatistics:
+    """Those of a step folder, `checkpoint` to the user; (0, 1) where `normalize` is off."""
+    if not normalize:
+        return RewardStatistics(0.0, 1.0)
+    metrics = json.loads((folder / "metadata.json").read_bytes())["metrics"] or {}
+    if not metrics.get("eval/reward_std"):
+        raise ConfigError(
+            f"reward.model={checkpoint} was saved without an evaluation, so that its mean and spread are "
+            f"unknown: give a step that has one (RUN/best), or set reward.normalize=False"
+        )
+    return RewardStatistics(metrics["eval/reward_mean"], metrics["eval/reward_std"])
+
+
+class RewardModel:
+    """A trained reward model, sharded over the devices."""
+
+    def __init__(
+        self,
+        checkpoint: str,
+        tokenizer: BaseTokenizer,
+        template: ChatTemplate,
+        *,
+        normalize: bool,
+        rows: int,
+        length: int,
+        mesh: Mesh,
+    ):
+        """To read `rows` sequences of `length` tokens at a time, written with this tokenizer and template."""
+        name = f"reward.model={checkpoint}"
+        try:
+            loaded = check_scores(load_checkpoint(checkpoint, mesh), name)
+        except CheckpointError as error:
+            raise ConfigError(f"{name}: {error}") from None
+        if loaded.tokenizer.hash != tokenizer.hash:
+            raise ConfigError(f"{name} has another tokenizer than the policy: train it from the same model")
+        if checkpoint_template(loaded).source != template.source:
+            raise ConfigError(
+                f"{name} has another chat template than the policy: train it from the same model"
+            )
+        if length > loaded.model.config.max_length:
+            raise ConfigError(
+                f"{name} reads {loaded.model.config.max_length} tokens at most: lower "
+                f"data.sequence_length={length}"
+            )
+        self.statistics = read_statistics(checkpoint, loaded.folder, normalize)
+        self.hash = checkpoint_hash(loaded.folder)
+        self.params = loaded.params
+        model = loaded.model
+        self.rewards = InBatches(
+            lambda params, tokens, lengths: model.rewards(params, tokens, lengths).values, rows, mesh
+        )
+
+    def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Float32 [N] for tokens [N, T], not standardized."""
+        return self.rewards(self.params, tokens, lengths)
+
+    def normalized(self, rewards: np.ndarray) -> np.ndarray:
+        """The same rewards, standardized."""
+        return (rewards - self.statistics.mean) / self.statistics.std

@@ -1,0 +1,72 @@
+"""Log-probs of a rollout: the policy's before its first update on it, and the frozen reference's."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxllm.errors import NumericsError
+from jaxllm.losses import truncated_importance_weights
+from jaxllm.models import Model, Params
+from jaxllm.rl.config import RolloutConfig
+from jaxllm.rl.rollouts import Metrics, Rollout
+from jaxllm.rollout.score import log_probs_in_batches
+from jaxllm.runs.program import Program
+
+
+class LogProbs:
+    """Scores rollouts with the policy and, where there is one, its reference."""
+
+    def __init__(self, program: Program[Any, Any], model: Model, reference: Params | None):
+        """`reference` is the parameters of the frozen policy; None: no KL is computed."""
+        self.config: RolloutConfig = program.config.rollout
+        self.reference = reference
+        temperature = self.config.sampling.temperature
+        self.score = log_probs_in_batches(model, temperature, program.microbatch_rows, program.mesh)
+
+    def old(self, params: Params, rollout: Rollout, step: int) -> tuple[np.ndarray, Metrics]:
+        """The policy's log-probs [N, T] before it trains on a rollout; how far the sampler's were off.
+
+        Without `recompute_log_probs` these are the sampler's, compared with the trainer's in the first
+        rollout only.
+        """
+        if not self.config.recompute_log_probs and step > 0:
+            return rollout.sampler_log_probs, {}
+        log_probs = self.score(params, rollout.tokens)
+        gaps = np.abs(log_probs - rollout.sampler_log_probs)[rollout.mask]
+        return log_probs if self.config.recompute_log_probs else rollout.sampler_log_probs, {
+            "sampler/log_prob_difference_mean": float(gaps.mean()) if gaps.size else 0.0,
+            "sampler/log_prob_difference_max": float(gaps.max()) if gaps.size else 0.0,
+        }
+
+    def kl(self, old_log_probs: np.ndarray, rollout: Rollout, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The reference's log-probs and the k1 estimate of the KL to it of each token, [N, T] both."""
+        assert self.reference is not None
+        ref_log_probs = self.score(self.reference, rollout.tokens)
+        kl = np.where(rollout.mask, old_log_probs - ref_log_probs, 0)
+        if step == 0 and self.config.recompute_log_probs and kl.any():
+            raise NumericsError(
+                f"before the first update the policy is its own reference, but one token's KL to it is "
+                f"{np.abs(kl).max():.3g}, which must be 0: scoring the same weights twice does not agree"
+            )
+        return ref_log_probs, kl
+
+    def importance_weights(self, old_log_probs: np.ndarray, rollout: Rollout) -> np.ndarray | None:
+        """Policy over sampler, [N, T], which corrects for a sampler that is not quite the policy."""
+        if self.config.importance_sampling is None:
+            return None
+        weights = truncated_importance_weights(
+            old_log_probs,
+            rollout.sampler_log_probs,
+            rollout.mask,
+            level=self.config.importance_sampling,
+            maximum=self.config.importance_sampling_cap,
+        )
+        return np.asarray(weights)
+
+
+def kl_metrics(kl: np.ndarray, mask: np.ndarray) -> Metrics:
+    """The policy's KL to its reference: nats a completion, and nats a token."""
+    return {
+        "kl/reference": float(kl.sum() / max(1, mask.any(1).sum())),
+        "kl/reference_token": float(kl.sum() / max(1, mask.sum())),
+    }

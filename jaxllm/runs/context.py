@@ -1,0 +1,42 @@
+"""What a run hands to its stage: first to load its data, then to evaluate and to sample."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, NamedTuple
+
+from jaxllm.data.chat_template import ChatTemplate
+from jaxllm.data.rows import Dataset
+from jaxllm.data.tokenizer import BaseTokenizer
+from jaxllm.models import Params
+from jaxllm.runs.program import ConfigT, ModelT, Program
+from jaxllm.training.batch_source import BatchSource
+from jaxllm.training.run_folder import RunFolder
+
+
+class InitialWeights(NamedTuple):
+    """The weights at step 0 of a run."""
+
+    parent: Path | None  # the step folder they are from; None: they are random
+    hash: str
+    params: Callable[[], Params]  # the weights themselves, sharded as the run's
+
+
+@dataclass(frozen=True)
+class RunInputs(Generic[ConfigT, ModelT]):
+    """What is known of a run before its data is read."""
+
+    program: Program[ConfigT, ModelT]
+    tokenizer: BaseTokenizer
+    template: ChatTemplate  # of conversations; plain text in pretraining
+    folder: RunFolder
+    initial: InitialWeights
+
+
+@dataclass(frozen=True)
+class RunContext(RunInputs[ConfigT, ModelT]):
+    """A run that is ready to train."""
+
+    data: Dataset
+    source: BatchSource
+    check: Callable[[], None]  # to be called during long work; raises StopRequested after a signal

@@ -1,0 +1,89 @@
+"""Evaluation and samples while training: what the hooks of all stages are made of."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from jaxllm.data.loader import device_batches, evaluation_batches
+from jaxllm.data.show import printable
+from jaxllm.models import Model, Params
+from jaxllm.rollout.generate import Completions, generate
+from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.runs.config import TrainConfig
+from jaxllm.runs.context import RunContext
+from jaxllm.training.loop import Hook
+from jaxllm.training.metrics import Metrics
+from jaxllm.training.run_folder import RunFolder
+from jaxllm.training.state import TrainState
+
+SAMPLE_BATCH = 64  # prompts decoded at a time
+
+
+def held_out_batches(config: TrainConfig, validation: Sequence[Any]) -> Any:
+    """The batches to evaluate on, on the host: as many as evaluation.max_rows allows."""
+    batches = evaluation_batches(
+        validation,
+        batch_size=config.data.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    if config.evaluation.max_rows is not None:
+        batches = batches[: max(1, config.evaluation.max_rows // config.data.batch_size)]
+    return batches
+
+
+def evaluation_hooks(
+    context: RunContext[Any, Any], measure: Callable[[Params, Iterator[Any]], Metrics]
+) -> list[Hook]:
+    """The hook that evaluates the parameters on the held-out batches, sharded; none where there are none."""
+    config, data = context.program.config, context.data
+    if not data.validation:
+        return []
+    batches = held_out_batches(config, data.validation)
+
+    def run(step: int, state: TrainState) -> Metrics:
+        del step
+        placed = device_batches(batches, context.program.batch_sharding)
+        return measure(state.params, map(data.complete, placed))
+
+    return [Hook(config.training.evaluate_every, run)]
+
+
+def complete(
+    context: RunContext[Any, Model],
+    prompts: Sequence[Sequence[int]],
+    step: int,
+    state: TrainState,
+    sampling: SamplingConfig,
+) -> Completions:
+    """A completion of each prompt, with keys that are the run's and the step's. Leaves after a signal."""
+    keys = jax.random.split(jax.random.fold_in(state.key, step), len(prompts))
+    parts = []
+    for first in range(0, len(prompts), SAMPLE_BATCH):
+        context.check()
+        rows = slice(first, first + SAMPLE_BATCH)
+        part = generate(
+            context.program.model,
+            state.params,
+            prompts[rows],
+            sampling=sampling,
+            stop_ids=context.template.stop_ids,
+            keys=keys[rows],
+        )
+        parts.append(part)
+    return Completions(
+        tokens=[tokens for part in parts for tokens in part.tokens],
+        log_probs=[log_probs for part in parts for log_probs in part.log_probs],
+        stop_reasons=[reason for part in parts for reason in part.stop_reasons],
+        steps=sum(part.steps for part in parts),
+    )
+
+
+def write_samples(folder: RunFolder, step: int, texts: Sequence[str], width: int | None = None) -> None:
+    """All into `samples/STEP.txt`, the first onto the terminal, with its lines cut to `width` characters."""
+    file = folder.file("samples", f"{step}.txt")
+    file.write_text("".join(f"{text}\n{'-' * 20}\n" for text in texts))
+    first = "\n".join(line[:width] for line in texts[0].splitlines())
+    tqdm.write(printable(f"sample at step {step} (all in {file.parent}): {first}"))

@@ -1,0 +1,124 @@
+"""Run folders that version 1 wrote (revision 6a2e121) are loaded and resumed under today's names."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rl_runs import arrays_of, rows_of
+
+from jaxllm.config import load_config, override, parse
+from jaxllm.config_versions import RENAMED, VERSION, current_name, stamped, upgrade
+from jaxllm.errors import ConfigError
+from jaxllm.runs.checkpoints import load_checkpoint
+from jaxllm.runs.train import train
+from jaxllm.stages import find_stage
+
+ROOT = Path(__file__).parents[2]
+
+# What the PPO run was started with, under today's names: differences from configs/ppo_preferences.py:tiny.
+FIELDS = {
+    "model.num_layers": 1,
+    "model.width": 16,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 1,
+    "model.head_dim": 8,
+    "model.mlp_width": 16,
+    "model.vocab_size": 320,
+    "data.validation": "",
+    "data.sequence_length": 32,
+    "checkpoint.keep": 1,
+    "optimizer.warmup_steps": 0,
+    "rollout.num_prompts": 4,
+    "rollout.group_size": 4,
+    "rollout.epochs": 1,
+    "rollout.num_minibatches": 2,
+    "rollout.sampling.max_new_tokens": 6,
+    "sample.sampling.max_new_tokens": 6,
+    "training.log_every": 2,
+    "training.evaluate_every": 4,
+    "training.sample_every": 0,
+    "training.checkpoint_every": 4,
+    "evaluation.max_rows": 4,
+    "reward.model": "none",
+    "reward.functions": "length",
+    "reward.weights": 1.0,
+}
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A folder with `sft` and `ppo`, two runs as version 1 left them, and their prompts."""
+    with tarfile.open(Path(__file__).with_name("version_1.tar.gz")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    record = tmp_path / "ppo" / "run.json"
+    record.write_text(record.read_text().replace("FOLDER", str(tmp_path)))
+    config = json.loads((tmp_path / "ppo" / "config.json").read_text())
+    assert config["objective"]["lambda_"] == 0.95  # it is of the old version
+    config["data"]["train"] = [str(tmp_path / "prompts.jsonl")]
+    (tmp_path / "ppo" / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def make_config(old, **changes):
+    config = load_config(f"{ROOT / 'configs' / 'ppo_preferences.py'}:tiny")
+    kind = find_stage("ppo").Config
+    fields = FIELDS | {"data.train": old / "prompts.jsonl"} | changes
+    for field, value in fields.items():
+        override(config, kind, field, str(value))
+    return parse(kind, config)
+
+
+def resume(old, **changes):
+    config = make_config(old, **changes)
+    devices = jax.devices()[:1]
+    train(find_stage("ppo"), config, workdir=str(old / "ppo"), command=["train.py"], devices=devices)
+
+
+def test_its_policy_is_loaded(old):
+    for run, prefix in (("sft", "params/"), ("ppo", "params/policy/")):
+        loaded = load_checkpoint(old / run)
+        assert loaded.generates
+        assert loaded.conversational
+        table = arrays_of(old / run, prefix)["embed/table"]
+        assert np.asarray(loaded.params["embed"]["table"]).tobytes() == table
+
+
+def test_it_is_resumed(old, capsys):
+    before, state = rows_of(old / "ppo"), arrays_of(old / "ppo")
+    resume(old, **{"training.steps": 8})
+    assert "resumed at step 8\nnothing to do" in capsys.readouterr().out
+    assert arrays_of(old / "ppo") == state
+    resume(old, **{"training.steps": 10})
+    assert "resumed at step 8" in capsys.readouterr().out
+    after = rows_of(old / "ppo")
+    assert {step: after[step] for step in before} == before
+    assert list(after) == [*before, 10]
+    assert json.loads((old / "ppo" / "config.json").read_text())["version"] == VERSION
+
+
+def test_a_setting_that_differs_is_still_an_error(old):
+    with pytest.raises(ConfigError, match=r"rollout\.num_prompts 4 -> 8"):
+        resume(old, **{"rollout.num_prompts": 8})
+
+
+def test_every_renamed_field_is_translated():
+    config = {"data": {"too_long": "cut", "train": ["a"]}, "rollout": {"prompts": 4}, "worked": 1}
+    upgraded = {"data": {"overlong": "truncate", "train": ["a"]}, "rollout": {"num_prompts": 4}}
+    assert upgrade(config) == upgraded | {"sft_reasoning": 1}
+    assert upgrade(stamped(upgraded)) == upgraded
+    with pytest.raises(ValueError, match="version 99; this jaxllm reads up to"):
+        upgrade({"version": 99})
+
+
+@pytest.mark.parametrize("old_name", RENAMED)
+def test_an_old_name_is_answered_with_the_new_one(old_name):
+    assert current_name(old_name) == RENAMED[old_name]
+    assert current_name(f"ppo.{old_name}") == f"ppo.{RENAMED[old_name]}"
+
+
+def test_an_old_name_on_the_command_line_is_answered_with_the_new_one(old):
+    with pytest.raises(ConfigError, match=r"rollout\.refills: unknown key, it is now called rollout\.max_"):
+        make_config(old, **{"rollout.refills": 2})

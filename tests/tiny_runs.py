@@ -1,0 +1,91 @@
+"""Fixtures for tests of what uses checkpoints: tiny runs, trained once a session, and a way to run a script.
+
+`tests/conftest.py` loads it as a plugin, so that the tests of every folder share the runs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def train_stage(name, workdir, init_from=None, **changes):
+    """Trains `configs/NAME.py:tiny`, made smaller, with the fields `changes`."""
+    from jaxllm.config import load_config, override, parse
+    from jaxllm.runs.train import train
+    from jaxllm.stages import find_stage
+
+    config = load_config(f"{ROOT / 'configs' / name}.py:tiny")
+    stage = find_stage(config.stage)
+    fields = {
+        "data.sequence_length": "64",
+        "data.batch_size": "8",
+        "data.validation_fraction": "0.3",
+        "model.num_layers": "1",
+        "model.width": "32",
+        "model.max_length": "64",
+        "training.steps": "30",
+        "training.evaluate_every": "30",
+        "training.checkpoint_every": "30",
+        "optimizer.learning_rate": "0.02",
+    }
+    for field, value in (fields | changes).items():
+        override(config, stage.Config, field, value)
+    train(stage, parse(stage.Config, config), workdir=str(workdir), init_from=init_from, command=[])
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """A folder with chats.jsonl and pairs.jsonl."""
+    folder = tmp_path_factory.mktemp("rows")
+    pairs = [
+        {"prompt": f"{a} and {b}?", "chosen": f"Yes, {a}.", "rejected": f"No, never {b}."}
+        for a in NUMBERS
+        for b in NUMBERS
+    ]
+    chats = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+    for name, records in (("pairs", pairs), ("chats", chats)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_model(rows, tmp_path_factory):
+    """The run folder of a model that generates: SFT on chats.jsonl."""
+    workdir = tmp_path_factory.mktemp("models") / "chat"
+    train_stage(
+        "sft_chat", workdir, **{"data.train": str(rows / "chats.jsonl"), "training.sample_every": "0"}
+    )
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def reward_model(rows, chat_model):
+    """The run folder of a reward model, trained on pairs.jsonl."""
+    workdir = chat_model.with_name("reward")
+    train_stage("reward_model_pairs", workdir, str(chat_model), **{"data.train": str(rows / "pairs.jsonl")})
+    return workdir
+
+
+@pytest.fixture
+def run_process(tmp_path):
+    """(script, *flags, stdin="") -> exit code, stdout, stderr, of a process in an empty folder."""
+
+    def run(script, *flags, stdin=""):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "experiments" / script), *flags],
+            input=stdin if isinstance(stdin, bytes) else stdin.encode(),
+            capture_output=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+            timeout=120,
+        )
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    return run

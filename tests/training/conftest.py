@@ -1,0 +1,7 @@
+"""A folder of checkpoints."""
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=10)
+    yield checkpoints
+    checkpoints.wait()

@@ -1,0 +1,130 @@
+"""A damaged or unfinished checkpoint is noticed, skipped and replaced; the newest valid one is found."""
+
+def test_one_flipped_bit_in_any_file_is_noticed_and_the_step_before_is_used(checkpoints, capsys):
+    save(checkpoints, 1, 2)
+    choose = random.Random(0)
+    files = [path for path in (checkpoints.folder / "2").rglob("*") if path.is_file()]
+    assert len(files) > 8
+    for path in files:
+        bit = choose.randrange(path.stat().st_size * 8)
+        flip_bit(path, bit)
+        assert find_checkpoint(checkpoints.folder).name == "1", f"bit {bit} of {path}"
+        assert f"{checkpoints.folder}/2 is damaged: " in capsys.readouterr().err
+        flip_bit(path, bit)
+    assert find_checkpoint(checkpoints.folder).name == "2"
+
+
+def test_every_flipped_bit_of_the_manifest_is_noticed(checkpoints):
+    save(checkpoints, 1)
+    manifest = checkpoints.folder / "1/manifest.json"
+    for bit in random.Random(0).sample(range(manifest.stat().st_size * 8), 100):
+        flip_bit(manifest, bit)
+        assert damage(manifest.parent) is not None, f"bit {bit}"
+        flip_bit(manifest, bit)
+
+
+def truncate_manifest(folder):
+    os.truncate(folder / "manifest.json", 40)
+
+
+def remove_file(folder):
+    (folder / "arrays.json").unlink()
+
+
+def add_file(folder):
+    (folder / "more.txt").touch()
+
+
+def cut_file(folder):
+    os.truncate(folder / "arrays.json", 3)
+
+
+@pytest.mark.parametrize("break_folder", [truncate_manifest, remove_file, add_file, cut_file])
+def test_a_damaged_step_is_named_skipped_and_never_deleted(checkpoints, capsys, break_folder):
+    save(checkpoints, 1, 2)
+    break_folder(checkpoints.folder / "2")
+    assert checkpoints.steps() == [1]
+    state, metadata = checkpoints.restore(None, abstract(make_state()))
+    assert metadata == {"step": 1}
+    assert_same(state, make_state(1))
+    assert f"skipping a checkpoint: {checkpoints.folder}/2 is damaged" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="2 is damaged"):
+        checkpoints.restore(2, abstract(make_state()))
+    assert (checkpoints.folder / "2").is_dir()
+
+
+@pytest.mark.parametrize("leftover", ["2", "2/state.orbax-checkpoint-tmp/d", "2/state/d"])
+def test_leftovers_of_a_killed_save_do_not_count_and_are_replaced(checkpoints, leftover):
+    save(checkpoints, 1)
+    (checkpoints.folder / leftover).mkdir(parents=True)
+    (checkpoints.folder / "99").mkdir()
+    assert checkpoints.steps() == [1]
+    assert find_checkpoint(checkpoints.folder).name == "1"
+    save(checkpoints, 2)
+    assert checkpoints.steps() == [1, 2]
+    assert_same(checkpoints.restore(2, abstract(make_state()))[0], make_state(2))
+
+
+def test_a_damaged_step_that_is_saved_again_is_set_aside(checkpoints):
+    save(checkpoints, 1)
+    flip_bit(checkpoints.folder / "1/arrays.json", 0)
+    save(checkpoints, 1)
+    assert sorted(os.listdir(checkpoints.folder)) == ["1", "1.aside-1"]
+    assert damage(checkpoints.folder / "1") is None
+
+
+def test_rewind_takes_later_steps_out_of_the_way(checkpoints):
+    save(checkpoints, 1, 2, 3)
+    flip_bit(checkpoints.folder / "2/arrays.json", 0)
+    (checkpoints.folder / "99").mkdir()
+    checkpoints.rewind(1)
+    assert sorted(os.listdir(checkpoints.folder)) == ["1", "2.aside-1", "3.aside-1"]
+    save(checkpoints, 3)
+    checkpoints.rewind(2)
+    assert sorted(os.listdir(checkpoints.folder)) == ["1", "2.aside-1", "3.aside-1", "3.aside-2"]
+
+
+# Finding a checkpoint
+
+
+def test_find_checkpoint_takes_a_run_its_checkpoints_or_a_step(checkpoints, monkeypatch):
+    save(checkpoints, 1, 20, 3)
+    run = checkpoints.folder.parent
+    for path in (run, checkpoints.folder, checkpoints.folder / "20"):
+        assert find_checkpoint(path) == checkpoints.folder / "20"
+    assert find_checkpoint(checkpoints.folder / "3").name == "3"
+    monkeypatch.setenv("HOME", str(run))
+    assert find_checkpoint("~") == checkpoints.folder / "20"
+    with pytest.raises(CheckpointError, match="other does not exist"):
+        find_checkpoint(run / "other")
+
+
+def test_find_checkpoint_knows_the_best_of_a_run(checkpoints):
+    save(checkpoints, 1, 2)
+    run = checkpoints.folder.parent
+    checkpoints.save(3, make_state(3), {"best": {"metric": "eval/loss", "value": 0.5, "step": 2}})
+    checkpoints.wait()
+    assert find_checkpoint(run / "best") == checkpoints.folder / "2"
+    assert find_checkpoint(run) == checkpoints.folder / "3"
+    cut_file(checkpoints.folder / "2")
+    with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged"):
+        find_checkpoint(run / "best")
+
+
+def test_a_run_without_a_best_says_so(checkpoints):
+    save(checkpoints, 1)
+    with pytest.raises(CheckpointError, match=r"kept no best step; set checkpoint\.best_metric for that"):
+        find_checkpoint(checkpoints.folder.parent / "best")
+    checkpoints.save(2, make_state(2), {"best": {"metric": "eval/loss", "value": 0.5, "step": 0}})
+    checkpoints.wait()
+    with pytest.raises(
+        CheckpointError, match="by eval/loss the best are the weights that its run began with"
+    ):
+        find_checkpoint(checkpoints.folder.parent / "best")
+
+
+def test_the_hash_of_a_checkpoint_is_that_of_its_content(checkpoints):
+    save(checkpoints, 1, 2)
+    shutil.copytree(checkpoints.folder / "1", checkpoints.folder / "3")
+    one, two, copy = (checkpoint_hash(checkpoints.folder / name) for name in "123")
+    assert one == copy != two
