@@ -47,14 +47,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.peers import even_words, llama_config
 from benchmarks.rollout import our_runs
 from configs import grpo_problems
-from jaxllm.runs.process import keep_freed_memory
-from jaxllm.stages import build_program
-from jaxllm.stages import grpo
-from jaxllm.runs.weights import InitialWeights
 from jaxllm.config import load_config, parse
 from jaxllm.data.prompts import Prompts
 from jaxllm.data.rows import Dataset, Example
 from jaxllm.data.tokenizer import BaseTokenizer
+from jaxllm.runs.context import InitialWeights, RunInputs
+from jaxllm.runs.process import keep_freed_memory
+from jaxllm.runs.program import Program
+from jaxllm.stages import build_program, grpo
 from jaxllm.training.metrics import to_scalars
 
 PHASES = ("rollout", "score", "reward", "update")
@@ -109,16 +109,22 @@ def our_steps(
 ) -> Iterator[Step]:
     """Step after step, as the training loop takes them."""
     rows = [Example((ids,), (np.zeros(len(ids), bool),), "", "prompt", row={}) for ids in prompts]
-    data = Dataset((Prompts(rows),), (), (), "", "", template=SimpleNamespace(stop_ids=stop_ids))
+    data = Dataset((Prompts(rows),), (), (), "", "")
     state = program.fresh_state()
-    start = InitialWeights(None, "", lambda: state.params)
-    with closing(grpo.make_source(program, data, Words(program.config.model.vocab_size), start)) as feed:
-        batches = feed.batches(state, lambda: None)
+    inputs = RunInputs(
+        program,
+        Words(program.config.model.vocab_size),
+        SimpleNamespace(stop_ids=stop_ids),
+        folder=None,
+        initial=InitialWeights(None, "", lambda: state.params),
+    )
+    with closing(grpo.make_source(inputs, data)) as source:
+        batches = source.batches(state, lambda: None)
         for step in count(1):
             began, cpu_began = time.perf_counter(), time.process_time()
             state, metrics = train_step(state, next(batches))
-            feed.observe(state)
-            row = feed.complete(step, to_scalars(metrics, "train"))
+            source.after_step(state)
+            row = source.finish_row(step, to_scalars(metrics, "train"))
             seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
             tokens = round(row["completion/mean_length"] * program.config.rollout.rows)
             yield Step(seconds, cpu_seconds, tokens, {name: row[f"time/{name}"] for name in PHASES})
@@ -129,7 +135,9 @@ def generate_alone(
 ) -> Callable[[], float]:
     """Says as many answers and does nothing else: tokens a second."""
     rollout = config.rollout
-    runs = our_runs(config.model, rollout.group_size, rollout.decode_batch_size, rollout.sampling.max_new_tokens)
+    runs = our_runs(
+        config.model, rollout.group_size, rollout.decode_batch_size, rollout.sampling.max_new_tokens
+    )
     asked = prompts[: rollout.num_prompts].tolist()
 
     def run() -> float:

@@ -1,12 +1,13 @@
-"""The head applied inside the loss, beside the dense form: speed, memory and the accuracy of its gradient.
+"""The head applied inside the loss against the dense form: speed, memory and accuracy of the gradient.
 
     python benchmarks/linear_cross_entropy.py                                  # 8 x 256 tokens, V = 4096
     python benchmarks/linear_cross_entropy.py --shape 4 512 512 32000 --block_size none 128 32
     python benchmarks/linear_cross_entropy.py --memory                         # compiled only, V = 151,936
 
-Loss and gradients by hidden states and head. The contestants take turns in each round, so that a noisy
-machine is noisy for all of them; times are medians with the quartiles in brackets, and ratios medians of the
-rounds' ratios. `--memory` compiles from shapes alone, for one device and for meshes of 8 fake ones.
+Measures the loss with its gradients by hidden states and head. Each round runs every loss once, so that noise
+of the machine affects all of them. Times are medians with the quartiles in brackets; ratios are medians of
+the ratios within rounds. `--memory` compiles from shapes alone, for one device and for meshes of 8 simulated
+devices.
 """
 
 import argparse
@@ -39,8 +40,9 @@ def compile_gradient(loss: Loss, arguments: tuple, out_shardings: tuple | None =
 
 
 def temporaries(compiled: jax.stages.Compiled) -> float:
-    """MiB."""
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+    """The size of the temporary buffers in MiB; NaN where the backend does not report it."""
+    analysis = compiled.memory_analysis()
+    return float("nan") if analysis is None else analysis.temp_size_in_bytes / 2**20
 
 
 def make_arrays(shape: list[int], dtype: str) -> tuple[jax.Array, ...]:
@@ -57,7 +59,7 @@ def compare_speed(losses: dict[str, Loss], shape: list[int], dtype: str, rounds:
     compiled = {name: compile_gradient(loss, arrays) for name, loss in losses.items()}
     seconds = {name: [] for name in losses}
     gradients = {}
-    for turn in range(rounds + 1):  # the first warms up
+    for turn in range(rounds + 1):  # the first is a warm-up
         for name, run in compiled.items():
             start = time.perf_counter()
             _, (_, gradients[name]) = jax.block_until_ready(run(*arrays))

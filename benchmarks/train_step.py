@@ -74,8 +74,8 @@ def our_step(config: "TrainConfig") -> Callable[[], None]:
     import jax
     import jax.numpy as jnp
 
-    from jaxllm.stages import build_program
     from jaxllm.batches import TokenBatch
+    from jaxllm.stages import build_program
 
     program = build_program(config)
     start = time.perf_counter()
@@ -126,8 +126,8 @@ def peer_steps(config: "TrainConfig") -> dict[str, Callable[[], None]]:
 
 def main(config: "TrainConfig", flags: "FlagValues") -> None:
     """Time all contestants in turn and print a table."""
-    from jaxllm.runs.process import keep_freed_memory
     from jaxllm.models.config import flops_per_token
+    from jaxllm.runs.process import keep_freed_memory
 
     keep_freed_memory()  # as experiments/train.py does; the peer is in the same process, and has it too
     contestants = {"jaxllm": our_step(config)}

@@ -1,9 +1,11 @@
-r"""GRPO on problems whose answers can be checked. The size is that of the model it is initialized from.
+r"""GRPO on problems whose answers can be checked. The size after the colon is that of the initial model.
 
     python experiments/train.py --config=configs/grpo_problems.py:1m --workdir=runs/reasoner \
         --init_from=runs/sft_reasoning
 
-Rows have a `prompt` or `messages`, and whatever the rewards read, such as `answer`.
+Measured: TODO
+
+Rows have a `prompt` or `messages`, and the columns that the rewards read, such as `answer`.
 """
 
 from ml_collections import ConfigDict
@@ -12,22 +14,24 @@ from configs.base import reinforcement
 
 
 def get_config(size: str = "1m") -> ConfigDict:
-    """Every field of a GRPO run."""
+    """A GRPO run: the fields that differ from configs/base/reinforcement.py."""
     config = reinforcement.base("grpo", size, steps=100, learning_rate=5e-5, max_new_tokens=160)
     config.objective = ConfigDict()
     config.objective.variant = "grpo"  # or dr_grpo, dapo, gspo, cispo
-    config.objective.clip_low = 0.2
-    config.objective.clip_high = 0.2  # 0.28 in DAPO (clip-higher)
+    config.objective.clip_low = 0.2  # of the probability ratio, below 1
+    config.objective.clip_high = 0.2  # above 1; 0.28 in DAPO (clip-higher)
     config.objective.kl_coefficient = 0.0  # of the KL to the initial weights; 0 needs no second model
-    config.objective.kl_in = "loss"  # or "reward"
-    config.objective.kl_estimator = "k3"  # in the loss
-    config.objective.entropy_coefficient = 0.0
+    config.objective.kl_in = "loss"  # or "reward": subtracted before advantages are computed
+    config.objective.kl_estimator = "k3"  # in the loss: "k1", "k2" or "k3"
+    config.objective.entropy_coefficient = 0.0  # of an entropy bonus
     config.objective.advantage = "group"  # or "leave_one_out" (RLOO), "reinforce_plus_plus"
-    config.objective.advantage_scale = "group"  # divide by the group's spread; batch; none (Dr. GRPO)
-    config.objective.advantage_epsilon = 1e-4
+    config.objective.advantage_scale = (
+        "group"  # divide by this standard deviation; or "batch"; "none": Dr. GRPO
+    )
+    config.objective.advantage_epsilon = 1e-4  # added to the standard deviation
 
     config.data.train = ("synthetic:problems",)
-    config.data.sequence_length = 256  # prompt and answer
+    config.data.sequence_length = 256  # tokens of prompt and completion
     config.rollout.num_prompts = 32
     config.rollout.num_minibatches = 2
     config.rollout.decode_batch_size = 128

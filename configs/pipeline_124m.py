@@ -1,8 +1,9 @@
-"""The quickstart's recipe for one GPU: 124M parameters, public data from the hub.
+"""All stages of the quickstart for one GPU: 124M parameters, public data from the Hugging Face Hub.
 
     python experiments/pipeline.py --config=configs/pipeline_124m.py --workdir=runs/124m
 
---dry_run compiles all stages and prints what they take, on a laptop with --config.model.attention=xla.
+--dry_run compiles all stages and prints their memory and FLOPs; without a GPU, add
+--config.model.attention=xla.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +12,7 @@ from configs.base import pipeline
 
 
 def get_config(stage: str = "") -> ConfigDict:
-    """configs/pipeline.py on public data."""
+    """configs/base/pipeline.py on public data."""
     config = pipeline.base("124m")
     pipeline.on_public_data(config)
     config.model.compute_dtype = "bfloat16"

@@ -1,9 +1,9 @@
-"""The quickstart's recipe for a TPU host: 1B parameters, their state split over all devices.
+"""All stages of the quickstart for a TPU host: 1B parameters, the training state split over all devices.
 
     python experiments/pipeline.py --config=configs/pipeline_1b.py --workdir=runs/1b
 
---dry_run compiles all stages and prints what they take a device; on a laptop, for a mesh of 8, with
-XLA_FLAGS=--xla_force_host_platform_device_count=8 and --config.model.attention=xla.
+--dry_run compiles all stages and prints memory and FLOPs per device; without a TPU, set
+XLA_FLAGS=--xla_force_host_platform_device_count=8 for a mesh of 8 and add --config.model.attention=xla.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from configs.base import pipeline
 
 
 def get_config(stage: str = "") -> ConfigDict:
-    """configs/pipeline.py on public data."""
+    """configs/base/pipeline.py on public data."""
     config = pipeline.base("llama3.2_1b")
     pipeline.on_public_data(config)
     config.model.compute_dtype = "bfloat16"
@@ -21,7 +21,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.mesh.data = 1
     config.mesh.fsdp = -1
 
-    config.pretrain.training.num_microbatches = 16  # of 512 rows: 4 a device at a time on 8
+    config.pretrain.training.num_microbatches = 16  # of 512 rows: 4 rows per device at a time on 8 devices
 
     config.sft.training.steps = 3000
     config.sft.data.batch_size = 128

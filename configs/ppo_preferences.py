@@ -1,7 +1,9 @@
-r"""PPO against a reward model. The size is that of the model it is initialized from.
+r"""PPO on the rewards of a reward model. The size after the colon is that of the initial model.
 
     python experiments/train.py --config=configs/ppo_preferences.py:1m --workdir=runs/preferred \
         --init_from=runs/sft --config.reward.model=runs/reward
+
+Measured: TODO
 
 Rows have a `prompt` or `messages`, or are the pairs that the reward model was trained on.
 """
@@ -12,23 +14,24 @@ from configs.base import reinforcement
 
 
 def get_config(size: str = "1m") -> ConfigDict:
-    """Every field of a PPO run. The objective's numbers are those of InstructGPT and its open copies."""
+    """A PPO run: the fields that differ from configs/base/reinforcement.py. The objective's values are
+    those of InstructGPT and its open reproductions."""
     config = reinforcement.base("ppo", size, steps=160, learning_rate=1e-4, max_new_tokens=64)
     config.objective = ConfigDict()
-    config.objective.clip = 0.2
-    config.objective.value_clip = 0.2
-    config.objective.value_coefficient = 0.1
-    config.objective.entropy_coefficient = 0.0
+    config.objective.clip = 0.2  # of the probability ratio, around 1
+    config.objective.value_clip = 0.2  # change of a value per rollout, in units of reward; None: no limit
+    config.objective.value_coefficient = 0.1  # of the critic's loss
+    config.objective.entropy_coefficient = 0.0  # of an entropy bonus
     config.objective.discount = 1.0
-    config.objective.gae_lambda = 0.95
-    config.objective.whiten_advantages = True  # advantages
-    config.objective.kl_coefficient = 0.05  # KL penalty: reward per nat to the initial weights
-    config.objective.kl_target = config_dict.placeholder(float)  # nats a completion to adapt it to, such as 6
-    config.objective.kl_horizon = 2000.0  # completions over which it changes by e^0.2 at most
-    config.objective.critic_warmup = 2  # rollouts at the start on which only the critic trains
+    config.objective.gae_lambda = 0.95  # 1: rewards alone; smaller: more of the critic's values
+    config.objective.whiten_advantages = True  # over the rollout
+    config.objective.kl_coefficient = 0.05  # penalty: reward per nat of KL to the initial weights
+    config.objective.kl_target = config_dict.placeholder(float)  # nats per completion, such as 6
+    config.objective.kl_horizon = 2000.0  # completions over which kl_target changes it by e^0.2 at most
+    config.objective.critic_warmup = 2  # rollouts at the start that train the critic alone
 
     config.data.train = ("synthetic:preferences",)
-    config.data.sequence_length = 144  # prompt and answer
+    config.data.sequence_length = 144  # tokens of prompt and completion
     config.rollout.num_prompts = 64
     config.rollout.group_size = 1
     config.rollout.epochs = 4

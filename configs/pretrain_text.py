@@ -1,18 +1,20 @@
-"""Pretrain on your own text. The dial is the model's size; everything else follows and can be changed.
+"""Pretrain on your own text. The argument after the colon is the model's size and selects a recipe for it.
 
     python experiments/train.py --config=configs/pretrain_text.py:1m --workdir=runs/pretrained \
         --config.data.train=input.txt
 
-On 2 CPU cores `1m` takes about 3 minutes; `10m` is for a good laptop and half an hour, `60m` and `124m`
-are for a GPU (add --config.model.compute_dtype=bfloat16 --config.model.attention=cudnn), the larger
-shapes for a mesh (--config.mesh.fsdp=-1).
+Measured: TODO
+
+`1m` takes minutes on a laptop, `10m` half an hour on a good one; `60m` and `124m` are for a GPU (add
+--config.model.compute_dtype=bfloat16 --config.model.attention=cudnn), larger models for several devices
+(--config.mesh.fsdp=-1).
 """
 
 from ml_collections import ConfigDict, config_dict
 
 from configs.base.models import model
 
-# steps, sequences a step, tokens a sequence, learning rate
+# steps, sequences per step, tokens per sequence, learning rate
 RECIPES = {
     "tiny": (100, 8, 64, 4e-3),
     "1m": (300, 16, 256, 6e-3),
@@ -28,43 +30,42 @@ RECIPES = {
 def get_config(size: str = "1m") -> ConfigDict:
     """Every field of a pretraining run."""
     config = ConfigDict()
-    config.stage = "pretrain"  # a module of jaxllm/stages
-    config.seed = 0  # of the initial weights, the order of the data and the samples
+    config.stage = "pretrain"  # a module of jaxllm.stages
+    config.seed = 0  # of the initial weights, the data order and the samples
     config.model = model(size)
     steps, batch_size, sequence_length, learning_rate = RECIPES[size]
     config.training = ConfigDict({"steps": steps})
-    count = config.training.get_ref("steps")  # what is derived from it follows an override
+    count = config.training.get_ref("steps")  # a reference: values derived from it follow an override
 
     config.objective = ConfigDict()
-    config.objective.z_loss = 0.0  # weight of logsumexp(logits)^2; 1e-4 keeps large models steady (PaLM)
+    config.objective.z_loss = 0.0  # weight of logsumexp(logits)^2; 1e-4 stabilizes large models (PaLM)
 
     config.tokenizer = ConfigDict()
-    config.tokenizer.path = config_dict.placeholder(
-        str
-    )  # a sentencepiece .model; None trains one on the text
-    config.tokenizer.vocab_size = config.model.get_ref("vocab_size")  # a smaller text gets fewer
-    config.tokenizer.train_bytes = 20_000_000  # of text to train it on
+    # A sentencepiece .model or a Hugging Face tokenizer folder; None: train one on the text.
+    config.tokenizer.path = config_dict.placeholder(str)
+    config.tokenizer.vocab_size = config.model.get_ref("vocab_size")  # fewer on a small text
+    config.tokenizer.train_bytes = 20_000_000  # of the text, from its start, to train it on
 
     config.data = ConfigDict()
-    # Files (.txt .jsonl, also .gz, .parquet), globs, folders saved by datasets, hf:NAME, or synthetic.
+    # Files (.txt, .jsonl, also .gz, .parquet), globs, folders saved by `datasets`, hf:NAME, synthetic.
     config.data.train = ("synthetic",)
-    config.data.weights = ()  # one a source, to mix them; () takes all of their windows
-    config.data.validation = ()  # sources; () holds out a part of train
-    config.data.validation_fraction = 0.1
-    config.data.text_key = "text"  # column or JSON key of the text
-    config.data.synthetic_rows = 20_000  # how many the source "synthetic" writes
+    config.data.weights = ()  # one per source, to mix them; (): each source in proportion to its windows
+    config.data.validation = ()  # sources; (): hold out a part of train
+    config.data.validation_fraction = 0.1  # of the train sources, where `validation` is empty; 0: none
+    config.data.text_key = "text"  # column of the text
+    config.data.synthetic_rows = 20_000  # documents of the source "synthetic"
     config.data.sequence_length = sequence_length  # tokens
-    config.data.batch_size = batch_size  # sequences an optimizer step, over all devices
+    config.data.batch_size = batch_size  # sequences per optimizer step, over all devices
     config.data.on_bad_row = "stop"  # or "skip": write it to bad_rows.jsonl and continue
-    config.data.max_bad_fraction = 0.01  # more bad rows than this stop the run even so
-    config.data.cache_dir = "~/.cache/jaxllm"  # tokenised text, kept between runs
+    config.data.max_bad_fraction = 0.01  # a larger fraction of bad rows stops the run
+    config.data.cache_dir = "~/.cache/jaxllm"  # keeps tokenized text between runs
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "muon"  # or "adamw"
     config.optimizer.learning_rate = learning_rate
-    config.optimizer.schedule = "wsd"  # "cosine", "linear", "wsd" or "constant", after the warm-up
+    config.optimizer.schedule = "wsd"  # or "cosine", "linear", "constant"; wsd: constant, then linear
     config.optimizer.warmup_steps = count // 20
-    config.optimizer.decay_fraction = 0.6  # wsd: share of the steps in the final decay
+    config.optimizer.decay_fraction = 0.6  # wsd: fraction of the steps in the final decay
     config.optimizer.final_learning_rate = 0.02  # as a fraction of the peak
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.95
@@ -73,38 +74,38 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.optimizer.decay_pattern = "kernel$|table$"  # matrices decay, norms and biases do not
     config.optimizer.clip_norm = 1.0  # None: no clipping
     config.optimizer.muon_momentum = 0.95
-    config.optimizer.trainable = ""  # regular expression: train only parameters with it in their path
+    config.optimizer.trainable = ""  # regular expression: train only parameters whose path has a match
 
-    config.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
-    config.mesh.data = -1  # copies of the model
-    config.mesh.fsdp = 1  # parameters split, gathered when used
-    config.mesh.tensor = 1  # heads and hidden units split
+    config.mesh = ConfigDict()  # devices along each axis; -1: all that are left
+    config.mesh.data = -1  # data parallelism: copies of the model
+    config.mesh.fsdp = 1  # parameters split, and gathered where they are used
+    config.mesh.tensor = 1  # attention heads and hidden units split
 
-    config.training.evaluate_at_start = True  # score and sample random weights too, as step 0
-    config.training.num_microbatches = 1  # more: less memory, the same gradient
+    config.training.evaluate_at_start = True  # evaluate and sample the initial weights too, as step 0
+    config.training.num_microbatches = 1  # parts of a batch; more use less memory, the gradient is the same
     config.training.log_every = 10
-    config.training.evaluate_every = (count + 4) // 5  # 0 is never, for all of these
+    config.training.evaluate_every = (count + 4) // 5  # steps; 0 is never, for each of these
     config.training.sample_every = (count + 4) // 5
     config.training.checkpoint_every = (count + 4) // 5
-    config.training.patience = 0  # evaluations without a better checkpoint.best_metric that end the run
-    config.training.target = config_dict.placeholder(float)  # a checkpoint.best_metric that ends the run
-    config.training.max_bad_steps = 20  # steps in a row without a finite gradient that end the run
-    config.training.hang_timeout = 1800.0  # seconds without a step that end the run
+    config.training.patience = 0  # evaluations without a better best_metric after which to stop; 0: never
+    config.training.target = config_dict.placeholder(float)  # value of best_metric at which to stop
+    config.training.max_bad_steps = 20  # non-finite steps in a row after which the run fails
+    config.training.hang_timeout = 1800.0  # seconds without a step after which the run exits
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.keep = 3  # the newest so many
-    config.checkpoint.best_metric = config_dict.placeholder(str)  # such as "eval/loss": kept as WORKDIR/best
+    config.checkpoint.keep = 3  # newest checkpoints to keep
+    config.checkpoint.best_metric = config_dict.placeholder(str)  # "eval/loss": best step in WORKDIR/best
     config.checkpoint.best_is = "lowest"  # or "highest"
 
     config.evaluation = ConfigDict()
-    config.evaluation.max_rows = 500  # of the held-out windows, from their start; None: all
+    config.evaluation.max_rows = 500  # held-out windows, from the first; None: all
 
     config.sample = ConfigDict()
-    config.sample.prompts = ("",)  # what to continue; "" starts a document
+    config.sample.prompts = ("",)  # texts to continue; "": the start of a document
     config.sample.sampling = ConfigDict()
     config.sample.sampling.max_new_tokens = 100
     config.sample.sampling.temperature = 0.8  # 0 is greedy
-    config.sample.sampling.top_k = config_dict.placeholder(int)  # None switches a filter off
+    config.sample.sampling.top_k = config_dict.placeholder(int)  # None: no such filter
     config.sample.sampling.top_p = config_dict.placeholder(float)
     config.sample.sampling.min_p = config_dict.placeholder(float)
 

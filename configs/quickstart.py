@@ -1,12 +1,12 @@
-"""From random weights to a reasoning model in one sitting: 1M parameters, built-in data, a laptop's CPU.
+"""All stages, from random weights to a reasoning model, on a laptop's CPU: 1M parameters, built-in data.
 
     make quickstart
 
-installs and runs this; in an environment of your own it is
+installs and runs this. In an environment of your own:
 
     python experiments/pipeline.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-and one stage of it alone
+One of its stages alone:
 
     python experiments/train.py --config=configs/quickstart.py:pretrain --workdir=runs/pretrained
 """
@@ -17,15 +17,15 @@ from configs.base import pipeline
 
 
 def get_config(stage: str = "") -> ConfigDict:
-    """configs/pipeline.py, with numbers for a model this small."""
+    """configs/base/pipeline.py with settings for a model this small."""
     config = pipeline.base("1m")
     config.data.problems = ("synthetic:additions",)
-    config.data.solutions = (*3 * ("synthetic:additions",), "synthetic:chats")  # or it forgets how to chat
+    config.data.solutions = (*3 * ("synthetic:additions",), "synthetic:chats")  # chats, or it forgets them
 
     config.pretrain.training.evaluate_every = config.pretrain.training.sample_every = 300
 
     config.sft.optimizer.learning_rate = 5e-3
-    config.sft.data.synthetic_rows = 14_000  # of chats, and as many drafts
+    config.sft.data.synthetic_rows = 14_000  # of chats, and as many of drafts
     config.sft.data.sequence_length = 128
     config.sft.data.batch_size = 32
     config.sft.training.steps = 360
@@ -37,7 +37,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.reward_model.optimizer.name = "muon"
     config.reward_model.optimizer.learning_rate = 2e-3
     config.reward_model.training.steps = 200
-    config.reward_model.training.evaluate_at_start = False  # it would be a coin's 0.5
+    config.reward_model.training.evaluate_at_start = False  # accuracy 0.5, as its head is 0
     config.reward_model.training.evaluate_every = 200
     config.reward_model.evaluation.max_rows = 1000
 
@@ -47,14 +47,14 @@ def get_config(stage: str = "") -> ConfigDict:
     config.ppo.rollout.num_minibatches = 4
     config.ppo.data.synthetic_rows = 4000
     config.ppo.data.sequence_length = 128
-    config.ppo.training.num_microbatches = 2  # 1 takes 4.5 GB
+    config.ppo.training.num_microbatches = 2  # 1 needs 4.5 GB
     config.ppo.training.steps = 128
     config.ppo.training.evaluate_every = config.ppo.training.sample_every = 128
     config.ppo.optimizer.learning_rate = 2e-4
     config.ppo.optimizer.schedule = "linear"
     config.ppo.optimizer.final_learning_rate = 0.1
 
-    config.dpo.objective.beta = 0.2  # at 0.1 answers stop ending: the pairs dislike those that are cut off
+    config.dpo.objective.beta = 0.2  # at 0.1 completions no longer end: truncated ones are rejected
     config.dpo.optimizer.learning_rate = 3e-4
     config.dpo.data.synthetic_rows = 2800
     config.dpo.data.sequence_length = 128
@@ -69,7 +69,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.sft_reasoning.training.evaluate_at_start = False
     config.sft_reasoning.training.steps = 280
     config.sft_reasoning.training.evaluate_every = 20
-    config.sft_reasoning.training.target = 0.025  # well before it can all: something is left to reason out
+    config.sft_reasoning.training.target = 0.025  # stop early, so that GRPO can still improve it
     config.sft_reasoning.training.checkpoint_every = config.sft_reasoning.training.sample_every = 0
 
     config.grpo.data.synthetic_rows = 6000
@@ -84,7 +84,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.grpo.evaluation.max_rows = 400
     config.grpo.optimizer.name = "muon"
     config.grpo.objective.clip_high = 0.28
-    config.grpo.optimizer.learning_rate = 4e-4  # at 1e-3 it unlearns
+    config.grpo.optimizer.learning_rate = 4e-4  # at 1e-3 it forgets
     config.grpo.optimizer.schedule = "linear"
     config.grpo.optimizer.final_learning_rate = 0.3
     config.grpo.training.steps = 320
@@ -93,7 +93,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.gates.max_rows = 500
     config.gates.max_new_tokens = 64
 
-    # On 2 cores of a server.
+    # Measured on 2 cores of a server; for the estimate of the time left.
     config.expected_seconds.pretrain = 128.0
     config.expected_seconds.sft = 108.0
     config.expected_seconds.reward_model = 93.0

@@ -1,10 +1,12 @@
-"""Instruction fine-tuning (SFT) of a pretrained model. The size is that of the model it is initialized from.
+"""Instruction fine-tuning (SFT) of a pretrained model. The size after the colon is that of this model.
 
     python experiments/train.py --config=configs/sft_chat.py:1m --workdir=runs/sft \
         --init_from=runs/pretrained --config.data.train=chats.jsonl
 
+Measured: TODO
+
 Rows are conversations (`messages`, ShareGPT's `conversations`), `prompt` and `completion`, or Alpaca's
-`instruction`, `input`, `output`. Then talk to it: python experiments/chat.py --checkpoint=runs/sft
+`instruction`, `input`, `output`. Chat with the result: python experiments/chat.py --checkpoint=runs/sft
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -13,24 +15,24 @@ from configs.base import finetune
 
 
 def get_config(size: str = "1m") -> ConfigDict:
-    """Every field of an instruction fine-tuning run that is not pretraining's."""
+    """An SFT run: the fields that differ from configs/base/finetune.py."""
     config = finetune.base("sft", size, steps=300, batch_size=16, learning_rate=2e-3)
     config.objective = ConfigDict()
     config.objective.z_loss = 0.0  # weight of logsumexp(logits)^2
-    config.objective.neftune_alpha = 0.0  # noise in the embeddings; 5 in the paper (NEFTune, 2023)
+    config.objective.neftune_alpha = 0.0  # noise in the embeddings (NEFTune, 2023, with 5); 0: none
     config.objective.dft = False  # weight each token's loss by its probability (Dynamic Fine-Tuning, 2025)
 
-    # Add a source of {"text": ...} rows or .txt files, with weights, to replay pretraining and forget less.
+    # To forget less of pretraining, add a source of .txt files or rows of {"text": ...}, and weights.
     config.data.train = ("synthetic:chats",)
-    config.data.loss_on = "assistant"  # its every turn; "last": its last turn; "all": every token
-    config.data.packing = True  # several conversations a row; they do not see each other
-    config.data.overlong = "drop"  # or "truncate": what does not fit into sequence_length
+    config.data.loss_on = "assistant"  # "last": its last turn only; "all": every token
+    config.data.packing = True  # several conversations per row, without attention between them
+    config.data.overlong = "drop"  # or "truncate" conversations longer than sequence_length
 
     config.checkpoint.best_metric = "eval/loss"
 
     config.sample = ConfigDict()
     config.sample.prompts = ("What is an LLM?",)  # to complete
-    config.sample.num_held_out = 32  # held-out prompts to complete too, for eval/stopped_fraction
+    config.sample.num_held_out = 32  # held-out prompts to complete, for eval/stopped_fraction
     config.sample.sampling = ConfigDict()
     config.sample.sampling.max_new_tokens = 200
     config.sample.sampling.temperature = 0.0  # greedy

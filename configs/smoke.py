@@ -1,8 +1,8 @@
-"""Every stage for a few steps on a tiny model: does it run on this machine? Its figures mean nothing.
+"""Every stage for a few steps on a tiny model, to see that it runs on this machine. Its metrics mean nothing.
 
     make smoke
 
-installs and runs this; in an environment of your own it is
+installs and runs this. In an environment of your own:
 
     python experiments/pipeline.py --config=configs/smoke.py --workdir=runs/smoke
 """
@@ -15,7 +15,7 @@ STAGES = ("pretrain", "sft", "reward_model", "ppo", "dpo", "sft_reasoning", "grp
 
 
 def get_config(stage: str = "") -> ConfigDict:
-    """configs/base/pipeline.py, as short as it can be."""
+    """configs/base/pipeline.py with as few steps and rows as possible."""
     config = pipeline.base("tiny")
     config.model.num_layers, config.model.width = 1, 32
     config.data.problems = config.data.solutions = ("synthetic:additions",)
@@ -34,7 +34,7 @@ def get_config(stage: str = "") -> ConfigDict:
             section.data.batch_size = 4
         if "num_held_out" in section.get("sample", {}):
             section.sample.num_held_out = 0
-    config.grpo.training.evaluate_at_start = True  # its gate compares with it
+    config.grpo.training.evaluate_at_start = True  # its gate compares the last evaluation with the first
     config.grpo.sample.group_size = 2
     config.gates.must_pass = False
     config.gates.max_rows, config.gates.max_new_tokens = 20, 8

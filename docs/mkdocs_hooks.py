@@ -12,7 +12,7 @@ CODE_OR_LINK = re.compile(r"```.*?```|`[^`\n]*`|\[([^\]]+)\]\(([\w./-]+)(?:#[^)\
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
-    """The page with each link to a source file replaced by its text; a warning where there is no such file."""
+    """The page with links to source files replaced by their text; warns of files that do not exist."""
     docs = Path(config.docs_dir).resolve()
     folder = (docs / page.file.src_uri).parent
 

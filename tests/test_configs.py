@@ -154,12 +154,12 @@ def test_flash_attention_is_refused_before_compiling_where_it_does_not_run(atten
         (
             "reward_model_pairs.py",
             {"checkpoint__best_metric": "none", "training__patience": "2"},
-            "training.patience=2 waits for a better checkpoint.best_metric: name one",
+            "training.patience=2 needs a metric to compare: set checkpoint.best_metric",
         ),
         (
             "sft_chat.py",
             {"checkpoint__best_metric": "none", "training__target": "2"},
-            "training.target=2.0 waits for a better checkpoint.best_metric: name one",
+            "training.target=2.0 needs a metric to compare: set checkpoint.best_metric",
         ),
         (
             "reward_model_pairs.py",

@@ -1,4 +1,4 @@
-"""The pages of docs/how-to work: their files and edits are applied to a copy of the code, their commands run."""
+"""The pages of docs/how-to work: applied to a copy of the code, their commands run."""
 
 import json
 import os

@@ -1,13 +1,13 @@
-"""Model shapes, from a test's to Llama 3.1 8B: the size dial of every config.
+"""Model sizes, from one for tests to Llama 3.1 8B: the argument of the stage configs, as in `:10m`.
 
-`model("10m")` returns a ConfigDict with every field of `jaxllm.models.ModelConfig`; a config takes it
-and may change any of them, as may the command line: `--config.model.num_layers=6`.
+`model("10m")` returns a ConfigDict with every field of `jaxllm.models.ModelConfig`. A config may change any
+of them, and so may the command line: `--config.model.num_layers=6`.
 """
 
 from ml_collections import ConfigDict, config_dict
 
 # layers, width, query heads, key-value heads, head width, MLP width, vocabulary, longest sequence.
-# Our own sizes are named after their parameters outside the embedding (124m: with it, like GPT-2's).
+# Our own sizes are named after their number of parameters without the embedding (124m: with it, as GPT-2).
 SHAPES = {
     "tiny": (2, 64, 4, 2, 16, 176, 512, 256),
     "1m": (4, 128, 4, 4, 32, 384, 1024, 512),
@@ -21,7 +21,7 @@ SHAPES = {
 
 
 def model(size: str) -> ConfigDict:
-    """A shape by name; ValueError that lists the names for any other."""
+    """The config of a size in SHAPES. Raises ValueError, which lists the sizes, for any other name."""
     if size not in SHAPES:
         raise ValueError(f"no model size {size!r}: choose one of {', '.join(SHAPES)}")
     layers, width, heads, kv_heads, head_dim, mlp_width, vocab_size, max_length = SHAPES[size]
@@ -37,7 +37,7 @@ def model(size: str) -> ConfigDict:
     config.max_length = max_length  # tokens
     config.rope_theta = 10_000.0
     config.rope_scaling = ConfigDict()
-    config.rope_scaling.kind = "none"  # "none", "llama3" or "yarn"; the rest is used by those two
+    config.rope_scaling.kind = "none"  # "none", "llama3" or "yarn"; only these two use the rest
     config.rope_scaling.factor = 1.0
     config.rope_scaling.original_length = max_length
     config.rope_scaling.low_frequency = 1.0
@@ -45,16 +45,16 @@ def model(size: str) -> ConfigDict:
     config.rope_scaling.beta_fast = 32.0
     config.rope_scaling.beta_slow = 1.0
     config.norm_epsilon = 1e-5
-    config.qk_norm = True  # steadier at high learning rates (Dehghani et al. 2023)
+    config.qk_norm = True  # more stable at high learning rates (Dehghani et al. 2023)
     config.qkv_bias = False
     config.output_bias = False
     config.mlp_bias = False
-    config.attention_softcap = config_dict.placeholder(float)  # None: not used
-    config.logit_softcap = config_dict.placeholder(float)
-    config.sliding_window = config_dict.placeholder(int)  # tokens, itself included
+    config.attention_softcap = config_dict.placeholder(float)  # c of c tanh(x / c); None: off
+    config.logit_softcap = config_dict.placeholder(float)  # the same for the output's logits
+    config.sliding_window = config_dict.placeholder(int)  # tokens, itself included; None: all
     config.tie_embeddings = True
-    config.scan_layers = layers > 12  # compiles one block for all; unrolled steps are a little faster
-    config.remat = "none"  # "none", "attention", "dots" or "full": less memory, more arithmetic
+    config.scan_layers = layers > 12  # compile one block for all; unrolled, steps are a little faster
+    config.remat = "none"  # recompute in the backward pass: "none", "attention", "dots" or "full"
     config.attention = "xla"  # "xla" everywhere, "cudnn" on NVIDIA, "splash" on TPU
     config.compute_dtype = "float32"  # "bfloat16" on accelerators
     config.param_dtype = "float32"

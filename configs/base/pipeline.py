@@ -1,4 +1,4 @@
-"""What the pipelines share: a whole run of each stage, and data, seed and gates for all of them."""
+"""What the pipelines share: a run of each stage, and their common model, data, seed and gates."""
 
 from ml_collections import ConfigDict
 
@@ -13,17 +13,17 @@ from configs import (
 
 
 def base(size: str) -> ConfigDict:
-    """A pipeline of models of this size on the synthetic world."""
+    """A pipeline with a model of this size on built-in synthetic data."""
     config = ConfigDict()
-    config.seed = 0  # of every stage, and of the synthetic world
+    config.seed = 0  # of every stage and of the synthetic data
 
-    # What each stage trains on; validation is a part of it, prompt by prompt.
+    # What each stage trains on. A part is held out for validation, all rows of a prompt together.
     config.data = ConfigDict()
     config.data.text = ("synthetic:documents",)
     config.data.chats = ("synthetic:chats", "synthetic:drafts")
     config.data.pairs = ("synthetic:preferences",)
-    config.data.solutions = ("synthetic:problems",)  # problems with worked solutions, in `completion`
-    config.data.problems = ("synthetic:problems",)  # with what the reward reads
+    config.data.solutions = ("synthetic:problems",)  # problems with worked solutions
+    config.data.problems = ("synthetic:problems",)  # problems with the columns that the rewards read
 
     config.pretrain = pretrain_text.get_config(size)
     config.sft = sft_chat.get_config(size)
@@ -32,7 +32,7 @@ def base(size: str) -> ConfigDict:
     config.dpo = dpo_pairs.get_config(size)
     config.sft_reasoning = sft_chat.get_config(size)
     config.grpo = grpo_problems.get_config(size)
-    # One model and one mesh for all of them.
+    # All stages share one model and one mesh.
     config.model, config.mesh = config.pretrain.model, config.pretrain.mesh
 
     sources = {
@@ -51,12 +51,12 @@ def base(size: str) -> ConfigDict:
 
     config.sft_reasoning.data.rename = ("working=completion",)
 
-    config.gates = ConfigDict()  # what must be reached; a gate that the data cannot measure is skipped
-    config.gates.must_pass = True  # a failed gate fails the command
-    config.gates.prompts = ("synthetic:preferences",)  # held out; with `reference`, for the rubric
-    config.gates.max_rows = 1000
-    config.gates.max_new_tokens = 100
-    config.gates.shown = (
+    config.gates = ConfigDict()  # thresholds; gates that the data cannot measure are skipped
+    config.gates.must_pass = True  # exit with an error if a gate fails
+    config.gates.prompts = ("synthetic:preferences",)  # held out; the rubric needs their `reference`
+    config.gates.max_rows = 1000  # prompts, from the first
+    config.gates.max_new_tokens = 100  # per completion
+    config.gates.shown = (  # prompts that every model completes for the report
         "What is an LLM?",
         "What is a bridge?",
         "What is rain?",
@@ -64,30 +64,30 @@ def base(size: str) -> ConfigDict:
         "How much is 58 + 16? Show your working.",
         "Thank you for your help.",
     )
-    config.gates.text_share = 0.75  # of a trigram's bits per byte, at most
-    config.gates.answer_rise = 0.1  # of the share of right answers, from pretraining to SFT
-    config.gates.reward_ceiling = 0.9  # accuracy that label noise allows
-    config.gates.reward_share = 0.4  # of the way from 0.5 to the ceiling, at least
-    config.gates.preference_errors = 3.0  # standard errors by which the rubric's score must rise
-    config.gates.kl_limit = 10.0  # nats an answer from SFT, at most
-    config.gates.pass_rise = 0.2  # of held-out pass@1
-    config.gates.errors = 5.0  # standard errors by which everything else must differ
+    config.gates.text_share = 0.75  # bits per byte of pretraining / of a trigram model, at most
+    config.gates.answer_rise = 0.1  # of the fraction of right answers, pretraining to SFT, at least
+    config.gates.reward_ceiling = 0.9  # the highest accuracy that label noise allows
+    config.gates.reward_share = 0.4  # of the reward model's way from 0.5 to the ceiling, at least
+    config.gates.preference_errors = 3.0  # standard errors by which PPO and DPO must raise the rubric's score
+    config.gates.kl_limit = 10.0  # KL of PPO and DPO to SFT, nats per completion, at most
+    config.gates.pass_rise = 0.2  # of held-out pass@1 by GRPO, at least
+    config.gates.errors = 5.0  # standard errors by which all other gates must be passed
 
-    config.expected_seconds = ConfigDict(dict.fromkeys((*sources, "gates"), 0.0))  # 0: not known
+    config.expected_seconds = ConfigDict(dict.fromkeys((*sources, "gates"), 0.0))  # 0: unknown
     return config
 
 
 def on_public_data(config: ConfigDict) -> None:
-    """Text, conversations, pairs and problems from the hub, with the lengths they need."""
+    """Use text, conversations, pairs and problems from the Hugging Face Hub, with the lengths they need."""
     config.data.text = ("hf:HuggingFaceFW/fineweb-edu:sample-10BT",)
     config.data.chats = ("hf:HuggingFaceTB/smoltalk:all",)
     config.data.pairs = ("hf:trl-lib/ultrafeedback_binarized",)
     config.data.solutions = config.data.problems = ("hf:openai/gsm8k:main",)
     config.sft_reasoning.data.rename = ("question=prompt", "answer=completion")
-    config.grpo.data.rename = ("question=prompt",)  # the reward reads `answer`, after its ####
+    config.grpo.data.rename = ("question=prompt",)  # the reward reads the number after `####` in `answer`
     config.gates.prompts = ("hf:trl-lib/ultrafeedback_binarized::test",)
     config.gates.max_new_tokens = 512
-    config.gates.reward_ceiling = 0.8  # what published reward models reach on such pairs
+    config.gates.reward_ceiling = 0.8  # the accuracy of published reward models on such pairs
 
     config.sft.data.sequence_length = 2048
     config.reward_model.data.sequence_length = config.dpo.data.sequence_length = 1024
@@ -101,5 +101,5 @@ def on_public_data(config: ConfigDict) -> None:
 
 
 def part(config: ConfigDict, stage: str) -> ConfigDict:
-    """The pipeline, or for experiments/train.py the run of one of its stages."""
+    """The whole pipeline for ""; or the config of one stage, for experiments/train.py."""
     return config[stage] if stage else config

@@ -246,7 +246,6 @@ def load_chats(
         tuple(map(packed, validation)),
         xxhash.xxh3_128_hexdigest(fingerprint.encode()),
         report="",
-        template=template,
         held_out=tuple(split_completion(row) for rows in validation for row in rows if row.kind != "text"),
     )
     return replace(data, report=_report(config, parts, data, tokenizer, template))

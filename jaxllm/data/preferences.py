@@ -233,7 +233,6 @@ def load_preferences(
         tuple(map(as_rows, validation)),
         xxhash.xxh3_128_hexdigest(fingerprint.encode()),
         report="",
-        template=template,
     )
     return replace(data, report=_report(parts, data, tokenizer))
 

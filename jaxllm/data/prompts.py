@@ -136,7 +136,6 @@ def load_prompts(
         tuple(map(Prompts, validation)),
         xxhash.xxh3_128_hexdigest(fingerprint.encode()),
         "\n".join(lines),
-        template=template,
     )
 
 

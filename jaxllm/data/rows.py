@@ -14,7 +14,6 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import xxhash
 
-from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.sources import BadRow, Row, Source, open_source
 from jaxllm.errors import ConfigError, DataError
 
@@ -184,7 +183,6 @@ class Dataset(Generic[RowsT]):
     validation: tuple[RowsT, ...]  # may be ()
     fingerprint: str  # a hash that changes whenever a row or a weight does
     report: str  # the start-up report: rows read, kept and dropped, tokens, an example
-    template: ChatTemplate | None = None  # of its conversations
     complete: Callable[[Any], Any] = lambda batch: batch  # adds fields that are computed on the devices
 
 

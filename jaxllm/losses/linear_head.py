@@ -1,8 +1,8 @@
 """Log-probs, entropy and cross-entropy straight from hidden states: the output head, applied blockwise.
 
 The head is applied to a slice of the vocabulary at a time, and each slice's logits are computed again in the
-backward pass, so that no [B, T, V] array ever exists: at V = 150,000 it would be the largest of the whole
-train step. Every stage trains and scores through these functions.
+backward pass, so that no [B, T, V] array ever exists unless it is small: at V = 150,000 it would be the
+largest of the whole train step. Every stage trains and scores through these functions.
 
 Why slices of V and not of T: each column of the head's gradient is then finished in one product over all
 tokens, so no array of the head's size is accumulated in float32 or, on a mesh, reduced more than once.

@@ -1,5 +1,6 @@
-"""Rewards that can be checked: plain Python functions `reward(example, completion) -> float | None`.
+"""Rewards that can be computed exactly: plain Python functions `reward(example, completion) -> float | None`.
 
-`example` is the row that the prompt came from, and None says that this reward does not apply to it. Each has
-a module of its name; `load` finds them and a user's own by name, `pool` runs them in processes.
+`example` is the row that the prompt is from; None means that the reward does not apply to it. Each reward is in
+the module of its name. `load` finds these, and those of users, by name; `pool` calls them in processes; `scorer`
+adds a trained reward model to them.
 """

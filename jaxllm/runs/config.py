@@ -1,5 +1,4 @@
-"""What a training run is made of, whatever its stage: the sections that a config file and flags fill
-in. Each module of experiments/stages adds what is its own."""
+"""The config of a training run, whatever its stage. Each module of jaxllm/stages adds sections of its own."""
 
 from dataclasses import dataclass
 
@@ -15,9 +14,9 @@ from jaxllm.training.optimizer import OptimizerConfig
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept."""
+    """Which checkpoints are kept."""
 
-    keep: int  # the newest so many
+    keep: int  # this many of the newest
     best_metric: str | None  # such as "eval/loss": its best step is kept too, as WORKDIR/best
     best_is: str  # "lowest" or "highest"
 
@@ -32,14 +31,14 @@ class CheckpointConfig:
 class EvaluationConfig:
     """How much held-out data is scored."""
 
-    max_rows: int | None  # from its start; None: all
+    max_rows: int | None  # from the first; None: all
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Texts written while training."""
+    """Texts generated while training."""
 
-    prompts: tuple[str, ...]  # pretraining continues them, and "" starts a document; later stages answer them
+    prompts: tuple[str, ...]  # plain text in pretraining ("" starts a document), user turns in later stages
     sampling: SamplingConfig
 
 
@@ -64,12 +63,12 @@ class TrainConfig:
             value = getattr(self.training, name)
             if value != unset and self.checkpoint.best_metric is None:
                 raise ConfigError(
-                    f"training.{name}={value} waits for a better checkpoint.best_metric: name one, such as "
+                    f"training.{name}={value} needs a metric to compare: set checkpoint.best_metric, such as "
                     "eval/loss"
                 )
 
 
-# What may differ between a run and its resumption: how long, how often, what is logged and kept.
+# Fields that may differ when a run resumes: how long, how often, what is logged and kept.
 MAY_DIFFER = (
     "training.steps",
     "optimizer.warmup_steps",  # follows training.steps

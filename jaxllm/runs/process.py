@@ -1,4 +1,4 @@
-"""What every script wants of its process before JAX computes anything."""
+"""Settings of the process, before JAX computes anything: every script calls `set_up_process`."""
 
 import ctypes
 import os
@@ -6,19 +6,19 @@ import platform
 
 import jax
 
-# Options of mallopt(3), by their numbers in malloc.h. XLA takes a step's temporaries from malloc anew each
-# time; to fault their pages in again, once they are given back, costs a third of a step on a CPU.
+# Options of mallopt(3), by their numbers in malloc.h. XLA takes a step's temporaries from malloc every
+# time; faulting in their pages again, once they were given back, costs a third of a step on a CPU.
 KEEP_FREED_MEMORY = {
     -1: -1,  # M_TRIM_THRESHOLD: never give the top of the heap back
     -2: 64 << 20,  # M_TOP_PAD: grow by 64 MiB at a time
     -4: 0,  # M_MMAP_MAX: large blocks come from the heap as well
-    -8: 1,  # M_ARENA_MAX: one heap for all threads, so that each uses what another has freed
+    -8: 1,  # M_ARENA_MAX: one heap for all threads, so that each reuses what another freed
 }
 
 
 def set_up_process() -> None:
-    """Keep compiled programs between runs, where JAX_COMPILATION_CACHE_DIR does not say otherwise, and freed
-    memory within this one."""
+    """Keep compiled programs between runs (in ~/.cache/jaxllm, or JAX_COMPILATION_CACHE_DIR), and freed memory
+    within this one."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxllm/compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -26,7 +26,7 @@ def set_up_process() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's malloc give nothing back to the system, unless its own variables, MALLOC_..., are set."""
+    """Make glibc's malloc keep freed memory, unless its own environment variables, MALLOC_..., are set."""
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         for option, value in KEEP_FREED_MEMORY.items():
             ctypes.CDLL(None).mallopt(option, value)

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxllm.training.metrics import Metrics
 from jaxllm.training.state import TrainState
+from jaxllm.training.step import Batch
 
 
 class BatchSource:
@@ -15,7 +16,7 @@ class BatchSource:
 
     fingerprints: Mapping[str, str] = {}  # hashes of what must not change within a run, beside its data
 
-    def batches(self, state: TrainState, check: Callable[[], None]) -> Iterator[Any]:
+    def batches(self, state: TrainState, check: Callable[[], None]) -> Iterator[Batch]:
         """An endless stream of batches, starting with that of step state.step + 1.
 
         `check` is called while a batch takes long to make; it may raise to leave early.

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from jaxllm.training.batch_source import BatchSource
 from jaxllm.training.early_stopping import EarlyStopping
 from jaxllm.training.metrics import Metrics, MetricWriter, Throughput, to_scalars
 from jaxllm.training.state import TrainState
+from jaxllm.training.step import Batch
 from jaxllm.training.watchdog import StopRequested, Watchdog
 
 
@@ -52,7 +53,7 @@ class Loop:
     """All that a run needs to train, besides its state."""
 
     config: LoopConfig
-    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Weighted]]]  # compiled
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Weighted]]]  # compiled
     source: BatchSource
     schedule: optax.Schedule  # number of updates made -> learning rate
     hooks: tuple[Hook, ...]

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import jax
 
 from jaxllm.losses import Weighted
+from jaxllm.training.state import Params
 
 Metrics = dict[str, float]  # "area/name" -> number, as in a row of metrics.jsonl
 
@@ -37,7 +38,7 @@ def to_scalars(metrics: dict[str, Weighted], area: str) -> Metrics:
     return {name if "/" in name else f"{area}/{name}": mean for name, mean in means.items()}
 
 
-def parameter_count(params: Any) -> int:
+def parameter_count(params: Params) -> int:
     """Number of parameters in a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
@@ -66,7 +67,7 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Start measuring anew, as after a pause."""
+        """Restart the measurement, as after a pause."""
         self.start, self.steps, self.waited = time.perf_counter(), 0, 0.0
 
     def read(self) -> Metrics:

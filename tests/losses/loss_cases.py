@@ -1,4 +1,4 @@
-"""The losses as a table, so that what every loss must hold is tested of every loss.
+"""The losses as a table, so that what holds for every loss is tested for every loss.
 
 A case makes arrays for B = 8 rows, computes its loss from them, and computes it again by its restatement.
 Masks have holes, a full row, a row of one token and an empty row.
@@ -184,7 +184,7 @@ CASES = [
         ("chosen", "rejected"),
     ),
     Case(
-        "bradley_terry-margin-centred",
+        "bradley_terry-margin-centered",
         pair_arrays,
         lambda a: losses.bradley_terry_loss(
             a["chosen"], a["rejected"], margin=a["margin"], center_coefficient=0.1, mask=a["mask"]
@@ -228,7 +228,7 @@ CASES = [
 
 
 def row_arrays() -> dict[str, Any]:
-    """For the functions that return arrays: everything a row may need, for B rows of T positions."""
+    """The arguments of ROW_FUNCTIONS, for B rows of T positions."""
     rng = np.random.default_rng(5)
     names = ["log_probs", "other_log_probs", "rewards", "values"]
     arrays = {k: rng.normal(size=(B, T)) for k in names} | {"scores": rng.normal(size=B)}
@@ -245,7 +245,7 @@ def row_arrays() -> dict[str, Any]:
 
 HEAD = jnp.asarray(np.random.default_rng(6).normal(size=(D, V)), jnp.float32)
 
-# Each treats rows alone, so that devices and vmap may take them apart.
+# Each computes a row from that row alone, so that rows can be split over devices and by vmap.
 ROW_FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "token_log_probs": lambda a: losses.token_log_probs(a["logits"], a["targets"], temperature=0.7),
     "token_entropy": lambda a: losses.token_entropy(a["logits"], temperature=0.7),

@@ -1,4 +1,4 @@
-"""Every loss once more, in float64 numpy, one token or pair at a time: slow, plain, independent.
+"""Every loss implemented again in float64 numpy, one token or pair at a time: slow, plain, independent.
 
 Each returns (sum, weight, metrics) with metrics a dict of (sum, weight). `frozen` holds the arrays that a
 loss treats as constants even where they depend on what is differentiated.

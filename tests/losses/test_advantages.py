@@ -1,4 +1,4 @@
-"""Advantages: hand-worked numbers, plain loops, masks with holes, and groups without a signal."""
+"""Advantages: values by hand, plain loops, masks with holes, and groups with equal rewards."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def test_gae_equals_a_loop_over_the_counted_positions(discount, lambda_):
     np.testing.assert_allclose(actual, gae_by_loop(rewards, values, mask, discount, lambda_), atol=1e-6)
 
 
-def test_a_hole_is_as_if_it_were_not_there():
+def test_masked_positions_in_the_middle_have_no_effect():
     rewards, values, _ = episode()
     hole = jnp.array([1, 1, 0, 0, 1, 1, 1], bool)
     holed = jnp.broadcast_to(hole, rewards.shape)
@@ -125,7 +125,7 @@ def test_group_advantages_without_scale():
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("epsilon", [1e-4, 1e-6, 1e-9, 0.0])
 def test_equal_rewards_give_exactly_zero(scale, epsilon):
-    """1/3 is not its own float32 mean; a small epsilon would make an advantage of 0.9 of the difference."""
+    """The float32 mean of several times 1/3 is not 1/3; a small epsilon would scale the difference to 0.9."""
     for value in (1 / 3, 0.1, 0.7, 1e6, -1e-7, 0.0):
         for group_size in (3, 7, 8):
             rewards = jnp.full(2 * group_size, value)
@@ -182,7 +182,7 @@ def test_leave_one_out_by_hand():
 
 
 @pytest.mark.parametrize("group_size", [1, 0, 4])
-def test_group_sizes_that_cannot_be(group_size):
+def test_invalid_group_sizes_are_errors(group_size):
     rewards = jnp.arange(6.0)
     with pytest.raises(ValueError, match=f"group_size={group_size}"):
         group_relative_advantages(rewards, group_size, scale="group", epsilon=1e-4)
@@ -190,7 +190,7 @@ def test_group_sizes_that_cannot_be(group_size):
         leave_one_out_advantages(rewards, group_size)
 
 
-def test_unknown_scale_is_refused():
+def test_unknown_scale_is_an_error():
     with pytest.raises(ValueError, match="scale='std' is unknown"):
         group_relative_advantages(jnp.arange(6.0), 3, scale="std", epsilon=1e-4)
 

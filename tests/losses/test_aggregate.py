@@ -1,11 +1,19 @@
-"""Sums and weights: hand-worked numbers, and the statistics that other losses build on."""
+"""Sums and weights: values by hand, auxiliary losses, and the statistics that other losses build on."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.losses import Weighted, aggregate, masked_mean, masked_variance, whiten
+from jaxllm.losses import (
+    Weighted,
+    add_auxiliary,
+    aggregate,
+    cross_entropy,
+    masked_mean,
+    masked_variance,
+    whiten,
+)
 
 VALUES = jnp.array([[1.0, 2.0, 3.0], [10.0, jnp.nan, jnp.inf], [jnp.nan, jnp.nan, jnp.nan]])
 MASK = jnp.array([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
@@ -53,9 +61,76 @@ def test_gradient_of_a_mean():
 @pytest.mark.parametrize(
     ("mode", "complaint"), [("mean", "mode='mean' is unknown"), ("constant", "give max_length")]
 )
-def test_aggregate_refuses(mode, complaint):
+def test_invalid_arguments_are_errors(mode, complaint):
     with pytest.raises(ValueError, match=complaint):
         aggregate(VALUES, MASK, mode)
+
+
+def weighted(total, weight):
+    return Weighted(jnp.float32(total), jnp.float32(weight))
+
+
+def test_auxiliary_losses_by_hand():
+    loss, aux = (
+        weighted(12, 4),
+        {"balance": weighted(1, 2), "router_z": weighted(3, 4), "empty": weighted(0, 0)},
+    )
+    total, metrics = add_auxiliary(loss, {"loss": loss}, aux)
+    assert total == (12 + 0.5 * 4 + 0.75 * 4, 4)
+    assert metrics == {"loss": loss} | aux
+
+
+def test_without_auxiliary_losses_nothing_changes():
+    loss = weighted(12, 4)
+    metrics = {"loss": loss}
+    same_loss, same_metrics = add_auxiliary(loss, metrics, {})
+    assert same_loss is loss
+    assert same_metrics is metrics
+
+
+def test_an_auxiliary_loss_has_a_gradient_in_the_loss_and_none_in_the_metrics():
+    def total(aux_sum, of_metrics):
+        loss, metrics = add_auxiliary(weighted(12, 4), {}, {"balance": Weighted(aux_sum, jnp.float32(2))})
+        return metrics["balance"].sum if of_metrics else loss.mean
+
+    assert jax.grad(total)(1.0, of_metrics=False) == 0.5
+    assert jax.grad(total)(1.0, of_metrics=True) == 0
+
+
+def test_auxiliary_losses_merge_over_micro_batches():
+    """Loss and auxiliary loss have the same weights: 1 x 6, 2 x 3 and 6 x 1 rows give equal means."""
+    rng = np.random.default_rng(0)
+    logits, balance = (
+        rng.normal(size=(6, 5, 7)).astype(np.float32),
+        rng.normal(size=(6, 5)).astype(np.float32),
+    )
+    mask = rng.random((6, 5)) < 0.6
+
+    def mean(logits, balance, parts):
+        rows = [slice(n, n + 6 // parts) for n in range(0, 6, 6 // parts)]
+        losses = [
+            add_auxiliary(
+                *cross_entropy(logits[r], np.zeros(mask[r].shape, int), mask[r]),
+                {"balance": aggregate(balance[r], mask[r], "token_mean")},
+            )[0]
+            for r in rows
+        ]
+        return sum(losses).mean
+
+    whole = jax.value_and_grad(mean, (0, 1))(logits, balance, 1)
+    plain = cross_entropy(jnp.asarray(logits), jnp.zeros(mask.shape, int), mask)[0].mean
+    np.testing.assert_allclose(whole[0], plain + balance[mask].mean(), rtol=1e-5)
+    for parts in (2, 6):
+        split = jax.value_and_grad(mean, (0, 1))(logits, balance, parts)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), split, whole)
+
+
+def test_an_auxiliary_loss_with_the_name_of_a_metric_is_an_error():
+    loss = weighted(12, 4)
+    with pytest.raises(ValueError, match="aux has the name of a metric: accuracy, loss; rename"):
+        add_auxiliary(
+            loss, {"loss": loss, "accuracy": loss}, {"loss": loss, "balance": loss, "accuracy": loss}
+        )
 
 
 def test_masked_statistics_by_hand():
@@ -78,7 +153,7 @@ def test_statistics_of_almost_nothing(counted):
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7, 123.456, 1e6])
 def test_equal_values_have_no_variance(value):
-    """The rounding of a float32 mean would pass for variance, which whitening blows up."""
+    """The rounding error of a float32 mean would count as variance, which whitening would scale up to 1."""
     x, mask = jnp.full((1000,), value), jnp.arange(1000) % 3 != 0
     assert masked_variance(x, mask) < (1e-7 * value) ** 2
     assert jnp.abs(whiten(x, mask)).max() < 1e-3

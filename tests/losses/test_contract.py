@@ -1,4 +1,4 @@
-"""What every loss holds: the formula, the gradient, masks, merging, devices, dtypes."""
+"""What holds for every loss: formula, gradient, masks, merging, devices, dtypes."""
 
 import operator
 from functools import cache, reduce
@@ -16,7 +16,7 @@ every_loss = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def split(case: Case, arrays: Arrays) -> tuple[Arrays, Arrays]:
-    """What the loss is differentiated by, and the rest."""
+    """The arrays that the loss is differentiated by, and the others."""
     inside = {k: arrays[k] for k in case.differentiated}
     return inside, {k: v for k, v in arrays.items() if k not in inside}
 
@@ -133,7 +133,7 @@ def test_all_masked_is_a_finite_zero(case):
 
 
 def sum_of_parts(case: Case, arrays, parts: int):
-    """Loss, metrics and gradient of the SUM, computed apart on consecutive rows and added up."""
+    """Loss, metrics and gradient of the SUM, computed on parts of consecutive rows and added up."""
 
     def total(inside, rest):
         loss, metrics = case.loss(inside | rest)
@@ -162,7 +162,7 @@ def test_ragged_micro_batches_merge_exactly(case):
 
 @every_loss
 def test_devices_merge_exactly(case):
-    """Under shard_map with its checks on: a row a device, sums and weights by psum, one division."""
+    """Under shard_map with its checks on: one row per device, sums and weights by psum, one division."""
     arrays = case.make()
     mesh = Mesh(np.array(jax.devices()[:B]), "data")
     inside, rest = split(case, arrays)
@@ -207,7 +207,7 @@ def test_metrics_carry_no_gradient(case):
 
 @pytest.mark.parametrize("function", ROW_FUNCTIONS.values(), ids=ROW_FUNCTIONS)
 def test_functions_of_rows_give_the_same_however_they_are_run(function):
-    """Eager, jitted, a row at a time by vmap, a row a device by shard_map: values, float32, and gradients."""
+    """Eager, jitted, one row at a time by vmap, one row per device by shard_map: values, types, gradients."""
     arrays = row_arrays()
     spec = PartitionSpec("data")
     mesh = Mesh(np.array(jax.devices()[:B]), "data")

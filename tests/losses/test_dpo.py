@@ -1,4 +1,4 @@
-"""DPO and its relatives: hand-worked numbers, the fixed point at the reference, nonsense refused."""
+"""DPO and its variants: values by hand, the start at the reference, invalid arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_the_default_is_the_sigmoid():
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
-def test_policy_equal_to_reference_is_the_fixed_start(label_smoothing):
+def test_with_the_policy_equal_to_the_reference_the_loss_is_log_2(label_smoothing):
     rng = np.random.default_rng(0)
     chosen, rejected = jnp.asarray(-100 * rng.random((2, 6)), jnp.float32)
     loss, metrics = dpo_loss(chosen, rejected, chosen, rejected, beta=0.1, label_smoothing=label_smoothing)
@@ -62,18 +62,30 @@ def test_the_reference_gets_no_gradient():
     assert [bool((g != 0).all()) for g in gradients] == [True, True, False, False]
 
 
+def test_apo_zero_of_a_large_reward_keeps_its_digits():
+    """1 - sigmoid(20) is 2e-9, but float32 numbers just below 1 are 6e-8 apart."""
+    zero, low = jnp.zeros(1), jnp.array([-100.0])
+
+    def loss(chosen):
+        return dpo_loss(chosen, low, zero, zero, beta=1.0, variant="apo_zero")[0].mean
+
+    value, gradient = jax.value_and_grad(loss)(jnp.array([20.0]))
+    np.testing.assert_allclose(value, np.exp(-20), rtol=1e-5)
+    np.testing.assert_allclose(gradient, [-np.exp(-20)], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("knobs", "complaint"),
     [
         ({"variant": "kto"}, "variant='kto' is unknown"),
-        ({"variant": "hinge", "label_smoothing": 0.1}, "label_smoothing=0.1 has no meaning in 'hinge'"),
-        ({"variant": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1 has no meaning in 'ipo'"),
+        ({"variant": "hinge", "label_smoothing": 0.1}, "label_smoothing=0.1 is not supported by 'hinge'"),
+        ({"variant": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1 is not supported by 'ipo'"),
         ({"variant": "robust", "label_smoothing": 0.5}, "label_smoothing=0.5"),
         ({"variant": "sigmoid", "label_smoothing": -0.1}, "label_smoothing=-0.1"),
         ({"variant": "ipo", "chosen_length": jnp.array([3])}, "rejected_length is missing"),
         ({"variant": "ipo", "rejected_length": jnp.array([3])}, "chosen_length is missing"),
     ],
 )
-def test_nonsense_is_refused(knobs, complaint):
+def test_invalid_arguments_are_errors(knobs, complaint):
     with pytest.raises(ValueError, match=complaint):
         dpo_loss(*PAIR, beta=0.5, **knobs)

@@ -1,4 +1,4 @@
-"""GRPO and its variants: who counts, hand-worked; what each term adds; nonsense refused."""
+"""GRPO and its variants: weights by hand, what each term adds, invalid arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def test_the_first_update_has_ratio_one_and_the_plain_gradient():
 
 
 def test_every_term_shares_the_mode():
-    """KL and entropy of 1 a token move the mean of GRPO by their coefficients, however long the answers."""
+    """A KL and an entropy of 1 per token change GRPO's mean by their coefficients, whatever the lengths."""
     reference = LOG_PROBS - 1
     plain, _ = loss_of("grpo")
     loss, metrics = loss_of(
@@ -72,13 +72,13 @@ def test_every_term_shares_the_mode():
 
 
 def test_the_weighted_kl_has_the_gradient_of_the_kl():
-    """On-policy, expected over all a policy of three tokens may say: sum p grad(log p) (log p - log q)."""
+    """On-policy, in expectation over a policy of three tokens: sum p grad(log p) (log p - log q)."""
     logits, reference = jnp.array([0.3, -0.2, 0.9]), jax.nn.log_softmax(jnp.array([0.0, 1.0, -1.0]))
 
     def expected_kl_loss(logits, weighted):
         knobs = {"variant": "dapo", "clip_low": 0.2, "clip_high": 0.2, "kl_coefficient": 1.0}
 
-        def of_one_answer(*log_probs):
+        def of_one_completion(*log_probs):
             policy, old, reference = (x[None, None] for x in log_probs)
             return grpo_loss(
                 policy,
@@ -92,7 +92,7 @@ def test_the_weighted_kl_has_the_gradient_of_the_kl():
 
         log_probs = jax.nn.log_softmax(logits)
         old = jax.lax.stop_gradient(log_probs)
-        return jnp.exp(old) @ jax.vmap(of_one_answer)(log_probs, old, reference)
+        return jnp.exp(old) @ jax.vmap(of_one_completion)(log_probs, old, reference)
 
     def kl(logits):
         log_probs = jax.nn.log_softmax(logits)
@@ -110,7 +110,7 @@ def test_metrics_of_absent_terms_are_absent():
     assert zero[0] == loss_of("grpo")[0]
 
 
-def test_only_policy_and_entropy_are_taught():
+def test_only_policy_and_entropy_get_a_gradient():
     names = ["log_probs", "old_log_probs", "advantages", "ref_log_probs", "importance_weights", "entropy"]
     arrays = dict.fromkeys(names, LOG_PROBS) | {"advantages": ADVANTAGES, "ref_log_probs": LOG_PROBS - 1}
 
@@ -127,7 +127,7 @@ def test_only_policy_and_entropy_are_taught():
     [
         ({"variant": "reinforce"}, "variant='reinforce' is unknown"),
         ({"variant": "dr_grpo"}, "max_length"),
-        ({"variant": "cispo", "dual_clip": 3.0}, "dual_clip=3.0 has no meaning"),
+        ({"variant": "cispo", "dual_clip": 3.0}, "dual_clip=3.0 is not supported"),
         ({"variant": "grpo", "dual_clip": 0.5}, "dual_clip=0.5 must be above 1"),
         ({"variant": "grpo", "kl_coefficient": 0.1}, "kl_coefficient=0.1 needs ref_log_probs"),
         ({"variant": "grpo", "entropy_coefficient": 0.1}, "entropy_coefficient=0.1 needs entropy"),
@@ -137,6 +137,6 @@ def test_only_policy_and_entropy_are_taught():
         ),
     ],
 )
-def test_nonsense_is_refused(knobs, complaint):
+def test_invalid_arguments_are_errors(knobs, complaint):
     with pytest.raises(ValueError, match=complaint):
         loss_of(**knobs)

@@ -1,4 +1,4 @@
-"""KL estimators near 0 and far out, and the controller of their coefficient."""
+"""KL estimators near 0 and at large log ratios, and the controller of the KL coefficient."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def test_k3_is_exactly_zero_at_zero():
     assert gradient == 0
 
 
-def test_k3_far_out_is_finite_and_stops_teaching():
+def test_k3_of_a_large_log_ratio_is_finite_without_gradient():
     value, gradient = jax.vmap(jax.value_and_grad(lambda x: estimate(x, "k3")))(
         jnp.array([-100.0, -20.5, 100.0])
     )
@@ -44,7 +44,7 @@ def test_k3_far_out_is_finite_and_stops_teaching():
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_gradient_is_the_policy_s_alone(estimator):
+def test_only_the_policy_gets_a_gradient(estimator):
     policy, reference = jnp.array([[-1.0, -2.0]]), jnp.array([[-1.5, -1.0]])
     total = lambda p, r: kl_penalty(p, r, estimator=estimator).sum()  # noqa: E731
     ours, theirs = jax.grad(total, (0, 1))(policy, reference)
@@ -56,13 +56,13 @@ def test_gradient_is_the_policy_s_alone(estimator):
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_k1_and_k3_are_unbiased(estimator):
-    """Over all the policy may say, weighed by how often it says it, the mean is the KL itself."""
+    """The mean over all tokens, weighted by the policy's probabilities, is the KL itself."""
     policy, reference = np.array([0.5, 0.3, 0.2]), np.array([0.4, 0.4, 0.2])
     estimates = kl_penalty(jnp.log(policy), jnp.log(reference), estimator=estimator)
     np.testing.assert_allclose(policy @ estimates, policy @ np.log(policy / reference), rtol=1e-4)
 
 
-def test_unknown_estimator_is_refused():
+def test_unknown_estimator_is_an_error():
     with pytest.raises(ValueError, match="estimator='k4' is unknown"):
         estimate([0.0], "k4")
 
@@ -73,6 +73,15 @@ def test_unknown_estimator_is_refused():
     ids=["on", "near", "above", "below"],
 )
 def test_controller_by_hand(kl, factor):
-    """Target 6, 100 samples of a horizon of 1000: at most a fifth of a tenth either way."""
+    """Target 6, 100 samples per step, a horizon of 1000: at most 0.2 * 100 / 1000 = 2% either way."""
     new = adaptive_kl_coefficient(0.5, kl, target=6.0, horizon=1000, num_samples=100)
     np.testing.assert_allclose(new, 0.5 * factor, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("kl", "exponent"), [(60.0, 0.2), (0.0, -0.2)], ids=["above", "below"])
+def test_over_a_horizon_the_coefficient_changes_by_e_to_the_fifth(kl, exponent):
+    """100 steps of 10 samples make a horizon of 1000: 1.002^100 = e^0.1998."""
+    coefficient = 0.5
+    for _ in range(100):
+        coefficient = adaptive_kl_coefficient(coefficient, kl, target=6.0, horizon=1e3, num_samples=10)
+    np.testing.assert_allclose(coefficient, 0.5 * np.exp(exponent), rtol=1e-3)

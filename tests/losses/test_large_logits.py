@@ -1,7 +1,7 @@
-"""Logits near 2^15, where a float32 has 8 bits behind the point: no result may lose digits to their level.
+"""Logits near 2^15, where float32 numbers are 1/256 apart: results must be as accurate as for small logits.
 
-Logits are LEVEL plus multiples of 1/4, exact in float32, and the parts they are built from also in bfloat16.
-The expected values are computed in float64.
+The logits are LEVEL plus multiples of 1/4, which float32 represents exactly; hidden states and head are exact
+in bfloat16 too. The expected values are computed in float64.
 """
 
 import jax
@@ -20,12 +20,12 @@ from jaxllm.losses import (
 )
 
 LEVEL = 2.0**15
-B, T, V = 4, 6, 43  # 5 slices of 8 columns and 3 columns that remain, for block_size 1
+B, T, V = 4, 6, 43  # with block_size 1: 5 slices of 8 columns, and 3 columns that remain
 TARGETS = np.random.default_rng(0).integers(0, V, (B, T))
 WEIGHTS = np.random.default_rng(1).normal(size=(2, B, T)).astype(np.float32)  # of log-probs and entropies
 
 temperatures = pytest.mark.parametrize("temperature", [1.0, 0.7])
-block_sizes = pytest.mark.parametrize("block_size", [None, 1, 3])
+block_sizes = pytest.mark.parametrize("block_size", [None, 1])
 dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 
 
@@ -43,7 +43,7 @@ def exact_logits():
 
 
 def expected(temperature):
-    """Log-probs, entropies, and the gradient of their sum under WEIGHTS by the logits."""
+    """Log-probs, entropies, and the gradient of `weighted_sum` with respect to the logits."""
     log_p = log_softmax(exact_logits() / temperature)
     p, is_target = np.exp(log_p), np.arange(V) == TARGETS[..., None]
     entropy = -(p * log_p).sum(-1)
@@ -96,7 +96,7 @@ def test_dense_values_and_gradients(temperature):
 
 
 def linear_scores(block_size, temperature):
-    """A function that returns log-probs, entropies and d_head, each the sum over its rows."""
+    """A function that returns log-probs, entropies, and the gradient of `weighted_sum` by the head."""
 
     def score(head, hidden, targets, weights):
         options = {"block_size": block_size, "temperature": temperature}
@@ -115,13 +115,14 @@ def linear_arguments(dtype=jnp.float32):
     return head, hidden, jnp.asarray(TARGETS), jnp.moveaxis(jnp.asarray(WEIGHTS), 0, -1)
 
 
-def assert_linear_close(actual, temperature, rtol=2e-6):
+def assert_linear_close(actual, temperature):
     log_probs, entropy, d_logits = expected(temperature)
     hidden = np.asarray(hidden_and_head()[0], np.float64)
     close(actual[0], log_probs)
     close(actual[1], entropy)
     d_head = np.einsum("btd,btv->dv", hidden, d_logits)
-    np.testing.assert_allclose(np.asarray(actual[2], np.float64), d_head, rtol=rtol, atol=5e-6)
+    atol = 0.03 if actual[2].dtype == jnp.bfloat16 else 5e-6  # the gradient has the type of the head
+    np.testing.assert_allclose(np.asarray(actual[2], np.float64), d_head, rtol=atol / 3, atol=atol)
 
 
 @temperatures
@@ -129,12 +130,6 @@ def assert_linear_close(actual, temperature, rtol=2e-6):
 @dtypes
 def test_linear_values_and_gradients(dtype, block_size, temperature):
     actual = jax.jit(linear_scores(block_size, temperature))(*linear_arguments(dtype))
-    if dtype == jnp.bfloat16:  # so is its gradient; 8 bits
-        np.testing.assert_allclose(actual[2].astype(jnp.float32), 0, atol=20)
-        actual = (
-            *actual[:2],
-            np.einsum("btd,btv->dv", np.asarray(hidden_and_head()[0], np.float64), expected(temperature)[2]),
-        )
     assert_linear_close(actual, temperature)
 
 
@@ -162,7 +157,7 @@ def test_linear_values_and_gradients_under_shard_map(block_size):
 @block_sizes
 def test_linear_values_and_gradients_with_the_vocabulary_over_devices(block_size):
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    padded = 44  # the last column's logit is LEVEL less: it has no probability
+    padded = 44  # a multiple of 4; the logit of the new column is 0, so that its probability is 0
     head, *rows = linear_arguments()
     head = jnp.pad(head, [(0, 0), (0, padded - V)])
     by_row, of_head = (NamedSharding(mesh, s) for s in (PartitionSpec("fsdp"), PartitionSpec(None, "tensor")))
@@ -173,7 +168,7 @@ def test_linear_values_and_gradients_with_the_vocabulary_over_devices(block_size
 
 @block_sizes
 def test_cross_entropy_and_its_terms(block_size):
-    """Smoothing compares with the mean logit, the z-loss with 0: only that one sees the level."""
+    """Label smoothing compares with the mean logit; only the z-loss depends on the level."""
     options = {"label_smoothing": 0.3, "z_loss": 1e-4}
     logits, mask = exact_logits(), np.ones((B, T))
     log_p = log_softmax(logits)
@@ -195,7 +190,7 @@ def test_cross_entropy_and_its_terms(block_size):
 
 @pytest.mark.parametrize("level", [0.1, 1 / 3, 0.7, -0.3, 3e4 + 0.1])
 def test_equal_logits_predict_nothing(level):
-    """A mean of equal numbers may round to less than they are: token 0 would pass for the likeliest."""
+    """A mean of equal numbers may be rounded down: token 0 would then count as the most likely token."""
     targets, mask = jnp.zeros((1, 2), int), jnp.ones((1, 2))
     assert cross_entropy(jnp.full((1, 2, 43), level), targets, mask)[1]["accuracy"].mean == 0
     hidden, head = jnp.ones((1, 2, 1)), jnp.full((1, 43), level)

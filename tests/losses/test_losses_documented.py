@@ -56,8 +56,8 @@ def test_the_page_names_every_metric():
 
 
 def test_importing_the_losses_is_light():
-    """jax, numpy and chex: nothing of the stack that a research import should not pay for."""
+    """jax, numpy and chex only, so that importing the losses into another project is cheap."""
     heavy = ("flax", "optax", "orbax", "datasets", "grain", "sentencepiece", "ml_collections", "torch")
     code = f"import sys, jaxllm.losses; print([m for m in {heavy} if m in sys.modules])"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"

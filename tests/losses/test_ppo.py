@@ -1,4 +1,4 @@
-"""PPO's losses: where the clip bites, hand-worked, and what importance weights let through."""
+"""PPO's losses: where the clip takes effect, by hand, and importance weights."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def policy_loss(log_probs, **knobs):
 @pytest.mark.parametrize(
     ("dual_clip", "per_token"),
     [
-        (None, [-0.5, 0.8, -2, -1.3, 2, 9]),  # the clip bites where the advantage asked for the move
+        (None, [-0.5, 0.8, -2, -1.3, 2, 9]),  # clipped where the ratio moved as A favors
         (3.0, [-0.5, 0.8, -2, -1.3, 2, 3]),
     ],
 )
@@ -49,7 +49,7 @@ def test_importance_weights_multiply():
     np.testing.assert_allclose(loss.sum, 0 + 0.8 - 4 - 1.3 + 1 + 9, rtol=1e-6)
 
 
-def test_only_the_policy_is_taught():
+def test_only_the_policy_gets_a_gradient():
     arrays = [jnp.log(RATIOS), jnp.zeros((1, 6)), ADVANTAGES, jnp.ones((1, 6))]
 
     def total(log_probs, old, advantages, weights):
@@ -60,7 +60,7 @@ def test_only_the_policy_is_taught():
     assert [bool((g != 0).any()) for g in gradients] == [True, False, False, False]
 
 
-def test_a_log_ratio_far_out_is_finite():
+def test_a_large_log_ratio_is_finite():
     log_probs = jnp.array([[-200.0, 200.0, 25.0, -25.0, 0.0, 0.0]])
     (loss, metrics), gradient = jax.value_and_grad(
         lambda x: (lambda loss, metrics: (loss.sum, metrics))(*policy_loss(x)), has_aux=True
@@ -78,7 +78,7 @@ def test_a_log_ratio_far_out_is_finite():
         ({"mode": "mean"}, "mode='mean' is unknown"),
     ],
 )
-def test_nonsense_is_refused(knobs, complaint):
+def test_invalid_arguments_are_errors(knobs, complaint):
     with pytest.raises(ValueError, match=complaint):
         policy_loss(jnp.log(RATIOS), **knobs)
 
@@ -100,7 +100,7 @@ def test_value_loss_by_hand(clip, errors, clipped):
 
 
 def test_explained_variance_merges_exactly():
-    """From the sums over two parts, what the whole gives."""
+    """The sums over two parts give the value of the whole."""
     rng = np.random.default_rng(0)
     returns = rng.normal(1, 2, (6, 5)).astype(np.float32)
     values = returns + rng.normal(0, 1, (6, 5)).astype(np.float32)
@@ -143,6 +143,6 @@ def test_importance_weights_are_constants_and_bounded():
         assert all((g == 0).all() for g in gradients)
 
 
-def test_unknown_level_is_refused():
+def test_unknown_level_is_an_error():
     with pytest.raises(ValueError, match="level='batch' is unknown"):
         truncated_importance_weights(RATIOS, RATIOS, RATIOS, level="batch", maximum=2.0)

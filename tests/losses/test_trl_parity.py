@@ -20,7 +20,7 @@ REASON = "compares with TRL 1.16; pip install 'jaxllm[parity]'"
 torch = pytest.importorskip("torch", reason=REASON)
 pytest.importorskip("trl", reason=REASON)
 
-with warnings.catch_warnings():  # theirs to mend
+with warnings.catch_warnings():  # not ours to fix
     warnings.simplefilter("ignore")
     from transformers.trainer_pt_utils import LabelSmoother
     from trl.trainer.dpo_trainer import DPOTrainer
@@ -237,7 +237,7 @@ def test_preferences(variant, their_name, label_smoothing):
         ("cispo", "cispo", "token"),
     ],
 )
-def test_group_relative_policy_optimisation(variant, loss_type, level, importance_weighted, knobs):
+def test_group_relative_policy_optimization(variant, loss_type, level, importance_weighted, knobs):
     dual_clip = None if variant == "cispo" else knobs.get("dual_clip")
     old, reference, weights, advantages = normal(B, T), normal(B, T), RNG.random((B, T)), normal(B)
     log_probs, entropy = old + 0.5 * normal(B, T), np.abs(normal(B, T))

@@ -1,6 +1,15 @@
 """What is restored equals what was saved, on any mesh."""
 
-def test_state_metadata_and_files_come_back_as_they_were(checkpoints):
+import jax
+import jax.numpy as jnp
+import pytest
+from saved_states import abstract, assert_same, make_state, save, shardings
+
+from jaxllm.errors import CheckpointError
+from jaxllm.training.checkpoint import find_checkpoint, read_arrays
+
+
+def test_state_metadata_and_files_are_restored(checkpoints):
     state = make_state(7)
     checkpoints.save(7, state, {"loss": 0.5}, {"tokenizer.model": b"\x00\xff"})
     restored, metadata = checkpoints.restore(None, abstract(make_state(0)))
@@ -23,7 +32,7 @@ def test_restore_on_another_mesh(checkpoints, saved_on, restored_on):
     assert restored.params["layers"]["query"].sharding == target.params["layers"]["query"].sharding
 
 
-def test_the_state_may_be_donated_as_soon_as_save_returns(checkpoints):
+def test_the_state_may_be_donated_once_save_returns(checkpoints):
     state = make_state(1, width=1 << 16)
     expected = jax.tree.map(jnp.copy, state)
     checkpoints.save(1, state, {})
@@ -33,7 +42,7 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(checkpoints):
     assert_same(restored, expected)
 
 
-def test_weights_can_be_read_without_the_rest(checkpoints):
+def test_parameters_can_be_read_without_the_rest(checkpoints):
     state = make_state(3)
     checkpoints.save(3, jax.device_put(state, shardings(state, (8, 1))), {})
     checkpoints.wait()
@@ -42,7 +51,7 @@ def test_weights_can_be_read_without_the_rest(checkpoints):
     assert_same(read_arrays(folder, state.key, prefix="key"), state.key)
 
 
-def test_an_array_asked_for_without_a_sharding_comes_to_the_first_device(checkpoints):
+def test_an_array_without_a_sharding_is_restored_to_the_first_device(checkpoints):
     state = make_state(3)
     checkpoints.save(3, jax.device_put(state, shardings(state, (8, 1))), {})
     restored, _ = checkpoints.restore(3, jax.eval_shape(lambda: state))
@@ -50,7 +59,7 @@ def test_an_array_asked_for_without_a_sharding_comes_to_the_first_device(checkpo
     assert restored.params["embedding"].devices() == {jax.devices()[0]}
 
 
-def test_saving_a_step_again_leaves_it_alone(checkpoints):
+def test_saving_a_step_again_does_not_change_it(checkpoints):
     save(checkpoints, 3)
     checkpoints.save(3, make_state(99), {})
     assert_same(checkpoints.restore(3, abstract(make_state()))[0], make_state(3))
@@ -64,7 +73,7 @@ EMBEDDING = STATE.params["embedding"]
 
 
 def with_params(**params):
-    """STATE with parameters set, or left out where None."""
+    """STATE with other parameters; None removes one."""
     params = {name: leaf for name, leaf in (STATE.params | params).items() if leaf is not None}
     return abstract(STATE._replace(params=params))
 
@@ -72,25 +81,25 @@ def with_params(**params):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (with_params(embeding=EMBEDDING), "embeding is not in it, did you mean 'params/embedding'?"),
-        (with_params(embedding=None), "embedding is in it, not here"),
-        (with_params(embedding=EMBEDDING[:4]), "embedding is bfloat16[8,2] in it, bfloat16[4,2] here"),
-        (with_params(embedding=jnp.zeros((8, 2))), "embedding is bfloat16[8,2] in it, float32[8,2] here"),
+        (with_params(embeding=EMBEDDING), "params/embeding is missing, did you mean 'params/embedding'?"),
+        (with_params(embedding=None), "params/embedding is not expected"),
+        (with_params(embedding=EMBEDDING[:4]), "embedding is bfloat16[8,2], expected bfloat16[4,2]"),
+        (with_params(embedding=jnp.zeros((8, 2))), "embedding is bfloat16[8,2], expected float32[8,2]"),
         (
             abstract(STATE._replace(key=jax.random.key(1, impl="rbg"))),
-            "key is key<fry>[] in it, key<rbg>[] here",
+            "key is key<fry>[], expected key<rbg>[]",
         ),
     ],
 )
-def test_an_array_that_does_not_fit_is_named_with_both_shapes(checkpoints, target, message):
+def test_an_array_that_does_not_match_is_named_with_both_shapes(checkpoints, target, message):
     save(checkpoints, 1)
     with pytest.raises(CheckpointError) as caught:
         checkpoints.restore(1, target)
-    assert str(caught.value).startswith(f"{checkpoints.folder}/1 does not fit: ")
+    assert str(caught.value).startswith(f"{checkpoints.folder}/1 does not match the model or optimizer: ")
     assert str(caught.value).endswith(message)
 
 
-# A language model has a vocabulary head, and a reward model made of it has a scalar one instead.
+# A language model has a vocabulary head; a reward model initialized from it has a scalar head instead.
 OPTIONAL = ("head", "scalar_head")
 
 
@@ -122,32 +131,32 @@ def test_optional_arrays_on_both_sides_are_read(checkpoints):
     assert_same(read_params(checkpoints, reward_model, reward_model), reward_model)
 
 
-def test_optional_arrays_on_both_sides_must_fit(checkpoints):
+def test_optional_arrays_on_both_sides_must_match(checkpoints):
     saved, wanted = (trunk(scalar_head={"kernel": jnp.zeros((2, n))}) for n in (1, 3))
     with pytest.raises(
-        CheckpointError, match=r"scalar_head/kernel is float32\[2,1\] in it, float32\[2,3\] here"
+        CheckpointError, match=r"scalar_head/kernel is float32\[2,1\], expected float32\[2,3\]"
     ):
         read_params(checkpoints, saved, wanted)
 
 
 @pytest.mark.parametrize(
     ("missing", "message"),
-    [("blocks", "params/blocks/head/kernel is not in it"), ("embed", "params/embed is not in it")],
+    [("blocks", "params/blocks/head/kernel is missing"), ("embed", "params/embed is missing")],
 )
-def test_all_that_is_not_optional_must_be_there(checkpoints, missing, message):
+def test_arrays_that_are_not_optional_must_be_saved(checkpoints, missing, message):
     language_model = trunk(head={"kernel": jnp.zeros((2, 4))})
     del language_model[missing]
     with pytest.raises(CheckpointError, match=message):
         read_params(checkpoints, language_model, trunk(scalar_head={"kernel": jnp.zeros((2, 1))}))
 
 
-def test_an_array_that_is_asked_for_by_no_name_is_an_error_unless_it_is_optional(checkpoints):
+def test_an_extra_array_is_an_error_unless_it_is_optional(checkpoints):
     saved = trunk() | {"extra": jnp.zeros(2)}
-    with pytest.raises(CheckpointError, match="params/extra is in it, not here"):
+    with pytest.raises(CheckpointError, match="params/extra is not expected"):
         read_params(checkpoints, saved, trunk())
 
 
-def test_of_many_arrays_that_do_not_fit_the_first_are_named(checkpoints):
+def test_of_many_arrays_that_do_not_match_the_first_are_named(checkpoints):
     save(checkpoints, 1)
     with pytest.raises(CheckpointError, match=r"query is .*; and 3 more$"):
         checkpoints.restore(1, abstract(make_state(width=5)._replace(opt_state=())))

@@ -1,6 +1,17 @@
 """A damaged or unfinished checkpoint is noticed, skipped and replaced; the newest valid one is found."""
 
-def test_one_flipped_bit_in_any_file_is_noticed_and_the_step_before_is_used(checkpoints, capsys):
+import os
+import random
+import shutil
+
+import pytest
+from saved_states import abstract, assert_same, flip_bit, make_state, save
+
+from jaxllm.errors import CheckpointError
+from jaxllm.training.checkpoint import checkpoint_hash, damage, find_checkpoint
+
+
+def test_a_flipped_bit_in_any_file_is_noticed_and_the_previous_step_is_used(checkpoints, capsys):
     save(checkpoints, 1, 2)
     choose = random.Random(0)
     files = [path for path in (checkpoints.folder / "2").rglob("*") if path.is_file()]
@@ -35,11 +46,11 @@ def add_file(folder):
     (folder / "more.txt").touch()
 
 
-def cut_file(folder):
+def truncate_file(folder):
     os.truncate(folder / "arrays.json", 3)
 
 
-@pytest.mark.parametrize("break_folder", [truncate_manifest, remove_file, add_file, cut_file])
+@pytest.mark.parametrize("break_folder", [truncate_manifest, remove_file, add_file, truncate_file])
 def test_a_damaged_step_is_named_skipped_and_never_deleted(checkpoints, capsys, break_folder):
     save(checkpoints, 1, 2)
     break_folder(checkpoints.folder / "2")
@@ -54,7 +65,7 @@ def test_a_damaged_step_is_named_skipped_and_never_deleted(checkpoints, capsys, 
 
 
 @pytest.mark.parametrize("leftover", ["2", "2/state.orbax-checkpoint-tmp/d", "2/state/d"])
-def test_leftovers_of_a_killed_save_do_not_count_and_are_replaced(checkpoints, leftover):
+def test_leftovers_of_a_killed_save_are_ignored_and_replaced(checkpoints, leftover):
     save(checkpoints, 1)
     (checkpoints.folder / leftover).mkdir(parents=True)
     (checkpoints.folder / "99").mkdir()
@@ -65,7 +76,7 @@ def test_leftovers_of_a_killed_save_do_not_count_and_are_replaced(checkpoints, l
     assert_same(checkpoints.restore(2, abstract(make_state()))[0], make_state(2))
 
 
-def test_a_damaged_step_that_is_saved_again_is_set_aside(checkpoints):
+def test_a_damaged_step_that_is_saved_again_is_renamed(checkpoints):
     save(checkpoints, 1)
     flip_bit(checkpoints.folder / "1/arrays.json", 0)
     save(checkpoints, 1)
@@ -73,7 +84,7 @@ def test_a_damaged_step_that_is_saved_again_is_set_aside(checkpoints):
     assert damage(checkpoints.folder / "1") is None
 
 
-def test_rewind_takes_later_steps_out_of_the_way(checkpoints):
+def test_rewind_renames_later_steps(checkpoints):
     save(checkpoints, 1, 2, 3)
     flip_bit(checkpoints.folder / "2/arrays.json", 0)
     (checkpoints.folder / "99").mkdir()
@@ -87,7 +98,7 @@ def test_rewind_takes_later_steps_out_of_the_way(checkpoints):
 # Finding a checkpoint
 
 
-def test_find_checkpoint_takes_a_run_its_checkpoints_or_a_step(checkpoints, monkeypatch):
+def test_find_checkpoint_accepts_a_run_its_checkpoints_or_a_step(checkpoints, monkeypatch):
     save(checkpoints, 1, 20, 3)
     run = checkpoints.folder.parent
     for path in (run, checkpoints.folder, checkpoints.folder / "20"):
@@ -99,31 +110,33 @@ def test_find_checkpoint_takes_a_run_its_checkpoints_or_a_step(checkpoints, monk
         find_checkpoint(run / "other")
 
 
-def test_find_checkpoint_knows_the_best_of_a_run(checkpoints):
+def test_find_checkpoint_finds_the_best_step_of_a_run(checkpoints):
     save(checkpoints, 1, 2)
     run = checkpoints.folder.parent
     checkpoints.save(3, make_state(3), {"best": {"metric": "eval/loss", "value": 0.5, "step": 2}})
     checkpoints.wait()
     assert find_checkpoint(run / "best") == checkpoints.folder / "2"
     assert find_checkpoint(run) == checkpoints.folder / "3"
-    cut_file(checkpoints.folder / "2")
+    truncate_file(checkpoints.folder / "2")
     with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged"):
         find_checkpoint(run / "best")
 
 
-def test_a_run_without_a_best_says_so(checkpoints):
+def test_a_run_without_a_best_step_is_an_error_that_says_why(checkpoints):
     save(checkpoints, 1)
-    with pytest.raises(CheckpointError, match=r"kept no best step; set checkpoint\.best_metric for that"):
+    with pytest.raises(
+        CheckpointError, match=r"recorded no best step: set checkpoint\.best_metric, or pass a step"
+    ):
         find_checkpoint(checkpoints.folder.parent / "best")
     checkpoints.save(2, make_state(2), {"best": {"metric": "eval/loss", "value": 0.5, "step": 0}})
     checkpoints.wait()
     with pytest.raises(
-        CheckpointError, match="by eval/loss the best are the weights that its run began with"
+        CheckpointError, match="no step of its run has a better eval/loss than the initial weights"
     ):
         find_checkpoint(checkpoints.folder.parent / "best")
 
 
-def test_the_hash_of_a_checkpoint_is_that_of_its_content(checkpoints):
+def test_the_hash_of_a_checkpoint_depends_on_its_content_only(checkpoints):
     save(checkpoints, 1, 2)
     shutil.copytree(checkpoints.folder / "1", checkpoints.folder / "3")
     one, two, copy = (checkpoint_hash(checkpoints.folder / name) for name in "123")

@@ -1,4 +1,27 @@
-"""Full disks, kills and several processes: a save that fails is an error, and the older checkpoints remain."""
+"""Full disks, kills, several processes: a failed save is an error, and the older checkpoints remain."""
+
+import errno
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from saved_states import make_state, save
+
+from jaxllm.errors import CheckpointError
+from jaxllm.training import checkpoint
+from jaxllm.training.checkpoint import Checkpoints, find_checkpoint, read_arrays
+
 
 @pytest.fixture
 def small_disk(tmp_path):
@@ -11,35 +34,35 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_is_told_before_anything_is_written_and_costs_no_older_step(small_disk):
+def test_a_full_disk_is_an_error_before_anything_is_written_or_deleted(small_disk):
     checkpoints = Checkpoints(small_disk, keep=1)
     save(checkpoints, 1)
     with pytest.raises(CheckpointError) as caught:
         checkpoints.save(2, {"x": jnp.zeros(1 << 20)}, {})
     message = str(caught.value)
-    assert message.startswith("step 2 was not saved: the disk is full, 0.00419 GB needed and 0.000")
+    assert message.startswith("step 2 was not saved: the disk is full: 0.00419 GB needed, 0.000")
     assert message.endswith(f"GB free in {small_disk}")
     assert checkpoints.steps() == [1]
     save(checkpoints, 3)
     assert checkpoints.steps() == [3]
 
 
-def test_a_disk_that_fills_up_while_orbax_writes_is_told_at_the_next_call(checkpoints, monkeypatch):
+def test_a_disk_that_fills_up_while_orbax_writes_is_an_error_at_the_next_call(checkpoints, monkeypatch):
     wait = checkpoints._orbax.wait_until_finished
 
     def fill_up():
         wait()
-        if threading.current_thread().name == "save":  # Orbax waits too, before it starts a save
+        if threading.current_thread().name == "save":  # Orbax waits as well, before it starts a save
             raise ValueError("RESOURCE_EXHAUSTED: Failed to write 751317 bytes: No space left on device")
 
     monkeypatch.setattr(checkpoints._orbax, "wait_until_finished", fill_up)
     checkpoints.save(1, make_state(1), {})
-    with pytest.raises(CheckpointError, match="step 1 was not saved: the disk is full, "):
+    with pytest.raises(CheckpointError, match="step 1 was not saved: the disk is full: "):
         checkpoints.save(2, make_state(2), {})
     assert not (checkpoints.folder / "1").exists()
 
 
-def test_orbax_does_not_log_what_it_raises():
+def test_orbax_does_not_log_the_errors_that_it_raises():
     def is_logged(path):
         return logging.getLogger("absl").filter(
             logging.LogRecord("absl", logging.ERROR, path, 1, "", (), None)
@@ -49,12 +72,14 @@ def test_orbax_does_not_log_what_it_raises():
     assert is_logged("site-packages/grain/python/data_loader.py")
 
 
-def test_what_goes_wrong_after_the_save_is_told_and_the_step_stays(tmp_path):
+def test_an_error_after_the_save_is_raised_and_the_step_is_kept(tmp_path):
     def closed(line):
         raise BrokenPipeError("Broken pipe")
 
     checkpoints = Checkpoints(tmp_path, keep=1, log=closed)
-    with pytest.raises(CheckpointError, match="step 1 was saved, but then: BrokenPipeError: Broken pipe"):
+    with pytest.raises(
+        CheckpointError, match="step 1 was saved, but logging or cleanup failed: BrokenPipeError: Broken pipe"
+    ):
         save(checkpoints, 1)
     assert checkpoints.steps() == [1]
 
@@ -71,7 +96,7 @@ def test_a_failed_last_save_is_an_exception(checkpoints, monkeypatch, cause):
     assert not (checkpoints.folder / "1").exists()
 
 
-def test_what_orbax_refuses_is_one_error(checkpoints):
+def test_an_error_of_orbax_is_one_line(checkpoints):
     with pytest.raises(CheckpointError, match="step 1 was not saved: ValueError"):
         checkpoints.save(1, {"empty": jnp.zeros((0, 3))}, {})
 
@@ -93,7 +118,7 @@ for step in range(last + 1, last + 500):  # until killed
 """
 
 
-def test_a_kill_at_any_moment_leaves_the_last_saved_step(tmp_path):
+def test_a_kill_at_any_moment_keeps_the_last_saved_step(tmp_path):
     last = 0
     for _ in range(3):
         process = subprocess.Popen(
@@ -105,11 +130,11 @@ def test_a_kill_at_any_moment_leaves_the_last_saved_step(tmp_path):
         lines += process.stdout.readlines()
         process.wait()
         process.stdout.close()
-        said = int(lines[-1].split()[-1])
-        assert said > last
+        reported = int(lines[-1].split()[-1])
+        assert reported > last
         folder = find_checkpoint(tmp_path)
         last = json.loads((folder / "metadata.json").read_bytes())["step"]
-        assert last in (said, said + 1)
+        assert last in (reported, reported + 1)
         x = read_arrays(folder, jax.ShapeDtypeStruct((1 << 17,), jnp.float32), prefix="x")
         np.testing.assert_array_equal(x, float(last))
 
@@ -131,17 +156,17 @@ rows = NamedSharding(mesh, PartitionSpec("data"))
 state = {"x": jax.make_array_from_callback((8,), rows, lambda index: jnp.arange(8.0)[index])}
 checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)
 checkpoints.save(1, state, {})
-checkpoints.save(1, state, {})  # in neither process again
+checkpoints.save(1, state, {})  # by neither process again
 restored, _ = checkpoints.restore(None, state)
 assert (restored["x"].addressable_shards[0].data == state["x"].addressable_shards[0].data).all()
 try:
     checkpoints.restore(9, state)
 except CheckpointError as error:
-    print("refused")
+    print("not found")
 """
 
 
-def test_two_processes_save_one_checkpoint_and_agree(tmp_path):
+def test_two_processes_save_one_checkpoint_and_agree_on_errors(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -155,7 +180,7 @@ def test_two_processes_save_one_checkpoint_and_agree(tmp_path):
     ]
     outputs = [process.communicate(timeout=100)[0].split("\n") for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert [("saved step 1" in lines, "refused" in lines) for lines in outputs] == [
+    assert [("saved step 1" in lines, "not found" in lines) for lines in outputs] == [
         (True, True),
         (False, True),
     ]

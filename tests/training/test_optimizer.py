@@ -1,4 +1,4 @@
-"""Schedules by hand-worked values; optimisers by which parameter gets which update."""
+"""Schedules by hand-worked values; optimizers by which parameter gets which update."""
 
 from dataclasses import replace
 
@@ -34,11 +34,11 @@ def rates(steps=24, **changes):
     return np.array([float(schedule(i)) for i in range(steps + 1)])
 
 
-def test_warm_up_rises_to_the_peak_and_never_wastes_a_step_at_zero():
+def test_warmup_rises_to_the_peak_and_has_no_step_at_zero():
     np.testing.assert_allclose(rates()[:6], [0.2, 0.4, 0.6, 0.8, 1.0, 1.0], rtol=1e-6)
 
 
-def test_cosine_is_half_way_in_the_middle_and_ends_at_the_final_rate():
+def test_cosine_is_halfway_in_the_middle_and_ends_at_the_final_rate():
     cosine = rates(schedule="cosine")
     np.testing.assert_allclose(cosine[[4, 14, 24]], [1.0, 0.55, 0.1], rtol=1e-6)
 
@@ -62,7 +62,7 @@ def test_wsd_stays_at_the_peak_and_then_falls_over_the_last_part():
         ({"schedule": "cosin"}, "optimizer.schedule"),
     ],
 )
-def test_a_schedule_that_does_not_fit_names_its_field(changes, field):
+def test_a_schedule_that_does_not_fit_is_an_error_that_names_the_field(changes, field):
     with pytest.raises(ConfigError, match=field):
         make_schedule(replace(CONFIG, **changes), 24)
 
@@ -93,7 +93,7 @@ def updates(config, grads, learning_rate=1.0):
     return optimizer.update(grads, optimizer.init(params()), params())[0]
 
 
-def test_adamw_is_optax_s():
+def test_adamw_equals_that_of_optax():
     grads = jax.tree.map(lambda p: jnp.cos(7 * p), params())
     config = replace(CONFIG, weight_decay=0.1)
     reference = optax.adamw(
@@ -112,7 +112,7 @@ def test_adamw_is_optax_s():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_only_matrices_decay(name):
+def test_only_matrices_have_weight_decay(name):
     config = replace(CONFIG, name=name, weight_decay=0.5)
     moved = updates(config, jax.tree.map(jnp.zeros_like, params()))
     np.testing.assert_allclose(moved["embed"]["table"], -0.5 * params()["embed"]["table"], rtol=1e-6)
@@ -122,11 +122,11 @@ def test_only_matrices_decay(name):
     assert not moved["blocks"]["mlp_norm"]["scale"].any()
 
 
-def test_muon_orthogonalises_each_layer_s_matrix_and_leaves_the_rest_to_adamw():
+def test_muon_orthogonalizes_the_matrix_of_each_layer_and_leaves_the_rest_to_adamw():
     grads = jax.tree.map(lambda p: jnp.cos(7 * p), params())
     muon, adamw = (updates(replace(CONFIG, name=name), grads) for name in ("muon", "adamw"))
     for layer, update in enumerate(muon["blocks"]["mlp"]["up"]["kernel"]):
-        # Newton-Schulz brings singular values near 1; scaled here so that an exact 1 reads as 1.
+        # Newton-Schulz brings the singular values near 1; the scale is divided out here.
         singular = np.linalg.svd(-np.asarray(update) / (0.2 * 6**0.5), compute_uv=False)
         assert (singular > 0.6).all(), (layer, singular)
         assert (singular < 1.3).all(), (layer, singular)
@@ -143,6 +143,6 @@ def test_clipping_keeps_the_direction_and_bounds_the_length():
 
 
 @pytest.mark.parametrize("field", ["trainable", "decay_pattern"])
-def test_a_pattern_that_is_no_regular_expression_is_named(field):
+def test_an_invalid_regular_expression_is_named(field):
     with pytest.raises(ConfigError, match=rf"optimizer\.{field}='\(': missing \)"):
         replace(CONFIG, **{field: "("})

@@ -1,4 +1,4 @@
-"""A run folder goes on with its own run and refuses every other, in one line, before anything slow."""
+"""A run folder resumes its own run; any other run is a one-line error before anything slow."""
 
 import json
 import subprocess
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxllm.config_versions import VERSION
 from jaxllm.errors import CheckpointError, ConfigError, DataError
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.run_folder import open_run, record_start
@@ -37,17 +38,17 @@ def workdir(tmp_path):
     return tmp_path / "x"
 
 
-# ---- fresh or resumed
+# Starting and resuming
 
 
-def test_a_new_folder_is_a_fresh_run_and_records_how_it_came_about(workdir):
+def test_a_new_folder_is_a_fresh_run_and_records_how_it_was_started(workdir):
     run = open_run(str(workdir), CONFIG, resume="auto", may_differ=MAY_DIFFER)
     assert not run.resuming
     parent = {"path": "runs/pretrain/checkpoints/9", "hash": "abc"}
     record_start(
         run, CONFIG, command=["train.py", "--workdir=my runs"], fingerprints={"data": "d"}, parent=parent
     )
-    assert json.loads((workdir / "config.json").read_text()) == CONFIG
+    assert json.loads((workdir / "config.json").read_text()) == {"version": VERSION, **CONFIG}
     record = json.loads((workdir / "run.json").read_text())
     assert record["id"] == run.id
     assert record["parent"] == parent
@@ -62,7 +63,7 @@ def test_a_new_folder_is_a_fresh_run_and_records_how_it_came_about(workdir):
     assert json.loads((workdir / "run.json").read_text())["parent"] == parent
 
 
-def test_the_git_revision_says_whether_files_were_changed(workdir, tmp_path, monkeypatch):
+def test_the_git_revision_shows_whether_files_were_changed(workdir, tmp_path, monkeypatch):
     git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b"]
     (tmp_path / "file").touch()
     for command in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
@@ -81,7 +82,7 @@ def test_the_git_revision_says_whether_files_were_changed(workdir, tmp_path, mon
     assert recorded() is None
 
 
-def test_auto_goes_on_once_there_is_a_checkpoint(workdir):
+def test_auto_resumes_once_there_is_a_checkpoint(workdir):
     first = start(workdir)
     again = start(workdir)  # killed before its first checkpoint
     assert (again.id, again.resuming) == (first.id, False)
@@ -92,45 +93,45 @@ def test_auto_goes_on_once_there_is_a_checkpoint(workdir):
     assert [each["resuming"] for each in starts] == [False, False, True]
 
 
-def test_a_checkpoint_set_aside_or_unfinished_is_nothing_to_go_on_from(workdir):
+def test_a_renamed_or_unfinished_checkpoint_is_not_resumed_from(workdir):
     save(start(workdir), 3)
     (workdir / "checkpoints/3").rename(workdir / "checkpoints/3.aside-1")
     (workdir / "checkpoints/5").mkdir()
     assert not start(workdir).resuming
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(workdir):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_step_0(workdir):
     save(start(workdir), 3)
     (workdir / "checkpoints/3/arrays.json").unlink()
     assert start(workdir).resuming
 
 
-def test_a_step_can_be_asked_for(workdir):
+def test_resume_accepts_a_step(workdir):
     save(start(workdir), 3, 20)
     assert start(workdir, resume="3").step == 3
-    with pytest.raises(CheckpointError, match=r"--resume=4: .*/x holds steps 3, 20$"):
+    with pytest.raises(CheckpointError, match=r"--resume=4: .*/x holds only the steps 3, 20$"):
         start(workdir, resume="4")
 
 
-def test_must_refuses_to_start_and_never_refuses_to_go_on(workdir):
+def test_must_does_not_start_and_never_does_not_resume(workdir):
     with pytest.raises(CheckpointError, match=r"--resume=must: .*/x holds no checkpoint"):
         start(workdir, resume="must")
     save(start(workdir, resume="never"), 3)
     assert start(workdir, resume="must").resuming
-    with pytest.raises(ConfigError, match=r"--resume=never: .*/x holds run .*, choose another --workdir"):
+    with pytest.raises(ConfigError, match=r"--resume=never: .*/x holds run .*; choose another --workdir"):
         start(workdir, resume="never")
 
 
-def test_any_other_value_of_resume_is_refused(workdir):
-    with pytest.raises(ConfigError, match="--resume=yes: must be auto, must, never or a step"):
+def test_any_other_value_of_resume_is_an_error(workdir):
+    with pytest.raises(ConfigError, match="--resume=yes must be auto, must, never or a step"):
         start(workdir, resume="yes")
     assert not workdir.exists()
 
 
-# ---- another run
+# Other runs
 
 
-def test_another_config_is_refused_and_what_differs_is_shown(workdir):
+def test_another_config_is_an_error_that_shows_the_differences(workdir):
     run = start(workdir)
     save(run, 3)
     before = (workdir / "run.json").read_bytes()
@@ -138,8 +139,8 @@ def test_another_config_is_refused_and_what_differs_is_shown(workdir):
     with pytest.raises(ConfigError) as caught:
         start(workdir, other)
     assert str(caught.value) == (
-        f"{workdir} holds run {run.id} of another config: optimizer.learning_rate 0.1 -> 0.2; seed 0 -> 1. "
-        "Choose another --workdir, or give these fields the values in its config.json"
+        f"{workdir} holds run {run.id} with another config: optimizer.learning_rate 0.1 -> 0.2; seed 0 -> 1. "
+        "Choose another --workdir, or set these fields to the values in its config.json"
     )
     assert (workdir / "run.json").read_bytes() == before
 
@@ -150,40 +151,60 @@ def test_of_many_differences_the_first_are_shown(workdir):
         start(workdir, CONFIG | dict.fromkeys("abcdefg", 1))
 
 
-def test_fields_and_sections_that_may_differ_are_taken_over(workdir):
+def test_fields_and_sections_that_may_differ_are_updated(workdir):
     save(start(workdir), 3)
     longer = with_steps(20) | {"logging": {"every": 5}}
     assert start(workdir, longer).resuming
-    assert json.loads((workdir / "config.json").read_text()) == longer
-    with pytest.raises(ConfigError, match="logging_2"):  # a section's name is more than a prefix
+    assert json.loads((workdir / "config.json").read_text()) == {"version": VERSION, **longer}
+    with pytest.raises(ConfigError, match="logging_2"):  # not a prefix: the whole name of a section
         start(workdir, longer | {"logging_2": 1})
 
 
-def test_a_run_that_never_came_to_start_may_be_replaced(workdir):
+def test_a_run_that_never_started_may_be_replaced(workdir):
     open_run(str(workdir), CONFIG, resume="auto", may_differ=())
     (workdir / "bad_rows.jsonl").touch()
     assert not start(workdir, CONFIG | {"seed": 1}).resuming
 
 
-def test_changed_data_is_refused_with_both_fingerprints(workdir):
+def test_changed_data_is_an_error_with_both_fingerprints(workdir):
     save(start(workdir, data="d1", tokenizer="t1"), 3)
     with pytest.raises(DataError) as caught:
         start(workdir, data="d1", tokenizer="t2")
     assert str(caught.value) == (
-        f"the tokenizer is not that of the run in {workdir}: fingerprint t1 there, t2 here. "
+        f"the tokenizer differs from that of the run in {workdir}: fingerprint t1 there, t2 here. "
         "Choose another --workdir, or restore the tokenizer"
     )
     assert start(workdir, data="d1", tokenizer="t1").resuming
 
 
-def test_a_folder_of_other_files_is_refused(workdir):
+def test_a_folder_of_other_files_is_an_error(workdir):
     workdir.mkdir()
-    (workdir / "logs").mkdir()  # a launcher's
+    (workdir / "logs").mkdir()  # created by a launcher
     (workdir / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match=r"x holds thesis.tex but no run.json: choose another --workdir"):
+    with pytest.raises(
+        ConfigError, match=r"x is not a run folder, it holds thesis.tex: choose another --workdir"
+    ):
         start(workdir)
     (workdir / "thesis.tex").unlink()
     start(workdir)
+
+
+def test_a_config_of_an_older_version_is_compared_by_todays_names(workdir):
+    config = CONFIG | {"data": {"loss_on": "all"}}
+    save(start(workdir, config), 3)
+    older = CONFIG | {"data": {"learn": "all"}}  # version 1 wrote no version
+    (workdir / "config.json").write_text(json.dumps(older))
+    with pytest.raises(ConfigError, match=r'another config: data\.loss_on "all" -> "last"\. Choose'):
+        start(workdir, CONFIG | {"data": {"loss_on": "last"}})
+    assert start(workdir, config).resuming
+    assert json.loads((workdir / "config.json").read_text()) == {"version": VERSION, **config}
+
+
+def test_a_config_of_a_newer_version_is_an_error(workdir):
+    save(start(workdir), 3)
+    (workdir / "config.json").write_text(json.dumps({"version": VERSION + 1, **CONFIG}))
+    with pytest.raises(ConfigError, match=rf"x/config.json cannot be read: .*version {VERSION + 1}"):
+        start(workdir)
 
 
 def test_a_record_that_cannot_be_read_is_named(workdir):
@@ -202,7 +223,7 @@ def test_code_in_a_run_folder_is_not_executed(workdir, monkeypatch):
     assert start(workdir).resuming
 
 
-# ---- paths
+# Paths
 
 
 def test_relative_paths_and_the_home_folder_become_absolute(tmp_path, monkeypatch):
@@ -213,23 +234,23 @@ def test_relative_paths_and_the_home_folder_become_absolute(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("workdir", ["", "gs://bucket/x", "a/..", "..", "my run", "x;ls", "é"])
-def test_a_workdir_that_is_no_plain_local_folder_is_refused(workdir, tmp_path, monkeypatch):
+def test_a_workdir_that_is_not_a_plain_local_folder_is_an_error(workdir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"--workdir={workdir}: must be a local folder whose own name"):
+    with pytest.raises(ConfigError, match=f"--workdir={workdir} must be a local folder whose name"):
         start(workdir)
 
 
-def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+def test_a_workdir_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--workdir=.*/file/x: Not a directory"):
         start(tmp_path / "file/x")
 
 
-def test_file_makes_folders_inside_the_run_and_nowhere_else(workdir):
+def test_file_creates_folders_inside_the_run_only(workdir):
     run = start(workdir)
     path = run.file("samples", "step-10.txt")
     assert path == workdir / "samples/step-10.txt"
     assert path.parent.is_dir()
     for name in ("..", ".", "", "../x", "/etc/passwd", "a/b", "a\n", "a b"):
-        with pytest.raises(ConfigError, match="cannot name a file"):
+        with pytest.raises(ConfigError, match="is not a valid file name"):
             run.file("samples", name)

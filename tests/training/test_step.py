@@ -1,4 +1,4 @@
-"""The train step, on a loss small enough to work out by hand: (w x - y)^2 over counted entries."""
+"""The train step, on a loss that can be worked out by hand: (w x - y)^2 over the entries of a mask."""
 
 import functools
 
@@ -38,7 +38,7 @@ def run(state, batch, optimizer, num_microbatches=1):
     return jax.jit(step)(state, batch)
 
 
-def test_a_step_follows_the_gradient_of_the_mean_over_counted_entries():
+def test_a_step_follows_the_gradient_of_the_mean_over_the_mask():
     batch, optimizer = make_batch(), optax.sgd(0.1)
     state, metrics = run(make_state(optimizer), batch, optimizer)
     x, y, mask = batch["x"], batch["y"], batch["mask"]
@@ -50,9 +50,9 @@ def test_a_step_follows_the_gradient_of_the_mean_over_counted_entries():
 
 
 @pytest.mark.parametrize("num_microbatches", [2, 4, 8])
-def test_ragged_microbatches_give_the_gradient_of_the_whole(num_microbatches):
+def test_microbatches_of_unequal_weight_give_the_gradient_of_the_whole_batch(num_microbatches):
     batch, optimizer = make_batch(), optax.sgd(0.1)
-    batch["mask"][:5] = False  # some micro-batches count nothing at all
+    batch["mask"][:5] = False  # some micro-batches have no entries in the mask
     whole, whole_metrics = run(make_state(optimizer), batch, optimizer)
     parts, parts_metrics = run(make_state(optimizer), batch, optimizer, num_microbatches)
     np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-6)
@@ -60,13 +60,13 @@ def test_ragged_microbatches_give_the_gradient_of_the_whole(num_microbatches):
     assert float(parts_metrics["loss"].weight) == batch["mask"].sum()
 
 
-def test_microbatches_share_out_the_rows_of_every_device():
-    pieces = split_rows({"x": np.arange(8)}, 2)["x"]
-    np.testing.assert_array_equal(pieces, [[0, 2, 4, 6], [1, 3, 5, 7]])  # 4 devices hold 2 rows each
+def test_every_microbatch_has_rows_of_every_device():
+    microbatches = split_rows({"x": np.arange(8)}, 2)["x"]
+    np.testing.assert_array_equal(microbatches, [[0, 2, 4, 6], [1, 3, 5, 7]])  # 4 devices hold 2 rows each
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_step_that_is_not_finite_changes_nothing_but_its_counters(poison):
+def test_a_step_that_is_not_finite_changes_only_its_counters(poison):
     optimizer = optax.adam(0.1)
     good, bad = make_batch(), make_batch()
     bad["y"] = np.full_like(bad["y"], poison)
@@ -80,12 +80,12 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_counters(poison):
         np.testing.assert_array_equal(old, new)  # Adam's count and moments too
     assert (int(after.step), int(after.skipped_steps), int(after.bad_streak)) == (2, 1, 1)
     assert float(metrics["skipped_steps"].mean) == 1
-    healed, _ = run(after, good, optimizer)
-    assert (int(healed.step), int(healed.skipped_steps), int(healed.bad_streak)) == (3, 1, 0)
-    assert float(healed.params["w"]) != float(after.params["w"])
+    recovered, _ = run(after, good, optimizer)
+    assert (int(recovered.step), int(recovered.skipped_steps), int(recovered.bad_streak)) == (3, 1, 0)
+    assert float(recovered.params["w"]) != float(after.params["w"])
 
 
-def test_a_batch_that_counts_nothing_is_a_finite_zero():
+def test_a_batch_with_an_empty_mask_has_a_loss_of_zero():
     batch, optimizer = make_batch(), optax.sgd(0.1)
     batch["mask"][:] = False
     batch["x"][:] = np.nan
@@ -95,7 +95,7 @@ def test_a_batch_that_counts_nothing_is_a_finite_zero():
     assert int(state.skipped_steps) == 0
 
 
-def test_randomness_is_a_function_of_the_run_s_key_and_the_step():
+def test_randomness_depends_on_the_key_of_the_run_and_the_step_only():
     batch, optimizer = make_batch(), optax.sgd(0.0)
     first, noise_0 = run(make_state(optimizer), batch, optimizer)
     _, noise_1 = run(first, batch, optimizer)
@@ -106,7 +106,7 @@ def test_randomness_is_a_function_of_the_run_s_key_and_the_step():
     assert float(parts["noise"].weight) == 2
 
 
-def test_the_state_given_away_is_gone():
+def test_a_donated_state_is_deleted():
     batch, optimizer = make_batch(), optax.adam(0.1)
     step = functools.partial(train_step, loss_fn=squared_error, optimizer=optimizer, num_microbatches=1)
     state = make_state(optimizer)
@@ -114,11 +114,11 @@ def test_the_state_given_away_is_gone():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
 
 
-# A part of the parameters
+# Trainable and frozen parameters
 
 
 def network_error(params, batch, key):
-    """The squared error of y = x A B C, in which every parameter counts."""
+    """The squared error of y = x A B C, which depends on every parameter."""
     a, b = params["blocks"]["up"]["kernel"], params["blocks"]["down"]["kernel"]
     error = batch["x"] @ a[0] @ b[0] @ params["head"]["kernel"] - batch["y"]
     loss = Weighted((error**2).sum(), jnp.float32(len(error)))
@@ -177,7 +177,7 @@ def changed_paths(before, after):
 
 
 @pytest.mark.parametrize(
-    ("name", "num_microbatches", "trainable", "learnt"),
+    ("name", "num_microbatches", "trainable", "trained"),
     [
         ("adamw", 1, "up", {"blocks/up/kernel"}),
         ("adamw", 4, "down|head", {"blocks/down/kernel", "head/kernel"}),
@@ -186,14 +186,14 @@ def changed_paths(before, after):
         ("muon", 1, "", {"blocks/up/kernel", "blocks/down/kernel", "head/kernel"}),
     ],
 )
-def test_only_trainable_parameters_change(name, num_microbatches, trainable, learnt):
+def test_only_trainable_parameters_change(name, num_microbatches, trainable, trained):
     before, after, _, _ = train_network(name, trainable, num_microbatches)
     assert jax.tree.structure(before) == jax.tree.structure(after)
-    assert changed_paths(before.params, after.params) == learnt
+    assert changed_paths(before.params, after.params) == trained
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_the_optimizer_remembers_trainable_parameters_alone(name):
+def test_only_trainable_parameters_have_optimizer_state(name):
     _, after, _, _ = train_network(name, "down|head")
     moments = [path_name(path) for path, x in jax.tree.leaves_with_path(after.opt_state) if x.ndim >= 2]
     assert any("down" in path for path in moments)
@@ -210,11 +210,11 @@ def test_the_gradient_norm_is_that_of_the_trainable_parameters(num_microbatches)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_trainable_parameter_moves_as_if_there_were_no_others(name):
+def test_a_trainable_parameter_is_updated_as_if_there_were_no_others(name):
     before, after, _, batch = train_network(name, "up")
     gradient = jax.grad(lambda params: network_error(params, batch, None)[0].mean)(before.params)
     alone, its_gradient = ({"blocks": {"up": tree["blocks"]["up"]}} for tree in (before.params, gradient))
-    optimizer = named_optimizer(name)  # clips the gradient, to begin with
+    optimizer = named_optimizer(name)  # clips the gradient too
     updates, _ = jax.jit(optimizer.update)(its_gradient, optimizer.init(alone), alone)
     expected = optax.apply_updates(alone, updates)["blocks"]["up"]["kernel"]
     np.testing.assert_allclose(after.params["blocks"]["up"]["kernel"], expected, rtol=1e-4, atol=1e-6)
@@ -226,10 +226,10 @@ def test_a_skipped_step_changes_neither_trained_nor_frozen_parameters():
     assert int(after.skipped_steps) == 1
 
 
-def test_what_is_split_is_merged_again():
+def test_merge_params_is_the_inverse_of_split_params():
     params = init_network(jax.random.key(0))
-    learnt, frozen = split_params(params, "head")
-    assert [len(jax.tree.leaves(part)) for part in (learnt, frozen)] == [1, 2]
-    merged = merge_params(learnt, frozen)
+    trained, frozen = split_params(params, "head")
+    assert [len(jax.tree.leaves(part)) for part in (trained, frozen)] == [1, 2]
+    merged = merge_params(trained, frozen)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, merged, params)

@@ -10,8 +10,8 @@ import sys, time
 from pathlib import Path
 from jaxllm.training.watchdog import Watchdog
 
-with Watchdog(Path(sys.argv[1]), hang_timeout=float(sys.argv[2])) as watch:
-    watch.beat()
+with Watchdog(Path(sys.argv[1]), hang_timeout=float(sys.argv[2])) as watchdog:
+    watchdog.beat()
     print("ready", flush=True)
     {body}
 """
@@ -25,7 +25,7 @@ def started(folder, body, hang_timeout=60.0):
         yield process
 
 
-def test_silence_dumps_every_stack_and_exits_71(tmp_path):
+def test_a_hang_writes_all_stacks_and_exits_71(tmp_path):
     body = "def stuck_here(): time.sleep(60)\n    stuck_here()"
     with started(tmp_path, body, hang_timeout=0.2) as process:
         _, errors = process.communicate(timeout=30)
@@ -34,22 +34,28 @@ def test_silence_dumps_every_stack_and_exits_71(tmp_path):
     assert "stuck_here" in (tmp_path / "logs" / "hang.txt").read_text()
 
 
-def test_beats_and_pauses_are_no_hang(tmp_path):
+def test_beats_checks_and_pauses_are_not_a_hang(tmp_path):
     body = "\n    ".join(
         [
-            "for _ in range(20): time.sleep(0.05); watch.check()",
-            "with watch.paused(): time.sleep(1)",
-            "watch.beat()",
+            "for _ in range(20): time.sleep(0.05); watchdog.check()",
+            "with watchdog.paused(): time.sleep(1)",
+            "watchdog.beat()",
         ]
     )
     with started(tmp_path, body, hang_timeout=0.5) as process:
         assert process.wait(timeout=30) == 0
 
 
-def test_the_first_signal_asks_and_the_second_ends_at_once(tmp_path):
-    body = "while not watch.requested: time.sleep(0.01)\n    print('asked', flush=True)\n    time.sleep(60)"
+def test_the_first_signal_requests_a_stop_and_the_second_ends_at_once(tmp_path):
+    body = "\n    ".join(
+        [
+            "while not watchdog.requested: time.sleep(0.01)",
+            "print('requested', flush=True)",
+            "time.sleep(60)",
+        ]
+    )
     with started(tmp_path, body) as process:
         process.send_signal(signal.SIGTERM)
-        assert process.stdout.readline() == "asked\n"
+        assert process.stdout.readline() == "requested\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 128 + signal.SIGTERM

@@ -220,7 +220,7 @@ def test_fine_tuning_says_what_it_reads_and_learns_and_what_comes_of_it(chat_run
         r"chat template: built-in; stop tokens: <\|end\|>, </s>",
         r"example .*: ⟦<s><\|user\|>What did the cat see\? 0<\|end\|><\|assistant\|>⟧The ball\.<\|end\|>\n",
         r"fresh run with the weights of .*/first/checkpoints/8\n",
-        r"step 8/8 .*eval loss .*answers that end",
+        r"step 8/8 .*eval loss .*finished fraction",
         r"done: 8 steps \(best eval/loss [\d.]+ at step 8\)",
     ):
         assert re.search(line, printed), line
@@ -242,7 +242,7 @@ def test_a_run_that_gets_no_better_ends_and_goes_on_only_with_more_patience(chat
     printed = capsys.readouterr().out
     assert "done: 8 steps, stopped early (best eval/loss" in printed
     assert "nothing to do: 8 steps are done; for more, raise training.patience" in printed
-    with pytest.raises(CheckpointError, match="the best are the weights that its run began with"):
+    with pytest.raises(CheckpointError, match="no step of its run has a better eval/loss than the initial"):
         find_checkpoint(workdir / "best")
 
 
