@@ -1,13 +1,13 @@
-"""Does GRPO teach a small model to solve countdown? From random weights on, once for each seed.
+"""How much GRPO improves a small model on countdown, for several seeds, from random weights.
 
     python benchmarks/countdown.py --data=FOLDER
 
-FOLDER has TinyZero's rows, countdown_tinyzero_{train,test}.jsonl.gz. A model of 1M parameters is given the
-easier ones: those with three numbers that + and - alone can solve. It is first taught on worked examples with
-other numbers; from then on it only hears whether what it said was right.
+FOLDER has TinyZero's rows, countdown_tinyzero_{train,test}.jsonl.gz. Only the easier ones are used: with
+three numbers that + and - alone can solve. A model of 1M parameters is pretrained, then fine-tuned on
+solutions of problems with other numbers (SFT), then trained by GRPO, whose reward is 1 for a right answer.
 
-Runs go to --workdir and go on where they stopped. Everything runs by experiments/train.py, as a user would;
-each command is printed.
+Runs go to --workdir; the same command again resumes them. Each is a command of experiments/train.py, which is
+printed.
 """
 
 import argparse
@@ -27,17 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxllm.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-UPDATES = 8  # of a rollout
+UPDATES = 8  # per rollout
 
 
 def train(config: str, workdir: Path, **flags: object) -> list[dict]:
-    """Train, or go on; the metrics of all steps. Dots in a flag's name are written as `__`."""
+    """Train or resume; returns the metrics of all steps. `a__b=c` is the flag --a.b=c."""
     command = [sys.executable, "experiments/train.py", f"--config=configs/{config}", f"--workdir={workdir}"]
     command += [f"--{name.replace('__', '.')}={value}" for name, value in flags.items()]
     print(f"$ {shlex.join(['python', *command[1:]])}", flush=True)
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     if done.returncode:
-        sys.exit(f"ended with exit code {done.returncode}")
+        sys.exit(f"failed with exit code {done.returncode}")
     return read_metrics(workdir / "metrics.jsonl")
 
 
@@ -63,7 +63,7 @@ def question(numbers: Sequence[int], target: int) -> str:
 
 
 def easy_rows(path: Path) -> Iterator[dict]:
-    """The rows of a file that are easy enough, each with a solution, which no rollout reads."""
+    """The easier rows of a file, each with a solution. Rollouts do not read the solution."""
     with gzip.open(path, "rt") as file:
         for row in map(json.loads, file):
             if len(row["nums"]) == 3 and (found := solutions(row["nums"], row["target"])):
@@ -71,8 +71,8 @@ def easy_rows(path: Path) -> Iterator[dict]:
                 yield {**row, "prompt": prompt, "completion": found[0]}
 
 
-def worked_rows(count: int, taken: set[str]) -> Iterator[dict]:
-    """Questions that are not among those taken, each with one of its answers."""
+def solved_rows(count: int, taken: set[str]) -> Iterator[dict]:
+    """Random problems whose prompts are not in `taken`, each with one of its solutions."""
     draw = random.Random(0)
     while count:
         numbers = [draw.randint(1, 99) for _ in range(3)]
@@ -84,8 +84,8 @@ def worked_rows(count: int, taken: set[str]) -> Iterator[dict]:
             count -= 1
 
 
-def risen(rows: list[dict], seed: int) -> Iterator[str]:
-    """From the weights that GRPO began with to its last, how much more is solved."""
+def improvement(rows: list[dict], seed: int) -> Iterator[str]:
+    """Lines with pass@1 before and after GRPO."""
     seconds = sum(row["perf/step_time"] for row in rows if "perf/step_time" in row) * UPDATES
     first, *_, last = (row for row in rows if "eval/pass@1" in row)
     for kind, name in (("sampled", "eval/sampled_pass@1"), ("greedy", "eval/pass@1")):
@@ -107,18 +107,18 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/countdown"))
     flags = parser.parse_args()
     workdir = flags.workdir.resolve()
-    asked, held_out = (
+    problems, held_out = (
         write_rows(workdir / f"{part}.jsonl", easy_rows(flags.data / f"countdown_tinyzero_{part}.jsonl.gz"))
         for part in ("train", "test")
     )
-    taken = {json.loads(line)["prompt"] for file in (asked, held_out) for line in file.open()}
-    worked = write_rows(workdir / "worked.jsonl", worked_rows(20_000, taken))
+    taken = {json.loads(line)["prompt"] for file in (problems, held_out) for line in file.open()}
+    solved = write_rows(workdir / "solved.jsonl", solved_rows(20_000, taken))
     train("quickstart.py:pretrain", workdir / "base")
     train(
         "sft_chat.py:1m",
-        workdir / "worked",
+        workdir / "sft",
         init_from=workdir / "base",
-        config__data__train=worked,
+        config__data__train=solved,
         config__data__validation=held_out,
         config__data__sequence_length=128,
         config__training__steps=400,
@@ -128,16 +128,16 @@ def main() -> None:
         rows = train(
             "grpo_problems.py:1m",
             workdir / f"grpo{seed}",
-            init_from=workdir / "worked",
+            init_from=workdir / "sft",
             config__seed=seed,
-            config__data__train=asked,
+            config__data__train=problems,
             config__data__validation=held_out,
             config__data__sequence_length=40,
             config__reward__functions="countdown",
-            config__rollout__prompts=64,
+            config__rollout__num_prompts=64,
             config__rollout__group_size=16,
-            config__rollout__minibatches=UPDATES,
-            config__rollout__max_rows=256,
+            config__rollout__num_minibatches=UPDATES,
+            config__rollout__decode_batch_size=256,
             config__rollout__sampling__max_new_tokens=16,
             config__sample__sampling__max_new_tokens=16,
             config__sample__group_size=4,
@@ -148,7 +148,7 @@ def main() -> None:
             config__training__steps=560,
             config__training__evaluate_every=280,
         )
-        lines += risen(rows, seed)
+        lines += improvement(rows, seed)
     print("\n".join(lines))
 
 

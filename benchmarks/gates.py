@@ -1,10 +1,10 @@
-"""Do all gates hold for every seed? The quickstart, seed by seed, and the table of what was measured.
+"""Run the quickstart with several seeds and print a table of its gates.
 
     python benchmarks/gates.py --seeds=5 --workdir=runs/gates
 
-Each seed is a run of experiments/pipeline.py with a synthetic world of its own, in WORKDIR/SEED; the same
-command again goes on where it was. --jobs=2 runs two at a time, each on its share of the cores.
-WORKDIR/table.md has the table, and beneath it PPO and DPO side by side; the exit code is 1 if a gate fails.
+Each seed is a run of experiments/pipeline.py, with synthetic data of its own, in WORKDIR/SEED. The same
+command again resumes. --jobs=2 runs two at a time, each on its share of the cores. WORKDIR/table.md has the
+table, and below it a comparison of SFT, PPO and DPO. The exit code is 1 if a gate fails.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_seed(seed: int, job: int, jobs: int, workdir: Path, config: str, flags: list[str]) -> None:
-    """The pipeline of one seed, its output in WORKDIR/SEED.txt."""
+    """Run the pipeline of one seed, with its output in WORKDIR/SEED.txt."""
     folder = workdir / str(seed)
     command = [sys.executable, "experiments/pipeline.py", f"--config={config}", f"--workdir={folder}"]
     cores = sorted(os.sched_getaffinity(0))
@@ -43,7 +43,7 @@ def run_seed(seed: int, job: int, jobs: int, workdir: Path, config: str, flags: 
 
 
 def table(folders: list[Path]) -> str:
-    """A row a gate, a column a seed; SEED.txt has what lies behind each figure."""
+    """A row per gate, a column per seed. SEED.txt has the details."""
     found = [json.loads((folder / "gates.json").read_text())["gates"] for folder in folders]
     lines = [f"| gate | {' | '.join(f'seed {folder.name}' for folder in folders)} |"]
     lines.append("|---" * (len(folders) + 1) + "|")
@@ -62,12 +62,12 @@ def outcome(gate: dict) -> str:
 
 
 def preferences(folders: list[Path]) -> str:
-    """What the hidden rubric and the reward model think of the same held-out prompts' answers."""
-    lines = ["| answers of | hidden rubric, 0 to 1 | reward model's score | KL to SFT, nats an answer |"]
+    """Scores by the hidden rubric and by the reward model of completions of the same held-out prompts."""
+    lines = ["| stage | hidden rubric, 0 to 1 | reward model's score | KL to SFT, nats per completion |"]
     lines.append("|---|---|---|---|")
     for stage in ("sft", "ppo", "dpo"):
-        answers = [read_rows(folder / "answers" / f"{stage}_1.jsonl") for folder in folders]
-        columns = [[row["rewards"] | {"kl": row.get("kl", 0.0)} for row in rows] for rows in answers]
+        completions = [read_rows(folder / "answers" / f"{stage}_1.jsonl") for folder in folders]
+        columns = [[row["rewards"] | {"kl": row.get("kl", 0.0)} for row in rows] for rows in completions]
         cells = [
             ", ".join(mean_with_error([row.get(name, math.nan) for row in rows], digits) for rows in columns)
             for name, digits in (("rubric", 3), ("model", 2), ("kl", 2))
@@ -108,7 +108,7 @@ def main() -> int:
     folders = [workdir / str(seed) for seed in seeds]
     missing = [folder.name for folder in folders if not (folder / "gates.json").exists()]
     if missing:
-        print(f"seeds {', '.join(missing)} came to no end: see {workdir}/SEED.txt")
+        print(f"seeds {', '.join(missing)} did not finish: see {workdir}/SEED.txt")
         return 1
     text = f"{table(folders)}\n\n{preferences(folders)}"
     (workdir / "table.md").write_text(text + "\n")

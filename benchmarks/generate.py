@@ -2,9 +2,9 @@
 
     python benchmarks/generate.py [--config=FILE] [--batch 1 16 64] [--prompt=64] [--new=128] [--rounds=5]
 
-Random weights, greedy, every row as long as the others. The contestants take turns in each round, so that a
-noisy machine is noisy for all of them; sequences a second are medians over the rounds, and the ratio is the
-median of the rounds' ratios. Compiling is timed apart, and that none follows the first call is asserted.
+Random weights, greedy decoding, all rows of the same length. The implementations take turns in each round, so
+that load on the machine affects all of them. Sequences per second are medians over the rounds, and the ratio
+is the median of the rounds' ratios. The first call, which compiles, is timed apart; later calls must not.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from jaxllm.models import ModelConfig, build_model
 from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig
 
-Run = Callable[[np.ndarray, int], int]  # prompts [B, T] and new tokens -> how many tokens came back
+Run = Callable[[np.ndarray, int], int]  # prompts [B, T], number of new tokens -> number of tokens generated
 
 
 def our_run(config: ModelConfig) -> Run:
@@ -42,7 +42,7 @@ def our_run(config: ModelConfig) -> Run:
 
 
 def transformers_runs(config: ModelConfig) -> dict[str, Run]:
-    """Nothing where torch or transformers is missing."""
+    """Empty where torch or transformers is not installed."""
     try:
         import torch
         from transformers import GenerationConfig, LlamaForCausalLM
@@ -75,9 +75,9 @@ def compare(runs: dict[str, Run], prompts: np.ndarray, new_tokens: int, rounds: 
             compilations.clear()
         for name, run in runs.items():
             start = time.perf_counter()
-            said = run(prompts, new_tokens)
+            generated = run(prompts, new_tokens)
             seconds[name].append(time.perf_counter() - start)
-            assert said == len(prompts) * new_tokens, f"{name} said {said} tokens"
+            assert generated == len(prompts) * new_tokens, f"{name} generated {generated} tokens"
     assert not compilations, f"{len(compilations)} programs were compiled after warm-up"
     (ours, first), *_ = seconds.items()
     for name, times in seconds.items():
@@ -89,15 +89,15 @@ def compare(runs: dict[str, Run], prompts: np.ndarray, new_tokens: int, rounds: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", default=Path(__file__).with_name("model_s.py"), help="its model is used")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64], help="sequences at once")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens")
-    parser.add_argument("--new", type=int, default=128, help="tokens")
+    parser.add_argument("--config", default=Path(__file__).with_name("model_s.py"), help="of the model")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64], help="batch sizes")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=128, help="tokens to generate")
     parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args()
     config = parse(ModelConfig, load_config(str(flags.config)).model)
     runs = {"jaxllm": our_run(config), **transformers_runs(config)}
-    print(f"{jax.devices()[0].device_kind}, {flags.prompt} tokens of prompt, {flags.new} new")
+    print(f"{jax.devices()[0].device_kind}, {flags.prompt} prompt tokens, {flags.new} new tokens")
     for batch in flags.batch:
         prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch, flags.prompt))
         compare(runs, prompts, flags.new, flags.rounds)

@@ -1,27 +1,27 @@
-"""Whole GRPO steps, and where their time goes, beside TRL's GRPOTrainer on the same machine and model.
+"""Time of whole GRPO steps and of their phases, beside TRL's GRPOTrainer on the same machine and model.
 
     python benchmarks/grpo_step.py [--config=FILE] [--steps=5] [--peer] [--lengths geometric equal]
 
-Our steps are those of `experiments/train.py`: its rollouts, its process of rewards, its compiled train step.
-Both have random weights in the same shape, float32, prompts of random tokens, AdamW, no reference model and
-one update a rollout. `equal`: nobody can stop, and every answer is as long as it may be. `geometric`: a share
-of the vocabulary stops an answer, so that the mean length is a quarter of the longest. The contestants take
-turns; figures are medians over the steps, and the ratio is the median of the turns' ratios. `generate alone`
-says as much in static batches of --rows, as in benchmarks/rollout.py.
+Steps of jaxllm are those of `experiments/train.py`: its rollouts, reward processes and compiled train step.
+Both have random weights of the same shape, float32, prompts of random tokens, AdamW, no reference model and
+one update per rollout. `equal`: there is no stop token, so every completion has the maximum length.
+`geometric`: a fraction of the vocabulary are stop tokens, so the mean length is a quarter of the maximum.
+The implementations take turns. Results are medians over the steps, and the ratio is the median of the turns'
+ratios. `generate alone` generates as many completions in static batches of --rows, as benchmarks/rollout.py.
 
-Phases: rollout, from prompts to the texts of answers; reward, what is waited for when all is said; score, all
-else before the gradient. There we find the old log-probs, which TRL leaves out where they equal the new ones;
---no-rescore leaves them out too, and takes the sampler's.
-Torch's threads spin while they wait for one another: where others use the machine, pin all to one core
-(taskset -c 0), or TRL looks many times slower than it is.
+Phases: rollout, from prompts to decoded completions; reward, waiting for rewards after the last completion;
+score, all else before the gradient. Score includes the old log-probs, which TRL does not compute where they
+equal the new ones; with --no-recompute_log_probs jaxllm takes the sampler's instead.
+Torch's threads spin while they wait for one another: on a shared machine, pin all to one core (taskset -c 0),
+or TRL appears many times slower than it is.
 
-What stands in the way of a fair comparison with TRL:
-- prompts must be texts of a data set: ours to it are words of a word-level tokenizer, one token each;
-- it wants an EOS: it gets one that the model has no logit for, and what stops an answer is in the
-  generation config of the model, all of which TRL minds;
-- it checkpoints gradients, computes in bfloat16, saves and logs unless told otherwise: it is told otherwise;
-- its trainer owns the loop: a callback at the end of its steps is where everybody else takes turns;
-- answers wander off while it learns: the learning rate is so small that lengths stay as they are.
+For a fair comparison with TRL:
+- TRL's prompts are texts of a dataset: here words of a word-level tokenizer, one token each;
+- TRL needs an EOS token: it gets one for which the model has no logit, and the stop tokens are in the model's
+  generation config, which TRL follows;
+- gradient checkpointing, bfloat16, saving and logging, on by default in TRL, are off;
+- TRL's trainer owns the loop: jaxllm takes its turn in a callback at the end of TRL's steps;
+- completions change during training: the learning rate is so small that their lengths stay the same.
 """
 
 import argparse
@@ -63,21 +63,21 @@ REWARD = Path(__file__).with_name("peers.py")
 
 
 class Step(NamedTuple):
-    """What one turn took."""
+    """Measurements of one step."""
 
     seconds: float
     cpu_seconds: float
-    tokens: int  # said
+    tokens: int  # generated
     phases: dict[str, float]  # seconds, by PHASES
 
     @property
     def rate(self) -> float:
-        """Tokens a second of the rollout."""
+        """Tokens per second of the rollout."""
         return self.tokens / self.phases["rollout"]
 
 
 class Words(BaseTokenizer):
-    """Token i is the word wi."""
+    """A tokenizer whose token i is the word `wi`."""
 
     pad_id = 0
 
@@ -87,7 +87,7 @@ class Words(BaseTokenizer):
 
 
 def make_config(flags: argparse.Namespace) -> grpo.Config:
-    """GRPO as configs/grpo_problems.py has it, in this size."""
+    """configs/grpo_problems.py in the size of the flags."""
     config = grpo_problems.get_config()
     config.model = load_config(str(flags.config)).model
     config.optimizer.learning_rate = LEARNING_RATE
@@ -98,7 +98,7 @@ def make_config(flags: argparse.Namespace) -> grpo.Config:
     config.rollout.num_prompts, config.rollout.group_size = flags.prompts, flags.group
     config.rollout.num_minibatches = config.rollout.epochs = 1
     config.rollout.decode_batch_size = flags.rows
-    config.rollout.recompute_log_probs = flags.rescore
+    config.rollout.recompute_log_probs = flags.recompute_log_probs
     config.rollout.sampling.max_new_tokens = flags.new
     config.reward.functions = (f"{REWARD}:{even_words.__name__}",)
     return parse(grpo.Config, config)
@@ -107,7 +107,7 @@ def make_config(flags: argparse.Namespace) -> grpo.Config:
 def our_steps(
     program: Program, train_step: Callable[..., Any], prompts: np.ndarray, stop_ids: tuple[int, ...]
 ) -> Iterator[Step]:
-    """Step after step, as the training loop takes them."""
+    """The measurements of one step after another, taken as by the training loop."""
     rows = [Example((ids,), (np.zeros(len(ids), bool),), "", "prompt", row={}) for ids in prompts]
     data = Dataset((Prompts(rows),), (), (), "", "")
     state = program.fresh_state()
@@ -133,16 +133,16 @@ def our_steps(
 def generate_alone(
     config: grpo.Config, prompts: np.ndarray, stop_ids: tuple[int, ...]
 ) -> Callable[[], float]:
-    """Says as many answers and does nothing else: tokens a second."""
+    """A function that generates as many completions, without training, and returns tokens per second."""
     rollout = config.rollout
     runs = our_runs(
         config.model, rollout.group_size, rollout.decode_batch_size, rollout.sampling.max_new_tokens
     )
-    asked = prompts[: rollout.num_prompts].tolist()
+    first = prompts[: rollout.num_prompts].tolist()
 
     def run() -> float:
         began = time.perf_counter()
-        return runs["generate, static batches"](asked, stop_ids) / (time.perf_counter() - began)
+        return runs["generate, static batches"](first, stop_ids) / (time.perf_counter() - began)
 
     return run
 
@@ -155,7 +155,7 @@ def run_trl(
     steps: int,
     after_step: Callable[[Step], None],
 ) -> None:
-    """Train by TRL, whose every step `after_step` is told of."""
+    """Train with TRL and call `after_step` after each of its steps."""
     from datasets import Dataset as TextDataset
     from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback
     from transformers.utils import logging
@@ -172,9 +172,9 @@ def run_trl(
     class Timed(GRPOTrainer):
         def _generate(self, prompts: list[str]) -> Any:
             with timed("rollout"):
-                said = super()._generate(prompts)
-            took["tokens"] = sum(map(len, said[1]))
-            return said
+                generated = super()._generate(prompts)
+            took["tokens"] = sum(map(len, generated[1]))
+            return generated
 
         def _calculate_rewards(self, *arguments: Any) -> Any:
             with timed("reward"):
@@ -212,7 +212,7 @@ def run_trl(
 
 
 def trl_arguments(config: grpo.Config, folder: str, steps: int) -> Any:
-    """Our config in TRL's words."""
+    """The same config for TRL."""
     from trl import GRPOConfig
 
     rollout, optimizer, pieces = config.rollout, config.optimizer, config.training.num_microbatches
@@ -244,7 +244,7 @@ def trl_arguments(config: grpo.Config, folder: str, steps: int) -> Any:
 
 
 def trl_tokenizer(vocab_size: int) -> Any:
-    """Our Words, and an EOS beyond them."""
+    """`Words`, and an EOS token after them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -257,7 +257,7 @@ def trl_tokenizer(vocab_size: int) -> Any:
 def compare(
     program: Program, train_step: Callable[..., Any], flags: argparse.Namespace, stop_ids: tuple[int, ...]
 ) -> None:
-    """All contestants in turn, and their table."""
+    """Let the implementations take turns and print a table."""
     config = program.config
     compilations: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -267,7 +267,7 @@ def compare(
     )
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, config.model.vocab_size, (16 * flags.prompts, flags.prompt))
-    say_as_much = generate_alone(config, prompts, stop_ids)
+    generate_as_much = generate_alone(config, prompts, stop_ids)
     turns: dict[str, list[Step]] = {"jaxllm": []}
     rates_alone: list[float] = []
     with closing(our_steps(program, train_step, prompts, stop_ids)) as steps:
@@ -276,7 +276,7 @@ def compare(
             if len(rates_alone) == flags.warm_up:
                 compilations.clear()
             turns["jaxllm"].append(next(steps))
-            rates_alone.append(say_as_much())
+            rates_alone.append(generate_as_much())
 
         def after_trl(step: Step) -> None:
             turns.setdefault("TRL", []).append(step)
@@ -291,12 +291,12 @@ def compare(
     report(turns, flags.warm_up)
     ours, alone = [step.rate for step in turns["jaxllm"][flags.warm_up :]], rates_alone[flags.warm_up :]
     share = statistics.median(map(operator.truediv, ours, alone))
-    print(f"  generate alone {statistics.median(alone):,.0f} tokens/s, our rollout reaches {share:.0%} of it")
+    print(f"  generate alone {statistics.median(alone):,.0f} tokens/s, the rollout reaches {share:.0%} of it")
     print(f"  {len(compilations)} programs were compiled after the warm-up {compilations or ''}", flush=True)
 
 
 def report(turns: dict[str, list[Step]], warm_up: int) -> None:
-    """A line a contestant, and what ours is to the others."""
+    """Print a line per implementation, and the ratios."""
     print(f"  {'':8s} {'s/step':>7s} {'tokens/s':>9s}" + "".join(f"{name:>9s}" for name in PHASES))
     timed = {name: steps[warm_up:] for name, steps in turns.items()}
     for name, steps in timed.items():
@@ -321,26 +321,28 @@ def report(turns: dict[str, list[Step]], warm_up: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", default=Path(__file__).with_name("model_s.py"), help="its model is used")
-    parser.add_argument("--steps", type=int, default=5, help="timed ones, of each contestant")
-    parser.add_argument(
-        "--warm_up", type=int, default=2, help="steps before; lengths meet new shapes by chance"
-    )
-    parser.add_argument("--peer", action="store_true", help="TRL too")
+    parser.add_argument("--config", default=Path(__file__).with_name("model_s.py"), help="of the model")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each implementation")
+    # Not 1: lengths are random, and later steps may still compile for a new shape.
+    parser.add_argument("--warm_up", type=int, default=2, help="steps before the timed ones")
+    parser.add_argument("--peer", action="store_true", help="also run TRL")
     parser.add_argument(
         "--lengths", nargs="+", choices=["equal", "geometric"], default=["equal", "geometric"]
     )
-    parser.add_argument("--prompts", type=int, default=8, help="a step")
-    parser.add_argument("--group", type=int, default=8, help="completions a prompt")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens")
-    parser.add_argument("--new", type=int, default=128, help="tokens, at most")
-    parser.add_argument("--rows", type=int, default=64, help="rows we decode at a time; TRL decodes all")
-    parser.add_argument("--microbatches", type=int, default=8, help="pieces of an update")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts per step")
+    parser.add_argument("--group", type=int, default=8, help="completions per prompt")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=128, help="most tokens to generate")
+    parser.add_argument("--rows", type=int, default=64, help="decoded at a time; TRL: all")
+    parser.add_argument("--microbatches", type=int, default=8, help="microbatches per update")
     parser.add_argument(
-        "--rescore", action=argparse.BooleanOptionalAction, default=True, help="rollout.recompute_log_probs"
+        "--recompute_log_probs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="old log-probs by the trainer",
     )
     flags = parser.parse_args()
-    keep_freed_memory()  # as experiments/train.py does; TRL is in the same process, and has it too
+    keep_freed_memory()  # as experiments/train.py does; it applies to TRL too, in the same process
     program = build_program(make_config(flags))
     began = time.perf_counter()
     train_step = program.compile()
@@ -351,7 +353,7 @@ def main() -> None:
             print(f"{lengths} lengths, {flags.prompts} x {flags.group}, {flags.prompt} + {flags.new} tokens")
             compare(program, train_step, flags, tuple(range(stops)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"peak memory of this process, all contestants: {peak:.2f} GB")
+    print(f"peak memory of this process, all implementations: {peak:.2f} GB")
 
 
 if __name__ == "__main__":

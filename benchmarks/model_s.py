@@ -1,4 +1,4 @@
-"""The model that the speed figures are given for: a Llama of about 10M parameters, 8 x 256 tokens a step."""
+"""The model of the speed measurements: a Llama of about 10M parameters, 8 x 256 tokens per step."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""What we and those we are compared with are both given: the shape of the model, and a reward."""
+"""What jaxllm and the libraries it is compared with both get: the model's shape and a reward."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def llama_config(shape: "ModelConfig", **options: Any) -> "LlamaConfig":
-    """Our model's shape as transformers says it. The ImportError is the caller's to answer."""
+    """A model's shape as a config of transformers. Raises ImportError where it is not installed."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -29,6 +29,6 @@ def llama_config(shape: "ModelConfig", **options: Any) -> "LlamaConfig":
 
 
 def even_words(example: Mapping[str, Any], completion: str) -> float:
-    """The share of words that end in an even digit: costs nothing, and differs from answer to answer."""
+    """The fraction of words that end in an even digit: fast, and different for most completions."""
     words = completion.split()
     return sum(word[-1] in "02468" for word in words) / max(1, len(words))

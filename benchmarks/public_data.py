@@ -1,12 +1,12 @@
-"""The quickstart's pipeline on public data: what does a model of 1M parameters make of it in half an hour?
+"""The quickstart's pipeline on public data: a model of 1M parameters, about half an hour.
 
     python benchmarks/public_data.py --data=FOLDER --workdir=runs/public
 
 FOLDER has tinystories_train.jsonl.gz, gutenberg_train.jsonl.gz (text), alpaca_5000.jsonl.gz (instructions),
-hh_helpful_base_open.jsonl.gz (pairs) and countdown_tinyzero_{train,test}.jsonl.gz, in whichever subfolders.
-One prompt in five of the pairs is kept for the gates. WORKDIR/report.html shows what came of it; the exit
-code is 1 where a gate is failed, as it may be: the gates' figures are those of the quickstart but for text,
-where a trigram is to be beaten by any margin.
+hh_helpful_base_open.jsonl.gz (pairs) and countdown_tinyzero_{train,test}.jsonl.gz, in any subfolders.
+The pairs of one prompt in five are held out for the gates. WORKDIR/report.html shows the results. The exit
+code is 1 if a gate fails, which is possible: the gates are those of the quickstart, except that for text any
+number of bits per byte below a trigram's passes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.countdown import ROOT, easy_rows, worked_rows, write_rows
+from benchmarks.countdown import ROOT, easy_rows, solved_rows, write_rows
 from jaxllm.toy_world import split_of
 
 TEXT, CHATS = ("tinystories_train.jsonl.gz", "gutenberg_train.jsonl.gz"), "alpaca_5000.jsonl.gz"
@@ -56,11 +56,11 @@ SETTINGS = {
 
 
 def pairs(path: Path, part: str) -> Iterator[dict]:
-    """The rows of a file of transcripts whose first question belongs to this part."""
+    """The rows of a file of transcripts whose first prompt belongs to `part`, "train" or "validation"."""
     with gzip.open(path, "rt") as file:
         for row in map(json.loads, file):
-            first_question = row["chosen"].split("\n\nAssistant:")[0]
-            if split_of(first_question) == part:
+            first_prompt = row["chosen"].split("\n\nAssistant:")[0]
+            if split_of(first_prompt) == part:
                 yield row
 
 
@@ -83,7 +83,7 @@ def main() -> int:
         "data.chats": str(find(CHATS)),
         "data.pairs": write_rows(data / "pairs.jsonl", pairs(find(PAIRS), "train")),
         "gates.prompts": write_rows(data / "held_out_pairs.jsonl", pairs(find(PAIRS), "validation")),
-        "data.solutions": write_rows(data / "worked.jsonl", worked_rows(20_000, taken)),
+        "data.solutions": write_rows(data / "solved.jsonl", solved_rows(20_000, taken)),
         "data.problems": problems,
     }
     command = [sys.executable, "experiments/pipeline.py", "--config=configs/quickstart.py"]

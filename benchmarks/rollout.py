@@ -2,10 +2,10 @@
 
     python benchmarks/rollout.py [--config=FILE] [--prompts=32] [--group=8] [--rows=64] [--rounds=3] [--peer]
 
-Random weights, whose draws are close to uniform, so a share of the vocabulary as stop ids makes lengths
-geometric: their mean is a quarter of --new, where they are cut. `equal` has no stop ids. The contestants
-take turns in each round; tokens a second are medians over the rounds, and the ratio is the median of the
-rounds' ratios. No contestant draws what another does, so each is counted by its own tokens.
+The weights are random, so sampling is close to uniform, and with a fraction of the vocabulary as stop tokens
+the lengths are `geometric`: of mean --new / 4, truncated at --new. `equal` has no stop tokens. The
+implementations take turns in each round. Tokens per second are medians over the rounds, and the ratio is the
+median of the rounds' ratios. Implementations sample different tokens, so each is measured by its own.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from jaxllm.rollout.collect import collect
 from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig
 
-Run = Callable[[list[list[int]], Sequence[int]], int]  # prompts and stop ids -> how many tokens were said
+Run = Callable[[list[list[int]], Sequence[int]], int]  # prompts, stop ids -> number of tokens generated
 
 
 def our_runs(config: ModelConfig, group: int, rows: int, new_tokens: int) -> dict[str, Run]:
@@ -37,7 +37,7 @@ def our_runs(config: ModelConfig, group: int, rows: int, new_tokens: int) -> dic
 
     def continuous(prompts, stop_ids):
         keys = jax.random.split(jax.random.key(1), len(prompts) * group)
-        said = collect(
+        completions = collect(
             model,
             params,
             prompts,
@@ -47,7 +47,7 @@ def our_runs(config: ModelConfig, group: int, rows: int, new_tokens: int) -> dic
             keys=keys,
             decode_batch_size=rows,
         )
-        return sum(map(len, said.tokens))
+        return sum(map(len, completions.tokens))
 
     def static(prompts, stop_ids):
         repeated = [prompt for prompt in prompts for _ in range(group)]
@@ -55,10 +55,10 @@ def our_runs(config: ModelConfig, group: int, rows: int, new_tokens: int) -> dic
         total = 0
         for start in range(0, len(repeated), rows):
             batch = slice(start, start + rows)
-            said = generate(
+            completions = generate(
                 model, params, repeated[batch], sampling=sampling, stop_ids=stop_ids, keys=keys[batch]
             )
-            total += sum(map(len, said.tokens))
+            total += sum(map(len, completions.tokens))
         return total
 
     return {"collect": continuous, "generate, static batches": static}
@@ -87,7 +87,7 @@ def transformers_run(config: ModelConfig, group: int, rows: int, new_tokens: int
                     batch, attention_mask=torch.ones_like(batch), generation_config=generation
                 )[:, batch.shape[1] :]
             stopped = torch.isin(out, torch.tensor(stop_ids, dtype=torch.long)).int()
-            total += int((stopped.cumsum(1) - stopped == 0).sum())  # up to the first stop, and with it
+            total += int((stopped.cumsum(1) - stopped == 0).sum())  # up to and including the first stop
         return total
 
     return {"transformers, static batches": run}
@@ -103,13 +103,13 @@ def compare(runs: dict[str, Run], prompts: list[list[int]], stop_ids: Sequence[i
         for name, run in runs.items():
             compilations.clear()
             start, cpu_start = time.perf_counter(), time.process_time()
-            said = run(prompts, stop_ids)
-            rates[name].append(said / (time.perf_counter() - start))
-            cpu_rates[name].append(said / (time.process_time() - cpu_start))
+            tokens = run(prompts, stop_ids)
+            rates[name].append(tokens / (time.perf_counter() - start))
+            cpu_rates[name].append(tokens / (time.process_time() - cpu_start))
             if turn == 0:
-                print(f"  {name}: {said} tokens, {len(compilations)} programs in {sum(compilations):.1f} s")
+                print(f"  {name}: {tokens} tokens, {len(compilations)} programs in {sum(compilations):.1f} s")
             else:
-                assert not compilations, f"{name}: {len(compilations)} programs after warm-up"
+                assert not compilations, f"{name} compiled {len(compilations)} programs after warm-up"
     ours = next(iter(runs))
     for name in runs:
         ratios = [
@@ -127,14 +127,14 @@ def compare(runs: dict[str, Run], prompts: list[list[int]], stop_ids: Sequence[i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", default=Path(__file__).with_name("model_s.py"), help="its model is used")
+    parser.add_argument("--config", default=Path(__file__).with_name("model_s.py"), help="of the model")
     parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--group", type=int, default=8, help="completions a prompt")
+    parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--rows", type=int, default=64, help="rows decoded at a time")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens")
-    parser.add_argument("--new", type=int, default=128, help="tokens, at most")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=128, help="most tokens to generate")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peer", action="store_true", help="transformers too")
+    parser.add_argument("--peer", action="store_true", help="also run transformers")
     parser.add_argument("--lengths", nargs="+", default=["geometric", "equal"])
     flags = parser.parse_args()
     config = parse(ModelConfig, load_config(str(flags.config)).model)

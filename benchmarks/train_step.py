@@ -1,12 +1,11 @@
-"""Speed of a training step: tokens/s, share of the machine's matrix-product rate, memory, compile time.
+"""Speed of a train step: tokens/s, fraction of the machine's matmul rate, memory, compile time.
 
     python benchmarks/train_step.py --config=benchmarks/model_s.py --peer   # beside transformers in torch
     python benchmarks/train_step.py --config=configs/pretrain_text.py:124m \
         --config.model.attention=cudnn --config.model.compute_dtype=bfloat16      # on a GPU
 
-Rounds of each contestant alternate, so that a noisy machine hurts all alike; figures are medians with the
-quartiles in brackets. The step is compiled for one shape: calling it with another raises, so nothing that
-is timed here can be a compilation.
+The implementations take turns in each round, so that load on the machine affects all of them. Results are
+medians with the quartiles in brackets. The step is compiled ahead, for one shape, so no compilation is timed.
 """
 
 import resource
@@ -35,22 +34,22 @@ def define_flags(flag_values: "FlagValues") -> None:
     """This script's flags."""
     from absl import flags
 
-    flags.DEFINE_integer("rounds", 10, "timed rounds of each contestant", flag_values=flag_values)
-    flags.DEFINE_integer("steps", 3, "steps a round", flag_values=flag_values)
+    flags.DEFINE_integer("rounds", 10, "timed rounds of each implementation", flag_values=flag_values)
+    flags.DEFINE_integer("steps", 3, "steps per round", flag_values=flag_values)
     flags.DEFINE_bool(
         "peer", False, "also time transformers' Llama of the same shape in torch", flag_values=flag_values
     )
 
 
 def config_class(config: "ConfigDict") -> type:
-    """Late, since it imports jax."""
+    """The config dataclass of the config's stage. Imported late: it needs jax."""
     from jaxllm.stages import find_stage
 
     return find_stage(config.stage).Config
 
 
 def matmul_rate() -> float:
-    """FLOP/s of a large square product, what 100% would be: numpy's BLAS on CPU, else XLA in bfloat16."""
+    """FLOP/s of a large square matmul, as 100%: by numpy's BLAS on CPU, else by XLA in bfloat16."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -70,7 +69,7 @@ def matmul_rate() -> float:
 
 
 def our_step(config: "TrainConfig") -> Callable[[], None]:
-    """Compile, report, and return a function that takes one step and waits for it."""
+    """Compile, print sizes, and return a function that takes one step and waits for it."""
     import jax
     import jax.numpy as jnp
 
@@ -100,7 +99,7 @@ def our_step(config: "TrainConfig") -> Callable[[], None]:
 
 
 def peer_steps(config: "TrainConfig") -> dict[str, Callable[[], None]]:
-    """transformers' Llama with torch's AdamW, eager and compiled, in the config's shape."""
+    """transformers' Llama of the config's shape with torch's AdamW, eager and compiled."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -125,22 +124,22 @@ def peer_steps(config: "TrainConfig") -> dict[str, Callable[[], None]]:
 
 
 def main(config: "TrainConfig", flags: "FlagValues") -> None:
-    """Time all contestants in turn and print a table."""
+    """Time all implementations and print a table."""
     from jaxllm.models.config import flops_per_token
     from jaxllm.runs.process import keep_freed_memory
 
-    keep_freed_memory()  # as experiments/train.py does; the peer is in the same process, and has it too
-    contestants = {"jaxllm": our_step(config)}
+    keep_freed_memory()  # as experiments/train.py does; it applies to the peer too, in the same process
+    steps = {"jaxllm": our_step(config)}
     if flags.peer:
-        contestants |= peer_steps(config)
+        steps |= peer_steps(config)
     rate = matmul_rate()
-    print(f"matrix products on this machine: {rate / 1e9:,.0f} GFLOP/s")
-    for step in contestants.values():
+    print(f"matmuls on this machine: {rate / 1e9:,.0f} GFLOP/s")
+    for step in steps.values():
         step()
         step()
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(flags.rounds):
-        for name, step in contestants.items():
+        for name, step in steps.items():
             start = time.perf_counter()
             for _ in range(flags.steps):
                 step()
@@ -151,14 +150,14 @@ def main(config: "TrainConfig", flags: "FlagValues") -> None:
         low, middle, high = statistics.quantiles(seconds, n=4)
         print(
             f"{name:28} {tokens / middle:9,.0f} tokens/s [{tokens / high:,.0f} to {tokens / low:,.0f}]  "
-            f"{flops * tokens / middle / rate:5.1%} of the matrix-product rate"
+            f"{flops * tokens / middle / rate:5.1%} of the matmul rate"
         )
-    for name in contestants:
+    for name in steps:
         if name != "jaxllm":
             pairs = zip(times[name], times["jaxllm"], strict=True)
             print(f"jaxllm / {name}: {statistics.median(peer / ours for peer, ours in pairs):.2f}x")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"peak memory of this process, all contestants: {peak:.2f} GB")
+    print(f"peak memory of this process, all implementations: {peak:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,8 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.objective.kl_estimator = "k3"  # in the loss: "k1", "k2" or "k3"
     config.objective.entropy_coefficient = 0.0  # of an entropy bonus
     config.objective.advantage = "group"  # or "leave_one_out" (RLOO), "reinforce_plus_plus"
-    config.objective.advantage_scale = (
-        "group"  # divide by this standard deviation; or "batch"; "none": Dr. GRPO
-    )
-    config.objective.advantage_epsilon = 1e-4  # added to the standard deviation
+    config.objective.advantage_scale = "group"  # divide by its std; or "batch", "none" (Dr. GRPO)
+    config.objective.advantage_epsilon = 1e-4  # added to that std
 
     config.data.train = ("synthetic:problems",)
     config.data.sequence_length = 256  # tokens of prompt and completion

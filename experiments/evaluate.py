@@ -1,12 +1,12 @@
-"""Evaluate a checkpoint on prompts: generate completions and score them.
+r"""Evaluate a checkpoint on prompts: generate completions and score them.
 
 python experiments/evaluate.py --checkpoint=runs/reasoner --input=synthetic:problems --rewards=math_answer
 python experiments/evaluate.py --checkpoint=runs/preferred --input=prompts.jsonl --reward_model=runs/reward \
     --output=answers.jsonl --samples=4
 
-Rows have a `prompt` or `messages` and whatever the rewards read, as for GRPO; of preference pairs the prompt
-is used. --reference=runs/chat estimates the KL to it. OUTPUT gets a line for every completion. Means over
-prompts are printed, with their standard errors.
+Rows are those of GRPO: a `prompt` or `messages`, and the columns that the rewards read. Of preference pairs
+the prompt is used. --reference=runs/chat estimates the KL to that run. OUTPUT gets a line per completion.
+Prints means over prompts with their standard errors.
 """
 
 import sys
@@ -28,21 +28,19 @@ def define_flags(flag_values: "FlagValues") -> None:
     from absl import flags
 
     where = {"flag_values": flag_values}
-    flags.DEFINE_string("checkpoint", None, "a run folder, RUN/best, or step folder", **where)
+    flags.DEFINE_string("checkpoint", None, "run folder, RUN/best or step folder", **where)
     flags.DEFINE_string("input", None, "prompts: .jsonl, .parquet, a dataset, synthetic:KIND", **where)
     flags.DEFINE_string("output", None, "file to write the completions to (.jsonl)", **where)
-    flags.DEFINE_list("rename", [], "theirs=ours for columns of other names", **where)
-    flags.DEFINE_string("prompt_format", None, "a text with {column}s to fill in", **where)
-    flags.DEFINE_string("system", None, "a system message before every prompt", **where)
-    flags.DEFINE_list(
-        "rewards", [], "as reward.functions: names, PACKAGE.FUNCTION, FILE.py:FUNCTION", **where
-    )
-    flags.DEFINE_string("reward_model", None, "the run folder of a reward model", **where)
-    flags.DEFINE_string("reference", None, "a run to which the KL of the checkpoint is estimated", **where)
+    flags.DEFINE_list("rename", [], "THEIRS=OURS for each column with another name", **where)
+    flags.DEFINE_string("prompt_format", None, "a text with {COLUMN}s to fill in", **where)
+    flags.DEFINE_string("system", None, "system message before every prompt", **where)
+    flags.DEFINE_list("rewards", [], "names in jaxllm.rewards, PACKAGE.FUNCTION, FILE.py:FUNCTION", **where)
+    flags.DEFINE_string("reward_model", None, "run folder of a reward model", **where)
+    flags.DEFINE_string("reference", None, "run to which the checkpoint's KL is estimated", **where)
     flags.DEFINE_bool("plain", False, "continue prompts as plain text, without a chat template", **where)
-    flags.DEFINE_bool("untrained", False, "random weights of --checkpoint's config and seed", **where)
+    flags.DEFINE_bool("untrained", False, "use random weights, by --checkpoint's config and seed", **where)
     flags.DEFINE_integer("samples", 1, "completions of each prompt", **where)
-    flags.DEFINE_integer("max_rows", 256, "prompts, from the first", **where)
+    flags.DEFINE_integer("max_rows", 256, "number of prompts, from the first", **where)
     define_sampling_flags(flag_values)
 
 

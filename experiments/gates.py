@@ -1,9 +1,9 @@
-"""Did each stage of a pipeline reach its gate? Measured on held-out data, with standard errors.
+"""Measure the gates of a pipeline on held-out data, with standard errors.
 
     python experiments/gates.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-writes WORKDIR/gates.json, the completions that it scored into WORKDIR/answers/, and what every model generates
-from the same prompts into WORKDIR/shown.json. experiments/pipeline.py runs it after the last stage.
+writes WORKDIR/gates.json, the completions that it scored to WORKDIR/answers/, and completions of the same
+prompts by every model to WORKDIR/shown.json. experiments/pipeline.py runs it after the last stage.
 """
 
 import sys
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 
 def define_flags(flag_values: "FlagValues") -> None:
-    """This script's flags; --config and --print_config are there already."""
+    """This script's flags, besides --config and --print_config."""
     from absl import flags
 
     flags.DEFINE_string("workdir", None, "folder of the pipeline", flag_values=flag_values)
 
 
 def config_class(config: "ConfigDict") -> type:
-    """The pipeline's dataclass. Late, since it imports jax."""
+    """The pipeline's dataclass. Imported late: it needs jax."""
     from jaxllm.pipeline.config import pipeline_class
 
     return pipeline_class(config)
 
 
 def main(config: "PipelineConfig", flags: "FlagValues") -> None:
-    """Measure all gates, and print a line for each."""
+    """Measure all gates and print a line for each."""
     from jaxllm.pipeline.gates import measure_gates
 
     if flags.workdir is None:

@@ -1,4 +1,4 @@
-"""Continue text with a checkpoint.
+"""Generate continuations of text with a checkpoint.
 
 python experiments/generate.py --checkpoint=runs/shakespeare --prompt="ROMEO:"
 python experiments/generate.py --checkpoint=runs/shakespeare --num_samples=3 --seed=1 --top_p=0.9
@@ -22,25 +22,23 @@ def define_flags(flag_values: "FlagValues") -> None:
     """This script's flags."""
     from absl import flags
 
-    flags.DEFINE_string(
-        "checkpoint", None, "run folder, checkpoints folder or step folder", flag_values=flag_values
-    )
+    flags.DEFINE_string("checkpoint", None, "run folder, RUN/best or step folder", flag_values=flag_values)
     flags.DEFINE_multi_string(
-        "prompt", [""], "text to continue; may be given several times", flag_values=flag_values
+        "prompt", [""], "text to continue; can be given several times", flag_values=flag_values
     )
     flags.DEFINE_integer("num_samples", 1, "continuations of each prompt", flag_values=flag_values)
     define_sampling_flags(flag_values)
 
 
 def main(_: None, flags: "FlagValues") -> None:
-    """Load the checkpoint, continue every prompt, print prompt and continuation."""
+    """Continue every prompt and print it with its continuation."""
     if flags.num_samples < 1:
         raise ConfigError(f"--num_samples={flags.num_samples} must be at least 1")
     import jax
 
+    from jaxllm.rollout.generate import generate
     from jaxllm.runs.checkpoints import check_generates, load_checkpoint
     from jaxllm.runs.process import set_up_process
-    from jaxllm.rollout.generate import generate
 
     sampling = read_sampling(flags)
     set_up_process()

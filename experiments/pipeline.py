@@ -1,9 +1,9 @@
-"""All stages, from random weights to a reasoning model, and whether each of them reached its gate.
+"""Train all stages, from random weights to a reasoning model, and check the gate of each.
 
     python experiments/pipeline.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 Every stage is a run of experiments/train.py in a folder of its own; pipeline.json has the commands. The same
-command again resumes where it was. Point any stage at your own files: --config.data.text=mine.txt.
+command again resumes. To train on your own files: --config.data.text=mine.txt.
 """
 
 import sys
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def define_flags(flag_values: "FlagValues") -> None:
-    """This script's flags; --config and --print_config are there already."""
+    """This script's flags, besides --config and --print_config."""
     from absl import flags
 
     flags.DEFINE_string("workdir", None, "folder for the run folders of all stages", flag_values=flag_values)
@@ -31,22 +31,22 @@ def define_flags(flag_values: "FlagValues") -> None:
 
 
 def config_class(config: "ConfigDict") -> type:
-    """The pipeline's dataclass. Late, since it imports jax."""
+    """The pipeline's dataclass. Imported late: it needs jax."""
     from jaxllm.pipeline.config import pipeline_class
 
     return pipeline_class(config)
 
 
 def main(config: "PipelineConfig", flags: "FlagValues") -> int:
-    """Run what is left to run; 0 if all gates are passed."""
-    from jaxllm.pipeline.run import dry_run, run_pipeline
+    """Run the stages that are not done. Returns the exit code: 0 if all gates passed."""
+    from jaxllm.pipeline.run import Scripts, dry_run, run_pipeline
 
     if flags.dry_run:
         dry_run(config)
         return 0
     if flags.workdir is None:
         raise ConfigError("--workdir=FOLDER is missing")
-    scripts = Path(__file__).parent
+    scripts = Scripts(Path(__file__).with_name("train.py"), Path(__file__).with_name("gates.py"))
     return run_pipeline(config, config_file=flags.config, workdir=flags.workdir, scripts=scripts)
 
 

@@ -2,10 +2,9 @@
 
 python experiments/score.py --checkpoint=runs/reward --input=answers.jsonl --output=scores.jsonl
 
-Rows are anything that SFT reads (the last assistant turn of each is scored) or pairs that a reward model is
-trained on (both completions are scored, and compared). OUTPUT gets every row with its `reward`, or
-`chosen_reward` and `rejected_reward`, and the same with `_normalized`: standardized by the mean and spread of
-the completions that the reward model was validated on.
+Rows are those of SFT (the last assistant turn is scored) or preference pairs (both completions are scored and
+compared). OUTPUT gets every row with its `reward`, or `chosen_reward` and `rejected_reward`, and the same
+with `_normalized`: standardized by the mean and standard deviation of the reward model's validation set.
 """
 
 import sys
@@ -26,14 +25,14 @@ def define_flags(flag_values: "FlagValues") -> None:
     from absl import flags
 
     where = {"flag_values": flag_values}
-    flags.DEFINE_string("checkpoint", None, "a reward model's run folder, RUN/best, or step folder", **where)
+    flags.DEFINE_string("checkpoint", None, "a reward model's run folder, RUN/best or step folder", **where)
     flags.DEFINE_string("input", None, "rows to score: .jsonl, .parquet, a dataset", **where)
-    flags.DEFINE_string("output", None, "file to write them to with their rewards (.jsonl)", **where)
-    flags.DEFINE_list("rename", [], "theirs=ours for columns of other names", **where)
+    flags.DEFINE_string("output", None, "file to write rows and rewards to (.jsonl)", **where)
+    flags.DEFINE_list("rename", [], "THEIRS=OURS for each column with another name", **where)
 
 
 def main(_: None, flags: "FlagValues") -> None:
-    """Score the input, write it, and print means."""
+    """Score the rows, write them with their rewards, and print means."""
     from jaxllm.data.chat import check_rename
     from jaxllm.evaluation.scoring import score_rows
     from jaxllm.runs.checkpoints import check_scores, load_checkpoint

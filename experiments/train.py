@@ -1,9 +1,9 @@
-r"""Train a language model: the stage, the model and the data are the config's.
+r"""Train a language model. The config selects the stage, the model and the data.
 
     python experiments/train.py --config=configs/pretrain_text.py:1m --workdir=runs/shakespeare \
         --config.data.train=input.txt
 
-The folder then holds checkpoints, metrics and samples; the same command again resumes where it stopped.
+WORKDIR then holds checkpoints, metrics and samples. The same command again resumes the run.
 """
 
 import functools
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 
 def define_flags(flag_values: "FlagValues") -> None:
-    """This script's flags; --config and --print_config are there already."""
+    """This script's flags, besides --config and --print_config."""
     from absl import flags
 
     define = functools.partial(flags.DEFINE_string, flag_values=flag_values)
-    define("workdir", None, "folder of the run: checkpoints, metrics, samples")
-    define("resume", "auto", "auto: resume if the folder holds this run; must; never; or a STEP")
-    define("init_from", None, "initialize the weights from this run, checkpoint folder or step folder")
-    define("profile", None, "FIRST:LAST, steps to trace into WORKDIR/profile")
+    define("workdir", None, "run folder: checkpoints, metrics, samples")
+    define("resume", "auto", "auto: resume if WORKDIR holds this run; must; never; or a STEP")
+    define("init_from", None, "initialize weights from this run folder, RUN/best or step folder")
+    define("profile", None, "FIRST:LAST: trace these steps into WORKDIR/profile")
     flags.DEFINE_bool("dry_run", False, "compile, print sizes and memory, and exit", flag_values=flag_values)
 
 
 def config_class(config: "ConfigDict") -> type:
-    """The config dataclass of the config file's stage. Late, since it imports jax."""
+    """The config dataclass of the config's stage. Imported late: it needs jax."""
     from jaxllm.stages import find_stage
 
     return find_stage(config.stage).Config
 
 
 def main(config: "TrainConfig", flags: "FlagValues") -> None:
-    """Train, or print what training would take."""
+    """Train, or compile and print sizes and memory."""
     from jaxllm.runs.process import set_up_process
     from jaxllm.runs.program import dry_run
     from jaxllm.runs.train import train
@@ -67,7 +67,7 @@ def main(config: "TrainConfig", flags: "FlagValues") -> None:
 
 
 def read_profile(text: str | None) -> tuple[int, int] | None:
-    """FIRST:LAST as two steps."""
+    """Parse FIRST:LAST."""
     if text is None:
         return None
     first, colon, last = text.partition(":")

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.data.tokenizer import HF_TOKENIZER_FILE, BaseTokenizer, without_lone_surrogates
+from jaxllm.data.base_tokenizer import HF_TOKENIZER_FILE, BaseTokenizer, without_lone_surrogates
 from jaxllm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

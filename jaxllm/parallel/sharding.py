@@ -52,10 +52,7 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(
-    config: MeshConfig,
-    devices: Sequence[Device] | None = None,
-) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
     """The mesh of these devices (default: all); ConfigError where their number does not match the config."""
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxllm.config import as_dict, differences, load_config, parse
 from jaxllm.errors import ConfigError, DataError, RunError, Stopped
@@ -32,11 +32,18 @@ _DIE_TOO = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys
 END_WITH_PARENT = (sys.executable, "-c", _DIE_TOO) if sys.platform == "linux" else ()
 
 
-def run_pipeline(config: PipelineConfig, *, config_file: str, workdir: str, scripts: Path) -> int:
+class Scripts(NamedTuple):
+    """The command lines that a pipeline runs, of a stage and of the gates."""
+
+    train: Path
+    gates: Path
+
+
+def run_pipeline(config: PipelineConfig, *, config_file: str, workdir: str, scripts: Scripts) -> int:
     """Run what is left to run; 0 if all gates are passed.
 
     Args:
-      config_file: as given to --config, FILE.py. scripts: the folder of train.py and gates.py.
+      config_file: as given to --config, FILE.py.
     """
     check_extra()  # now, and not after the last stage
     check_sources(config)
@@ -98,18 +105,18 @@ def dry_run(config: PipelineConfig) -> None:
 
 
 def stage_commands(
-    config: PipelineConfig, config_file: str, workdir: str, scripts: Path
+    config: PipelineConfig, config_file: str, workdir: str, scripts: Scripts
 ) -> dict[str, list[str]]:
     """The command of each stage, with what differs from the config file as flags."""
     plain = as_dict(parse(PipelineConfig, load_config(config_file)))
     changed = differences(plain, as_dict(config))
 
-    def command(script: str, file: str, folder: str, section: str, **more: str) -> list[str]:
+    def command(script: Path, file: str, folder: str, section: str, **more: str) -> list[str]:
         flags = {"config": file, "workdir": folder} | more
         for path, _, value in changed:
             if path.startswith(section):
                 flags[f"config.{path.removeprefix(section)}"] = as_flag(value)
-        path = os.path.relpath(scripts / script)
+        path = os.path.relpath(script)
         return [sys.executable, path, *(f"--{name}={value}" for name, value in flags.items())]
 
     commands = {}
@@ -117,8 +124,10 @@ def stage_commands(
         more = {} if parent is None else {"init_from": f"{workdir}/{parent}"}
         if rewarded_by_model(getattr(config, name)):
             more["config.reward.model"] = f"{workdir}/reward_model"
-        commands[name] = command("train.py", f"{config_file}:{name}", f"{workdir}/{name}", f"{name}.", **more)
-    commands["gates"] = command("gates.py", config_file, workdir, "")
+        commands[name] = command(
+            scripts.train, f"{config_file}:{name}", f"{workdir}/{name}", f"{name}.", **more
+        )
+    commands["gates"] = command(scripts.gates, config_file, workdir, "")
     return commands
 
 

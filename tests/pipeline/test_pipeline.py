@@ -208,7 +208,10 @@ def test_what_differs_from_the_config_file_is_passed_on_to_its_stage():
         grpo__reward__functions="countdown",
     )
     commands = pipeline.stage_commands(
-        config, f"{ROOT}/configs/quickstart.py", "runs/x", ROOT / "experiments"
+        config,
+        f"{ROOT}/configs/quickstart.py",
+        "runs/x",
+        pipeline.Scripts(*(ROOT / "experiments" / f"{name}.py" for name in ("train", "gates"))),
     )
     flags = {name: set(command[4:]) for name, command in commands.items()}
     assert flags["pretrain"] == {

@@ -109,7 +109,7 @@ OPTIONS = {"beta": 0.1, "variant": "sigmoid", "label_smoothing": 0.0, "length_no
 
 
 def with_reference(batch, model, params):
-    return batch._replace(ref_log_probs=np.asarray(dpo.score_batch(params, batch, model=model)))
+    return batch._replace(ref_log_probs=np.asarray(dpo.completion_log_probs(params, batch, model=model)[0]))
 
 
 def test_where_policy_and_reference_agree_the_loss_is_log_2_and_the_margin_0(model):
@@ -123,7 +123,7 @@ def test_where_policy_and_reference_agree_the_loss_is_log_2_and_the_margin_0(mod
 
 def test_log_probs_are_those_of_the_answer_alone_its_last_token_included(model):
     params, batch = model.init(jax.random.key(0)), pairs(count=2)
-    found = np.asarray(dpo.score_batch(params, batch, model=model))
+    found = np.asarray(dpo.completion_log_probs(params, batch, model=model)[0])
     for pair, side in np.ndindex(2, 2):
         end = batch.lengths[pair, side]
         row = batch.tokens[pair, side, :end]
@@ -164,7 +164,7 @@ def test_a_step_makes_the_chosen_answer_likelier_and_the_rejected_one_less(model
     loss = functools.partial(dpo.loss_fn, model=model, **OPTIONS)
     _, gradient = take_step(model.init, loss, batch, params=params)
     after = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
-    moved = np.asarray(dpo.score_batch(after, batch, model=model)) - batch.ref_log_probs
+    moved = np.asarray(dpo.completion_log_probs(after, batch, model=model)[0]) - batch.ref_log_probs
     assert (moved[:, 0] > moved[:, 1]).all()
 
 
