@@ -242,12 +242,12 @@ sys.setprofile(visit)
 
 class Visits:
     """The files whose functions are called, in the order of their first calls: on the host, and in the train
-    step, which is traced before the first batch is made."""
+    step, which is traced before the first batch is made. Each with its functions that other files call."""
 
     def __init__(self, root: Path):
         self.root = f"{root}/"
-        self.host: dict[str, None] = {}
-        self.step: dict[str, None] = {}
+        self.host: dict[str, set[str]] = {}
+        self.step: dict[str, set[str]] = {}
         self.files = self.host
 
     def begin(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -260,35 +260,47 @@ class Visits:
 
         return begun
 
+    def file_of(self, frame: FrameType) -> str | None:
+        """The path of a frame's file, if it is one of ours."""
+        file = frame.f_code.co_filename.removeprefix(self.root)
+        return file if file.startswith(TOPS) else None
+
     def visit(self, frame: FrameType, event: str, _: Any) -> None:
         """Called for every call and return while the record is on."""
-        code = frame.f_code
-        if event not in ("call", "return") or not code.co_filename.startswith(self.root):
+        file = self.file_of(frame)
+        if file is None or event not in ("call", "return"):
             return
-        file = code.co_filename.removeprefix(self.root)
-        if not file.startswith(TOPS):  # such as a virtual environment
-            return
-        function = f"{file}:{code.co_qualname}"
-        if COMPILING.fullmatch(function):
+        name = frame.f_code.co_qualname
+        if COMPILING.fullmatch(f"{file}:{name}"):
             self.files = self.step if event == "call" else self.host
-        if AFTER_STEP.fullmatch(function):
+        if AFTER_STEP.fullmatch(name):
             sys.setprofile(None)
             threading.setprofile(None)
-        elif event == "call" and not LEFT_OUT.match(function):
-            caller = frame.f_back.f_code.co_name if frame.f_back else ""
-            if "<module>" not in (code.co_name, caller):  # of an import
-                self.files.setdefault(file)
+        elif event == "call" and not LEFT_OUT.match(f"{file}:{name}"):
+            caller = frame.f_back
+            if caller is not None and "<module>" in (name, caller.f_code.co_name):
+                return  # an import
+            functions = self.files.setdefault(file, set())
+            while caller is not None and self.file_of(caller) is None:
+                caller = caller.f_back
+            if caller is None or self.file_of(caller) != file:
+                functions.add(name)
 
     def print(self, title: str, *, workers: list[str]) -> None:
-        """All files, each once."""
+        """All files, each once, with the number of their functions that other files call."""
         host = dict.fromkeys((*self.host, *workers))
         step = [file for file in self.step if file not in host]
-        folders = Counter(file.split("/")[1] for file in (*host, *step))
+        entries = {
+            file: len(self.host.get(file, set()) | self.step.get(file, set())) for file in (*host, *step)
+        }
+        folders = Counter(file.split("/")[1] for file in entries)
         counts = ", ".join(f"{count} in {folder}" for folder, count in folders.most_common())
-        print(f"\n{title} visits {len(host) + len(step)} files ({counts})")
+        print(f"\n{title} visits {len(entries)} files ({counts}).")
+        print("A number is that of the file's functions that other files call.")
         for label, files in (("from the file to a batch", host), ("then, in the train step", step)):
             print(f"  {label}")
-            print("".join(f"    {file}\n" for file in files), end="")
+            for file in files:
+                print(f"    {file} {'(in the process of a reward)' if file in workers else entries[file]}")
 
 
 def print_visits(root: Path) -> None:

@@ -1,16 +1,17 @@
-"""Small runs in this process, for the tests of reinforcement learning: how to make them, what they leave."""
+"""Small RL runs for the tests, trained in this process, and readers of what they write."""
 
 import json
 import random
 from pathlib import Path
 
 import jax
-from test_resume import read_all
+import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.config import load_config, override, parse
 from jaxllm.runs.train import train
 from jaxllm.stages import find_stage
-from jaxllm.training.checkpoint import find_checkpoint
+from jaxllm.training.checkpoint import find_checkpoint, read_arrays
 from jaxllm.training.metrics import read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -42,7 +43,7 @@ STAGES = {
         "optimizer.learning_rate": 1e-2,
     },
 }
-ROLLOUTS = {  # 4 iterations of 2 updates on 16 answers
+ROLLOUTS = {  # 4 iterations of 2 updates on 16 completions
     "data.batch_size": 8,
     "rollout.num_prompts": 4,
     "rollout.group_size": 4,
@@ -69,7 +70,7 @@ def vowels(example, completion):
 
 
 def settings(stage, **changes):
-    """Fields of a small run and their values, as on a command line; `a__b=c` changes the field a.b."""
+    """Fields of a small run and their values as on a command line; `a__b=c` sets the field a.b."""
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     return {name: str(value) for name, value in (TINY | STAGES[stage] | changes).items()}
 
@@ -83,7 +84,7 @@ def make_config(stage, **changes):
 
 
 def run(config, workdir, *, init_from=None, devices=1):
-    """Train, on the first so many devices; returns the run folder."""
+    """Train on the first `devices` devices. Returns the run folder."""
     train(
         find_stage(config.stage),
         config,
@@ -96,7 +97,7 @@ def run(config, workdir, *, init_from=None, devices=1):
 
 
 def rows_of(workdir):
-    """All that was measured but times, by step."""
+    """The metrics by step, without times."""
     return {
         row.pop("step"): {name: x for name, x in row.items() if not name.startswith(("perf/", "time/"))}
         for row in read_metrics(workdir / "metrics.jsonl")
@@ -104,13 +105,13 @@ def rows_of(workdir):
 
 
 def arrays_of(workdir, prefix="", step=None):
-    """name -> bytes, of what is saved under a name, at a step or at last."""
+    """name -> bytes of the arrays whose names start with `prefix`; of the last step, or of `step`."""
     saved = read_all(checkpoint_of(workdir, step))
     return {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
 
 
 def metadata_of(workdir, step=None):
-    """What a checkpoint says beside its arrays."""
+    """metadata.json of a checkpoint."""
     return json.loads((checkpoint_of(workdir, step) / "metadata.json").read_text())
 
 
@@ -118,20 +119,36 @@ def checkpoint_of(workdir, step=None):
     return find_checkpoint(workdir if step is None else workdir / "checkpoints" / str(step))
 
 
+def read_all(folder):
+    """name -> bytes of every array of a step folder."""
+    abstract = {}
+    for name, text in json.loads((folder / "arrays.json").read_text()).items():
+        dtype, _, shape = text.rstrip("]").partition("[")
+        dtype = jax.random.key(0).dtype if dtype.startswith("key<") else jnp.dtype(dtype)
+        abstract[name] = jax.ShapeDtypeStruct([int(n) for n in shape.split(",") if n], dtype)
+    arrays = read_arrays(folder, abstract)
+    return {
+        name: np.asarray(
+            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        ).tobytes()
+        for name, x in arrays.items()
+    }
+
+
 def write_rows(folder):
-    """Files of rows for every stage, made of words that mean nothing, and a file of rewards."""
+    """Write a file of rows of random words for every stage, and a file of rewards."""
     draw = random.Random(0)
     words = ["".join(draw.choices("aeiounrstlk", k=draw.randrange(2, 8))) for _ in range(60)]
 
-    def say(shortest, longest):
+    def text(shortest, longest):
         return " ".join(draw.choices(words, k=draw.randrange(shortest, longest)))
 
     rows = {
-        "sft": [{"prompt": say(1, 5), "completion": say(1, 3)} for _ in range(150)],
+        "sft": [{"prompt": text(1, 5), "completion": text(1, 3)} for _ in range(150)],
         "reward_model": [
-            {"prompt": say(1, 4), "chosen": say(1, 3), "rejected": say(3, 5)} for _ in range(60)
+            {"prompt": text(1, 4), "chosen": text(1, 3), "rejected": text(3, 5)} for _ in range(60)
         ],
-        "prompts": [{"prompt": say(1, 5), "answer": str(i)} for i in range(60)],
+        "prompts": [{"prompt": text(1, 5), "answer": str(i)} for i in range(60)],
     }
     (folder / "mine.py").write_text(REWARDS)
     for name, records in rows.items():
@@ -139,6 +156,6 @@ def write_rows(folder):
 
 
 def make_policy(folder):
-    """In this folder: rows, rewards, and the run of a model that has seen how answers end."""
+    """Write rows and rewards, and train a policy that ends its completions. Returns its run folder."""
     write_rows(folder)
     return run(make_config("sft", data__train=folder / "sft.jsonl"), folder / "policy")

@@ -1,4 +1,4 @@
-"""A wrong config or command line ends in one line that names the field, and in exit code 78."""
+"""An invalid config or command line is an error of one line that names the field, with exit code 78."""
 
 import json
 import subprocess
@@ -67,7 +67,7 @@ VALUES = {
 
 
 def changed(path, value):
-    """VALUES with the field at the dotted path set, or taken out where value is ...."""
+    """VALUES with the field at the dotted path set, or removed if `value` is Ellipsis."""
     values = json.loads(json.dumps(VALUES))
     *parents, field = path.split(".")
     section = values
@@ -126,7 +126,7 @@ def test_json_round_trip():
         ("evaluation", {}, "config.evaluation.train: missing key"),
     ],
 )
-def test_a_wrong_config_is_one_line_with_the_full_path(path, value, message):
+def test_an_invalid_config_is_one_line_with_the_full_path(path, value, message):
     with pytest.raises(ConfigError) as caught:
         parse(Config, changed(path, value))
     assert str(caught.value) == message
@@ -261,7 +261,7 @@ def test_main_gets_the_config_and_the_flags(config_file):
         ("--config=tiny.py:huge", "tiny.py:6: ValueError: unknown size huge"),
     ],
 )
-def test_a_wrong_command_line_is_one_line_and_exit_code_78(config_file, capsys, argument, message):
+def test_an_invalid_command_line_is_one_line_and_exit_code_78(config_file, capsys, argument, message):
     assert run("--config=tiny.py", argument) == 78
     captured = capsys.readouterr()
     assert captured.err == f"error: {message}\n"
@@ -278,8 +278,8 @@ NO_ATTRIBUTE = "import os\n\nos.nothing\n"
 NO_FUNCTION = "x = 1\n"
 NO_RETURN = "def get_config():\n    pass\n"
 NO_DEFAULT = "def get_config(size):\n    pass\n"
-REFUSED = "from jaxllm.errors import ConfigError\n\ndef get_config():\n    raise ConfigError('no')\n"
-MISSPELT = CONFIG_FILE.replace('"steps"', '"stepz"')
+CONFIG_ERROR = "from jaxllm.errors import ConfigError\n\ndef get_config():\n    raise ConfigError('no')\n"
+MISSPELLED = CONFIG_FILE.replace('"steps"', '"stepz"')
 
 
 @pytest.mark.parametrize(
@@ -290,11 +290,11 @@ MISSPELT = CONFIG_FILE.replace('"steps"', '"stepz"')
         (NO_FUNCTION, "bad.py: AttributeError: module 'config_file' has no attribute 'get_config'"),
         (NO_RETURN, "bad.py: get_config() returned a NoneType, not a ConfigDict"),
         (NO_DEFAULT, "missing a required argument: 'size', give it as --config=FILE.py:ARG"),
-        (REFUSED, "bad.py:4: no"),
-        (MISSPELT, "config.training.stepz: unknown key, did you mean 'steps'?"),
+        (CONFIG_ERROR, "bad.py:4: no"),
+        (MISSPELLED, "config.training.stepz: unknown key, did you mean 'steps'?"),
     ],
 )
-def test_a_broken_config_file_is_named_with_its_line(config_file, capsys, text, message):
+def test_an_error_in_a_config_file_is_one_line_with_its_line_number(config_file, capsys, text, message):
     Path("bad.py").write_text(text)
     assert run("--config=bad.py") == 78
     error = capsys.readouterr().err
@@ -302,7 +302,7 @@ def test_a_broken_config_file_is_named_with_its_line(config_file, capsys, text, 
     assert error.count("\n") == 1
 
 
-def test_an_argument_that_get_config_does_not_take(config_file, capsys):
+def test_an_argument_that_get_config_does_not_take_is_an_error(config_file, capsys):
     Path("plain.py").write_text(NO_RETURN)
     assert run("--config=plain.py:big") == 78
     assert "too many positional arguments, drop the text after the colon" in capsys.readouterr().err
@@ -334,7 +334,7 @@ def test_a_run_error_is_its_line_and_its_exit_code(config_file, capsys, error, c
     assert capsys.readouterr().err == line
 
 
-def test_a_bug_keeps_its_traceback(config_file):
+def test_an_unexpected_exception_keeps_its_traceback(config_file):
     with pytest.raises(ZeroDivisionError):
         run("--config=tiny.py", main=lambda config, flags: 1 // 0)
 
@@ -352,7 +352,7 @@ assert "jax" not in sys.modules
 """
 
 
-def test_help_is_quick_and_loads_neither_jax_nor_the_config_class(tmp_path):
+def test_help_is_fast_and_imports_neither_jax_nor_the_config_class(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(HELP_SCRIPT)
     started = time.monotonic()
@@ -362,7 +362,7 @@ def test_help_is_quick_and_loads_neither_jax_nor_the_config_class(tmp_path):
     assert "--workdir: where outputs go" in done.stdout
 
 
-# ---- what the messages offer
+# ---- suggestions in messages
 
 
 def test_nearest_multiples_for_a_size_that_must_be_divisible():

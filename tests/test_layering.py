@@ -117,7 +117,7 @@ def test_scripts_are_short():
 
 def test_names_of_stages_stand_in_few_places(tree):
     stages = {path.stem for path in (ROOT / "jaxllm" / "stages").glob("[!_]*.py")}
-    assert len(stages) == 6
+    assert len(stages) >= 6
     found = []
     for module in tree:
         path = ROOT.joinpath(*module.split("."))

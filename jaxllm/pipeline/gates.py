@@ -31,7 +31,7 @@ COUNTED = 20_000_000  # tokens of the training text that the trigram counts, at 
 
 @dataclass(frozen=True)
 class Gate:
-    """One claim about a stage, and what was found."""
+    """One claim about a stage, and what was measured."""
 
     name: str
     claim: str
@@ -80,7 +80,7 @@ def evaluated(folder: Path, stage: str) -> list[dict[str, float]]:
 
 
 def text_gate(config: PipelineConfig, folder: Path) -> Gate:
-    """Bits per byte of held-out text, beside those of a trigram that has counted the same text."""
+    """Bits per byte of held-out text, beside those of a trigram model of the same training text."""
     row = evaluated(folder, "pretrain")[-1]
     if "eval/bits_per_byte" not in row:
         return unmeasured("text", "pretraining had no held-out text")
@@ -116,7 +116,7 @@ def trigram(config: PipelineConfig, folder: Path) -> tuple[float, float]:
 
 
 def answers_gate(gates: GatesConfig, completions: PipelineCompletions) -> Gate:
-    """Right answers to held-out questions, before and after instruction fine-tuning."""
+    """Correct completions of held-out questions, before and after instruction fine-tuning."""
     (before, error), (after, error_after) = (
         average(column(completions.of(stage, temperature=0.0, plain=plain), "correct"))
         for stage, plain in (("pretrain", True), ("sft", False))
@@ -124,12 +124,12 @@ def answers_gate(gates: GatesConfig, completions: PipelineCompletions) -> Gate:
     rise, rise_error = after - before, math.hypot(error, error_after)
     return Gate(
         "answers",
-        f"right answers rise by {gates.answer_rise:g} and {gates.errors:g} standard errors over pretraining",
+        f"correct answers rise by {gates.answer_rise:g} and {gates.errors:g} standard errors over pretraining",
         rise,
         rise_error,
         gates.answer_rise,
         rise >= max(gates.answer_rise, gates.errors * rise_error),
-        f"{percent(after, error_after)} of held-out questions answered rightly; pretrained, "
+        f"{percent(after, error_after)} of held-out questions answered correctly; pretrained, "
         f"{percent(before, error)}",
     )
 
@@ -154,7 +154,7 @@ def reward_gate(gates: GatesConfig, row: dict[str, float]) -> Gate:
 def preference_gate(
     gates: GatesConfig, name: str, before: list[dict], after: list[dict], measure: str
 ) -> Gate:
-    """What a judge that training never saw thinks of the answers, and how far from SFT they are."""
+    """The score of completions by a rubric that training never sees, and their KL to SFT's model."""
     old, new = column(before, measure), column(after, measure)
     (was, _), (now, _), (rise, error) = average(old), average(new), average(new - old)
     kl, kl_error = average(np.array([row["kl"] for row in after]))
@@ -174,10 +174,10 @@ def preference_gate(
 
 
 def reasoning_gate(gates: GatesConfig, rows: list[dict[str, float]]) -> Gate:
-    """pass@1 of sampled answers to held-out problems, before and after GRPO."""
+    """pass@1 of sampled completions of held-out problems, before and after GRPO."""
     rows = [row for row in rows if "eval/sampled_pass@1" in row]
     if len(rows) < 2:
-        return unmeasured("reasoning", "set grpo.sample.group_size: so many sampled answers to each problem")
+        return unmeasured("reasoning", "set grpo.sample.group_size, the sampled completions of each problem")
     (was, error), (now, error_now) = (
         (row["eval/sampled_pass@1"], row["eval/sampled_pass@1_se"]) for row in (rows[0], rows[-1])
     )
@@ -194,7 +194,7 @@ def reasoning_gate(gates: GatesConfig, rows: list[dict[str, float]]) -> Gate:
 
 
 def unmeasured(name: str, why: str) -> Gate:
-    """A gate that this data has nothing to say about."""
+    """A gate that this data cannot measure."""
     return Gate(name, "", None, None, None, None, why)
 
 

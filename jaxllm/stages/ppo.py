@@ -132,6 +132,8 @@ def loss_fn(
         clip_high=clip,
         importance_weights=batch.importance_weights,
     )
+    assert batch.values is not None
+    assert batch.returns is not None
     value, value_metrics = ppo_value_loss(values, batch.values, batch.returns, batch.mask, clip=value_clip)
     entropy = aggregate(scores.entropy, batch.mask, "token_mean")
     # The three count the same tokens, so their sums add up to a sum over the same weight.

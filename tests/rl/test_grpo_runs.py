@@ -1,4 +1,4 @@
-"""GRPO in whole runs: the reward rises, every option runs, samples and metrics are those of the rollout."""
+"""GRPO in whole runs: training, advantages, resampling, samples and metrics, meshes."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def configure(folder, reward="mine.py:vowels", **changes):
 
 
 def train_grpo(folder, workdir, devices=1, **changes):
-    """A run that is initialized from the policy."""
+    """Train, initialized from the policy. Returns the run folder."""
     return run(configure(folder, **changes), workdir, init_from=folder / "policy", devices=devices)
 
 
@@ -55,7 +55,7 @@ def whole(folder):
 # Training
 
 
-def test_the_first_update_of_a_rollout_has_the_ratio_1_and_sampler_and_trainer_agree(folder, tmp_path):
+def test_at_the_first_update_the_ratio_is_1_and_sampler_and_trainer_agree(folder, tmp_path):
     changes = {"rollout__num_prompts": 2, "rollout__num_minibatches": 1, "training__steps": 2}
     changes |= {f"training__{name}_every": 1 for name in ("log", "evaluate", "checkpoint")}
     rows = rows_of(train_grpo(folder, tmp_path / "r", **changes))
@@ -76,7 +76,7 @@ def test_the_reward_rises(folder, tmp_path):
     assert np.mean(means[-3:]) > np.mean(means[:2]) + 0.2
 
 
-def test_a_run_in_two_parts_is_one_run(folder, whole, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(folder, whole, tmp_path):
     parts, sampling = tmp_path / "parts", {"training__sample_every": 4}
     train_grpo(folder, parts, **sampling, training__steps=4)
     train_grpo(folder, parts, **sampling)
@@ -130,14 +130,14 @@ def test_the_kl_in_the_reward_lowers_the_advantage(folder):
     in_reward = {"objective__kl_in": "reward", "objective__kl_coefficient": 0.5}
     scale = {"objective__advantage_scale": "none"}
     found = grpo.advantages(configure(folder, **group, **in_reward, **scale), rollout, kl)
-    np.testing.assert_allclose(found, [-0.1, 0.1, -0.5, 0.5], atol=1e-6)  # the first costs 0.5 x 0.4
+    np.testing.assert_allclose(found, [-0.1, 0.1, -0.5, 0.5], atol=1e-6)  # the first: -0.5 x 0.4
     leave_one_out = configure(folder, **group, **in_reward, objective__advantage="leave_one_out")
     np.testing.assert_allclose(grpo.advantages(leave_one_out, rollout, kl), [-0.2, 0.2, -1, 1], atol=1e-6)
     in_loss = configure(folder, **group, **scale, objective__kl_coefficient=0.5)
     np.testing.assert_allclose(grpo.advantages(in_loss, rollout, kl), [0, 0, -0.5, 0.5], atol=1e-6)
 
 
-def test_a_completion_without_a_counted_token_is_not_in_its_groups_statistics(folder):
+def test_a_fully_masked_completion_is_not_in_its_groups_statistics(folder):
     rollout = completions([1, 0, 5, 0], [2, 3, 0, 1])
     config = configure(folder, objective__advantage_scale="none")
     found = grpo.advantages(config, rollout, np.zeros((4, 4), np.float32))
@@ -193,7 +193,7 @@ def test_groups_without_signal_are_resampled(folder, tmp_path):
 
 
 def table(workdir, step):
-    """Reward and advantage of every completion in the table of a rollout."""
+    """Reward and advantage of every completion in a rollout's table of samples."""
     text = (workdir / "samples" / f"{step}.txt").read_text()
     lines = re.findall(r"^ *(-?[\d.e-]+) +(-?[\d.e-]+) +\d+  ", text, re.MULTILINE)
     return np.array(lines, float)
@@ -229,7 +229,7 @@ def test_every_row_has_the_rollout_of_its_own_step(folder, tmp_path):
     changes |= {"training__evaluate_every": 0, "training__checkpoint_every": 8}
     rows = rows_of(train_grpo(folder, tmp_path / "r", **changes))
     means = {step: row["reward/mean"] for step, row in rows.items()}
-    assert means == {2: 7.5, 4: 23.5, 6: 39.5, 8: 55.5}  # of the calls 0 to 15, 16 to 31, ...
+    assert means == {2: 7.5, 4: 23.5, 6: 39.5, 8: 55.5}  # means of 0 to 15, 16 to 31, ...
 
 
 # On a mesh
@@ -282,6 +282,6 @@ def test_a_mesh_gives_the_same_completions_and_the_same_parameters(folder, tmp_p
         ),
     ],
 )
-def test_what_does_not_fit_is_an_error_with_the_fix(folder, changes, message):
+def test_an_inconsistent_config_is_an_error_with_the_fix(folder, changes, message):
     with pytest.raises(ConfigError, match=message):
         configure(folder, **changes)

@@ -1,4 +1,4 @@
-"""PPO in whole runs: what it begins with, what it is paid, what moves when, what it goes on with."""
+"""PPO in whole runs: initialization, updates of policy and critic, rewards, resuming."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ TARGET, HORIZON = 0.05, 100.0  # of the KL
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Rows, rewards, a policy that answers and a reward model."""
+    """Rows, rewards, a policy that ends its completions and a reward model."""
     folder = tmp_path_factory.mktemp("ppo")
     make_policy(folder)
     train_reward_model(folder, "reward")
@@ -27,7 +27,7 @@ def train_reward_model(folder, name, init_from="policy", **changes):
 
 
 def configure(folder, **changes):
-    """Paid by the reward model and for ending, with the share of vowels beside it."""
+    """Rewards: the reward model and the missing_eos_penalty; the fraction of vowels is only logged."""
     usual = {
         "data__train": folder / "prompts.jsonl",
         "rollout__group_size": 1,
@@ -54,7 +54,7 @@ def whole(folder):
 # Initialization
 
 
-def test_at_the_first_update_on_a_rollout_the_ratio_is_1(folder, tmp_path, monkeypatch):
+def test_the_ratio_is_1_at_the_first_update_on_a_rollout(folder, tmp_path, monkeypatch):
     batches, make_batch = [], ppo.PPO.make_batch
 
     def recorded(self, state, rollout):
@@ -97,7 +97,7 @@ def test_without_a_reward_model_the_critic_is_the_policy_with_a_head_of_zeros(fo
     assert not np.any(initial["critic"].pop("scalar_head")["kernel"])
     jax.tree.map(np.testing.assert_array_equal, initial["critic"], initial["policy"])
     pairs = zip(jax.tree.leaves(initial["critic"]), jax.tree.leaves(initial["policy"]), strict=True)
-    assert not any(a is b for a, b in pairs)  # the step could not donate one buffer twice
+    assert not any(a is b for a, b in pairs)  # a buffer cannot be donated twice
 
 
 # Updates
@@ -132,7 +132,7 @@ def test_the_kl_coefficient_falls_below_the_target_and_rises_above_it(whole):
     kls = [rows[step]["kl/reference"] for step in (2, 4, 6, 8)]
     coefficients = [rows[step]["kl/coefficient"] for step in (2, 4, 6, 8)]
     coefficients.append(metadata_of(whole)["kl_coefficient"])
-    expected = [0.05, 0.05]  # it waits for the critic
+    expected = [0.05, 0.05]  # constant while only the critic trains
     for kl in kls[1:]:
         expected.append(expected[-1] * (1 + np.clip(kl / TARGET - 1, -0.2, 0.2) * 16 / HORIZON))
     np.testing.assert_allclose(coefficients, expected, rtol=1e-6)
@@ -143,7 +143,7 @@ def test_the_kl_coefficient_falls_below_the_target_and_rises_above_it(whole):
 # Rewards
 
 
-def test_the_reward_is_the_models_and_the_missing_eos_penalty_without_functions_of_weight_0(folder, whole):
+def test_the_reward_is_the_models_and_the_penalty_without_functions_of_weight_0(folder, whole):
     known = metadata_of(folder / "reward")["metrics"]
     fractions = []
     for step in (2, 4, 6, 8):
@@ -167,7 +167,7 @@ def test_the_reward_of_a_function_alone_rises(folder, tmp_path):
 # Resuming
 
 
-def test_a_run_in_two_parts_is_one_run(folder, whole, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(folder, whole, tmp_path):
     parts = tmp_path / "parts"
     run(configure(folder, training__steps=4), parts, init_from=folder / "policy")
     run(configure(folder), parts)
@@ -178,7 +178,7 @@ def test_a_run_in_two_parts_is_one_run(folder, whole, tmp_path):
     assert metadata_of(whole)["prompts_consumed"] == 4 * 16
 
 
-def test_a_checkpoint_is_its_policy_for_others(folder, whole, tmp_path):
+def test_other_stages_read_the_policy_of_a_checkpoint(folder, whole, tmp_path):
     policy = arrays_of(whole, "params/policy/")
     loaded = load_checkpoint(whole).params
     assert np.asarray(loaded["embed"]["table"]).tobytes() == policy["embed/table"]
@@ -195,7 +195,7 @@ def test_a_checkpoint_is_its_policy_for_others(folder, whole, tmp_path):
     assert arrays_of(tmp_path / "grpo", "params/") == policy
 
 
-def test_a_mesh_measures_the_same(folder, whole, tmp_path):
+def test_a_mesh_gives_the_same_metrics(folder, whole, tmp_path):
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     config = configure(folder, **mesh, training__steps=2)
     rows = rows_of(run(config, tmp_path / "mesh", init_from=folder / "policy", devices=8))
@@ -218,24 +218,24 @@ def test_a_mesh_measures_the_same(folder, whole, tmp_path):
         ({"objective__kl_target": 0.0}, r"objective.kl_target=0.0 must be above 0, or none"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_an_error_with_the_fix(folder, changes, message):
+def test_an_inconsistent_config_is_an_error_with_the_fix(folder, changes, message):
     with pytest.raises(ConfigError, match=message):
         configure(folder, **changes)
 
 
-def test_a_reward_model_that_does_not_fit_is_an_error_with_the_fix(folder, tmp_path):
-    def refused(model, message):
+def test_an_unsuitable_reward_model_is_an_error_with_the_fix(folder, tmp_path):
+    def check_error(model, message):
         with pytest.raises(ConfigError, match=rf"reward.model=\S*{model}.*{message}"):
             run(
                 configure(folder, reward__model=folder / model), tmp_path / model, init_from=folder / "policy"
             )
 
-    refused("policy", "is not a reward model; pass the run of one")
-    never = {"training__evaluate_every": 0, "training__steps": 2, "checkpoint__best_metric": None}
-    train_reward_model(folder, "unmeasured", **never)
-    refused("unmeasured", r"without an evaluation.*set reward.normalize=False")
+    check_error("policy", "is not a reward model; pass the run of one")
+    no_evaluation = {"training__evaluate_every": 0, "training__steps": 2, "checkpoint__best_metric": None}
+    train_reward_model(folder, "unmeasured", **no_evaluation)
+    check_error("unmeasured", r"without an evaluation.*set reward.normalize=False")
     train_reward_model(folder, "foreign", init_from=None)
-    refused("foreign", "another tokenizer than the policy: train it from the same model")
+    check_error("foreign", "another tokenizer than the policy: train it from the same model")
     larger = {"model__num_layers": 2, "tokenizer__path": folder / "policy" / "tokenizer.model"}
     train_reward_model(folder, "larger", init_from=None, **larger)
-    refused("larger", "a model of another size: num_layers 2 -> 1")
+    check_error("larger", "a model of another size: num_layers 2 -> 1")

@@ -1,4 +1,4 @@
-"""Reinforcement learning where something is wrong: rewards, prompts, completions, signals."""
+"""RL runs with faulty rewards, prompts or completions, and RL runs that a signal stops."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ def one(example, completion):
     return 1.0
 
 def stops_the_run(example, completion):
-    """Asks the run to stop, in the 24th call, and does not come back."""
+    """Stops the run in the 24th call and does not return."""
     global calls
     calls += 1
     if calls == 24 and once("stopped"):
@@ -98,7 +98,7 @@ def test_a_reward_that_fails_is_counted_and_replaced_by_error_reward(folder, rew
         row = rows[step]
         assert row["reward/timeouts"] == timeouts
         assert row["reward/errors"] == 3 * 16
-        hung = (16 - 3 * timeouts) / 16  # one of sixteen is -2 instead of 1
+        hung = (16 - 3 * timeouts) / 16  # one of 16 rewards is -2 instead of 1
         assert row["reward/hangs"] == pytest.approx(hung)
         assert row["reward/raises"] == row["reward/not_a_number"] == row["reward/text"] == -2
         assert row["reward/nothing"] is None  # None abstains, which is no error
@@ -110,7 +110,7 @@ def test_a_reward_that_fails_is_counted_and_replaced_by_error_reward(folder, rew
     assert len(shown) == len(set(shown)) == 4
 
 
-def test_a_completion_of_which_every_reward_abstains_gets_error_reward(folder, rewards, tmp_path):
+def test_a_completion_where_every_reward_abstains_gets_error_reward(folder, rewards, tmp_path):
     changes = QUIET | {"reward__error_reward": -2.0, "training__steps": 2}
     row = rows_of(train_run(folder, tmp_path / "r", f"{rewards}:nothing", **changes))[2]
     assert row["reward/mean"] == -2
@@ -143,7 +143,7 @@ def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(folder, rewards, tm
     assert "1 dropped (1 longer than data.sequence_length - rollout.sampling.max_new_tokens" in report
 
 
-def test_no_prompt_that_leaves_room_is_an_error_of_one_line(folder, rewards, tmp_path):
+def test_prompts_that_are_all_too_long_are_an_error_of_one_line(folder, rewards, tmp_path):
     changes = {"data__sequence_length": 8, "rollout__sampling__max_new_tokens": 6}
     with pytest.raises(
         DataError,
@@ -184,15 +184,15 @@ def test_masked_truncated_completions_give_no_gradient_and_a_warning(
     assert row["train/skipped_steps"] == row["train/grad_norm"] == row["train/loss"] == 0
     prefix = "params/policy/" if stage == "ppo" else "params/"
     assert arrays_of(tmp_path / "r", prefix) == arrays_of(folder / "policy", "params/")
-    assert capsys.readouterr().out.count("100% of the answers did not end") == 1
+    assert capsys.readouterr().out.count("100% of the completions do not end") == 1
 
 
 # Signals
 
 
 @pytest.fixture(scope="module")
-def undisturbed(folder, tmp_path_factory):
-    """A run that no signal stops."""
+def uninterrupted(folder, tmp_path_factory):
+    """An uninterrupted run."""
     rewards = tmp_path_factory.mktemp("rewards") / "faulty.py"
     rewards.write_text(REWARDS)
     rewards.with_name("faulty.py.stopped").touch()
@@ -206,20 +206,20 @@ def assert_same(workdir, expected):
         assert (workdir / "evals" / file.name).read_text() == file.read_text()
 
 
-def test_stopped_while_a_reward_hangs_it_resumes_as_if_uninterrupted(folder, rewards, tmp_path, undisturbed):
+def test_a_run_stopped_while_a_reward_hangs_resumes_exactly(folder, rewards, tmp_path, uninterrupted):
     changes = {"reward__time_limit": 60.0}
     with pytest.raises(Stopped) as raised:
         train_run(folder, tmp_path / "r", f"{rewards}:stops_the_run", **changes)
     assert raised.value.exit_code == 75
     assert rewards.with_name("faulty.py.stopped").exists()
-    assert_same(train_run(folder, tmp_path / "r", f"{rewards}:stops_the_run", **changes), undisturbed)
+    assert_same(train_run(folder, tmp_path / "r", f"{rewards}:stops_the_run", **changes), uninterrupted)
 
 
 @pytest.mark.parametrize(
     "call", [1, 2, 3, 4], ids=["evaluation at the start", "first rollout", "second rollout", "evaluation"]
 )
-def test_stopped_while_decoding_it_resumes_as_if_uninterrupted(
-    folder, rewards, tmp_path, undisturbed, monkeypatch, call
+def test_a_run_stopped_while_decoding_resumes_exactly(
+    folder, rewards, tmp_path, uninterrupted, monkeypatch, call
 ):
     calls, collect = [], rollouts.collect
 
@@ -238,4 +238,4 @@ def test_stopped_while_decoding_it_resumes_as_if_uninterrupted(
     with pytest.raises(Stopped):
         train_run(folder, tmp_path / "r", f"{rewards}:stops_the_run")
     assert len(calls) == call
-    assert_same(train_run(folder, tmp_path / "r", f"{rewards}:stops_the_run"), undisturbed)
+    assert_same(train_run(folder, tmp_path / "r", f"{rewards}:stops_the_run"), uninterrupted)

@@ -1,4 +1,4 @@
-"""Killed while it samples, judges, learns or saves, an RL run ends as if it had been left alone."""
+"""An RL run that is killed while it samples, scores, updates or saves ends as an uninterrupted one."""
 
 import os
 import re
@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from rl_runs import CONFIGS, FILES, arrays_of, make_config, make_policy, metadata_of, rows_of, run, settings
 
-ROOT = Path(__file__).parents[1]
-STEPS = 8  # two in an iteration
-ROUNDS = int(os.environ.get("JAXLLM_KILLS", "1"))  # of all phases
+ROOT = Path(__file__).parents[2]
+STEPS = 8  # two per iteration
+ROUNDS = int(os.environ.get("JAXLLM_KILLS", "1"))  # runs to kill, each in all phases
 
-# Runs the training script; the process kills itself in a phase of an iteration, or of saving what it made.
+# Runs the training script in a process that kills itself in a phase of an iteration, or while it saves.
 PROGRAM = """
 import os, runpy, signal, sys
 
@@ -26,7 +26,7 @@ from jaxllm.rl import rollouts
 from jaxllm.runs.program import Program
 from jaxllm.training import checkpoint
 
-now = []  # iterations that have begun to sample
+now = []  # the iterations so far
 
 
 def die():
@@ -73,7 +73,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Rows, rewards, a policy that answers and a reward model."""
+    """Rows, rewards, a policy that ends its completions and a reward model."""
     folder = tmp_path_factory.mktemp("kill")
     policy = make_policy(folder)
     reward_model = make_config("reward_model", data__train=folder / "reward_model.jsonl")
@@ -114,7 +114,7 @@ def start(arguments):
 
 
 def outcome(workdir):
-    """All that a run leaves behind that does not measure time."""
+    """All that a run writes, without times."""
     timed = r'"(time|perf)/[^"]*": [^,}]*(, )?'
     written = {
         path.relative_to(workdir).as_posix(): re.sub(timed, "", path.read_text())
@@ -126,7 +126,7 @@ def outcome(workdir):
 
 
 @pytest.mark.parametrize("stage", ["grpo", "ppo"])
-def test_killed_in_every_phase_it_ends_the_same(folder, tmp_path, stage):
+def test_a_run_killed_in_every_phase_ends_as_an_uninterrupted_one(folder, tmp_path, stage):
     code, output = start(command(folder, stage, tmp_path / "whole"))
     assert code == 0, output
     expected = outcome(tmp_path / "whole")
@@ -138,7 +138,7 @@ def test_killed_in_every_phase_it_ends_the_same(folder, tmp_path, stage):
             code, output = start(["-c", PROGRAM, phase, str(iteration), *arguments])
             assert code == -signal.SIGKILL, output
             saved = max([0, *(int(path.parent.name) for path in workdir.glob("checkpoints/*/manifest.json"))])
-            assert saved in (2 * iteration - 2, 2 * iteration), output  # the last was perhaps on its way
+            assert saved in (2 * iteration - 2, 2 * iteration), output  # the last may be incomplete
         code, output = start(arguments)
         assert code == 0, output
         assert "resumed at step 4" in output

@@ -1,5 +1,6 @@
 """Run folders that version 1 wrote (revision 6a2e121) are loaded and resumed under today's names."""
 
+import functools
 import json
 import tarfile
 from pathlib import Path
@@ -11,10 +12,11 @@ from rl_runs import arrays_of, rows_of
 
 from jaxllm.config import load_config, override, parse
 from jaxllm.config_versions import RENAMED, VERSION, current_name, stamped, upgrade
-from jaxllm.errors import ConfigError
+from jaxllm.errors import ConfigError, DataError
 from jaxllm.runs.checkpoints import load_checkpoint
 from jaxllm.runs.train import train
 from jaxllm.stages import find_stage
+from jaxllm.training.run_folder import RunFolder, record_start
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,6 +104,28 @@ def test_it_is_resumed(old, capsys):
 def test_a_setting_that_differs_is_still_an_error(old):
     with pytest.raises(ConfigError, match=r"rollout\.num_prompts 4 -> 8"):
         resume(old, **{"rollout.num_prompts": 8})
+
+
+@pytest.mark.parametrize(("version", "sources"), [(1, ["synthetic"]), (1, ["mine.txt"]), (2, ["synthetic"])])
+def test_only_fingerprints_of_synthetic_text_of_version_1_are_not_compared(
+    tmp_path, capsys, version, sources
+):
+    config = {"stage": "pretrain", "data": {"train": sources, "validation": [], "text_key": "text"}}
+    (tmp_path / "config.json").write_text(json.dumps(config if version == 1 else stamped(config)))
+    record = {"id": "a", "parent": None, "fingerprints": {"data": "old", "tokenizer": "t"}, "starts": []}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    run = RunFolder(tmp_path, "a", resuming=True, step=None)
+    start = functools.partial(
+        record_start, run, config, command=["train.py"], fingerprints={"data": "new", "tokenizer": "t"}
+    )
+    if (version, sources) == (1, ["synthetic"]):
+        start()
+        assert "not compared" in capsys.readouterr().out
+        start()  # it is of today's version now, with today's fingerprint
+        assert capsys.readouterr().out == ""
+    else:
+        with pytest.raises(DataError, match="the data differs"):
+            start()
 
 
 def test_every_renamed_field_is_translated():

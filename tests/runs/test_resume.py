@@ -1,4 +1,4 @@
-"""A run that is killed, stopped and resumed ends bit for bit like one that was left alone."""
+"""A run that is killed or stopped, and resumed, ends bit for bit as an uninterrupted one."""
 
 import functools
 import json
@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
+from rl_runs import read_all
 
-ROOT = Path(__file__).parents[1]
+from jaxllm.training.checkpoint import find_checkpoint
+
+ROOT = Path(__file__).parents[2]
 STEPS = 12
 CONFIGS = {
     "pretrain": "pretrain_text.py",
@@ -44,7 +46,7 @@ STAGE_OVERRIDES = {
 
 
 def command(stage, shared, workdir, *more):
-    """A run on the rows in `shared`; later stages begin with the weights of the pretraining run there."""
+    """A run on the rows in `shared`. Later stages are initialized from the pretraining run there."""
     overrides = OVERRIDES | STAGE_OVERRIDES[stage] | {"data.train": shared / f"{stage}.jsonl"}
     if stage in ("pretrain", "dpo"):
         overrides["data.cache_dir"] = cache_of(workdir)
@@ -60,12 +62,12 @@ def command(stage, shared, workdir, *more):
 
 
 def whole(shared, stage):
-    """Where the run of this stage that nobody disturbs is."""
+    """The folder of the uninterrupted run of this stage."""
     return shared / f"{stage}-whole"
 
 
 def cache_of(workdir):
-    """Where that run keeps what it could compute again."""
+    """The data cache of the run in `workdir`."""
     return workdir.with_name(f"{workdir.name}-cache")
 
 
@@ -83,7 +85,7 @@ def run(arguments):
 
 
 def interrupt(arguments, number, line):
-    """Send a signal when a line of output holds this text; exit code and output."""
+    """Send a signal once a line of output has the text `line`. Returns exit code and output."""
     with start(arguments) as process:
         output = ""
         for text in process.stdout:
@@ -100,13 +102,11 @@ class Outcome(NamedTuple):
     arrays: dict[str, bytes]
     rows: list[dict[str, float]]
     samples: dict[str, str]
-    best: Any  # what is known of the best step, and its arrays
+    best: Any  # metadata of the best step, and its arrays
 
 
 def outcome(workdir):
-    """All that a run leaves behind that does not measure time."""
-    from jaxllm.training.checkpoint import find_checkpoint
-
+    """All that a run writes, without times."""
     folder = find_checkpoint(workdir)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     rows = [{k: x for k, x in row.items() if not k.startswith("perf/")} for row in rows]
@@ -117,41 +117,20 @@ def outcome(workdir):
     return Outcome(folder.name, read_all(folder), rows, samples, best)
 
 
-def read_all(folder):
-    """Every array of a checkpoint as bytes, whatever its meaning."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxllm.training.checkpoint import read_arrays
-
-    abstract = {}
-    for name, text in json.loads((folder / "arrays.json").read_text()).items():
-        dtype, _, shape = text.rstrip("]").partition("[")
-        dtype = jax.random.key(0).dtype if dtype.startswith("key<") else jnp.dtype(dtype)
-        abstract[name] = jax.ShapeDtypeStruct([int(n) for n in shape.split(",") if n], dtype)
-    arrays = read_arrays(folder, abstract)
-    return {
-        name: np.asarray(
-            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-        ).tobytes()
-        for name, x in arrays.items()
-    }
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A folder with a few rows for every stage, made of words that mean nothing."""
+    """A folder with rows of random words for every stage."""
     folder, draw = tmp_path_factory.mktemp("runs"), random.Random(0)
     words = ["".join(draw.choices("aeiounrstlk", k=draw.randrange(2, 8))) for _ in range(300)]
 
-    def say(shortest, longest):
+    def text(shortest, longest):
         return " ".join(draw.choices(words, k=draw.randrange(shortest, longest))) + "."
 
     rows = {
-        "pretrain": [{"text": say(5, 60)} for _ in range(300)],
-        "sft": [{"prompt": say(1, 5), "completion": say(1, 5)} for _ in range(150)],
+        "pretrain": [{"text": text(5, 60)} for _ in range(300)],
+        "sft": [{"prompt": text(1, 5), "completion": text(1, 5)} for _ in range(150)],
         "reward_model": [
-            {"prompt": say(1, 4), "chosen": say(1, 5), "rejected": say(1, 5)} for _ in range(80)
+            {"prompt": text(1, 4), "chosen": text(1, 5), "rejected": text(1, 5)} for _ in range(80)
         ],
     }
     rows["dpo"] = rows["reward_model"]
@@ -162,20 +141,20 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(shared):
-    """stage -> the outcome of a run of it that was left alone."""
+    """stage -> the outcome of an uninterrupted run."""
 
     @functools.cache
-    def leave_alone(stage):
+    def run_whole(stage):
         if stage != "pretrain":
-            leave_alone("pretrain")
+            run_whole("pretrain")
         code, output = run(command(stage, shared, whole(shared, stage)))
         assert code == 0, output
         return outcome(whole(shared, stage))
 
-    return leave_alone
+    return run_whole
 
 
-def test_a_run_leaves_each_step_once_and_samples(uninterrupted):
+def test_a_run_writes_each_step_once_and_samples(uninterrupted):
     step, arrays, rows, samples, _ = uninterrupted("pretrain")
     assert step == str(STEPS)
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
@@ -185,18 +164,18 @@ def test_a_run_leaves_each_step_once_and_samples(uninterrupted):
 
 
 @pytest.mark.parametrize(
-    ("stage", "stretches"),  # of three steps each, in which it is killed
+    ("stage", "parts"),  # of three steps each, by the first, in which it is killed
     [("pretrain", (1, 4, 8)), ("sft", (7,)), ("reward_model", (7,)), ("dpo", (7,))],
 )
-def test_killed_it_ends_the_same(tmp_path, shared, uninterrupted, stage, stretches):
+def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path, shared, uninterrupted, stage, parts):
     workdir, draw, expected = tmp_path / "killed", random.Random(), uninterrupted(stage)
-    for first in stretches:  # before, between and after checkpoints; just after a step's line, or a save's
+    for first in parts:  # before, between and after checkpoints; just after the line of a step or of a save
         step = first + draw.randrange(3)
-        # Where the stretch before ended, there is no line of this one yet.
+        # The part before has not printed these lines yet.
         line = draw.choice([f"step {step}/", f"step {step}/", f"saved step {(first + 2) // 3 * 3}"])
         code, output = interrupt(command(stage, shared, workdir), signal.SIGKILL, line)
         assert code == -signal.SIGKILL, output
-    if stage == "dpo":  # the reference is then computed again, from the weights that the run began with
+    if stage == "dpo":  # computes the reference again, from the initial weights
         shutil.rmtree(cache_of(workdir))
     code, output = run(command(stage, shared, workdir, "--resume=must"))
     assert code == 0, output
@@ -204,7 +183,9 @@ def test_killed_it_ends_the_same(tmp_path, shared, uninterrupted, stage, stretch
     assert outcome(workdir) == expected
 
 
-def test_asked_to_stop_it_saves_exits_75_and_the_printed_command_resumes(tmp_path, shared, uninterrupted):
+def test_a_stopped_run_saves_exits_with_75_and_prints_the_command_that_resumes(
+    tmp_path, shared, uninterrupted
+):
     workdir = tmp_path / "stopped"
     code, output = interrupt(command("pretrain", shared, workdir), signal.SIGTERM, "step 5/")
     assert code == 75, output
@@ -214,7 +195,7 @@ def test_asked_to_stop_it_saves_exits_75_and_the_printed_command_resumes(tmp_pat
     assert outcome(workdir) == uninterrupted("pretrain")
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, shared, uninterrupted):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, shared, uninterrupted):
     workdir = tmp_path / "damaged"
     code, output = interrupt(command("pretrain", shared, workdir), signal.SIGTERM, "step 8/")
     assert code == 75, output
@@ -232,7 +213,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, shared,
     assert outcome(workdir) == uninterrupted("pretrain")
 
 
-def test_another_seed_or_other_data_is_refused_and_nothing_is_lost(tmp_path, shared, uninterrupted):
+def test_resuming_with_another_seed_is_an_error_and_changes_no_file(tmp_path, shared, uninterrupted):
     workdir = tmp_path / "foreign"
     code, stopped = interrupt(command("pretrain", shared, workdir), signal.SIGTERM, "step 5/")
     assert code == 75, stopped
@@ -244,6 +225,6 @@ def test_another_seed_or_other_data_is_refused_and_nothing_is_lost(tmp_path, sha
     step = int(re.search(r"saved at step (\d+)", stopped)[1])
     code, output = run(
         command("pretrain", shared, workdir, f"--config.training.steps={step - 1}")
-    )  # steps may differ
+    )  # the number of steps may differ
     assert code == 0, output
     assert f"nothing to do: {step} steps are done" in output

@@ -1,4 +1,4 @@
-"""The same run on one device and on eight: equal losses, and a state that is really split."""
+"""The same run on one device and on eight: equal losses, and a state that is split over the devices."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from jaxllm.batches import PairBatch, TokenBatch
 from jaxllm.config import load_config, override, parse
 from jaxllm.stages import build_program, find_stage
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = {
     "pretrain": "pretrain_text.py",
     "sft": "sft_chat.py",
@@ -46,7 +46,7 @@ def make_program(stage, optimizer, mesh):
 
 
 def token_batch(seed):
-    """Two documents a row, some tokens not learnt."""
+    """Two documents per row, with some tokens outside the loss mask."""
     draw = np.random.default_rng(seed)
     tokens = draw.integers(0, 512, (B, T + 1)).astype(np.int32)
     segments = np.sort(draw.integers(1, 3, (B, T)).astype(np.int32))
@@ -55,7 +55,7 @@ def token_batch(seed):
 
 
 def pair_batch(seed):
-    """Answers of all lengths, with margins and weights, and what some reference thinks of them."""
+    """Completions of different lengths, with margins, weights and log-probs of a reference."""
     draw = np.random.default_rng(seed)
     prompts = draw.integers(1, 20, B).astype(np.int32)
     lengths = prompts[:, None] + draw.integers(1, 40, (B, 2)).astype(np.int32)
@@ -70,7 +70,7 @@ def pair_batch(seed):
 
 
 def run(stage, optimizer, mesh):
-    """The losses of a few steps, and the last state, on a mesh."""
+    """The losses of a few steps on a mesh, and the last state."""
     program = make_program(stage, optimizer, MESHES[mesh])
     make_batch = token_batch if stage in ("pretrain", "sft") else pair_batch
     step, state, losses = program.compile(), program.fresh_state(), []
@@ -101,9 +101,9 @@ def test_a_mesh_changes_neither_losses_nor_weights_and_splits_the_whole_state(st
     assert len({shard.device for shard in jax.tree.leaves(sharded.params)[0].addressable_shards}) == 8
 
 
-def test_the_compiler_finds_a_way_between_all_layouts(capfd):
-    """It says so when it has to replicate an array for want of one: the lookup of the embedding did that."""
-    jax.config.update("jax_enable_compilation_cache", False)  # it speaks only while it compiles
+def test_the_compiler_replicates_no_array_between_layouts(capfd):
+    """XLA warns where it cannot reshard an array without replicating it, as once the embedding lookup."""
+    jax.config.update("jax_enable_compilation_cache", False)  # it warns only while it compiles
     try:
         make_program("pretrain", "adamw", MESHES["2x2x2"]).compile()
     finally:

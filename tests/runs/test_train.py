@@ -1,4 +1,4 @@
-"""A whole run in this process: what it says, what it leaves, and what it never does twice."""
+"""Whole runs in this process: what they print and write, when they compile, stop early and fail."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from jaxllm.stages import build_program, find_stage
 from jaxllm.training.checkpoint import find_checkpoint, read_arrays
 from jaxllm.training.metrics import read_metrics
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = {
     "pretrain": ("pretrain_text.py", "good.jsonl"),
     "sft": ("sft_chat.py", "chats.jsonl"),
@@ -30,7 +30,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """A folder with a small text that repeats itself, some of it in rows that cannot be used."""
+    """A folder with rows of repetitive text, chats and pairs, and with a file that has a bad row."""
     folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
     sentences = [f"The {a} saw the {b}." for a in ("cat", "dog", "bird") for b in ("ball", "tree", "moon")]
     rows = [
@@ -96,7 +96,7 @@ def finished(text, tmp_path_factory):
     return workdir
 
 
-def test_it_learns(finished):
+def test_the_loss_falls(finished):
     first, *_, last = read_metrics(finished / "metrics.jsonl")
     assert first["step"] == 0  # random weights
     assert last["eval/bits_per_byte"] < first["eval/bits_per_byte"]
@@ -104,7 +104,7 @@ def test_it_learns(finished):
 
 
 @pytest.mark.parametrize("stage", FILES)
-def test_a_run_compiles_only_at_its_beginning(finished, text, tmp_path, stage):
+def test_a_run_compiles_only_at_its_start(finished, text, tmp_path, stage):
     compiled_after = []  # the last step whose metrics were written
 
     def listen(event, _, **__):
@@ -123,7 +123,7 @@ def test_a_run_compiles_only_at_its_beginning(finished, text, tmp_path, stage):
     assert max(compiled_after) < 8  # by then it has trained, evaluated and saved
 
 
-def test_the_checkpoint_knows_all_that_is_needed_to_use_it(finished, text):
+def test_a_checkpoint_has_the_config_and_the_tokenizer(finished, text):
     folder = find_checkpoint(finished)
     assert folder.name == "8"
     assert json.loads((folder / "config.json").read_text())["data"]["train"] == [str(text / "good.jsonl")]
@@ -135,7 +135,7 @@ def test_the_checkpoint_knows_all_that_is_needed_to_use_it(finished, text):
     assert metadata["tokenizer"] == record["fingerprints"]["tokenizer"]
 
 
-def test_weights_of_another_run_begin_a_new_one_and_are_named_as_its_parent(finished, text, tmp_path):
+def test_a_run_is_initialized_from_another_and_records_it_as_its_parent(finished, text, tmp_path):
     config = make_config(text, training__steps="3", optimizer__learning_rate="0.0")
     run(config, tmp_path / "child", init_from=str(finished))
     program = build_program(config)
@@ -148,7 +148,7 @@ def test_weights_of_another_run_begin_a_new_one_and_are_named_as_its_parent(fini
     assert record["parent"]["path"] == str(find_checkpoint(finished))
 
 
-def test_a_bad_row_stops_the_run_or_is_written_down(text, tmp_path):
+def test_a_bad_row_stops_the_run_or_is_recorded(text, tmp_path):
     bad = {"data__train": str(text / "bad.jsonl"), "training__steps": "3"}
     with pytest.raises(DataError, match=r"bad.jsonl:401: missing key .*did you mean 'txt'"):
         run(make_config(text, **bad), tmp_path / "stopped")
@@ -157,13 +157,13 @@ def test_a_bad_row_stops_the_run_or_is_written_down(text, tmp_path):
     assert json.loads(row)["where"].endswith("bad.jsonl:401")
 
 
-def test_a_tokenizer_larger_than_the_model_s_vocabulary_is_refused(finished, text, tmp_path):
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_an_error(finished, text, tmp_path):
     config = make_config(text, model__vocab_size="300", tokenizer__path=str(finished / "tokenizer.model"))
     with pytest.raises((ConfigError, DataError), match="vocab_size"):
         run(config, tmp_path / "small")
 
 
-def test_a_run_on_a_mesh_prints_what_it_does_first(text, tmp_path, capsys):
+def test_a_run_on_a_mesh_prints_its_start_up_report(text, tmp_path, capsys):
     config = make_config(text, training__steps="3", mesh__data="2", mesh__fsdp="2", mesh__tensor="2")
     run(config, tmp_path / "mesh")
     printed = capsys.readouterr().out
@@ -183,7 +183,7 @@ def test_a_run_on_a_mesh_prints_what_it_does_first(text, tmp_path, capsys):
         assert re.search(line, printed), line
 
 
-def test_a_dry_run_says_what_a_step_takes(text):
+def test_a_dry_run_prints_memory_and_compute_of_a_step(text):
     program = build_program(make_config(text))
     report = dry_run(program)
     state = (
@@ -195,23 +195,23 @@ def test_a_dry_run_says_what_a_step_takes(text):
     assert "training.num_microbatches" in report
 
 
-# The stages that follow
+# Later stages
 
 
 @pytest.fixture(scope="module")
 def chat_run(finished, text, tmp_path_factory):
-    """The folder of a model that learnt to answer, and what its run said."""
-    workdir, said = tmp_path_factory.mktemp("chat") / "sft", io.StringIO()
-    with contextlib.redirect_stdout(said):
+    """The run folder of SFT, and its output."""
+    workdir, output = tmp_path_factory.mktemp("chat") / "sft", io.StringIO()
+    with contextlib.redirect_stdout(output):
         run(make_config(text, "sft", sample__num_held_out="4"), workdir, init_from=str(finished))
-    return workdir, said.getvalue()
+    return workdir, output.getvalue()
 
 
 def params_of(workdir, program):
     return read_arrays(find_checkpoint(workdir), program.abstract_state.params, prefix="params")
 
 
-def test_fine_tuning_says_what_it_reads_and_learns_and_what_comes_of_it(chat_run):
+def test_fine_tuning_reports_its_data_and_lowers_the_loss(chat_run):
     workdir, printed = chat_run
     for line in (
         r"chats.jsonl: 80 rows read, 80 kept; formats: 60 \[prompt, completion\], 20 \[messages\]; [\d,]+ t",
@@ -230,34 +230,36 @@ def test_fine_tuning_says_what_it_reads_and_learns_and_what_comes_of_it(chat_run
     assert 0 <= last["eval/stopped_fraction"] <= 1
     sample = (workdir / "samples" / "8.txt").read_text()
     assert "What is an LLM?" in sample
-    assert sample.count("held out; the answer given there: ") == 4
+    assert sample.count("held out; the data's own completion: ") == 4
 
 
-def test_a_run_that_gets_no_better_ends_and_goes_on_only_with_more_patience(chat_run, text, tmp_path, capsys):
-    still, workdir = {"optimizer__learning_rate": "0.0", "training__steps": "100"}, tmp_path / "still"
+def test_a_run_that_does_not_improve_stops_and_resumes_only_with_more_patience(
+    chat_run, text, tmp_path, capsys
+):
+    no_change, workdir = {"optimizer__learning_rate": "0.0", "training__steps": "100"}, tmp_path / "r"
     for patience, steps in ((2, 8), (2, 8), (3, 12)):
-        config = make_config(text, "sft", training__patience=str(patience), **still)
+        config = make_config(text, "sft", training__patience=str(patience), **no_change)
         run(config, workdir, init_from=str(chat_run[0]))
         assert read_metrics(workdir / "metrics.jsonl")[-1]["step"] == steps
     printed = capsys.readouterr().out
     assert "done: 8 steps, stopped early (best eval/loss" in printed
-    assert "nothing to do: 8 steps are done; for more, raise training.patience" in printed
+    assert "nothing to do: 8 steps are done; to train further, raise training.patience" in printed
     with pytest.raises(CheckpointError, match="no step of its run has a better eval/loss than the initial"):
         find_checkpoint(workdir / "best")
 
 
-def test_a_run_that_is_good_enough_ends_and_goes_on_only_without_its_target(chat_run, text, tmp_path, capsys):
-    workdir = tmp_path / "enough"
+def test_a_run_that_reaches_its_target_stops_and_resumes_only_without_it(chat_run, text, tmp_path, capsys):
+    workdir = tmp_path / "run"
     for target, steps in (("90.0", 0), ("90.0", 0), ("none", 4)):
         config = make_config(text, "sft", training__target=target, training__steps="4")
         run(config, workdir, init_from=str(chat_run[0]))
         assert read_metrics(workdir / "metrics.jsonl")[-1]["step"] == steps
     printed = capsys.readouterr().out
     assert "done: 0 steps (best eval/loss" in printed
-    assert "nothing to do: 0 steps are done; for more, set training.target=none" in printed
+    assert "nothing to do: 0 steps are done; to train further, set training.target=none" in printed
 
 
-def test_a_chat_template_of_one_s_own_stays_with_the_weights(finished, text, tmp_path):
+def test_a_custom_chat_template_is_saved_with_the_weights(finished, text, tmp_path):
     template = tmp_path / "mine.jinja"
     template.write_text(
         "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
@@ -279,14 +281,14 @@ def test_a_chat_template_of_one_s_own_stays_with_the_weights(finished, text, tmp
 
 @pytest.fixture(scope="module")
 def reward_run(chat_run, text, tmp_path_factory):
-    workdir, said = tmp_path_factory.mktemp("reward") / "reward", io.StringIO()
+    workdir, output = tmp_path_factory.mktemp("reward") / "reward", io.StringIO()
     config = make_config(text, "reward_model", optimizer__learning_rate="0.01", training__steps="12")
-    with contextlib.redirect_stdout(said):
+    with contextlib.redirect_stdout(output):
         run(config, workdir, init_from=str(chat_run[0]))
-    return workdir, said.getvalue()
+    return workdir, output.getvalue()
 
 
-def test_a_reward_model_starts_from_a_chat_model_and_learns(reward_run):
+def test_a_reward_model_trains_from_a_chat_model(reward_run):
     workdir, printed = reward_run
     for line in (
         r"pairs.jsonl: 60 rows read, 60 kept; formats: 60 \[prompt, chosen, rejected\]",
@@ -303,7 +305,7 @@ def test_a_reward_model_starts_from_a_chat_model_and_learns(reward_run):
     assert known["eval/reward_std"] == last["eval/reward_std"] > 0
 
 
-def test_a_reward_model_starts_from_a_reward_model_and_can_train_its_head_alone(
+def test_a_reward_model_trains_from_a_reward_model_its_head_alone_if_wanted(
     reward_run, text, tmp_path, capsys
 ):
     config = make_config(text, "reward_model", training__steps="3", optimizer__trainable="^scalar_head")
@@ -314,10 +316,10 @@ def test_a_reward_model_starts_from_a_reward_model_and_can_train_its_head_alone(
     jax.tree.map(np.testing.assert_array_equal, before, after)
     assert "32 of them trained" in capsys.readouterr().out
     first = read_metrics(tmp_path / "head" / "metrics.jsonl")[0]
-    assert first["eval/accuracy"] == 1.0  # step 0 has the head that was given
+    assert first["eval/accuracy"] == 1.0  # step 0 has the head of the parent
 
 
-def test_both_kinds_of_reference_begin_at_log_2_and_train_alike(chat_run, text, tmp_path):
+def test_both_kinds_of_reference_start_at_log_2_and_train_the_same(chat_run, text, tmp_path):
     rows = {}
     for reference in ("cached", "on_the_fly"):
         config = make_config(text, "dpo", data__reference=reference, training__log_every="1")
@@ -334,7 +336,7 @@ def test_both_kinds_of_reference_begin_at_log_2_and_train_alike(chat_run, text, 
 
 
 @pytest.mark.parametrize(
-    ("stage", "begin", "changes", "message"),
+    ("stage", "parent", "changes", "message"),
     [
         (
             "sft",
@@ -342,15 +344,15 @@ def test_both_kinds_of_reference_begin_at_log_2_and_train_alike(chat_run, text, 
             {"model__num_layers": "3"},
             r"of another size: num_layers \d -> 3; give the config",
         ),
-        ("sft", "reward_model", {}, "is a reward model, which says nothing"),
+        ("sft", "reward_model", {}, "is a reward model and cannot generate; pass a policy checkpoint"),
         ("sft", "nowhere", {}, "^--init_from: .*nowhere does not exist"),
-        ("dpo", None, {}, "--init_from=RUN is missing: DPO begins with its weights"),
+        ("dpo", None, {}, "--init_from=RUN is missing: it initializes DPO's policy"),
     ],
 )
-def test_weights_that_cannot_begin_a_run_are_refused(
-    stage, begin, changes, message, finished, reward_run, text, tmp_path
+def test_an_unsuitable_parent_checkpoint_is_an_error(
+    stage, parent, changes, message, finished, reward_run, text, tmp_path
 ):
     parents = {"pretrain": str(finished), "reward_model": str(reward_run[0]), None: None}
     parents["nowhere"] = str(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=message):
-        run(make_config(text, stage, **changes), tmp_path / "run", init_from=parents[begin])
+        run(make_config(text, stage, **changes), tmp_path / "run", init_from=parents[parent])

@@ -1,4 +1,4 @@
-"""experiments/evaluate.py: completions of a file of prompts, scored and written beside their rows."""
+"""experiments/evaluate.py completes a file of prompts, and scores and writes the completions."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def questions(tmp_path):
     return file
 
 
-def test_every_completion_is_scored_and_written_beside_its_row(
+def test_every_completion_is_scored_and_written_with_its_row(
     chat_model, reward_model, questions, run_process, tmp_path
 ):
     (tmp_path / "mine.py").write_text(
@@ -63,15 +63,15 @@ def test_every_completion_is_scored_and_written_beside_its_row(
     assert f"pass@2 {even.any(1).mean():.4g} ± " in output
 
 
-def test_the_kl_to_a_checkpoint_is_0_for_itself_and_more_for_another(
+def test_the_kl_of_a_checkpoint_is_0_to_itself_and_more_to_another(
     chat_model, questions, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
 
     def kl(*flags):
-        asked = (f"--checkpoint={chat_model}", f"--input={questions}", f"--reference={chat_model}")
+        required = (f"--checkpoint={chat_model}", f"--input={questions}", f"--reference={chat_model}")
         more = ("--temperature=1", "--max_new_tokens=8", "--output=answers.jsonl", *flags)
-        assert run_script(evaluate.main, None, evaluate.define_flags, ["evaluate.py", *asked, *more]) == 0
+        assert run_script(evaluate.main, None, evaluate.define_flags, ["evaluate.py", *required, *more]) == 0
         rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
         return np.array([row["kl"] for row in rows])
 
@@ -81,18 +81,18 @@ def test_the_kl_to_a_checkpoint_is_0_for_itself_and_more_for_another(
 
 
 def test_bad_input_is_an_error_of_one_line(chat_model, reward_model, questions, tmp_path, capsys):
-    asked = (f"--checkpoint={chat_model}", f"--input={questions}")
+    required = (f"--checkpoint={chat_model}", f"--input={questions}")
     for flags, line in (
         ((f"--checkpoint={chat_model}",), "--input=FILE is missing"),
         (
             (f"--checkpoint={reward_model}", f"--input={questions}"),
             "is a reward model and cannot generate",
         ),
-        ((*asked, "--output=no/x"), "--output=no/x: there is no such folder"),
-        ((*asked, "--samples=0"), "--samples=0 must be at least 1"),
-        ((*asked, "--samples=2", "--temperature=0"), "would generate the same completion every time"),
-        ((*asked, "--max_new_tokens=8", "--rewards=math_answr"), "did you mean 'math_answer'"),
-        ((*asked, "--max_new_tokens=8", f"--reward_model={chat_model}"), "not a reward model"),
+        ((*required, "--output=no/x"), "--output=no/x: there is no such folder"),
+        ((*required, "--samples=0"), "--samples=0 must be at least 1"),
+        ((*required, "--samples=2", "--temperature=0"), "would generate the same completion every time"),
+        ((*required, "--max_new_tokens=8", "--rewards=math_answr"), "did you mean 'math_answer'"),
+        ((*required, "--max_new_tokens=8", f"--reward_model={chat_model}"), "not a reward model"),
         ((f"--checkpoint={chat_model}", f"--input={questions}l"), "questions.jsonll"),
     ):
         assert run_script(evaluate.main, None, evaluate.define_flags, ["evaluate.py", *flags]) == 78

@@ -1,4 +1,4 @@
-"""experiments/score.py: the rewards it writes are the model's own, and no row is dropped silently."""
+"""experiments/score.py writes the reward model's rewards, and reports every row that it leaves out."""
 
 import json
 
@@ -28,7 +28,7 @@ def write(path, rows):
 
 @pytest.fixture(scope="session")
 def reward_of(reward_model):
-    """(question, completion) -> the model's reward, of this one alone and without padding."""
+    """(question, answer) -> the model's reward, in a batch of one without padding."""
     loaded = load_checkpoint(str(reward_model))
     template = checkpoint_template(loaded)
 

@@ -1,6 +1,8 @@
-"""A decoder of two layers, whole train steps on it, and conversations made of numbers."""
+"""A decoder of two layers, and train steps on it."""
 
 import functools
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,9 +17,6 @@ from jaxllm.training.step import train_step
 
 @pytest.fixture(scope="session")
 def config() -> ModelConfig:
-    from dataclasses import replace
-    from pathlib import Path
-
     pretrain = load_config(str(Path(__file__).parents[2] / "configs" / "pretrain_text.py:tiny"))
     return replace(parse(ModelConfig, pretrain.model), vocab_size=40, num_layers=2, width=32)
 
@@ -34,7 +33,7 @@ def scalar_model(config):
 
 @pytest.fixture
 def take_step():
-    """(init, loss_fn, batch) -> loss and the gradient, by one whole train step of plain descent."""
+    """(init, loss_fn, batch) -> metrics and gradient, by one train step of SGD."""
 
     def run(init, loss_fn, batch, params=None, **options):
         optimizer = optax.sgd(1.0)

@@ -1,4 +1,4 @@
-"""A model's auxiliary losses (as of experts) reach the loss, the gradient and the metrics of every stage."""
+"""A model's auxiliary losses, as of experts, are in the loss, the gradient and the metrics of every stage."""
 
 import functools
 
@@ -71,27 +71,27 @@ def token_batch(length=8):
     return TokenBatch(ids, np.roll(ids, -1, 1), ids > 0, np.ones_like(ids), positions)
 
 
-def rollout_batch(length=8, one_a_token=False):
+def rollout_batch(length=8, per_token=False):
     tokens = token_batch(length).tokens
     zeros = np.zeros(tokens.shape, np.float32)
     return RolloutBatch(
         tokens,
         tokens > 0,
         zeros - 3,
-        zeros + 1 if one_a_token else zeros[:, 0] + 1,
+        zeros + 1 if per_token else zeros[:, 0] + 1,
         values=zeros,
         returns=zeros,
     )
 
 
 def build(name, config, Model, Scalar):
-    """Parameters, batch and loss of a stage with models of these classes."""
+    """Parameters, batch and loss of a stage, with models of these classes."""
     stage, options = OBJECTIVES[name]
     model, scalar = Model(config), Scalar(config)
     key = jax.random.key(0)
     if name == "ppo":
         params = {"policy": model.init(key), "critic": scalar.init(key)}
-        batch = rollout_batch(one_a_token=True)
+        batch = rollout_batch(per_token=True)
         loss = functools.partial(stage.loss_fn, model=model, critic=scalar, **options)
     elif name == "reward_model":
         params, batch = scalar.init(key), pairs(count=2, length=24)
@@ -104,7 +104,7 @@ def build(name, config, Model, Scalar):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_it_is_added_to_the_loss_and_logged(name, config):
+def test_an_auxiliary_loss_is_added_and_logged(name, config):
     def evaluate(Model, Scalar):
         params, batch, loss = build(name, config, Model, Scalar)
 
@@ -127,7 +127,7 @@ def test_it_is_added_to_the_loss_and_logged(name, config):
         np.testing.assert_allclose(part["final_norm"]["scale"], 0.5, atol=1e-5)
 
 
-def test_every_stage_is_tried():
-    tried = {stage.__name__.rpartition(".")[2] for stage, _ in OBJECTIVES.values()}
-    assert all(find_stage(name).generates in (True, False) for name in tried)
-    assert tried == {"pretrain", "sft", "reward_model", "dpo", "grpo", "ppo"}
+def test_every_stage_is_tested():
+    tested = {stage.__name__.rpartition(".")[2] for stage, _ in OBJECTIVES.values()}
+    assert all(find_stage(name).generates in (True, False) for name in tested)
+    assert tested == {"pretrain", "sft", "reward_model", "dpo", "grpo", "ppo"}

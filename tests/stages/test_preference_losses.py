@@ -1,4 +1,4 @@
-"""Reward model and DPO at the train step's boundary."""
+"""The losses of the reward model and of DPO in whole train steps."""
 
 import functools
 
@@ -14,7 +14,7 @@ T = 24
 
 
 def pairs(count=4, length=T, seed=0, pad=0):
-    """Prompts with two answers each, padded on the right."""
+    """Prompts with two completions each, padded on the right."""
     draw = np.random.default_rng(seed)
     tokens = np.full((count, 2, length), pad, np.int32)
     prompt_lengths = draw.integers(2, 8, count).astype(np.int32)
@@ -27,8 +27,8 @@ def pairs(count=4, length=T, seed=0, pad=0):
     return PairBatch(tokens, prompt_lengths, lengths, 0 * ones, ones, np.zeros((count, 2), np.float32))
 
 
-def headed(scalar_model, seed=0):
-    """Parameters whose head is not zero, so that rewards differ."""
+def with_random_head(scalar_model, seed=0):
+    """Parameters with a random head instead of zeros, so that rewards differ."""
     params = scalar_model.init(jax.random.key(seed))
     kernel = params["scalar_head"]["kernel"]
     return params | {"scalar_head": {"kernel": jax.random.normal(jax.random.key(seed + 1), kernel.shape)}}
@@ -40,7 +40,7 @@ def step(scalar_model, take_step):
         loss = functools.partial(
             reward_model.loss_fn, model=scalar_model, center_coefficient=center_coefficient
         )
-        return take_step(scalar_model.init, loss, batch, params=headed(scalar_model))
+        return take_step(scalar_model.init, loss, batch, params=with_random_head(scalar_model))
 
     return run
 
@@ -48,7 +48,7 @@ def step(scalar_model, take_step):
 # The reward model
 
 
-def test_untrained_it_is_undecided(scalar_model):
+def test_an_untrained_reward_model_has_loss_log_2(scalar_model):
     batch = pairs()
     loss, metrics = reward_model.loss_fn(
         scalar_model.init(jax.random.key(0)), batch, None, model=scalar_model, center_coefficient=0.01
@@ -57,15 +57,17 @@ def test_untrained_it_is_undecided(scalar_model):
     assert float(metrics["margin"].mean) == 0
 
 
-def test_the_step_s_loss_is_bradley_terry_of_the_rewards_read_at_the_last_tokens(step, scalar_model):
+def test_the_loss_is_bradley_terry_of_the_rewards_at_the_last_tokens(step, scalar_model):
     batch = pairs()
-    values = scalar_model.apply(headed(scalar_model), batch.tokens.reshape(-1, T)).values.reshape(-1, 2, T)
+    values = scalar_model.apply(with_random_head(scalar_model), batch.tokens.reshape(-1, T)).values.reshape(
+        -1, 2, T
+    )
     rewards = np.take_along_axis(np.asarray(values), batch.lengths[..., None] - 1, axis=2)[..., 0]
     expected, _ = bradley_terry_loss(rewards[:, 0], rewards[:, 1], center_coefficient=0.01)
     np.testing.assert_allclose(step(batch, 0.01)[0]["loss"], expected.mean, rtol=1e-5)
 
 
-def test_what_lies_after_the_end_changes_neither_reward_nor_gradient(step):
+def test_padding_changes_neither_reward_nor_gradient(step):
     batch = pairs()
     a, b = step(batch), step(pairs(pad=17))
     assert a[0]["loss"] == b[0]["loss"]
@@ -75,18 +77,18 @@ def test_what_lies_after_the_end_changes_neither_reward_nor_gradient(step):
 
 
 @pytest.mark.parametrize("end_of_text", [0, 2])
-def test_an_end_of_text_inside_the_prompt_does_not_move_the_reward_s_place(scalar_model, end_of_text):
-    batch, params = pairs(count=2), headed(scalar_model)
+def test_an_end_of_text_inside_the_prompt_does_not_move_the_position_of_the_reward(scalar_model, end_of_text):
+    batch, params = pairs(count=2), with_random_head(scalar_model)
     batch.tokens[:, :, 1] = end_of_text
     values = np.asarray(scalar_model.apply(params, batch.tokens.reshape(-1, T)).values).reshape(-1, 2, T)
     found = np.asarray(scalar_model.rewards(params, batch.tokens, batch.lengths).values)
     np.testing.assert_allclose(
         found, np.take_along_axis(values, batch.lengths[..., None] - 1, axis=2)[..., 0], rtol=1e-5, atol=1e-6
     )
-    assert np.abs(found - values[:, :, 1]).min() > 1e-3  # not where the token stands
+    assert np.abs(found - values[:, :, 1]).min() > 1e-3  # not at the position of the end of text
 
 
-def test_a_pair_s_weight_counts_it_so_many_times(step):
+def test_a_pair_of_weight_2_counts_twice(step):
     batch = pairs(count=3)
     twice = PairBatch(*(np.concatenate([field, field[:1]]) for field in batch))
     weighted = batch._replace(weight=np.array([2, 1, 1], np.float32))
@@ -98,7 +100,7 @@ def test_a_pair_s_weight_counts_it_so_many_times(step):
     np.testing.assert_allclose(nothing[0]["loss"], without[0]["loss"], rtol=1e-5)
 
 
-def test_a_margin_asks_for_a_greater_difference(step):
+def test_a_margin_raises_the_loss(step):
     batch = pairs()
     assert step(batch._replace(margin=np.full(4, 2.0, np.float32)))[0]["loss"] > step(batch)[0]["loss"]
 
@@ -112,16 +114,16 @@ def with_reference(batch, model, params):
     return batch._replace(ref_log_probs=np.asarray(dpo.completion_log_probs(params, batch, model=model)[0]))
 
 
-def test_where_policy_and_reference_agree_the_loss_is_log_2_and_the_margin_0(model):
+def test_the_loss_is_log_2_and_the_margin_0_where_policy_and_reference_agree(model):
     params, batch = model.init(jax.random.key(0)), pairs()
     batch = with_reference(batch, model, params)
     loss, metrics = dpo.loss_fn(params, batch, None, model=model, **OPTIONS)
     assert float(loss.mean) == pytest.approx(np.log(2), rel=1e-7)
     assert float(metrics["rewards/margins"].mean) == 0
-    assert float(metrics["rewards/accuracies"].mean) == 0  # a tie is wrong
+    assert float(metrics["rewards/accuracies"].mean) == 0  # a tie counts as wrong
 
 
-def test_log_probs_are_those_of_the_answer_alone_its_last_token_included(model):
+def test_log_probs_are_those_of_the_completion_with_its_last_token(model):
     params, batch = model.init(jax.random.key(0)), pairs(count=2)
     found = np.asarray(dpo.completion_log_probs(params, batch, model=model)[0])
     for pair, side in np.ndindex(2, 2):
@@ -132,7 +134,7 @@ def test_log_probs_are_those_of_the_answer_alone_its_last_token_included(model):
         np.testing.assert_allclose(found[pair, side], expected, rtol=1e-5)
 
 
-def test_padding_changes_nothing(model, take_step):
+def test_padding_does_not_change_dpo(model, take_step):
     params = model.init(jax.random.key(1))
     loss = functools.partial(dpo.loss_fn, model=model, **OPTIONS)
     results = []
@@ -145,12 +147,12 @@ def test_padding_changes_nothing(model, take_step):
         )
 
 
-def test_the_prompt_is_not_learnt_and_each_token_of_the_answers_is(model, take_step):
+def test_the_loss_is_on_both_completions_and_not_on_the_prompt(model, take_step):
     params, batch = model.init(jax.random.key(1)), pairs(count=1)
     loss = functools.partial(dpo.loss_fn, model=model, **OPTIONS)
     _, gradient = take_step(model.init, loss, with_reference(batch, model, params))
     rejected_only = batch._replace(lengths=batch.lengths.copy())
-    rejected_only.lengths[0, 0] = batch.prompt_lengths[0]  # an empty chosen answer: nothing of it is left
+    rejected_only.lengths[0, 0] = batch.prompt_lengths[0]  # an empty chosen completion
     _, other = take_step(model.init, loss, with_reference(rejected_only, model, params))
     assert any(jax.tree.leaves(jax.tree.map(lambda x, y: bool(np.abs(x - y).max() > 1e-5), gradient, other)))
     neither = batch._replace(lengths=np.stack([batch.prompt_lengths] * 2, axis=1))
@@ -158,7 +160,7 @@ def test_the_prompt_is_not_learnt_and_each_token_of_the_answers_is(model, take_s
     assert not any(np.abs(leaf).max() for leaf in jax.tree.leaves(nothing))
 
 
-def test_a_step_makes_the_chosen_answer_likelier_and_the_rejected_one_less(model, take_step):
+def test_a_step_raises_the_chosen_log_prob_over_the_rejected_one(model, take_step):
     params, batch = model.init(jax.random.key(0)), pairs()
     batch = with_reference(batch, model, params)
     loss = functools.partial(dpo.loss_fn, model=model, **OPTIONS)

@@ -1,4 +1,4 @@
-"""Instruction fine-tuning at the train step's boundary: what a whole step sees of a batch."""
+"""The SFT loss in whole train steps: loss mask, padding, packing, NEFTune, DFT."""
 
 import functools
 
@@ -15,7 +15,7 @@ T, PAD = 24, 0
 
 
 def texts(count=5, seed=0, longest=20):
-    """Token rows whose second half is learnt."""
+    """Token rows, each with the second half in the loss mask."""
     draw = np.random.default_rng(seed)
     lengths = draw.integers(4, longest, count)
     ids = [draw.integers(1, 40, n).astype(np.int32) for n in lengths]
@@ -43,7 +43,7 @@ def assert_same(a, b, rtol=2e-5, atol=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a[1], b[1])
 
 
-def test_what_the_mask_hides_changes_neither_loss_nor_gradient(step):
+def test_masked_targets_change_neither_loss_nor_gradient(step):
     batch = batch_of(texts())
     other = batch._replace(targets=np.where(batch.mask, batch.targets, 39 - batch.targets))
     a, b = step(batch), step(other)
@@ -51,7 +51,7 @@ def test_what_the_mask_hides_changes_neither_loss_nor_gradient(step):
     jax.tree.map(np.testing.assert_array_equal, a[1], b[1])
 
 
-def test_every_learnt_target_changes_loss_and_gradient(step):
+def test_every_target_in_the_loss_mask_changes_loss_and_gradient(step):
     batch = batch_of(texts(count=2))
     before = step(batch)
     for row, position in np.argwhere(batch.mask):
@@ -63,19 +63,19 @@ def test_every_learnt_target_changes_loss_and_gradient(step):
         assert any(changed)
 
 
-def test_the_stop_token_is_learnt_where_pad_equals_it(step):
+def test_the_stop_token_is_trained_where_it_equals_the_pad_token(step):
     rows = [
         (np.append(ids, PAD).astype(np.int32), np.append(loss_mask, True))
         for ids, loss_mask in texts(count=3)
     ]
     batch = batch_of(rows)
     stops = batch.mask & (batch.targets == PAD)
-    assert stops.sum() == 3  # one a text, whatever its padding
+    assert stops.sum() == 3  # one per text, whatever its padding
     without = batch._replace(mask=batch.mask & ~stops)
     with_stop, stop_free = step(batch), step(without)
     assert with_stop[0]["loss"] != stop_free[0]["loss"]
     a, b = (gradient["embed"]["table"][PAD] for _, gradient in (with_stop, stop_free))
-    assert np.abs(a - b).max() > 1e-3  # the stop token's logit is pushed up
+    assert np.abs(a - b).max() > 1e-3  # the gradient on the stop token's logit
 
 
 def test_the_amount_of_padding_changes_nothing(step):
@@ -98,7 +98,7 @@ def test_packed_and_unpacked_rows_have_the_same_loss_and_gradient(step):
     assert_same(step(packed), step(unpacked))
 
 
-def test_rows_in_one_packed_row_do_not_see_each_other(step, model):
+def test_texts_packed_in_one_row_do_not_attend_to_each_other(step, model):
     rows = texts(count=2, longest=12)
     changed = [(39 - rows[0][0], np.zeros_like(rows[0][1])), rows[1]]
     rows = [(rows[0][0], np.zeros_like(rows[0][1])), rows[1]]
@@ -107,7 +107,7 @@ def test_rows_in_one_packed_row_do_not_see_each_other(step, model):
     assert step(a)[0]["loss"] == step(b)[0]["loss"]
 
 
-def test_neftune_noise_is_bounded_new_each_step_and_never_part_of_evaluation(model, config):
+def test_neftune_noise_is_bounded_and_differs_by_step(model, config):
     params, batch = model.init(jax.random.key(0)), batch_of(texts())
     plain = {"z_loss": 0.0, "dft": False, "model": model}
     losses = [
@@ -118,17 +118,17 @@ def test_neftune_noise_is_bounded_new_each_step_and_never_part_of_evaluation(mod
 
     seen = []
 
-    class Spying(Transformer):
+    class Recording(Transformer):
         def apply(self, params, tokens, *, noise, **kwargs):
             seen.append(noise)
             return super().apply(params, tokens, noise=noise, **kwargs)
 
-    loss_fn(params, batch, jax.random.key(0), neftune_alpha=5.0, **(plain | {"model": Spying(config)}))
+    loss_fn(params, batch, jax.random.key(0), neftune_alpha=5.0, **(plain | {"model": Recording(config)}))
     bound = 5.0 / np.sqrt(T * config.width)
     assert 0.95 * bound < np.abs(seen[0]).max() <= bound
 
 
-def test_dft_weighs_each_token_by_its_probability_without_a_gradient_through_it(step, model):
+def test_dft_weights_each_token_by_its_probability_without_its_gradient(step, model):
     batch = batch_of(texts(count=1))
     params = model.init(jax.random.key(3))
     options = {"model": model, "z_loss": 0.0, "neftune_alpha": 0.0}
@@ -139,7 +139,7 @@ def test_dft_weighs_each_token_by_its_probability_without_a_gradient_through_it(
     np.testing.assert_allclose(loss.mean, (-np.exp(log_probs) * log_probs).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"].mean, -log_probs.mean(), rtol=1e-5)
 
-    # One token alone: the gradient is its cross-entropy's, times its probability.
+    # For a single token, the gradient is that of its cross-entropy times its probability.
     only = batch.mask & (np.cumsum(batch.mask, axis=1) == 1)
     one = batch._replace(mask=only)
     plain = jax.grad(lambda p: loss_fn(p, one, key, dft=False, **options)[0].mean)(params)
