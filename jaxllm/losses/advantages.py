@@ -4,13 +4,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxllm.losses.aggregate import count, masked_variance, zero_masked
+from jaxllm.losses.aggregate import Array, count, masked_variance, zero_masked
 
 SCALES = ("group", "batch", "none")
 
 
 def generalized_advantage_estimation(
-    rewards: jax.Array, values: jax.Array, mask: jax.Array, *, discount: float, lambda_: float
+    rewards: Array, values: Array, mask: Array, *, discount: float, lambda_: float
 ) -> tuple[jax.Array, jax.Array]:
     """Advantages and returns by exponentially weighted temporal differences (GAE), float32 [B, T].
 
@@ -57,7 +57,7 @@ def generalized_advantage_estimation(
     return advantages, advantages + values
 
 
-def discounted_returns(rewards: jax.Array, mask: jax.Array, *, discount: float) -> jax.Array:
+def discounted_returns(rewards: Array, mask: Array, *, discount: float) -> jax.Array:
     """R_t = r_t + discount R_next over the counted positions, 0 where masked. Float32 [B, T].
 
     A masked position passes R_next through undiscounted.
@@ -85,7 +85,7 @@ def discounted_returns(rewards: jax.Array, mask: jax.Array, *, discount: float) 
     return zero_masked(returns.T, mask)
 
 
-def token_rewards(scores: jax.Array, kl: jax.Array, mask: jax.Array, *, kl_coefficient: float) -> jax.Array:
+def token_rewards(scores: Array, kl: Array, mask: Array, *, kl_coefficient: float | Array) -> jax.Array:
     """-kl_coefficient kl, plus the score at the last counted token; 0 where masked. Float32 [B, T].
 
     The reward of RLHF with PPO (Ziegler et al. 2019, arXiv:1909.08593). Some trainers put the score one
@@ -110,7 +110,7 @@ def token_rewards(scores: jax.Array, kl: jax.Array, mask: jax.Array, *, kl_coeff
 
 
 def group_relative_advantages(
-    rewards: jax.Array, group_size: int, *, scale: str, epsilon: float, valid: jax.Array | None = None
+    rewards: Array, group_size: int, *, scale: str, epsilon: float, valid: Array | None = None
 ) -> jax.Array:
     """(r - mean of the group) / (std + epsilon), float32 [N]; a group is the completions of one prompt.
 
@@ -157,7 +157,7 @@ def group_relative_advantages(
     return jnp.where(spread, deviations / (std + epsilon), 0).ravel()
 
 
-def leave_one_out_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
+def leave_one_out_advantages(rewards: Array, group_size: int) -> jax.Array:
     """r_i - (sum of the group - r_i) / (G - 1), float32 [N]: a completion against the group's others (RLOO).
 
     An unbiased baseline (Ahmadian et al. 2024, arXiv:2402.14740); it equals G / (G - 1) times the deviation
@@ -179,7 +179,7 @@ def leave_one_out_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
     return (groups - others).ravel()
 
 
-def overlong_penalty(length: jax.Array, *, limit: int, buffer: int) -> jax.Array:
+def overlong_penalty(length: Array, *, limit: int, buffer: int) -> jax.Array:
     """0 up to limit - buffer tokens, then linearly down to -1, reached at limit; float32.
 
     Soft overlong punishment (DAPO, Yu et al. 2025, arXiv:2503.14476), to be added to the reward.
@@ -201,7 +201,7 @@ def overlong_penalty(length: jax.Array, *, limit: int, buffer: int) -> jax.Array
     return jnp.clip((limit - buffer - jnp.asarray(length, jnp.float32)) / buffer, -1, 0)
 
 
-def _groups(rewards: jax.Array, valid: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
+def _groups(rewards: Array, valid: Array, group_size: int) -> tuple[jax.Array, Array]:
     """Rewards [N / G, G] minus the highest of their group, 0 where invalid; and `valid` in that shape.
 
     Advantages do not depend on this shift, and equal rewards become exact zeros.
@@ -215,6 +215,6 @@ def _groups(rewards: jax.Array, valid: jax.Array, group_size: int) -> tuple[jax.
     return zero_masked(groups - jax.lax.stop_gradient(best), valid), valid
 
 
-def _zero_rows(x: jax.Array) -> jax.Array:
+def _zero_rows(x: Array) -> jax.Array:
     """[B] zeros to start a scan from: sums of no elements, so that under shard_map they vary as x does."""
     return x[:, :0].sum(axis=1)

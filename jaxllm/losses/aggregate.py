@@ -10,6 +10,9 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray  # what losses take; they return jax.Array
 
 MODES = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 
@@ -49,7 +52,7 @@ class Weighted(NamedTuple):
     __radd__ = __add__
 
 
-def aggregate(values: jax.Array, mask: jax.Array, mode: str, *, max_length: int | None = None) -> Weighted:
+def aggregate(values: Array, mask: Array, mode: str, *, max_length: int | None = None) -> Weighted:
     """Reduce per-token values to a sum and a weight. The mode sets whether tokens or sequences count equally.
 
     With m the mask, s_b = sum_t m v and n_b = sum_t m of sequence b:
@@ -137,7 +140,7 @@ def add_auxiliary(
     return loss._replace(sum=total), metrics | jax.lax.stop_gradient(dict(aux))
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_mean(x: Array, mask: Array) -> jax.Array:
     """The mean of x where the mask is non-zero, a float32 scalar; 0 where it is zero everywhere. Any shape.
 
     >>> import jax.numpy as jnp
@@ -151,7 +154,7 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     return mean + zero_masked(x - mean, mask).sum() / number
 
 
-def masked_variance(x: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_variance(x: Array, mask: Array) -> jax.Array:
     """The unbiased variance (n - 1) of x where the mask is non-zero, a float32 scalar; 0 for fewer than two.
 
     >>> import jax.numpy as jnp
@@ -162,7 +165,7 @@ def masked_variance(x: jax.Array, mask: jax.Array) -> jax.Array:
     return (zero_masked(x - mean, mask) ** 2).sum() / jnp.maximum(count(mask) - 1, 1)
 
 
-def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: float = 1e-8) -> jax.Array:
+def whiten(x: Array, mask: Array, *, shift_mean: bool = True, epsilon: float = 1e-8) -> jax.Array:
     """(x - mean) * rsqrt(variance + epsilon), with the mean added back unless shift_mean; 0 where masked.
 
     Mean and variance (n - 1) are taken where the mask is non-zero. Epsilon is inside the root, as in TRL's
@@ -183,7 +186,7 @@ def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: f
     return zero_masked(whitened if shift_mean else whitened + mean, mask)
 
 
-def masked_sum(values: jax.Array, mask: jax.Array) -> Weighted:
+def masked_sum(values: Array, mask: Array) -> Weighted:
     """The sum of the values where the mask is non-zero, and their number. Any shape: tokens, pairs, rows.
 
     >>> import jax.numpy as jnp
@@ -194,7 +197,7 @@ def masked_sum(values: jax.Array, mask: jax.Array) -> Weighted:
     return Weighted(zero_masked(values, mask).sum(), count(mask))
 
 
-def zero_masked(x: jax.Array, mask: jax.Array) -> jax.Array:
+def zero_masked(x: Array, mask: Array) -> jax.Array:
     """x in float32, with zeros where masked. Every loss does this before its arithmetic.
 
     Multiplying by the mask would keep a NaN; `where` removes it, from the gradient too.
@@ -206,7 +209,7 @@ def zero_masked(x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(jnp.asarray(mask) != 0, x, 0).astype(jnp.float32)
 
 
-def count(mask: jax.Array, axis: int | None = None) -> jax.Array:
+def count(mask: Array, axis: int | None = None) -> jax.Array:
     """The number of non-zero elements of a mask, as float32.
 
     >>> import jax.numpy as jnp

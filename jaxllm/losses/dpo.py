@@ -5,23 +5,23 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 
-from jaxllm.losses.aggregate import Weighted, masked_sum, zero_masked
+from jaxllm.losses.aggregate import Array, Weighted, masked_sum, zero_masked
 
 VARIANTS = ("sigmoid", "robust", "hinge", "ipo", "apo_zero", "sppo")
 
 
 def dpo_loss(
-    chosen: jax.Array,
-    rejected: jax.Array,
-    ref_chosen: jax.Array,
-    ref_rejected: jax.Array,
+    chosen: Array,
+    rejected: Array,
+    ref_chosen: Array,
+    ref_rejected: Array,
     *,
     beta: float,
     variant: str = "sigmoid",
     label_smoothing: float = 0.0,
-    chosen_length: jax.Array | None = None,
-    rejected_length: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    chosen_length: Array | None = None,
+    rejected_length: Array | None = None,
+    mask: Array | None = None,
 ) -> tuple[Weighted, dict[str, Weighted]]:
     """The mean over pairs of a loss of two log ratios between policy and reference.
 
@@ -72,7 +72,7 @@ def dpo_loss(
         raise ValueError(f"{missing} is missing; give both lengths or neither")
     mask = jnp.ones(chosen.shape, bool) if mask is None else mask
 
-    def log_ratio(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
+    def log_ratio(log_probs: Array, ref_log_probs: Array) -> jax.Array:
         return zero_masked(log_probs, mask) - jax.lax.stop_gradient(zero_masked(ref_log_probs, mask))
 
     c, j = log_ratio(chosen, ref_chosen), log_ratio(rejected, ref_rejected)

@@ -4,7 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxllm.losses.aggregate import Weighted, aggregate, count, masked_sum, zero_masked
+from jaxllm.losses.aggregate import Array, Weighted, aggregate, count, masked_sum, zero_masked
 from jaxllm.losses.kl import kl_penalty
 from jaxllm.losses.ppo import bounded_exp, clipped_loss, constant, policy_metrics
 
@@ -18,22 +18,22 @@ MODES = {
 
 
 def grpo_loss(
-    log_probs: jax.Array,
-    old_log_probs: jax.Array,
-    advantages: jax.Array,
-    mask: jax.Array,
+    log_probs: Array,
+    old_log_probs: Array,
+    advantages: Array,
+    mask: Array,
     *,
     variant: str,
     clip_low: float,
     clip_high: float,
-    ref_log_probs: jax.Array | None = None,
+    ref_log_probs: Array | None = None,
     kl_coefficient: float = 0.0,
     kl_estimator: str = "k3",
     kl_importance_weighted: bool = False,
     dual_clip: float | None = None,
     max_length: int | None = None,
-    importance_weights: jax.Array | None = None,
-    entropy: jax.Array | None = None,
+    importance_weights: Array | None = None,
+    entropy: Array | None = None,
     entropy_coefficient: float = 0.0,
 ) -> tuple[Weighted, dict[str, Weighted]]:
     """The clipped policy loss with one advantage per completion, plus a KL penalty and an entropy bonus.
@@ -134,7 +134,7 @@ def grpo_loss(
     return loss, metrics | jax.lax.stop_gradient(extra)
 
 
-def _per_sequence(log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
+def _per_sequence(log_ratio: Array, mask: Array) -> jax.Array:
     """[B, T], at every position of a sequence the mean over its counted tokens."""
     tokens = jnp.maximum(count(mask, axis=1), 1)[:, None]
     return jnp.broadcast_to(log_ratio.sum(1, keepdims=True) / tokens, log_ratio.shape)

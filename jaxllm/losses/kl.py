@@ -4,10 +4,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxllm.losses.aggregate import Array
+
 ESTIMATORS = ("k1", "k2", "k3")
 
 
-def kl_penalty(log_probs: jax.Array, ref_log_probs: jax.Array, *, estimator: str) -> jax.Array:
+def kl_penalty(log_probs: Array, ref_log_probs: Array, *, estimator: str) -> jax.Array:
     """Estimate KL(policy || reference) at each token, float32 [B, T], in nats.
 
     The tokens must be the policy's own samples. With x = log_probs - ref_log_probs (Schulman 2020,
@@ -39,7 +41,7 @@ def kl_penalty(log_probs: jax.Array, ref_log_probs: jax.Array, *, estimator: str
     """
     chex.assert_equal_shape([log_probs, ref_log_probs])
     ref_log_probs = jax.lax.stop_gradient(ref_log_probs.astype(jnp.float32))
-    x = log_probs.astype(jnp.float32) - ref_log_probs
+    x = jnp.asarray(log_probs, jnp.float32) - ref_log_probs
     match estimator:
         case "k1":
             return x
@@ -53,7 +55,7 @@ def kl_penalty(log_probs: jax.Array, ref_log_probs: jax.Array, *, estimator: str
 
 
 def adaptive_kl_coefficient(
-    coefficient: jax.Array | float, kl: jax.Array | float, *, target: float, horizon: float, num_samples: int
+    coefficient: Array | float, kl: Array | float, *, target: float, horizon: float, num_samples: int
 ) -> jax.Array:
     """The next step's coefficient: coefficient (1 + clip(kl / target - 1, -0.2, 0.2) num_samples / horizon).
 
@@ -73,4 +75,4 @@ def adaptive_kl_coefficient(
     0.10199999809265137
     """
     error = jnp.clip(jnp.asarray(kl, jnp.float32) / target - 1, -0.2, 0.2)
-    return coefficient * (1 + error * num_samples / horizon)
+    return jnp.asarray(coefficient * (1 + error * num_samples / horizon))

@@ -4,22 +4,22 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxllm.losses.aggregate import Weighted, aggregate, masked_sum, zero_masked
+from jaxllm.losses.aggregate import Array, Weighted, aggregate, masked_sum, zero_masked
 from jaxllm.losses.kl import kl_penalty
 
 
 def ppo_policy_loss(
-    log_probs: jax.Array,
-    old_log_probs: jax.Array,
-    advantages: jax.Array,
-    mask: jax.Array,
+    log_probs: Array,
+    old_log_probs: Array,
+    advantages: Array,
+    mask: Array,
     *,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
     mode: str = "token_mean",
     max_length: int | None = None,
-    importance_weights: jax.Array | None = None,
+    importance_weights: Array | None = None,
 ) -> tuple[Weighted, dict[str, Weighted]]:
     """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), with ratio = exp(log_probs - old_log_probs).
 
@@ -72,7 +72,7 @@ def ppo_policy_loss(
 
 
 def ppo_value_loss(
-    values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, *, clip: float | None
+    values: Array, old_values: Array, returns: Array, mask: Array, *, clip: float | None
 ) -> tuple[Weighted, dict[str, Weighted]]:
     """The token mean of 0.5 max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2).
 
@@ -119,7 +119,7 @@ def ppo_value_loss(
 
 
 def truncated_importance_weights(
-    old_log_probs: jax.Array, sampler_log_probs: jax.Array, mask: jax.Array, *, level: str, maximum: float
+    old_log_probs: Array, sampler_log_probs: Array, mask: Array, *, level: str, maximum: float
 ) -> jax.Array:
     """min(exp(old - sampler), maximum), float32 [B, T]: corrects for a sampler that differs from the policy.
 
@@ -158,18 +158,18 @@ def truncated_importance_weights(
     return zero_masked(jnp.minimum(bounded_exp(difference), maximum), mask)
 
 
-def constant(x: jax.Array, mask: jax.Array) -> jax.Array:
+def constant(x: Array, mask: Array) -> jax.Array:
     """x in float32, zero where masked, without gradient."""
     return jax.lax.stop_gradient(zero_masked(x, mask))
 
 
-def bounded_exp(log_ratio: jax.Array) -> jax.Array:
+def bounded_exp(log_ratio: Array) -> jax.Array:
     """exp(log_ratio), with log_ratio clamped to [-20, 20] so that it neither overflows nor vanishes."""
     return jnp.exp(jnp.clip(log_ratio, -20, 20))
 
 
 def clipped_loss(
-    ratio: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float, dual_clip: float | None
+    ratio: Array, advantages: Array, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> jax.Array:
     """The per-token loss of PPO and of GRPO's clipped variants."""
     if dual_clip is not None and dual_clip <= 1:
@@ -183,11 +183,11 @@ def clipped_loss(
 
 def policy_metrics(
     loss: Weighted,
-    ratio: jax.Array,
-    log_ratio: jax.Array,
-    clipped_low: jax.Array,
-    clipped_high: jax.Array,
-    mask: jax.Array,
+    ratio: Array,
+    log_ratio: Array,
+    clipped_low: Array,
+    clipped_high: Array,
+    mask: Array,
 ) -> dict[str, Weighted]:
     """The metrics that PPO and GRPO share; all but `loss` are token means."""
     metrics = {

@@ -4,16 +4,16 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxllm.losses.aggregate import Weighted, masked_sum, zero_masked
+from jaxllm.losses.aggregate import Array, Weighted, masked_sum, zero_masked
 
 
 def bradley_terry_loss(
-    chosen: jax.Array,
-    rejected: jax.Array,
+    chosen: Array,
+    rejected: Array,
     *,
-    margin: jax.Array | float | None = None,
+    margin: Array | float | None = None,
     center_coefficient: float = 0.0,
-    mask: jax.Array | None = None,
+    mask: Array | None = None,
 ) -> tuple[Weighted, dict[str, Weighted]]:
     """The mean over pairs of -log sigmoid(c - r - margin) + center_coefficient (c + r)^2.
 

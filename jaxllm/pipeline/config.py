@@ -1,16 +1,13 @@
 """What a pipeline is made of. Every field is commented in configs/base/pipeline.py."""
 
+from collections.abc import Container
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig
 from jaxllm.parallel.sharding import MeshConfig
 from jaxllm.stages import dpo, grpo, ppo, pretrain, reward_model, sft
 from jaxllm.stages.sft import Config as SFTConfig
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
 
 # Each run in order, and the one that it is initialized from.
 PARENTS = {
@@ -102,7 +99,7 @@ class PipelineConfig:
                     )
 
 
-def pipeline_class(config: "ConfigDict") -> type[PipelineConfig]:
+def pipeline_class(config: Container[str]) -> type[PipelineConfig]:
     """The dataclass of a pipeline's config file; ConfigError for that of a single stage."""
     if "gates" not in config:
         raise ConfigError("the config file is of one stage: run it with experiments/train.py")

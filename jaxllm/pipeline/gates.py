@@ -124,7 +124,7 @@ def answers_gate(gates: GatesConfig, completions: PipelineCompletions) -> Gate:
     rise, rise_error = after - before, math.hypot(error, error_after)
     return Gate(
         "answers",
-        f"correct answers rise by {gates.answer_rise:g} and {gates.errors:g} standard errors over pretraining",
+        f"accuracy rises by {gates.answer_rise:g} and {gates.errors:g} standard errors over pretraining",
         rise,
         rise_error,
         gates.answer_rise,

@@ -17,7 +17,7 @@ KEEP_FREED_MEMORY = {
 
 
 def set_up_process() -> None:
-    """Keep compiled programs between runs (in ~/.cache/jaxllm, or JAX_COMPILATION_CACHE_DIR), and freed memory
+    """Keep compiled programs between runs (JAX_COMPILATION_CACHE_DIR, or ~/.cache/jaxllm), and freed memory
     within this one."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxllm/compiled"))

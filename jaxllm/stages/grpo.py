@@ -209,7 +209,7 @@ def advantages(config: Config, rollout: Rollout, kl: np.ndarray) -> Any:
         size,
         scale=knobs.advantage_scale,
         epsilon=knobs.advantage_epsilon,
-        valid=rollout.mask.any(1),
+        valid=np.asarray(rollout.mask.any(1)),
     )
 
 

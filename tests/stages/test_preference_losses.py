@@ -58,10 +58,8 @@ def test_an_untrained_reward_model_has_loss_log_2(scalar_model):
 
 
 def test_the_loss_is_bradley_terry_of_the_rewards_at_the_last_tokens(step, scalar_model):
-    batch = pairs()
-    values = scalar_model.apply(with_random_head(scalar_model), batch.tokens.reshape(-1, T)).values.reshape(
-        -1, 2, T
-    )
+    batch, params = pairs(), with_random_head(scalar_model)
+    values = scalar_model.apply(params, batch.tokens.reshape(-1, T)).values.reshape(-1, 2, T)
     rewards = np.take_along_axis(np.asarray(values), batch.lengths[..., None] - 1, axis=2)[..., 0]
     expected, _ = bradley_terry_loss(rewards[:, 0], rewards[:, 1], center_coefficient=0.01)
     np.testing.assert_allclose(step(batch, 0.01)[0]["loss"], expected.mean, rtol=1e-5)
