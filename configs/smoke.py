@@ -21,10 +21,12 @@ def get_config(stage: str = "") -> ConfigDict:
     config.data.problems = config.data.solutions = ("synthetic:additions",)
     for name in STAGES:
         section = config[name]
-        section.data.synthetic_rows, section.data.sequence_length = 300, 128
+        section.data.synthetic_rows, section.data.sequence_length = 200, 128
+        section.optimizer.name = "adamw"
         section.evaluation.max_rows = 16
         section.training.steps = section.training.checkpoint_every = 4
-        section.training.evaluate_every = section.training.sample_every = 4
+        section.training.evaluate_every = 4
+        section.training.sample_every = 4 if name in ("pretrain", "grpo") else 0  # they share the code
         section.training.evaluate_at_start = False
         if "rollout" in section:
             section.rollout.num_prompts, section.rollout.group_size = 4, 2
@@ -37,6 +39,6 @@ def get_config(stage: str = "") -> ConfigDict:
     config.grpo.training.evaluate_at_start = True  # its gate compares the last evaluation with the first
     config.grpo.sample.group_size = 2
     config.gates.must_pass = False
-    config.gates.max_rows, config.gates.max_new_tokens = 20, 8
+    config.gates.max_rows, config.gates.max_new_tokens = 8, 4
     config.gates.shown = ("What is an LLM?",)
     return pipeline.part(config, stage)

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tiny_runs import parse_config
 
-from jaxllm.config import load_config, override, parse
 from jaxllm.runs.train import train
 from jaxllm.stages import find_stage
 from jaxllm.training.checkpoint import find_checkpoint, read_arrays
@@ -77,10 +77,7 @@ def settings(stage, **changes):
 
 def make_config(stage, **changes):
     """The config of a small run."""
-    config, Config = load_config(f"{CONFIGS / FILES[stage]}:tiny"), find_stage(stage).Config
-    for field, text in settings(stage, **changes).items():
-        override(config, Config, field, text)
-    return parse(Config, config)
+    return parse_config(f"{FILES[stage]}:tiny", settings(stage, **changes))
 
 
 def run(config, workdir, *, init_from=None, devices=1):

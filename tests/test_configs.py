@@ -5,13 +5,14 @@ from pathlib import Path
 
 import jax
 import pytest
+from tiny_runs import parse_config
 
 from configs.base.models import SHAPES
 from jaxllm.config import as_dict, load_config, override, parse
 from jaxllm.errors import ConfigError
 from jaxllm.pipeline.config import PARENTS, PipelineConfig
 from jaxllm.runs.config import MAY_DIFFER
-from jaxllm.stages import build_program, find_stage
+from jaxllm.stages import build_program
 from jaxllm.training.metrics import parameter_count
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -29,11 +30,7 @@ SIZES = {
 
 
 def load(name, **changes):
-    config = load_config(str(CONFIGS / name))
-    kind = find_stage(config.stage).Config
-    for field, text in changes.items():
-        override(config, kind, field.replace("__", "."), text)
-    return parse(kind, config)
+    return parse_config(name, {field.replace("__", "."): text for field, text in changes.items()})
 
 
 @pytest.mark.parametrize("size", SHAPES)

@@ -1,6 +1,6 @@
-"""Fixtures for tests of what uses checkpoints: tiny runs, trained once a session, and a way to run a script.
+"""Helpers for the tests of all folders: configs, tiny runs trained once per session, processes of scripts.
 
-`tests/conftest.py` loads it as a plugin, so that the tests of every folder share the runs.
+`tests/conftest.py` loads it as a plugin.
 """
 
 import json
@@ -15,14 +15,23 @@ ROOT = Path(__file__).parents[1]
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-def train_stage(name, workdir, init_from=None, **changes):
-    """Trains `configs/NAME.py:tiny`, made smaller, with the fields `changes`."""
+def parse_config(name, fields):
+    """The config of one stage, from a file of configs/ such as "sft_chat.py:tiny", with these fields set."""
     from jaxllm.config import load_config, override, parse
+    from jaxllm.stages import find_stage
+
+    config = load_config(f"{ROOT / 'configs' / name}")
+    Config = find_stage(config.stage).Config
+    for field, value in fields.items():
+        override(config, Config, field, str(value))
+    return parse(Config, config)
+
+
+def train_stage(name, workdir, init_from=None, **changes):
+    """Train configs/NAME.py:tiny, made smaller, with these fields changed."""
     from jaxllm.runs.train import train
     from jaxllm.stages import find_stage
 
-    config = load_config(f"{ROOT / 'configs' / name}.py:tiny")
-    stage = find_stage(config.stage)
     fields = {
         "data.sequence_length": "64",
         "data.batch_size": "8",
@@ -35,9 +44,8 @@ def train_stage(name, workdir, init_from=None, **changes):
         "training.checkpoint_every": "30",
         "optimizer.learning_rate": "0.02",
     }
-    for field, value in (fields | changes).items():
-        override(config, stage.Config, field, value)
-    train(stage, parse(stage.Config, config), workdir=str(workdir), init_from=init_from, command=[])
+    config = parse_config(f"{name}.py:tiny", fields | changes)
+    train(find_stage(config.stage), config, workdir=str(workdir), init_from=init_from, command=[])
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +83,7 @@ def reward_model(rows, chat_model):
 
 @pytest.fixture
 def run_process(tmp_path):
-    """(script, *flags, stdin="") -> exit code, stdout, stderr, of a process in an empty folder."""
+    """(script, *flags, stdin="") -> exit code, stdout and stderr of a process in an empty folder."""
 
     def run(script, *flags, stdin=""):
         done = subprocess.run(

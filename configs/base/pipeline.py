@@ -47,7 +47,7 @@ def base(size: str) -> ConfigDict:
     for stage, source in sources.items():
         config[stage].model, config[stage].mesh = config.model, config.mesh
         config[stage].seed = config.get_oneway_ref("seed")
-        config[stage].data.train = config.data.get_ref(source)
+        config[stage].data.train = config.data.get_oneway_ref(source)
 
     config.sft_reasoning.data.rename = ("working=completion",)
 

@@ -81,7 +81,7 @@ def check_sources(config: PipelineConfig) -> None:
 def conclude(folder: Path, record: "Record", must_pass: bool) -> int:
     """Write the report and print which gates were passed; the exit code."""
     gates = json.loads((folder / "gates.json").read_text())
-    marks = {True: "passed", False: "FAILED", None: "not measured"}
+    marks = {True: "passed", False: "FAILED" if must_pass else "not reached", None: "not measured"}
     for gate in gates["gates"]:
         print(f"{marks[gate['passed']]:12}  {gate['name']:12} {gate['says']}")
     value = record.value

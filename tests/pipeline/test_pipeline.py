@@ -1,4 +1,4 @@
-"""The pipeline: one command through all stages, stopped and resumed, and gates that can fail."""
+"""The pipeline runs all stages, resumes, passes settings on, and measures gates that can fail."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def get_config(stage=""):
 
 
 def run(config, workdir, *flags, stop_in=None, by=signal.SIGTERM):
-    """The pipeline as a user runs it; with a signal once it has started the stage `stop_in`."""
+    """Run the pipeline's script, and send it a signal once the stage `stop_in` has started."""
     command = [
         sys.executable,
         "experiments/pipeline.py",
@@ -76,7 +76,7 @@ def run(config, workdir, *flags, stop_in=None, by=signal.SIGTERM):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A config file, the folder of its pipeline, and the output until it was stopped, killed and finished."""
+    """A config file, its workdir, and the results of three runs: stopped, killed, finished."""
     folder = tmp_path_factory.mktemp("pipeline")
     (folder / "tiny.py").write_text(TINY)
     config, workdir = folder / "tiny.py", folder / "run"
@@ -86,10 +86,11 @@ def tiny(tmp_path_factory):
 
 
 def stages_of(output):
+    """The stages that were started."""
     return [line.split()[1] for line in output.splitlines() if line.startswith("[")]
 
 
-def test_a_pipeline_that_is_stopped_resumes_where_it_was(tiny):
+def test_a_stopped_pipeline_resumes_in_the_stage_where_it_stopped(tiny):
     _, workdir, (code, output, errors), (_, after_stop, _), _ = tiny
     assert code == 75, errors
     assert "resume with the same command" in errors
@@ -98,7 +99,7 @@ def test_a_pipeline_that_is_stopped_resumes_where_it_was(tiny):
     assert "resumed at step" in (workdir / "logs" / "sft.txt").read_text()
 
 
-def test_a_pipeline_that_is_killed_resumes_where_it_was(tiny):
+def test_a_killed_pipeline_resumes_in_the_stage_where_it_was_killed(tiny):
     _, _, _, (code, output, _), (_, after_kill, errors) = tiny
     assert code == -signal.SIGKILL
     assert stages_of(output) == ["sft", "reward_model", "ppo"]
@@ -148,7 +149,7 @@ def test_the_recorded_commands_are_those_that_ran(tiny):
     assert all(stage["seconds"] > 0 and stage["peak_memory_bytes"] > 1e8 for stage in record["stages"])
 
 
-def test_all_models_are_shown_with_the_same_prompts(tiny):
+def test_all_models_complete_the_same_prompts_for_the_report(tiny):
     _, workdir, *_ = tiny
     shown = json.loads((workdir / "shown.json").read_text())
     assert [each["name"] for each in shown["answers"]] == ["random", "pretrain", "sft", "ppo", "dpo", "grpo"]
@@ -156,7 +157,7 @@ def test_all_models_are_shown_with_the_same_prompts(tiny):
     assert "What is an LLM?" in (workdir / "report.html").read_text()
 
 
-def test_a_finished_pipeline_only_reports_its_gates_again(tiny):
+def test_a_finished_pipeline_only_prints_its_gates_again(tiny):
     config, workdir, *_ = tiny
     before = (workdir / "pipeline.json").read_bytes()
     code, output, _ = run(config, workdir)
@@ -166,7 +167,7 @@ def test_a_finished_pipeline_only_reports_its_gates_again(tiny):
     assert (workdir / "pipeline.json").read_bytes() == before
 
 
-def test_another_config_is_an_error_before_anything_runs(tiny):
+def test_another_config_is_an_error_before_a_stage_runs(tiny):
     config, workdir, *_ = tiny
     code, _, errors = run(config, workdir, "--config.ppo.optimizer.learning_rate=0.5")
     assert code == 78
@@ -200,7 +201,7 @@ def make_config(**changes):
     return parse(PipelineConfig, config)
 
 
-def test_what_differs_from_the_config_file_is_passed_on_to_its_stage():
+def test_overrides_are_passed_on_to_the_stages():
     config = make_config(
         data__text="mine.txt",
         seed="3",
@@ -224,7 +225,7 @@ def test_what_differs_from_the_config_file_is_passed_on_to_its_stage():
     assert "--config.data.text=('mine.txt',)" in flags["gates"]
 
 
-def test_data_or_a_seed_of_one_stage_is_that_stage_s_alone():
+def test_a_stage_can_have_data_of_its_own_but_no_seed_of_its_own():
     for order in (("data__pairs", "ppo__data__train"), ("ppo__data__train", "data__pairs")):
         config = make_config(**{field: f"{field}.jsonl" for field in order})
         assert config.ppo.data.train == ("ppo__data__train.jsonl",)
@@ -234,13 +235,13 @@ def test_data_or_a_seed_of_one_stage_is_that_stage_s_alone():
 
 
 @pytest.mark.parametrize("field", ["prompts", "shown"])
-def test_gates_without_prompts_are_refused(field):
+def test_gates_without_prompts_are_an_error(field):
     with pytest.raises(pipeline.ConfigError, match=rf"gates\.{field} is empty"):
         make_config(**{f"gates__{field}": ""})
 
 
-def test_data_that_is_not_there_is_refused_before_anything_runs():
-    pipeline.check_sources(make_config(data__pairs="hf:nobody/asks"))
+def test_missing_data_is_an_error_before_a_stage_runs():
+    pipeline.check_sources(make_config(data__pairs="hf:user/dataset"))
     for field, name, problem in (
         ("data.chats", "nowhere.jsonl", "'nowhere.jsonl' does not exist"),
         ("gates.prompts", "synthetic:chat", "did you mean 'chats'"),
@@ -251,21 +252,21 @@ def test_data_that_is_not_there_is_refused_before_anything_runs():
             pipeline.check_sources(make_config(**changes))
 
 
-def test_stages_that_are_not_of_one_model_or_seed_are_refused():
+def test_a_stage_with_another_model_is_an_error():
     config = quickstart.get_config()
     config.sft = sft_chat.get_config("tiny")
     with pytest.raises(pipeline.ConfigError, match=r"sft\.model .* set model for all stages"):
         parse(PipelineConfig, config)
 
 
-def test_a_stage_that_fails_ends_the_pipeline_with_its_exit_code(tmp_path):
+def test_a_failed_stage_ends_the_pipeline_with_its_exit_code(tmp_path):
     command = [sys.executable, "-c", "import sys; print('error: no such file'); sys.exit(78)"]
     with pytest.raises(pipeline.StageFailed, match="error: no such file") as caught:
         pipeline.run_stage(command, tmp_path / "logs" / "x.txt", lambda: None)
     assert caught.value.exit_code == 78
 
 
-def test_a_stage_that_is_interrupted_before_it_can_save_has_not_failed(tmp_path):
+def test_a_stage_interrupted_before_its_first_save_can_resume(tmp_path):
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     interrupt = iter([True])
 
@@ -277,19 +278,19 @@ def test_a_stage_that_is_interrupted_before_it_can_save_has_not_failed(tmp_path)
         pipeline.run_stage(command, tmp_path / "logs" / "x.txt", report)
 
 
-def test_what_a_stage_warned_of_is_said_once_but_not_of_built_in_data(tmp_path):
+def test_warnings_of_a_stage_are_repeated_once_and_not_for_synthetic_data(tmp_path):
     lines = ("warning: 40% of mine.jsonl is longer", "step 1", "warning: 23% of synthetic:chats is longer")
     (tmp_path / "sft.txt").write_text("\n".join((*lines, lines[0])))
     assert pipeline.warnings(tmp_path / "sft.txt") == [lines[0]]
 
 
-def test_a_stage_s_memory_is_measured(tmp_path):
+def test_the_memory_of_a_stage_is_measured(tmp_path):
     command = [sys.executable, "-c", "import time; x = bytearray(700 * 10**6); time.sleep(1)"]
     _, memory = pipeline.run_stage(command, tmp_path / "logs" / "x.txt", lambda: None)
     assert 0.7e9 < memory < 0.8e9
 
 
-def test_time_left_follows_the_pace_so_far(tmp_path):
+def test_the_estimate_of_the_time_left_follows_the_pace_so_far(tmp_path):
     config = make_config()
     expected = config.expected_seconds
     total = sum(vars(expected).values())
@@ -307,7 +308,8 @@ def test_time_left_follows_the_pace_so_far(tmp_path):
 GATES = make_config().gates
 
 
-def answers(rubric, kl=1.0):
+def scored(rubric, kl=1.0):
+    """Completions with these scores, as in WORKDIR/answers/."""
     return [{"rewards": {"rubric": value}, "kl": kl} for value in rubric]
 
 
@@ -315,11 +317,11 @@ def answers(rubric, kl=1.0):
     ("rise", "kl", "passed"),
     [(0.05, 1.0, True), (0.0, 1.0, False), (-0.05, 1.0, False), (0.05, 11.0, False), (0.004, 1.0, False)],
 )
-def test_preferences_must_raise_the_rubric_by_three_standard_errors_near_sft(rise, kl, passed):
+def test_ppo_and_dpo_must_raise_the_rubrics_score_within_the_kl_limit(rise, kl, passed):
     draw = np.random.default_rng(0)
     before = draw.uniform(0, 1, 400)
-    after = before + rise + draw.normal(0, 0.1, 400)  # a standard error of 0.005
-    found = gates.preference_gate(GATES, "ppo", answers(before), answers(after, kl), "rubric")
+    after = before + rise + draw.normal(0, 0.1, 400)  # standard error of the rise: 0.005
+    found = gates.preference_gate(GATES, "ppo", scored(before), scored(after, kl), "rubric")
     assert found.passed is passed
     assert found.standard_error == pytest.approx(0.005, rel=0.1)
     assert found.measured == pytest.approx((after - before).mean())
@@ -334,13 +336,13 @@ def test_preferences_must_raise_the_rubric_by_three_standard_errors_near_sft(ris
         ([{"answer": "In Rome."}], False),
     ],
 )
-def test_the_rubric_scores_only_where_every_row_has_a_whole_reference(references, expected):
+def test_the_rubric_is_used_only_if_every_row_has_a_complete_reference(references, expected):
     rows = [{"prompt": "Where?"} | ({} if each is None else {"reference": each}) for each in references]
     assert completions.has_references(rows) is expected
 
 
-def test_unchanged_answers_are_no_rise():
-    same = answers(np.full(10, 0.5))
+def test_unchanged_completions_fail_the_gate():
+    same = scored(np.full(10, 0.5))
     assert gates.preference_gate(GATES, "ppo", same, same, "rubric").passed is False
 
 
@@ -373,7 +375,7 @@ def test_the_reward_model_must_be_near_the_ceiling_and_far_from_chance(accuracy,
     assert found.passed is passed
 
 
-def test_what_was_not_evaluated_is_not_passed_over_in_silence():
+def test_a_gate_that_was_not_measured_names_the_reason():
     assert gates.reward_gate(GATES, {}).passed is None
     assert "held-out pairs" in gates.reward_gate(GATES, {}).says
     assert "group_size" in gates.reasoning_gate(GATES, [{"eval/pass@1": 0.5}]).says

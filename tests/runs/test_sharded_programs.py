@@ -2,17 +2,15 @@
 
 import functools
 import math
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tiny_runs import parse_config
 
 from jaxllm.batches import PairBatch, TokenBatch
-from jaxllm.config import load_config, override, parse
-from jaxllm.stages import build_program, find_stage
+from jaxllm.stages import build_program
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = {
     "pretrain": "pretrain_text.py",
     "sft": "sft_chat.py",
@@ -28,21 +26,16 @@ STEPS, B, T = 5, 16, 64
 
 
 def make_program(stage, optimizer, mesh):
-    config = load_config(f"{CONFIGS / FILES[stage]}:tiny")
-    changes = {
+    fields = {
         "optimizer.name": optimizer,
-        "training.num_microbatches": "2",
-        "data.batch_size": str(B),
-        "data.sequence_length": str(T),
+        "training.num_microbatches": 2,
+        "data.batch_size": B,
+        "data.sequence_length": T,
     }
     if stage != "pretrain":  # the same blocks
-        changes["model.num_layers"] = "1"
-    changes |= {
-        f"mesh.{axis}": str(size) for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)
-    }
-    for field, text in changes.items():
-        override(config, find_stage(config.stage).Config, field, text)
-    return build_program(parse(find_stage(config.stage).Config, config), jax.devices()[: math.prod(mesh)])
+        fields["model.num_layers"] = 1
+    fields |= {f"mesh.{axis}": size for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)}
+    return build_program(parse_config(f"{FILES[stage]}:tiny", fields), jax.devices()[: math.prod(mesh)])
 
 
 def token_batch(seed):

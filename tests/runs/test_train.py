@@ -5,13 +5,12 @@ import io
 import json
 import random
 import re
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tiny_runs import parse_config
 
-from jaxllm.config import load_config, override, parse
 from jaxllm.errors import CheckpointError, ConfigError, DataError
 from jaxllm.runs.program import dry_run
 from jaxllm.runs.train import train
@@ -19,7 +18,6 @@ from jaxllm.stages import build_program, find_stage
 from jaxllm.training.checkpoint import find_checkpoint, read_arrays
 from jaxllm.training.metrics import read_metrics
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = {
     "pretrain": ("pretrain_text.py", "good.jsonl"),
     "sft": ("sft_chat.py", "chats.jsonl"),
@@ -57,7 +55,6 @@ def text(tmp_path_factory):
 
 def make_config(text, stage="pretrain", **changes):
     file, rows = FILES[stage]
-    config = load_config(f"{CONFIGS / file}:tiny")
     fields = {
         "data__train": str(text / rows),
         "data__sequence_length": "32" if stage == "pretrain" else "64",
@@ -77,10 +74,8 @@ def make_config(text, stage="pretrain", **changes):
         fields["data__cache_dir"] = str(text / "cache")
     if stage in ("pretrain", "sft"):
         fields["sample__sampling__max_new_tokens"] = "4"
-    kind = find_stage(stage).Config
-    for field, value in (fields | changes).items():
-        override(config, kind, field.replace("__", "."), value)
-    return parse(kind, config)
+    fields = {name.replace("__", "."): value for name, value in (fields | changes).items()}
+    return parse_config(f"{file}:tiny", fields)
 
 
 def run(config, workdir, **changes):
