@@ -123,7 +123,7 @@ def package_of(module: str) -> str:
     return ".".join((first, *rest[:1])) if first == "jaxllm" else first
 
 
-# Judging them
+# Checking them
 
 
 def violations(arrows: Arrows) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""From a config file and a command line to a frozen dataclass, or to one line that says what is wrong.
+"""From a config file and a command line to a frozen dataclass, or to an error of one line.
 
 `get_config()` in a config file returns a ConfigDict; `--config.a.b=v` overrides a field of it; `parse` then
-builds the dataclass that the rest of the code sees. Nothing here imports jax: `--help` stays quick, and a
-misspelt key is found before any device is touched.
+builds the dataclass that the rest of the code uses. Nothing here imports jax: `--help` stays quick, and a
+misspelled key is found before any device is touched.
 """
 
 import ast
@@ -274,8 +274,8 @@ def _call(get_config: Callable[..., Any], arguments: list[str]) -> Any:
     try:
         inspect.signature(get_config).bind(*arguments)
     except TypeError as error:
-        mend = "drop the text after the colon" if arguments else "give it as --config=FILE.py:ARG"
-        raise ConfigError(f"get_config: {error}, {mend}") from None
+        fix = "drop the text after the colon" if arguments else "give it as --config=FILE.py:ARG"
+        raise ConfigError(f"get_config: {error}, {fix}") from None
     return get_config(*arguments)
 
 

@@ -1,29 +1,30 @@
-"""How well a reward model, or a policy's own log-probs, tell the preferred answer: with standard errors, and
-beside what the lengths of the answers alone would say."""
+"""How well a reward model, or a policy's log-probs, predict the preferred completion: with standard errors,
+and beside the baseline of choosing by length."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxllm.batches import PairBatch
 from jaxllm.losses import dpo_loss
+from jaxllm.models import Params
 
 
 class PairScores(NamedTuple):
-    """What was found for N pairs; the chosen answer first."""
+    """Scores and lengths of N pairs, the chosen completion first."""
 
     scores: np.ndarray  # float64 [N, 2], rewards or log-probs
-    answer_lengths: np.ndarray  # int [N, 2], tokens
+    completion_lengths: np.ndarray  # int [N, 2], tokens
     margin: np.ndarray  # [N]
     ref_log_probs: np.ndarray  # [N, 2]
 
 
 def score_pairs(
-    params: Any,
+    params: Params,
     batches: Iterable[PairBatch],
-    score: Callable[[Any, PairBatch], jax.Array],
+    score: Callable[[Params, PairBatch], jax.Array],
     check: Callable[[], None],
 ) -> PairScores:
     """Score every pair that has weight. `score(params, batch) -> [B, 2]`; `check` is called before every
@@ -55,14 +56,14 @@ def mean(values: np.ndarray) -> tuple[float, float]:
 
 
 def reward_metrics(found: PairScores) -> dict[str, float]:
-    """What a reward model is worth, `eval/NAME` and `eval/NAME_se`.
+    """How well a reward model predicts preferences, `eval/NAME` and `eval/NAME_se`.
 
-    `accuracy` (a tie is wrong), also where the chosen answer is the longer or the shorter one;
-    `length_baseline`, the accuracy of always choosing the longer answer (a tie counts a half); `margin`; and
-    `reward_mean` and `reward_std` over all answers, by which a policy's rewards are normalised later.
+    `accuracy` (a tie is wrong), also where the chosen completion is the longer or the shorter one;
+    `length_baseline`, the accuracy of always choosing the longer completion (a tie counts one half); `margin`; and
+    `reward_mean` and `reward_std` over all completions, by which a policy's rewards are standardized later.
     """
     right = found.scores[:, 0] > found.scores[:, 1]
-    difference = found.answer_lengths[:, 0] - found.answer_lengths[:, 1]
+    difference = found.completion_lengths[:, 0] - found.completion_lengths[:, 1]
     parts = {
         "accuracy": fraction(right),
         "accuracy_longer_chosen": fraction(right[difference > 0]),
@@ -80,7 +81,7 @@ def dpo_metrics(
 ) -> dict[str, float]:
     """`eval/loss`, and the policy's implicit rewards beta (log-prob - reference's): `eval/rewards/NAME` and
     `..._se`."""
-    lengths = dict(zip(("chosen_length", "rejected_length"), found.answer_lengths.T, strict=True))
+    lengths = dict(zip(("chosen_length", "rejected_length"), found.completion_lengths.T, strict=True))
     loss, _ = dpo_loss(
         *found.scores.T,
         *found.ref_log_probs.T,

@@ -1,4 +1,4 @@
-"""What counting reaches: a trigram of tokens, the baseline that a trained model is to beat."""
+"""A trigram model of tokens with Witten-Bell smoothing: the baseline that a trained model must beat."""
 
 from collections.abc import Iterable
 from typing import NamedTuple

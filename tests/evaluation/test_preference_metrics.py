@@ -127,7 +127,7 @@ def test_implicit_rewards_are_beta_times_the_gain_over_the_reference():
 )
 def test_every_figure_is_that_of_the_training_loss(variant, label_smoothing, length_normalized):
     options = {"beta": 0.2, "variant": variant, "label_smoothing": label_smoothing}
-    lengths = dict(zip(("chosen_length", "rejected_length"), LOG_PROBS.answer_lengths.T, strict=True))
+    lengths = dict(zip(("chosen_length", "rejected_length"), LOG_PROBS.completion_lengths.T, strict=True))
     columns = [*LOG_PROBS.scores.T, *LOG_PROBS.ref_log_probs.T]
     _, expected = dpo_loss(
         *(column.astype(np.float32) for column in columns),
@@ -169,7 +169,7 @@ def test_pairs_without_weight_are_left_out_of_everything():
     batches = [batch([1, 0, 2]), batch([0.5, 0, 0], first=3)]
     found = score_pairs(10.0, batches, by_number, lambda: None)
     np.testing.assert_array_equal(found.scores, [[0, 1], [20, 21], [30, 31]])
-    np.testing.assert_array_equal(found.answer_lengths, [[3, 2], [5, 2], [3, 3]])  # without the prompt
+    np.testing.assert_array_equal(found.completion_lengths, [[3, 2], [5, 2], [3, 3]])  # without the prompt
     np.testing.assert_array_equal(found.margin, [0, 1, 1.5])
     np.testing.assert_array_equal(found.ref_log_probs, [[0, 0], [2, 2], [3, 3]])
     assert found.scores.dtype == np.float64
