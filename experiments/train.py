@@ -39,6 +39,8 @@ def config_class(config: "ConfigDict") -> type:
     """The config dataclass of the config's stage. Imported late: it needs jax."""
     from jaxllm.stages import find_stage
 
+    if "stage" not in config:
+        raise ConfigError("the config is of a pipeline: name one of its runs, --config=FILE.py:NAME")
     return find_stage(config.stage).Config
 
 

@@ -6,6 +6,8 @@ of them, and so may the command line: `--config.model.num_layers=6`.
 
 from ml_collections import ConfigDict, config_dict
 
+from jaxllm.errors import ConfigError
+
 # layers, width, query heads, key-value heads, head width, MLP width, vocabulary, longest sequence.
 # Our own sizes are named after their number of parameters without the embedding (124m: with it, as GPT-2).
 SHAPES = {
@@ -21,9 +23,9 @@ SHAPES = {
 
 
 def model(size: str) -> ConfigDict:
-    """The config of a size in SHAPES. Raises ValueError, which lists the sizes, for any other name."""
+    """The config of a size in SHAPES. Raises ConfigError, which lists the sizes, for any other name."""
     if size not in SHAPES:
-        raise ValueError(f"no model size {size!r}: choose one of {', '.join(SHAPES)}")
+        raise ConfigError(f"no model size {size!r}: choose one of {', '.join(SHAPES)}")
     layers, width, heads, kv_heads, head_dim, mlp_width, vocab_size, max_length = SHAPES[size]
     config = ConfigDict()
     config.vocab_size = vocab_size

@@ -15,6 +15,7 @@ from jaxllm.evaluation.completions import (
     kl_to,
     read_prompts,
 )
+from jaxllm.rewards.load import load_reward
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.runs.checkpoints import check_generates, checkpoint_template, load_checkpoint
 
@@ -39,6 +40,8 @@ def evaluate_checkpoint(
 
     The arguments are the flags of experiments/evaluate.py.
     """
+    for reward in rewards:
+        load_reward(reward)  # an unknown one is an error before anything is loaded
     loaded = load_checkpoint(checkpoint, untrained=untrained)
     check_generates(loaded, f"--checkpoint={checkpoint}")
     reference_model = None

@@ -59,7 +59,7 @@ def reward_metrics(found: PairScores) -> dict[str, float]:
     """How well a reward model predicts preferences, `eval/NAME` and `eval/NAME_se`.
 
     `accuracy` (a tie is wrong), also where the chosen completion is the longer or the shorter one;
-    `length_baseline`, the accuracy of always choosing the longer completion (a tie counts one half); `margin`; and
+    `length_baseline`, the accuracy of always choosing the longer completion (a tie is a half); `margin`; and
     `reward_mean` and `reward_std` over all completions, by which a policy's rewards are standardized later.
     """
     right = found.scores[:, 0] > found.scores[:, 1]

@@ -11,12 +11,13 @@ import numpy as np
 from jaxllm.data.chat_template import PlainTextTemplate
 from jaxllm.data.loader import evaluation_batches
 from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.errors import ConfigError
 from jaxllm.evaluation.perplexity import evaluate
 from jaxllm.evaluation.preference import mean
 from jaxllm.evaluation.trigram import count_trigrams
 from jaxllm.files import to_json, write_file
 from jaxllm.pipeline.completions import PipelineCompletions, column, complete_by_all, has_references
-from jaxllm.pipeline.config import GatesConfig, PipelineConfig
+from jaxllm.pipeline.config import PARENTS, GatesConfig, PipelineConfig
 from jaxllm.runs.context import InitialWeights, RunInputs
 from jaxllm.runs.hooks import held_out_batches
 from jaxllm.runs.process import set_up_process
@@ -44,6 +45,8 @@ class Gate:
 
 def measure_gates(config: PipelineConfig, folder: Path) -> None:
     """Measure all gates of the pipeline in `folder`, write gates.json and shown.json, print a line each."""
+    if missing := [name for name in PARENTS if not (folder / name / "checkpoints").is_dir()]:
+        raise ConfigError(f"--workdir={folder} lacks {', '.join(missing)}: run experiments/pipeline.py first")
     set_up_process()
     gates = list(measure(config, folder))
     passed = all(gate.passed is not False for gate in gates)

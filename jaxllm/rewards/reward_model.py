@@ -11,8 +11,8 @@ from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.rollout.score import InBatches
-from jaxllm.runs.checkpoints import check_scores, checkpoint_template, load_checkpoint
-from jaxllm.training.checkpoint import checkpoint_hash
+from jaxllm.runs.checkpoints import checkpoint_template, load_folder, read_kind
+from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint
 
 
 class RewardStatistics(NamedTuple):
@@ -35,6 +35,18 @@ def read_statistics(checkpoint: str, folder: Path, normalize: bool) -> RewardSta
     return RewardStatistics(metrics["eval/reward_mean"], metrics["eval/reward_std"])
 
 
+def check_reward_model(checkpoint: str) -> Path:
+    """The step folder of a reward model; ConfigError where there is none, or another kind of model."""
+    name = f"reward.model={checkpoint}"
+    try:
+        folder = find_checkpoint(checkpoint)
+    except CheckpointError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    if read_kind(folder).generates:
+        raise ConfigError(f"{name} is not a reward model; pass the run of one")
+    return folder
+
+
 class RewardModel:
     """A trained reward model, sharded over the devices."""
 
@@ -51,10 +63,7 @@ class RewardModel:
     ):
         """To read `rows` sequences of `length` tokens at a time, written with this tokenizer and template."""
         name = f"reward.model={checkpoint}"
-        try:
-            loaded = check_scores(load_checkpoint(checkpoint, mesh), name)
-        except CheckpointError as error:
-            raise ConfigError(f"{name}: {error}") from None
+        loaded = load_folder(check_reward_model(checkpoint), mesh)
         if loaded.tokenizer.hash != tokenizer.hash:
             raise ConfigError(f"{name} has another tokenizer than the policy: train it from the same model")
         if checkpoint_template(loaded).source != template.source:

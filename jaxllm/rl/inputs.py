@@ -9,7 +9,7 @@ import numpy as np
 from jaxllm.batches import RolloutBatch
 from jaxllm.data.prompts import load_prompts, prompt_texts
 from jaxllm.data.rows import Dataset
-from jaxllm.rewards.reward_model import RewardModel
+from jaxllm.rewards.reward_model import RewardModel, check_reward_model
 from jaxllm.rewards.scorer import RewardScorer
 from jaxllm.rl.config import RolloutTrainConfig
 from jaxllm.runs.context import RunInputs
@@ -18,6 +18,8 @@ from jaxllm.runs.context import RunInputs
 def load(inputs: RunInputs[Any, Any]) -> Dataset:
     """Prompts to train on and to evaluate on."""
     config = inputs.program.config
+    if config.reward.model is not None:  # before anything is read
+        check_reward_model(config.reward.model)
     return load_prompts(
         config.data,
         inputs.tokenizer,

@@ -158,7 +158,7 @@ class Program(Generic[ConfigT, ModelT]):
                 f"batch: {data.batch_size} rows, {tokens:,} tokens of {data.sequence_length} a sequence; "
                 f"{rows} rows a device at a time",
                 f"run: {steps:,} steps, {steps * tokens:,} tokens, "
-                f"{flops:.3g} FLOPs a token, {steps * tokens * flops:.3g} in all",
+                f"{flops:.3g} FLOPs per token, {steps * tokens * flops:.3g} FLOPs in total",
             ]
         )
 

@@ -53,7 +53,6 @@ generates = True
 conversational = True
 policy_prefix = "policy"
 panels: tuple[Panel, ...] = (REWARD, KL, COMPLETION_LENGTH)
-load = inputs.load
 tokenizer_text = inputs.tokenizer_text
 make_hooks = hooks.make_hooks
 
@@ -170,6 +169,13 @@ def build(config: Config) -> tuple[ActorCritic, LossFn]:
         value_coefficient=knobs.value_coefficient,
         entropy_coefficient=knobs.entropy_coefficient,
     )
+
+
+def load(run: RunInputs[Config, ActorCritic]) -> Dataset:
+    """Prompts to train on and to evaluate on."""
+    if run.program.config.reward.model is not None and run.initial.parent is None:
+        raise ConfigError("--init_from=RUN is missing: PPO starts from a trained policy, such as SFT's")
+    return inputs.load(run)
 
 
 def batch_shapes(config: Config) -> RolloutBatch:
@@ -294,9 +300,7 @@ class PPO:
 
 def make_source(run: RunInputs[Config, ActorCritic], data: Dataset) -> BatchSource:
     """Rollouts, rewarded by what the config names."""
-    program, initial = run.program, run.initial
-    if program.config.reward.model is not None and initial.parent is None:
-        raise ConfigError("--init_from=RUN is missing: PPO starts from a trained policy, such as SFT's")
+    program = run.program
     scorer = inputs.make_scorer(run)
-    algorithm = PPO(program, initial.params()["policy"])
+    algorithm = PPO(program, run.initial.params()["policy"])
     return RolloutSource(run, data, policy=program.model.policy, scorer=scorer, algorithm=algorithm)

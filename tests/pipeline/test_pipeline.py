@@ -184,6 +184,12 @@ def test_two_pipelines_do_not_share_a_folder(tmp_path):
         pass
 
 
+def test_gates_of_a_folder_without_a_pipeline_are_an_error_of_one_line(tmp_path):
+    (tmp_path / "pretrain" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(pipeline.ConfigError, match=r"lacks sft, .*: run experiments/pipeline.py first"):
+        gates.measure_gates(make_config(), tmp_path)
+
+
 def test_a_folder_that_cannot_be_made_is_named_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):

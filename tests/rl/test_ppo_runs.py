@@ -239,3 +239,15 @@ def test_an_unsuitable_reward_model_is_an_error_with_the_fix(folder, tmp_path):
     larger = {"model__num_layers": 2, "tokenizer__path": folder / "policy" / "tokenizer.model"}
     train_reward_model(folder, "larger", init_from=None, **larger)
     check_error("larger", "a model of another size: num_layers 2 -> 1")
+
+
+def test_a_parent_or_reward_model_that_does_not_fit_is_an_error_before_data_is_read(folder, tmp_path):
+    no_rows = {"data__train": tmp_path / "missing.jsonl"}
+    with pytest.raises(ConfigError, match="--init_from=RUN is missing: PPO starts from a trained policy"):
+        run(
+            configure(folder, tokenizer__path=folder / "policy" / "tokenizer.model", **no_rows),
+            tmp_path / "a",
+        )
+    config = configure(folder, reward__model=folder / "policy", **no_rows)
+    with pytest.raises(ConfigError, match="is not a reward model; pass the run of one"):
+        run(config, tmp_path / "b", init_from=folder / "policy")

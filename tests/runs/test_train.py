@@ -186,7 +186,7 @@ def test_a_dry_run_prints_memory_and_compute_of_a_step(text):
     )
     (held,) = re.findall(r"= ([\d.]+) GB state and batch", report)
     assert float(held) == pytest.approx(state / 1e9, abs=0.001)  # weights and Adam's two moments
-    assert "FLOPs a token" in report
+    assert "FLOPs per token" in report
     assert "training.num_microbatches" in report
 
 

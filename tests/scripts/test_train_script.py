@@ -27,3 +27,10 @@ def test_a_missing_workdir_is_an_error_of_one_line(capsys):
     arguments = ["train.py", f"--config={CONFIG}:tiny"]
     assert run_script(train.main, train.config_class, train.define_flags, arguments) == 78
     assert capsys.readouterr().err == "error: --workdir=FOLDER is missing\n"
+
+
+def test_the_config_of_a_pipeline_is_an_error_of_one_line(capsys):
+    arguments = ["train.py", f"--config={CONFIG.with_name('quickstart.py')}", "--workdir=runs/x"]
+    assert run_script(train.main, train.config_class, train.define_flags, arguments) == 78
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the config is of a pipeline: name one of its runs, --config=FILE.py:NAME" in line
