@@ -4,7 +4,10 @@ of the initial model.
     python experiments/train.py --config=configs/reward_model_pairs.py:1m --workdir=runs/reward \
         --init_from=runs/sft --config.data.train=pairs.jsonl
 
-Measured: TODO
+Measured as `configs/quickstart.py:reward_model` (200 steps of 24 pairs of 128 tokens, a tenth of the labels
+flipped, 2 CPU cores, float32): accuracy 0.708 ± 0.018 on held-out pairs, 0.687 to 0.739 over five seeds,
+choosing the longer completion 0.558; 93 s alone, 2.8 GB. On 1,278 pairs of hh-rlhf: 0.69 ± 0.04
+(docs/results.md).
 
 Rows are `prompt`, `chosen`, `rejected` (texts or messages), transcripts as in hh-rlhf, or Alpaca's
 `instruction` and `input` with `chosen` and `rejected`; optional `margin` and `weight`.

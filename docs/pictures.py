@@ -2,17 +2,21 @@
 
     python docs/pictures.py --workdir=runs/quickstart
 
-writes docs/images/report.png, a screenshot of the report's first page (by a headless Chromium and its driver,
-which Selenium finds or downloads), and docs/images/reasoning.svg, the curve of the GRPO stage.
+writes docs/images/report.png, a screenshot of the top of the report by a headless Chromium or Chrome, and
+docs/images/reasoning.svg, the curve of the GRPO stage.
 """
 
 import argparse
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from jaxllm.training.metrics import read_metrics
 
 IMAGES = Path(__file__).parent / "images"
-WINDOW = (1200, 1500)  # pixels of the screenshot
+WINDOW = "1200,1500"  # pixels of the screenshot
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def main() -> None:
@@ -59,14 +63,12 @@ def draw_curve(run: Path, file: Path) -> None:
 
 def take_screenshot(page: Path, file: Path) -> None:
     """The top of a page, as a browser shows it."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", f"--window-size={WINDOW[0]},{WINDOW[1]}"):
-        options.add_argument(argument)
-    with webdriver.Chrome(options=options) as browser:
-        browser.get(page.as_uri())
-        browser.save_screenshot(str(file))
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        sys.exit(f"no browser for the screenshot: install one of {', '.join(BROWSERS)}")
+    options = ("--headless=new", "--no-sandbox", "--hide-scrollbars", f"--window-size={WINDOW}")
+    command = [browser, *options, f"--screenshot={file}", page.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
 
 
 if __name__ == "__main__":
