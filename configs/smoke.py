@@ -36,8 +36,6 @@ def get_config(stage: str = "") -> ConfigDict:
             section.data.batch_size = 4
         if "num_held_out" in section.get("sample", {}):
             section.sample.num_held_out = 0
-    config.grpo.training.evaluate_at_start = True  # its gate compares the last evaluation with the first
-    config.grpo.sample.group_size = 2
     config.gates.must_pass = False
     config.gates.max_rows, config.gates.max_new_tokens = 8, 4
     config.gates.shown = ("What is an LLM?",)
