@@ -8,13 +8,12 @@ Models are hashable and equal where their configs are, so they can be static arg
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 from jax.typing import DTypeLike
 
 from jaxllm.losses import Weighted
+from jaxllm.losses.aggregate import Array
 from jaxllm.models.config import ModelConfig
 
-Array = jax.Array | np.ndarray
 Params = dict[str, Any]  # a nested dict of arrays; its "blocks" may be a tuple of them, one per layer
 Aux = dict[str, Weighted]  # auxiliary losses by name, each with its coefficient included
 

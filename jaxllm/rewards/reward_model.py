@@ -11,7 +11,7 @@ from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.rollout.score import InBatches
-from jaxllm.runs.checkpoints import checkpoint_template, load_folder, read_kind
+from jaxllm.runs.checkpoints import check_scores, checkpoint_template, load_folder, read_kind
 from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint
 
 
@@ -42,8 +42,7 @@ def check_reward_model(checkpoint: str) -> Path:
         folder = find_checkpoint(checkpoint)
     except CheckpointError as error:
         raise ConfigError(f"{name}: {error}") from None
-    if read_kind(folder).generates:
-        raise ConfigError(f"{name} is not a reward model; pass the run of one")
+    check_scores(read_kind(folder), name)
     return folder
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import optax
@@ -56,6 +56,9 @@ class LoadedModel(NamedTuple):
     @property
     def conversational(self) -> bool:
         return self.kind.conversational
+
+
+T = TypeVar("T", LoadedModel, ModelKind)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -119,15 +122,15 @@ def checkpoint_template(loaded: LoadedModel) -> ChatTemplate:
     return load_template(loaded.tokenizer, str(file) if file.exists() else None)
 
 
-def check_generates(loaded: LoadedModel, flag: str) -> LoadedModel:
-    """The checkpoint that `flag` names; ConfigError where it is a reward model."""
+def check_generates(loaded: T, flag: str) -> T:
+    """The checkpoint that `flag` names, loaded or its kind alone; ConfigError where it is a reward model."""
     if not loaded.generates:
         raise ConfigError(f"{flag} is a reward model and cannot generate; pass a policy checkpoint")
     return loaded
 
 
-def check_scores(loaded: LoadedModel, flag: str) -> LoadedModel:
-    """The checkpoint that `flag` names; ConfigError where it is not a reward model."""
+def check_scores(loaded: T, flag: str) -> T:
+    """The checkpoint that `flag` names, loaded or its kind alone; ConfigError where it is no reward model."""
     if loaded.generates:
         raise ConfigError(f"{flag} is not a reward model; pass the run of one")
     return loaded

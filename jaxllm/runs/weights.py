@@ -10,7 +10,7 @@ import jax
 from jaxllm.config import as_dict
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.models import Params
-from jaxllm.runs.checkpoints import read_config, read_kind, read_policy
+from jaxllm.runs.checkpoints import check_generates, read_config, read_kind, read_policy
 from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import InitialWeights
 from jaxllm.runs.program import Program
@@ -35,10 +35,8 @@ def initial_weights(
     digest = None if parent is None else checkpoint_hash(parent)
     if parent is not None:
         check_shape(program.config, parent, f"--init_from={init_from}")
-        if stage.generates and not read_kind(parent).generates:
-            raise ConfigError(
-                f"--init_from={init_from} is a reward model and cannot generate; pass a policy checkpoint"
-            )
+        if stage.generates:
+            check_generates(read_kind(parent), f"--init_from={init_from}")
     if folder.resuming and (record := json.loads(folder.file("run.json").read_bytes())["parent"]):
         parent, digest = Path(record["path"]), record["hash"]
 
