@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from jaxllm.command_line import define_sampling_flags, read_sampling
+from jaxllm.command_line import define_sampling_flags, named_as_flags, read_sampling
 from jaxllm.config import run_script
 from jaxllm.errors import ConfigError
 
@@ -73,21 +73,22 @@ def main(_: None, flags: "FlagValues") -> None:
 
     check_rename(flags.rename)
     set_up_process()
-    evaluate_checkpoint(
-        flags.checkpoint,
-        flags.input,
-        options=flags,
-        rewards=flags.rewards,
-        reward_model=flags.reward_model,
-        reference=flags.reference,
-        plain=flags.plain,
-        untrained=flags.untrained,
-        samples=flags.samples,
-        max_rows=flags.max_rows,
-        sampling=sampling,
-        seed=flags.seed,
-        output=None if flags.output is None else Path(flags.output).expanduser(),
-    )
+    with named_as_flags({"reward.model": "--reward_model"}):
+        evaluate_checkpoint(
+            flags.checkpoint,
+            flags.input,
+            options=flags,
+            rewards=flags.rewards,
+            reward_model=flags.reward_model,
+            reference=flags.reference,
+            plain=flags.plain,
+            untrained=flags.untrained,
+            samples=flags.samples,
+            max_rows=flags.max_rows,
+            sampling=sampling,
+            seed=flags.seed,
+            output=None if flags.output is None else Path(flags.output).expanduser(),
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """Flags that several scripts share. Imports little, so that --help is quick."""
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
+
+from jaxllm.errors import ConfigError
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
@@ -29,10 +33,23 @@ def read_sampling(flags: "FlagValues") -> "SamplingConfig":
     """The SamplingConfig that the flags describe; ConfigError where a value is out of range."""
     from jaxllm.rollout.sampling import SamplingConfig
 
-    return SamplingConfig(
-        temperature=flags.temperature,
-        top_k=flags.top_k,
-        top_p=flags.top_p,
-        min_p=flags.min_p,
-        max_new_tokens=flags.max_new_tokens,
-    )
+    with named_as_flags({"sampling.": "--"}):
+        return SamplingConfig(
+            temperature=flags.temperature,
+            top_k=flags.top_k,
+            top_p=flags.top_p,
+            min_p=flags.min_p,
+            max_new_tokens=flags.max_new_tokens,
+        )
+
+
+@contextlib.contextmanager
+def named_as_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """A ConfigError that begins with a field in `flags` names the flag instead: what the user gave."""
+    try:
+        yield
+    except ConfigError as error:
+        for field, flag in flags.items():
+            if str(error).startswith(field):
+                raise ConfigError(flag + str(error).removeprefix(field)) from None
+        raise

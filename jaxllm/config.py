@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import sys
 import traceback
 import types
@@ -141,7 +142,8 @@ def run_script(
 
     `config_class` returns the dataclass; it is called late, so that `--help` imports little. A script with
     `config_class=None` takes flags only, and gets None for its config. A RunError becomes its one line on
-    stderr and its exit code; any other exception is a bug and keeps its traceback.
+    stderr and its exit code; so does what the machine refuses, a file or memory of a device, whose traceback
+    JAXLLM_TRACEBACK=1 shows. Any other exception is a bug and keeps its traceback.
     """
     from absl import flags
 
@@ -163,9 +165,32 @@ def run_script(
     except RunError as error:
         print(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
+        return RunError.exit_code
+    except (OSError, *_jax_errors()) as error:
+        if "JAXLLM_TRACEBACK" in os.environ:
+            raise
+        print(f"error: {_refusal(error)} (JAXLLM_TRACEBACK=1 shows where)", file=sys.stderr)
+        return RunError.exit_code
     except KeyboardInterrupt:  # before or after the part of a run that saves what it has
         print("stopped: interrupted", file=sys.stderr)
         return RunError.exit_code
+
+
+def _jax_errors() -> tuple[type[Exception], ...]:
+    """Those of the compiler and the devices, if jax has been imported."""
+    return (sys.modules["jax"].errors.JaxRuntimeError,) if "jax" in sys.modules else ()
+
+
+def _refusal(error: Exception) -> str:
+    """What the operating system or a device refused, in one line, with what to do where that is known."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    if "RESOURCE_EXHAUSTED" in line:
+        line += "; use less memory: a smaller batch, more training.num_microbatches or model.remat"
+    return line
 
 
 def _help(script_flags: "FlagValues") -> str:

@@ -27,6 +27,12 @@ class CheckpointError(RunError):
     """A checkpoint that is missing, damaged, of another run, or cannot be written."""
 
 
+class NoCheckpoint(CheckpointError):
+    """A path to a checkpoint that leads to none."""
+
+    exit_code = 78
+
+
 class NumericsError(RunError):
     """Numbers that training cannot continue with, such as a loss that stays not finite."""
 

@@ -1,5 +1,6 @@
 """An invalid config or command line is an error of one line that names the field, with exit code 78."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from dataclasses import FrozenInstanceError, dataclass
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 from ml_collections import config_dict
@@ -338,6 +340,55 @@ def test_an_unexpected_exception_keeps_its_traceback(config_file):
     with pytest.raises(ZeroDivisionError):
         run("--config=tiny.py", main=lambda config, flags: 1 // 0)
 
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x/log"),
+            "No space left on device: runs/x/log",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: a device has failed\n\nmore"),
+            "INTERNAL: a device has failed",
+        ),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+            "RESOURCE_EXHAUSTED: Out of memory; use less memory: a smaller batch, more "
+            "training.num_microbatches or model.remat",
+        ),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(config_file, capsys, monkeypatch, error, line):
+    def main(config, flags):
+        raise error
+
+    assert run("--config=tiny.py", main=main) == 1
+    assert capsys.readouterr().err == f"error: {line} (JAXLLM_TRACEBACK=1 shows where)\n"
+    monkeypatch.setenv("JAXLLM_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        run("--config=tiny.py", main=main)
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
+    script = tmp_path / "script.py"
+    loop = "while True: print('a line')"
+    script.write_text(f"def main(*_):\n    {loop}\n{PIPED}")
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+PIPED = """
+import sys
+from jaxllm.config import run_script
+sys.exit(run_script(main, None, lambda values: None))
+"""
 
 HELP_SCRIPT = """'Trains a thing.'
 import sys

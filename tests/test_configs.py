@@ -106,6 +106,11 @@ def test_an_unknown_size_is_an_error_that_lists_the_sizes():
         load("pretrain_text.py:1k")
 
 
+def test_an_unknown_stage_of_a_pipeline_is_an_error_that_lists_the_stages():
+    with pytest.raises(ConfigError, match=r"no stage 'pretrian': choose one of dpo, .*, sft_reasoning"):
+        load("quickstart.py:pretrian")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

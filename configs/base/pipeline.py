@@ -10,6 +10,7 @@ from configs import (
     reward_model_pairs,
     sft_chat,
 )
+from jaxllm.errors import ConfigError
 
 
 def base(size: str) -> ConfigDict:
@@ -102,4 +103,9 @@ def on_public_data(config: ConfigDict) -> None:
 
 def part(config: ConfigDict, stage: str) -> ConfigDict:
     """The whole pipeline for ""; or the config of one stage, for experiments/train.py."""
-    return config[stage] if stage else config
+    if not stage:
+        return config
+    stages = [name for name in config if "stage" in getattr(config[name], "keys", tuple)()]
+    if stage not in stages:
+        raise ConfigError(f"no stage {stage!r}: choose one of {', '.join(stages)}")
+    return config[stage]

@@ -126,8 +126,12 @@ def _matching_files(path: str, name: str) -> list[str]:
     if paths:
         return paths
     folder = os.path.dirname(path) or "."
-    known = os.listdir(folder) if os.path.isdir(folder) else []
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    known = [each for each in names if _suffix(each) in _SUFFIXES]
     raise DataError(f"{name!r} does not exist{_nearest(os.path.basename(path), known)}")
+
+
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 def _suffix(path: str) -> str:
@@ -136,7 +140,7 @@ def _suffix(path: str) -> str:
 
 
 def _reader(path: str) -> Callable[[str, str | None], Iterator[Row]]:
-    readers = {".txt": _text_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
+    readers = dict(zip(_SUFFIXES, (_text_rows, _json_rows, _parquet_rows), strict=True))
     reader = readers.get(_suffix(path))
     if reader is None or path.endswith(".parquet.gz"):
         raise DataError(f"{path}: only .txt, .txt.gz, .jsonl, .jsonl.gz and .parquet files can be read")

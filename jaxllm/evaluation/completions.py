@@ -1,7 +1,6 @@
 """Completions of prompts, and their rewards: for rollouts, evaluation and experiments/evaluate.py."""
 
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -15,6 +14,7 @@ from jaxllm.data.prompts import Prompt, PromptOptions, question_messages
 from jaxllm.data.sources import BadRow, open_source
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import DataError
+from jaxllm.evaluation.left_out import print_left_out
 from jaxllm.evaluation.pass_at_k import pass_at_k
 from jaxllm.evaluation.preference import mean
 from jaxllm.losses import overlong_penalty
@@ -161,6 +161,7 @@ def read_messages(
     """make(row, messages) of the first rows of a source; rows for which it raises BadRow go to stderr."""
     source = open_source(name, split=split, text_key=None, synthetic_rows=max_rows, seed=seed)
     made: list[T] = []
+    left_out: list[tuple[str, BadRow]] = []
     for row in source.rows():
         try:
             if row.value is None:
@@ -168,9 +169,10 @@ def read_messages(
             record = renamed(row.value, options.rename)
             made.append(make(record, question_messages(record, options)[1]))
         except BadRow as error:
-            print(f"left out: {row.where}: {error}", file=sys.stderr)
+            left_out.append((row.where, error))
         if len(made) == max_rows:
             break
+    print_left_out(left_out)
     return made
 
 

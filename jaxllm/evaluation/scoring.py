@@ -1,7 +1,6 @@
 """Rewards of completions that are given, by a reward model: for experiments/score.py."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.preferences import encode_completion, is_pair, pair
 from jaxllm.data.sources import BadRow, open_source
 from jaxllm.errors import DataError
+from jaxllm.evaluation.left_out import print_left_out
 from jaxllm.evaluation.preference import PairScores, mean, reward_metrics
 from jaxllm.rollout.generate import bucket
 from jaxllm.runs.checkpoints import LoadedModel, checkpoint_template
@@ -33,7 +33,8 @@ def read_rows(
     name: str, template: ChatTemplate, *, longest: int, rename: Sequence[str]
 ) -> tuple[list[Row], int]:
     """The rows of a source with at most `longest` tokens, and the number left out, which stderr names."""
-    rows, dropped = [], 0
+    rows: list[Row] = []
+    left_out: list[tuple[str, BadRow]] = []
     source = open_source(name, split="validation", text_key=None, synthetic_rows=1000, seed=0)
     for row in source.rows():
         try:
@@ -45,11 +46,11 @@ def read_rows(
                 raise BadRow("longer than model.max_length", f"{length} tokens")
             rows.append(encoded)
         except BadRow as error:
-            print(f"left out: {row.where}: {error}", file=sys.stderr)
-            dropped += 1
+            left_out.append((row.where, error))
+    print_left_out(left_out)
     if not rows:
         raise DataError(f"--input={name}: no row can be scored")
-    return rows, dropped
+    return rows, len(left_out)
 
 
 def encode(record: dict[str, Any], template: ChatTemplate, rename: Sequence[str]) -> Row:

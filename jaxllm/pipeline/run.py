@@ -1,7 +1,7 @@
 """All stages, from random weights to a reasoning model, and whether each of them reached its gate.
 
-Every stage is a run of experiments/train.py in a folder of its own; pipeline.json records the commands. The
-same call again resumes where it was.
+Every stage is a run of experiments/train.py in a folder of its own; `record` keeps what is done. The same
+call again resumes where it was.
 """
 
 import contextlib
@@ -15,17 +15,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.config import as_dict, differences, load_config, parse
 from jaxllm.errors import ConfigError, DataError, RunError, Stopped
-from jaxllm.files import locked, to_json, write_file
+from jaxllm.files import locked
 from jaxllm.pipeline.config import PARENTS, PipelineConfig
+from jaxllm.pipeline.record import Record, rewarded_by_model
 from jaxllm.report import check_extra, write_report
 from jaxllm.stages import build_program, find_stage
 from jaxllm.training.metrics import read_metrics
+
+SPEND_EVERY = 10.0  # seconds
 
 # A killed pipeline cannot stop its stage; Linux does, as a SIGTERM would (1 is PR_SET_PDEATHSIG).
 _DIE_TOO = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
@@ -50,17 +53,19 @@ def run_pipeline(config: PipelineConfig, *, config_file: str, workdir: str, scri
     folder = Path(workdir).expanduser().absolute()
     commands = stage_commands(config, config_file, workdir, scripts)
     with claimed(folder):
-        record = Record(folder, config.seed, config_file, commands)
+        record = Record(folder, config, config_file)
         for number, (name, command) in enumerate(commands.items(), 1):
             if record.is_done(name):
                 continue
             title = f"[{number}/{len(commands)}] {name:13}"
+            log = folder / "logs" / f"{name}.txt"
+            spend = functools.partial(record.spend, name)
             report = functools.partial(show_progress, title, folder / name, config, record)
-            seconds, memory = run_stage(command, folder / "logs" / f"{name}.txt", report)
+            seconds, memory = run_stage(command, log, report, spend, *record.spent(name))
             record.add(name, command, seconds, memory)
             outcome = f"{headline(config, folder, name)}{time_left(config, record)}"
             print(f"{title} {clock(seconds):>6}  {outcome}", flush=True)
-            for warning in warnings(folder / "logs" / f"{name}.txt"):
+            for warning in warnings(log):
                 print(f"      {warning}", flush=True)
     return conclude(folder, record, must_pass=config.gates.must_pass)
 
@@ -131,11 +136,6 @@ def stage_commands(
     return commands
 
 
-def rewarded_by_model(section: Any) -> bool:
-    """Whether a run's completions are scored by a reward model: here the pipeline's own."""
-    return hasattr(section, "reward") and section.reward.model is not None
-
-
 def as_flag(value: Any) -> str:
     """A value of a config as `--config.FIELD=` takes it."""
     if isinstance(value, list):
@@ -143,30 +143,42 @@ def as_flag(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def run_stage(command: Sequence[str], log: Path, report: Callable[[], None]) -> tuple[float, int]:
-    """Run a command to its end, its output in `log`; the seconds and bytes of memory it took.
+def run_stage(
+    command: Sequence[str],
+    log: Path,
+    report: Callable[[], None],
+    spend: Callable[[float, int], None],
+    seconds: float = 0.0,
+    memory: int = 0,
+) -> tuple[float, int]:
+    """Run a command to its end, its output in `log`; the seconds and the peak bytes of memory it took.
 
-    SIGINT and SIGTERM are passed on, and the command saves its state.
+    `seconds` and `memory` are those of earlier invocations, to which this one is added. `spend` is called
+    with the sums so far: now and then, in case this process is killed, and at the end. SIGINT and SIGTERM are
+    passed on, and the command saves its state.
     """
     log.parent.mkdir(exist_ok=True)
-    began = time.perf_counter()
+    began = saved = time.perf_counter()
     with log.open("ab") as output:
         process = subprocess.Popen(
             [*END_WITH_PARENT, *command], stdout=output, stderr=output, start_new_session=True
         )
         with passing_on(process) as passed:
-            memory, code = 0, None
+            code = None
             while code is None:
                 memory = max(memory, peak_memory(process.pid))
                 report()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     code = process.wait(timeout=1.0)
+                if (now := time.perf_counter()) - saved > SPEND_EVERY or code is not None:
+                    spend(seconds + now - began, memory)
+                    saved = now
     if code == Stopped.exit_code or (passed and code == -signal.SIGTERM):  # before there was anything to save
         raise Stopped(f"resume with the same command: {shlex.join([sys.executable, *sys.argv])}")
     if code:
         last = " ".join(log.read_text(errors="replace").strip().splitlines()[-1:])
         raise StageFailed(f"{Path(command[1]).name} ended with exit code {code}: {last} (see {log})", code)
-    return time.perf_counter() - began, memory
+    return seconds + saved - began, memory
 
 
 def peak_memory(pid: int) -> int:
@@ -206,7 +218,7 @@ def passing_on(process: subprocess.Popen) -> Iterator[list[int]]:
             signal.signal(each, handler)
 
 
-# The record
+# The folder
 
 
 @contextlib.contextmanager
@@ -221,40 +233,6 @@ def claimed(folder: Path) -> Iterator[None]:
         raise ConfigError(f"--workdir={folder}: {error.strerror}") from None
     with file:
         yield
-
-
-class Record:
-    """pipeline.json: which stages are done, by which commands, and what time and memory they took."""
-
-    def __init__(self, folder: Path, seed: int, config_file: str, commands: Mapping[str, Sequence[str]]):
-        self.file = folder / "pipeline.json"
-        self.value: dict[str, Any] = {"stages": []}
-        if self.file.exists():
-            self.value = json.loads(self.file.read_text())
-        self.value |= {"seed": seed, "config_file": config_file, "command": shlex.join(["python", *sys.argv])}
-        for stage in self.value["stages"]:
-            if stage["command"] != shown(commands[stage["name"]]):
-                raise ConfigError(
-                    f"{folder}: {stage['name']} was run by `{stage['command']}`; its command is now "
-                    f"`{shown(commands[stage['name']])}`: choose another --workdir"
-                )
-
-    def is_done(self, name: str) -> bool:
-        return any(stage["name"] == name for stage in self.value["stages"])
-
-    def add(self, name: str, command: Sequence[str], seconds: float, memory: int) -> None:
-        """Record a stage that has finished."""
-        stage = {"name": name, "workdir": name, "parent": PARENTS.get(name), "command": shown(command)}
-        stages = self.value["stages"]
-        stages.append(stage | {"seconds": seconds, "peak_memory_bytes": memory})
-        self.value["seconds"] = sum(each["seconds"] for each in stages)
-        self.value["peak_memory_bytes"] = max(each["peak_memory_bytes"] for each in stages)
-        write_file(self.file, to_json(self.value))
-
-
-def shown(command: Sequence[str]) -> str:
-    """A command as one would type it."""
-    return shlex.join(["python", *command[1:]])
 
 
 # Progress

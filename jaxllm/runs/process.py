@@ -6,6 +6,8 @@ import platform
 
 import jax
 
+from jaxllm.errors import ConfigError
+
 # Options of mallopt(3), by their numbers in malloc.h. XLA takes a step's temporaries from malloc every
 # time; faulting in their pages again, once they were given back, costs a third of a step on a CPU.
 KEEP_FREED_MEMORY = {
@@ -18,11 +20,21 @@ KEEP_FREED_MEMORY = {
 
 def set_up_process() -> None:
     """Keep compiled programs between runs (JAX_COMPILATION_CACHE_DIR, or ~/.cache/jaxllm), and freed memory
-    within this one."""
+    within this one. Raises ConfigError where JAX has no device to compute on."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxllm/compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     keep_freed_memory()
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # for an unknown platform, jax asserts
+        platforms = os.environ.get("JAX_PLATFORMS")
+        fix = f"unset JAX_PLATFORMS={platforms}, or install" if platforms else "install"
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"JAX cannot use its devices{reason and ': '}{reason}; {fix} jaxllm[cuda] or jaxllm[tpu], "
+            "whichever they are"
+        ) from None
 
 
 def keep_freed_memory() -> None:

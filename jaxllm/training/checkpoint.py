@@ -29,7 +29,7 @@ import xxhash
 from jax.experimental import multihost_utils
 
 from jaxllm.config import did_you_mean
-from jaxllm.errors import CheckpointError, ConfigError, RunError
+from jaxllm.errors import CheckpointError, ConfigError, NoCheckpoint, RunError
 from jaxllm.files import to_json, write_file
 from jaxllm.parallel.sharding import path_name
 
@@ -179,7 +179,7 @@ def find_checkpoint(path: str | Path) -> Path:
         path = newest.with_name(str(_best_step(newest)))
     inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not inside.is_dir():
-        raise CheckpointError(f"{path} does not exist")
+        raise NoCheckpoint(f"{path} does not exist")
     if _STEP.fullmatch(inside.name):
         if what := damage(inside):
             raise CheckpointError(what)
@@ -197,11 +197,11 @@ def find_checkpoint(path: str | Path) -> Path:
 def _best_step(newest: Path) -> int:
     best = json.loads((newest / "metadata.json").read_bytes()).get("best")
     if best is None:
-        raise CheckpointError(
+        raise NoCheckpoint(
             f"{newest}: its run recorded no best step: set checkpoint.best_metric, or pass a step"
         )
     if not best["step"]:
-        raise CheckpointError(
+        raise NoCheckpoint(
             f"{newest}: no step of its run has a better {best['metric']} than the initial weights; pass the "
             f"checkpoint that it was initialized from"
         )

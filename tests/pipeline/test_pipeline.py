@@ -2,23 +2,29 @@
 
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from configs import quickstart, sft_chat
-from jaxllm.config import override, parse
+from jaxllm.config import as_dict, override, parse
+from jaxllm.config_versions import stamped
 from jaxllm.errors import DataError
+from jaxllm.files import to_json, write_file
 from jaxllm.pipeline import completions, gates
 from jaxllm.pipeline import run as pipeline
 from jaxllm.pipeline.config import PARENTS, PipelineConfig
+from jaxllm.pipeline.record import Record
 
 ROOT = Path(__file__).parents[2]
 
@@ -160,8 +166,9 @@ def test_all_models_complete_the_same_prompts_for_the_report(tiny):
 def test_a_finished_pipeline_only_prints_its_gates_again(tiny):
     config, workdir, *_ = tiny
     before = (workdir / "pipeline.json").read_bytes()
-    code, output, _ = run(config, workdir)
-    assert code == 1
+    another_spelling = f"{config.parent}/../{config.parent.name}/{config.name}"
+    code, output, errors = run(another_spelling, f"{workdir.parent}/./{workdir.name}/")
+    assert code == 1, errors
     assert "FAILED" in output
     assert not [line for line in output.splitlines() if line.startswith("[")]
     assert (workdir / "pipeline.json").read_bytes() == before
@@ -171,7 +178,7 @@ def test_another_config_is_an_error_before_a_stage_runs(tiny):
     config, workdir, *_ = tiny
     code, _, errors = run(config, workdir, "--config.ppo.optimizer.learning_rate=0.5")
     assert code == 78
-    assert "--config.optimizer.learning_rate=0.5" in errors
+    assert re.search(r"ppo was trained with another config: ppo.optimizer.learning_rate \S+ -> 0.5;", errors)
     assert "choose another --workdir" in errors
 
 
@@ -265,10 +272,14 @@ def test_a_stage_with_another_model_is_an_error():
         parse(PipelineConfig, config)
 
 
+def run_stage(command, folder, report=lambda: None, spend=lambda *_: None, **before):
+    return pipeline.run_stage(command, folder / "logs" / "x.txt", report, spend, **before)
+
+
 def test_a_failed_stage_ends_the_pipeline_with_its_exit_code(tmp_path):
     command = [sys.executable, "-c", "import sys; print('error: no such file'); sys.exit(78)"]
     with pytest.raises(pipeline.StageFailed, match="error: no such file") as caught:
-        pipeline.run_stage(command, tmp_path / "logs" / "x.txt", lambda: None)
+        run_stage(command, tmp_path)
     assert caught.value.exit_code == 78
 
 
@@ -281,7 +292,7 @@ def test_a_stage_interrupted_before_its_first_save_can_resume(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(pipeline.Stopped, match="resume with the same command"):
-        pipeline.run_stage(command, tmp_path / "logs" / "x.txt", report)
+        run_stage(command, tmp_path, report)
 
 
 def test_warnings_of_a_stage_are_repeated_once_and_not_for_synthetic_data(tmp_path):
@@ -292,7 +303,7 @@ def test_warnings_of_a_stage_are_repeated_once_and_not_for_synthetic_data(tmp_pa
 
 def test_the_memory_of_a_stage_is_measured(tmp_path):
     command = [sys.executable, "-c", "import time; x = bytearray(700 * 10**6); time.sleep(1)"]
-    _, memory = pipeline.run_stage(command, tmp_path / "logs" / "x.txt", lambda: None)
+    _, memory = run_stage(command, tmp_path)
     assert 0.7e9 < memory < 0.8e9
 
 
@@ -300,13 +311,94 @@ def test_the_estimate_of_the_time_left_follows_the_pace_so_far(tmp_path):
     config = make_config()
     expected = config.expected_seconds
     total = sum(vars(expected).values())
-    record = pipeline.Record(tmp_path, 0, "x.py", {})
+    record = Record(tmp_path, config, "x.py")
     assert pipeline.time_left(config, record) == f"  about {round(total / 60)} min left"
     record.add("pretrain", ["python", "x"], 2 * expected.pretrain, 1)
     rest = 2 * (total - expected.pretrain)
     assert pipeline.time_left(config, record) == f"  about {round(rest / 60)} min left"
     unknown = replace(config, expected_seconds=replace(expected, ppo=0.0))
     assert pipeline.time_left(unknown, record) == ""
+
+
+# The record
+
+
+def finish(folder, config, *names):
+    """A record in which these stages are done."""
+    record = Record(folder, config, "x.py")
+    for name in names:
+        if name == "gates":
+            write_file(folder / "gates.json", b"{}")
+        else:
+            (folder / name).mkdir(exist_ok=True)
+            write_file(folder / name / "config.json", to_json(stamped(as_dict(getattr(config, name)))))
+        record.add(name, ["python", name], 10.0, 1)
+    return record
+
+
+def test_an_edited_config_is_not_taken_as_done(tmp_path):
+    finish(tmp_path, make_config(), "pretrain", "sft")
+    for field, text, named in (
+        ("sft__training__steps", "7", r".*sft\.training\.steps \d+ -> 7"),
+        ("data__chats", "mine.jsonl", r"sft\.data\.train .* -> \[\"mine.jsonl\"\]"),
+    ):
+        with pytest.raises(pipeline.ConfigError, match=f"sft was trained with another config: {named}"):
+            Record(tmp_path, make_config(**{field: text}), "x.py")
+
+
+def test_a_field_that_changes_no_model_is_said_and_no_error(tmp_path, capsys):
+    finish(tmp_path, make_config(), "pretrain")
+    record = Record(tmp_path, make_config(pretrain__training__log_every="7"), "x.py")
+    assert record.is_done("pretrain")
+    assert "pretrain is done and not run again for pretrain.training.log_every" in capsys.readouterr().out
+
+
+def test_another_spelling_of_the_config_file_is_no_difference(tmp_path):
+    finish(tmp_path, make_config(), "pretrain")
+    assert Record(tmp_path, make_config(), "./configs/../x.py").is_done("pretrain")
+
+
+def test_gates_are_measured_again_with_other_gates_after_a_new_stage_or_without_their_file(tmp_path):
+    config = make_config()
+    everything = (*PARENTS, "gates")
+    assert finish(tmp_path, config, *everything).is_done("gates")
+    assert not Record(tmp_path, make_config(gates__max_rows="50"), "x.py").is_done("gates")
+    finish(tmp_path, config, "grpo")
+    assert not Record(tmp_path, config, "x.py").is_done("gates")
+    finish(tmp_path, config, "gates")
+    (tmp_path / "gates.json").unlink()
+    assert not Record(tmp_path, config, "x.py").is_done("gates")
+
+
+def test_a_stage_whose_folder_was_deleted_takes_those_trained_from_it_along(tmp_path):
+    finish(tmp_path, make_config(), "pretrain", "sft", "reward_model", "ppo")
+    shutil.rmtree(tmp_path / "reward_model")
+    with pytest.raises(pipeline.ConfigError, match=r"ppo is done but reward_model, .* is not: delete"):
+        Record(tmp_path, make_config(), "x.py")
+    shutil.rmtree(tmp_path / "ppo")
+    record = Record(tmp_path, make_config(), "x.py")
+    assert [name for name in PARENTS if record.is_done(name)] == ["pretrain", "sft"]
+
+
+def test_time_and_memory_of_interrupted_invocations_count(tmp_path):
+    config = make_config()
+    record = finish(tmp_path, config, "pretrain")
+    command = [sys.executable, "-c", "import sys; sys.exit(75)"]
+    with pytest.raises(pipeline.Stopped):
+        run_stage(command, tmp_path, spend=partial(record.spend, "sft"), seconds=5.0, memory=10**12)
+    again = Record(tmp_path, config, "x.py")
+    seconds, memory = again.spent("sft")
+    assert seconds > 5.0
+    assert memory == 10**12
+    assert again.value["seconds"] == pytest.approx(10.0 + seconds)
+    again.add("sft", command, seconds + 1.0, memory)
+    assert again.value["seconds"] == pytest.approx(11.0 + seconds)
+
+
+def test_a_damaged_record_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "pipeline.json").write_text("{")
+    with pytest.raises(pipeline.ConfigError, match=r"pipeline\.json cannot be read"):
+        Record(tmp_path, make_config(), "x.py")
 
 
 # Gates

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from jaxllm.errors import ConfigError
+from jaxllm.runs import process
 
 PAGES_TAKEN_AGAIN = """
 import ctypes, resource
@@ -36,3 +40,24 @@ def test_freed_memory_is_kept_unless_the_user_has_settings_of_his_own(variables,
     root = Path(__file__).resolve().parents[2]
     run = subprocess.run(command, cwd=root, env=plain | variables, capture_output=True, text=True, check=True)
     assert (int(run.stdout) < 100) == kept
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Unable to initialize backend 'cuda':\nno plugin"), ": .* no plugin"),
+        (AssertionError(), ""),
+    ],
+)
+def test_devices_that_jax_cannot_use_are_an_error_of_one_line(monkeypatch, error, reason):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(
+        ConfigError, match=rf"^JAX cannot use its devices{reason}; unset JAX_PLATFORMS=cuda, .*\S$"
+    ):
+        process.set_up_process()

@@ -92,7 +92,9 @@ def test_bad_input_is_an_error_of_one_line(chat_model, reward_model, questions, 
         ((*required, "--samples=0"), "--samples=0 must be at least 1"),
         ((*required, "--samples=2", "--temperature=0"), "would generate the same completion every time"),
         ((*required, "--max_new_tokens=8", "--rewards=math_answr"), "did you mean 'math_answer'"),
-        ((*required, "--max_new_tokens=8", f"--reward_model={chat_model}"), "not a reward model"),
+        ((*required, "--max_new_tokens=8", f"--reward_model={chat_model}"), f"error: --reward_model={chat_model}"),
+        ((*required, "--top_p=2"), "error: --top_p=2.0 must be in (0, 1]"),
+        ((f"--checkpoint={questions}-no", f"--input={questions}"), "does not exist"),
         ((f"--checkpoint={chat_model}", f"--input={questions}l"), "questions.jsonll"),
     ):
         assert run_script(evaluate.main, None, evaluate.define_flags, ["evaluate.py", *flags]) == 78
