@@ -278,7 +278,10 @@ def test_the_error_of_a_file_that_is_not_gzip_or_parquet_is_one_line(tmp_path):
 
 def test_a_name_that_does_not_exist_suggests_the_nearest(tmp_path):
     write(tmp_path / "shakespeare.txt", b"text")
-    write(tmp_path / "shakespear.png", b"a picture, which cannot be read")
+    write(tmp_path / "novel.tx", b"cannot be read, as its name ends")
+    with pytest.raises(DataError, match=r"does not exist; available: 'shakespeare.txt'$"):
+        opened(tmp_path / "novel.txt")
+    (tmp_path / "novel.tx").unlink()
     with pytest.raises(DataError, match=r"does not exist; did you mean 'shakespeare.txt'\?"):
         opened(tmp_path / "shakespear.txt")
     with pytest.raises(DataError, match=r"no file matches '.*/\*.jsonl'"):
