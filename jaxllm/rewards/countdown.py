@@ -7,14 +7,21 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
+from jaxllm.rewards.completion_text import after_thought, last_tagged
+from jaxllm.rewards.expressions import plain
+
 _OPERATIONS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-_SIGNS = str.maketrans("×·÷−", "**/-")
-_EXPRESSION = re.compile(r"-?[0-9(][-+*/()0-9 ]*+")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*+\{([^{}]*)\}")
+# What is no part of an expression. Everything else is: of `2.44 + 19` nothing is read, rather than `44 + 19`.
+_PROSE = re.compile(r"\(?[A-Za-z]{2,}[.]?|[;?→\"“”\n]|[.,:](?![0-9])|(?<![0-9]):")
+_OPERATOR = re.compile(r"[0-9)] *+[-+*/]")
+_DIGIT = re.compile("[0-9]")
+_ARITHMETIC = re.compile("[-+*/()0-9 ]+")
 _MAX_LENGTH = 200  # characters of an expression: bounds the digits of its value and its nesting
 
 
@@ -22,8 +29,8 @@ def countdown(example: Mapping[str, Any], completion: str, *, partial_credit: fl
     """1.0 if the last expression equals `example["target"]` and uses each of `example["nums"]` exactly once.
 
     The numbers may also be in `example["numbers"]`. The expression is read after the last `<answer>`, else on
-    the last line; `= 98` after it is ignored. `partial_credit` is the reward of an expression that uses the
-    right numbers but has another value.
+    the last line, and never before `</think>`; `= 98` after it is ignored. It is read whole or not at all.
+    `partial_credit` is the reward of an expression that uses the right numbers but has another value.
     """
     expression = _last_expression(completion)
     if expression is None:
@@ -39,15 +46,20 @@ def countdown(example: Mapping[str, Any], completion: str, *, partial_credit: fl
 
 
 def _last_expression(completion: str) -> str | None:
-    _, tag, answer = completion.rpartition("<answer>")
-    if tag:
-        text = " ".join(answer.partition("</answer>")[0].split())
-    else:
-        text = completion.strip().rpartition("\n")[2]
-    text = text.translate(_SIGNS)
-    expressions = _EXPRESSION.findall(text.rpartition("=")[0] or text)
-    expression = expressions[-1].rstrip(" +-*/") if expressions else ""
-    return expression if 0 < len(expression) <= _MAX_LENGTH else None
+    text = after_thought(completion)
+    if text is None:
+        return None
+    tagged = last_tagged(text, "answer")
+    text = text.strip().rpartition("\n")[2] if tagged is None else " ".join(tagged.split())
+    parts = _PROSE.split(_BOX.sub(r";\1;", plain(text)).replace("÷", "/"))
+    last = _last_with(_OPERATOR, parts) or _last_with(_DIGIT, parts)
+    sides = last.split("=")  # x = 44 + 19 + 35 = 98
+    expression = (next(filter(_OPERATOR.search, sides), None) or sides[0]).strip().rstrip(" -")
+    return expression if len(expression) <= _MAX_LENGTH and _ARITHMETIC.fullmatch(expression) else None
+
+
+def _last_with(pattern: re.Pattern[str], parts: list[str]) -> str:
+    return next(filter(pattern.search, reversed(parts)), "")
 
 
 def _evaluate(node: ast.expr, numbers: list[int]) -> Fraction:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.errors import ConfigError
+from jaxllm.rewards.completion_text import after_thought
 
 try:
     from math_verify import parse, verify
@@ -20,8 +21,12 @@ except ImportError:
 def math_verify(example: Mapping[str, Any], completion: str) -> float | None:
     """1.0 if the completion's answer equals `example["answer"]`, or the part of it after `####`.
 
-    None where the library cannot parse the example's own answer.
+    What stands before `</think>` does not count, and a thought that is cut off gives 0. None where
+    the library cannot parse the example's own answer.
     """
     answer = str(example["answer"]).rpartition("####")[2].strip()
     expected = parse(answer if "\\boxed" in answer else f"\\boxed{{{answer}}}")
-    return float(verify(expected, parse(completion))) if expected else None
+    if not expected:
+        return None
+    text = after_thought(completion)
+    return 0.0 if text is None else float(verify(expected, parse(text)))

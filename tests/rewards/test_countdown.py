@@ -17,6 +17,25 @@ RIGHT = [
     "The 3 numbers give 44 + 19 + 35 = 98",
     "((((44)))) + 19 + 35",
     "- 44 + 19 + 35",  # a list item
+    # after the thought, in the last tag with an answer
+    "<think>44 + 19</think>44 + 19 + 35",
+    "<think><answer>1 + 2</answer></think><answer>44 + 19 + 35</answer>",
+    "<answer>44 + 19 + 35</answer> <answer>done</answer>",
+    # in Markdown, LaTeX and other digits
+    r"\boxed{44 + 19 + 35}",
+    r"$44 + 19 + 35 = 98$",
+    "**44 + 19 + 35**",
+    "`44 + 19 + 35`",
+    "４４ + 19 + 35",
+    # beside its value and prose
+    "x = 44 + 19 + 35 = 98",
+    "98 = 44 + 19 + 35",
+    "44 + 19 + 35 = 63 + 35 = 98",
+    "44 + 19 + 35 (each once)",
+    "44 + 19 + 35 = 98 in 2 steps",
+    "44 + 19 + 35, which is 98",
+    "(44 + 19) + 35 → 98",
+    "44 + 19 + 35 - that is 98",
 ]
 
 WRONG = [
@@ -48,6 +67,37 @@ WRONG = [
     "-" * 100_000 + "1",
     "__import__('os')",
     "[44, 19, 35][0]",
+    # in a thought alone, or not in the tag
+    "<think>44 + 19 + 35",
+    "<think>44 + 19 + 35</think>",
+    "<think><answer>44 + 19 + 35</answer></think> I give up",
+    "<think><answer>44 + 19 + 35</answer>",
+    "<answer>none</answer>\n44 + 19 + 35",
+    # a part of another expression
+    "2.44 + 19 + 35",
+    "3x + 44 + 19 + 35",
+    "x44 + 19 + 35",
+    "44 + 19 + 35x",
+    "44 + 19 + 35 * x",
+    "44 + 19 + 35 - x",
+    "44 + 19 + 35²",
+    "44 + 19 + 35^2",
+    "44 + 19 + 35!",
+    "44 + 19 + 35%",
+    "44 + 19 + 35 ** 1",
+    "44 + 19 + 35.5",
+    "44 + 19 + 35e0",
+    "44 + 19 + 35 ≠ 98",
+    "44 + 19 + 35 < 99",
+    "1,44 + 19 + 35",
+    "3:44 + 19 + 35",
+    "1_44 + 19 + 35",
+    "0x44 + 19 + 35",
+    "√44 + 19 + 35",
+    r"\sqrt{4}44 + 19 + 35",
+    r"\frac{1}{2}44 + 19 + 35",
+    # not the last one
+    "44 + 19 + 35 = 98. Wrong, so 1 + 2",
 ]
 
 

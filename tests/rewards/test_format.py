@@ -21,6 +21,9 @@ from jaxllm.rewards.format import format
         ("<think><think>2 + 2</think><answer>4</answer>", 0.0),
         ("<think>2 + 2</think><think>2</think><answer>4</answer>", 0.0),
         ("<Think>2 + 2</Think><answer>4</answer>", 0.0),
+        ("<think>2 + 2</think><answer> </answer>", 0.0),
+        ("<think>2 + 2</think><answer></answer>", 0.0),
+        ("<think>\n\n</think><answer>4</answer>", 0.0),
     ],
 )
 def test_each_tag_once_in_order_and_nothing_else(completion, score):
