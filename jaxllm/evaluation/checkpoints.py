@@ -16,6 +16,7 @@ from jaxllm.evaluation.completions import (
     read_prompts,
 )
 from jaxllm.rewards.load import load_reward
+from jaxllm.rewards.pool import json_value
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.runs.checkpoints import check_generates, checkpoint_template, load_checkpoint
 
@@ -66,7 +67,7 @@ def evaluate_checkpoint(
     if output is not None:
         with output.open("w") as file:
             for i, row in enumerate(completion_rows(completions, kl)):
-                file.write(json.dumps({**prompts[i // samples].row, **row}) + "\n")
+                file.write(json.dumps({**prompts[i // samples].row, **row}, default=json_value) + "\n")
     print(f"{len(prompts)} prompts, {samples} completions each")
     metrics = completion_metrics(completions, samples, "", kl)
     for name, value in metrics.items():

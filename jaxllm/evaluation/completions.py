@@ -1,6 +1,8 @@
 """Completions of prompts, and their rewards: for rollouts, evaluation and experiments/evaluate.py."""
 
 import functools
+import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -22,7 +24,7 @@ from jaxllm.models import Params
 from jaxllm.parallel.sharding import MeshConfig, make_mesh
 from jaxllm.rewards.pool import Scores
 from jaxllm.rewards.reward_model import RewardModel
-from jaxllm.rewards.scorer import RewardConfig, RewardScorer
+from jaxllm.rewards.scorer import TRIAL_ROWS, RewardConfig, RewardScorer
 from jaxllm.rollout.collect import collect
 from jaxllm.rollout.generate import Completions, bucket
 from jaxllm.rollout.sampling import SamplingConfig
@@ -31,6 +33,10 @@ from jaxllm.runs.checkpoints import LoadedModel
 
 T = TypeVar("T")
 
+_THOUGHT_TAGS = ("<think>", "</think>")
+_OPENED_THOUGHT = re.compile(r"<think>\s*\Z")
+_OPENED_TOKENS = 32  # enough for a tag of one token a byte
+
 ROWS = 64  # completions of a checkpoint decoded, or scored, at a time
 
 
@@ -38,7 +44,7 @@ class ScoredCompletions(NamedTuple):
     """N completions of N prompts, with their rewards."""
 
     completions: Completions
-    texts: list[str]
+    texts: list[str]  # as rewards read them: with the `<think>` that the prompt has opened
     tokens: np.ndarray  # int32 [N, T], prompts and completions
     prompt_lengths: np.ndarray  # int [N]
     lengths: np.ndarray  # int [N], tokens of the completions
@@ -88,10 +94,11 @@ class Completer(NamedTuple):
         repeated = [prompt for prompt in prompts for _ in range(group_size)]
         scoring = self.scorer.begin([prompt.row for prompt in repeated])
         texts = [""] * len(repeated)
+        opened = [opened_thought(self.tokenizer, prompt.ids) for prompt in prompts]
 
         def score(numbers: list[int], finished: list[list[int]]) -> None:
             for i, tokens in zip(numbers, finished, strict=True):
-                texts[i] = self.tokenizer.decode(tokens, from_start=False)
+                texts[i] = opened[i // group_size] + with_thought_tags(self.tokenizer, tokens)
             scoring.add(numbers, [texts[i] for i in numbers])
 
         completions = self.sample(
@@ -130,6 +137,26 @@ class Completer(NamedTuple):
             scores=scores,
             seconds=time.perf_counter() - began,
         )
+
+
+def opened_thought(tokenizer: BaseTokenizer, prompt: Sequence[int]) -> str:
+    """The `<think>` with which a prompt ends, and the white space after it; "" where there is none.
+
+    Templates of reasoning models write it, so that the completion begins within the thought.
+    """
+    end = _OPENED_THOUGHT.search(with_thought_tags(tokenizer, prompt[-_OPENED_TOKENS:]))
+    return end[0] if end else ""
+
+
+def with_thought_tags(tokenizer: BaseTokenizer, ids: Sequence[int]) -> str:
+    """The text of `ids`, in which the tags of a thought are kept where they are special tokens too."""
+    tags = {tokenizer.special_ids[tag]: tag for tag in _THOUGHT_TAGS if tag in tokenizer.special_ids}
+    if not tags:
+        return tokenizer.decode(ids, from_start=False)
+    pieces = itertools.groupby(ids, key=lambda i: tags.get(int(i)))
+    return "".join(
+        tag * len(list(run)) if tag else tokenizer.decode(run, from_start=False) for tag, run in pieces
+    )
 
 
 def read_prompts(
@@ -215,6 +242,7 @@ def complete_prompts(
             mesh=first_device(),
         )
     with RewardScorer(rewards, model) as scorer:
+        scorer.try_out([prompt.row for prompt in prompts[:TRIAL_ROWS]])
         completer = Completer(
             sample=functools.partial(collect, loaded.model, decode_batch_size=ROWS),
             tokenizer=loaded.tokenizer,

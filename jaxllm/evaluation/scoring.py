@@ -15,6 +15,7 @@ from jaxllm.data.sources import BadRow, open_source
 from jaxllm.errors import DataError
 from jaxllm.evaluation.left_out import print_left_out
 from jaxllm.evaluation.preference import PairScores, mean, reward_metrics
+from jaxllm.rewards.pool import json_value
 from jaxllm.rollout.generate import bucket
 from jaxllm.runs.checkpoints import LoadedModel, checkpoint_template
 
@@ -91,7 +92,9 @@ def score_rows(loaded: LoadedModel, name: str, *, rename: Sequence[str], output:
         metrics = loaded.metadata["metrics"] or {}  # none where an evaluation was interrupted
         with output.open("w") as file:
             for row, values in zip(rows, by_row, strict=True):
-                file.write(json.dumps(row.record | reward_columns(values, metrics)) + "\n")
+                file.write(
+                    json.dumps(row.record | reward_columns(values, metrics), default=json_value) + "\n"
+                )
     value, error = mean(rewards.astype(np.float64))
     print(f"{len(rows)} rows scored, {dropped} left out; reward {value:.4f} ± {error:.4f}")
     pairs = [(row, values) for row, values in zip(rows, by_row, strict=True) if len(values) == 2]

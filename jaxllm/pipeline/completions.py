@@ -17,6 +17,7 @@ from jaxllm.evaluation.completions import (
     read_prompts,
 )
 from jaxllm.pipeline.config import GatesConfig
+from jaxllm.rewards.pool import json_value
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.runs.checkpoints import check_generates, checkpoint_template, load_checkpoint
 
@@ -79,7 +80,8 @@ class PipelineCompletions:
             for prompt, row in zip(prompts, completion_rows(completions, kl), strict=True)
         ]
         name = f"{stage}_{temperature:g}{'_plain' if plain else ''}.jsonl"
-        (self.folder / "answers" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = [json.dumps(row, default=json_value) + "\n" for row in rows]
+        (self.folder / "answers" / name).write_text("".join(lines))
         return rows
 
     def prompts(self, template: ChatTemplate, longest: int) -> list[Prompt]:

@@ -96,7 +96,7 @@ _REWRITES = [
         ("[×·⋅∙]", "*"),
         ("[’ʼ]", "'"),
         # HTML, and the calculations in GSM8K's solutions: <<3*6=18>>
-        (r"<<[^<>\n]*+>>|</?+[A-Za-z][\w-]*+\s?+/?+>", " "),
+        (r"<<[^<>\n]*+>>|</?+[A-Za-z][\w-]*+\s?+/?+>|<\|[\w-]++\|>", " "),
         # LaTeX
         (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s?+\{([^{}]*+)\}", r" \1 "),
         (r"\\,(?=[0-9])|\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
@@ -166,7 +166,8 @@ _TOKENS = re.compile(
         remainder|mod|modulo|choose|per)[ ](?={_TERM})|-to-(?=[0-9])
         |(?:(?<=[0-9])|(?<=[0-9][ ])):[ ]?(?=[0-9]))
     |(?P<suffix>(?:squared|cubed|factorial|halves|thirds|fifths|sixths|sevenths|eighths|ninths|tenths|
-        hundredths|thousandths|and[ ]a[ ](?:half|third|quarter))\b|[°'′″"](?=[ ]?[0-9]))
+        hundredths|thousandths|and[ ]a[ ](?:half|third|quarter)
+        |or[ ](?:more|less|fewer|higher|greater))\b|[°'′″"](?=[ ]?[0-9]))
     |(?P<scale>(?i:hundred|thousand|million|billion|trillion|dozen)\b)
     # A unit in a list (5 cm and 3 cm), in a sum (5 cm + 3 cm), before a smaller one (5 ft 3 in).
     |(?P<unit>(?!(?:and|or|to)\b)[A-Za-z]{{2,}}+{_POWER}

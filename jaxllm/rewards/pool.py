@@ -4,8 +4,11 @@ Each worker process belongs to one thread, which sends it samples and waits, wit
 outcome after another. Processes are spawned, not forked, since JAX runs threads; they do not import jax.
 """
 
+import base64
 import concurrent.futures
 import contextlib
+import datetime
+import decimal
 import json
 import math
 import os
@@ -14,6 +17,8 @@ import signal
 import subprocess
 import sys
 import threading
+import types
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import Pipe
 from typing import Any, NamedTuple
@@ -38,6 +43,7 @@ class Scores(NamedTuple):
     by_name: dict[str, np.ndarray]  # float32 [N] each; NaN where the reward does not apply
     counters: dict[str, int]  # of faults, by the names under which they are logged
     messages: list[str]  # the first few distinct faults
+    failures: Mapping[str, int] = types.MappingProxyType({})  # calls of each reward that failed
 
 
 def gather(parts: Sequence[Scores], rows: Sequence[int] | np.ndarray) -> Scores:
@@ -51,7 +57,35 @@ def gather(parts: Sequence[Scores], rows: Sequence[int] | np.ndarray) -> Scores:
         {name: pick([part.by_name[name] for part in parts]) for name in parts[0].by_name},
         {name: sum(part.counters[name] for part in parts) for name in parts[0].counters},
         list(dict.fromkeys(message for part in parts for message in part.messages))[:_MAX_MESSAGES],
+        {name: sum(part.failures[name] for part in parts) for name in parts[0].failures},
     )
+
+
+def json_value(value: Any) -> Any:
+    """What a column holds that JSON has no type for, as text (`default=` of `json.dumps`): times in ISO 8601,
+    decimals as they are written, bytes as UTF-8 or else base64. Raises TypeError for anything else."""
+    match value:
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case datetime.timedelta() | decimal.Decimal() | uuid.UUID():
+            return str(value)
+        case bytes():
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                return base64.b64encode(value).decode()
+        case np.ndarray() | np.generic():
+            return value.tolist()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+
+def check_json(row: Mapping[str, Any]) -> None:
+    """Raise DataError that names a column which JSON cannot hold."""
+    for name, value in row.items():
+        try:
+            json.dumps(value, default=json_value)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"column {name!r} cannot be written as JSON: {error}; leave it out") from None
 
 
 class RewardPool:
@@ -104,7 +138,7 @@ class RewardPool:
         size = max(1, math.ceil(len(samples) / (len(self._workers) * _CHUNKS_PER_WORKER)))
         chunks = [samples[start : start + size] for start in range(0, len(samples), size)]
         try:
-            requests = [json.dumps(chunk).encode() for chunk in chunks]
+            requests = [json.dumps(chunk, default=json_value).encode() for chunk in chunks]
         except (TypeError, ValueError) as error:
             raise DataError(f"the example of a reward must be representable in JSON: {error}") from None
         futures = [
@@ -149,6 +183,7 @@ class RewardPool:
                 "reward/errors": faults.count("error") + int(without_reward.sum()),
             },
             list(dict.fromkeys(messages))[:_MAX_MESSAGES],
+            {name: sum(map(bool, faults[i :: len(names)])) for i, name in enumerate(names)},
         )
 
 

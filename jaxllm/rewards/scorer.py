@@ -13,8 +13,11 @@ from tqdm import tqdm
 from jaxllm.data.show import printable
 from jaxllm.errors import ConfigError
 from jaxllm.rewards.load import load_reward
-from jaxllm.rewards.pool import Pending, RewardPool, Scores, gather
+from jaxllm.rewards.pool import Pending, RewardPool, Scores, check_json, gather
 from jaxllm.rewards.reward_model import RewardModel
+
+TRIAL = "<think>It is 1.</think>\n<answer>\\boxed{1}</answer>"  # what any function can read
+TRIAL_ROWS = 4  # on which every function must fail to be refused
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,14 @@ class RewardConfig:
         return names + ["model"] * (self.model is not None)
 
 
+def total_failure(where: str, scores: Scores) -> ConfigError:
+    """The error for functions that fail everywhere."""
+    return ConfigError(
+        f"reward.functions: every call failed, on {where}: {'; '.join(scores.messages)}; fix the function, "
+        f"or rename the column that it reads (data.rename, --rename)"
+    )
+
+
 class RewardScorer:
     """All rewards of a run. A context: its processes end with it."""
 
@@ -69,6 +80,8 @@ class RewardScorer:
         self.config, self.model = config, model
         self.names = config.names
         self.shown: set[str] = set()
+        self.failing: set[str] = set()  # functions that have failed on all completions of a batch
+        self.succeeded = False  # whether any function has been called without a failure
         self.pool = None
         if config.functions:
             named = dict(zip(self.names, config.functions, strict=False))
@@ -97,6 +110,40 @@ class RewardScorer:
             if message not in self.shown:
                 tqdm.write(printable(f"{message} (given reward.error_reward={self.config.error_reward})"))
                 self.shown.add(message)
+
+    def try_out(self, examples: Sequence[Mapping[str, Any]]) -> None:
+        """Call every function on the first example, before anything is compiled, and print what fails.
+
+        Raises ConfigError where all functions fail on the first few, and DataError for a row that JSON cannot
+        hold; the processes have ended then.
+        """
+        examples = examples[:TRIAL_ROWS]
+        try:
+            check_json(examples[0])
+            if self.pool is None:
+                return
+            for example in examples:
+                scores = self.pool.submit([example], [TRIAL]).result()
+                if not all(scores.failures.values()):
+                    self.warn(scores.messages)
+                    return
+            raise total_failure(f"the first {len(examples)} rows", scores)
+        except BaseException:
+            self.close()
+            raise
+
+    def count_failures(self, scores: Scores) -> None:
+        """Say which function failed on all of these completions. ConfigError where all did, and none has
+        succeeded before."""
+        number = len(scores.total)
+        failing = [name for name, count in scores.failures.items() if count == number]
+        self.succeeded |= len(failing) < len(scores.failures)
+        if not self.succeeded:
+            raise total_failure(f"all {number} completions", scores)
+        new = [name for name in failing if name not in self.failing]
+        for name in new:
+            tqdm.write(printable(f"reward {name!r} failed on all {number} completions"))
+        self.failing.update(new)
 
     def begin(self, examples: Sequence[Mapping[str, Any]]) -> "Scoring":
         """Begin to score completions of these examples."""
@@ -128,6 +175,7 @@ class Scoring:
             parts = [pending.result(check) for pending in self.pending]
             scores = gather(parts, np.argsort(self.order))
             self.scorer.warn(scores.messages)
+            self.scorer.count_failures(scores)
         model = self.scorer.model
         if model is None:
             return scores

@@ -1,6 +1,11 @@
 """Warnings about a reinforcement-learning run whose metrics look wrong, each with what to change."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxllm.rewards.pool import Scores
 
 FRACTION_LIMIT = 0.5  # of reward calls, of groups, or of completions
 ROLLOUT_KL_LIMIT = 0.1  # nats a token, between the policy before and after its updates; 0.02 is usual
@@ -91,4 +96,17 @@ class Health:
                 "entropy grows",
                 f"entropy grew from {before:.2g} to {entropy:.2g} nats a token, so that completions become "
                 f"random: lower optimizer.learning_rate or objective.entropy_coefficient",
+            )
+
+
+def unrewarded(scores: Scores, text: str, row: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each reward that is 0 for every completion of a rollout, with one of them and its row."""
+    for name, values in scores.by_name.items():
+        given = values[~np.isnan(values)]
+        if len(given) and not given.any() and scores.failures.get(name, 0) < len(values):
+            columns = [f"{key}={str(value)[:40]!r}" for key, value in row.items() if key != "prompt"]
+            yield (
+                f"reward {name!r} gave 0 to all {len(given)} completions of the first rollout, such as "
+                f"{text[-80:]!r} for the row {', '.join(columns)}: if that is right, the reward does not "
+                f"read it or these columns (data.rename); if it is wrong, train on worked solutions first"
             )

@@ -23,14 +23,15 @@ from jaxllm.batches import RolloutBatch
 from jaxllm.data.loader import shuffled_rows
 from jaxllm.data.prompts import Prompt
 from jaxllm.data.rows import Dataset
+from jaxllm.data.show import printable
 from jaxllm.errors import NumericsError
 from jaxllm.evaluation.completions import Completer, ScoredCompletions
 from jaxllm.models import Model, Params, build_model
 from jaxllm.parallel.sharding import whole
 from jaxllm.rewards.pool import Scores, gather
-from jaxllm.rewards.scorer import RewardScorer
+from jaxllm.rewards.scorer import TRIAL_ROWS, RewardScorer
 from jaxllm.rl.config import RolloutConfig, RolloutTrainConfig
-from jaxllm.rl.health import Health
+from jaxllm.rl.health import Health, unrewarded
 from jaxllm.rollout.collect import collect
 from jaxllm.rollout.generate import Completions
 from jaxllm.runs.context import RunInputs
@@ -130,6 +131,7 @@ class RolloutSource(BatchSource):
             scorer=scorer,
             length=self.program.config.data.sequence_length,
         )
+        scorer.try_out([self.prompts[i].row for i in range(TRIAL_ROWS)])
         self.consumed = 0  # prompts, since the run began
         self.health = Health(self.config.log_prob_difference_limit)
         self.rows: dict[int, Metrics] = {}  # by the last step of an iteration, until they are logged
@@ -184,6 +186,9 @@ class RolloutSource(BatchSource):
             except StopRequested:
                 self.restore(before)  # this rollout is made again when the run resumes
                 raise
+            if iteration == 0:
+                for line in unrewarded(rollout.scores, rollout.texts[0], rollout.prompts[0].row):
+                    tqdm.write(printable(line))
             self.last = rollout, fields.advantages
             self.updating = time.perf_counter()
             self.rows[last_step] = row | batch_row | {"time/score": self.updating - began}

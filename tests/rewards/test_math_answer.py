@@ -1,6 +1,5 @@
 """Each row is a way of writing a number that some grader is known to get wrong."""
 
-import collections
 import importlib
 import time
 
@@ -79,6 +78,20 @@ RIGHT = [
 # Marks, units, notation and prose around a number do not hide it.
 READ = {
     "12": [
+        *(
+            "The answer is 12<|im_end|>",
+            "12</answer>",
+            r"\boxed{\$12}",
+            r"\boxed{12~\mathrm{cm}^{2}}",
+            "答案：12",
+        ),
+        *(
+            r"\boxed{12\text{ m/s}^2}",
+            r"\boxed{12 = 3 \times 4}",
+            r"\\boxed{12}",
+            "12 or so",
+            "12 dollars or so",
+        ),
         *("12 = 6 * 2", "The answer is 12 = 3 * 4.", "12 = x", "so x + y = 12", "2x = 12"),
         *("The answer is (B) 12.", r"\boxed{\textbf{(B)}\ 12}", "The answer is 12 and it is right"),
         *("12 or so", "12 to be exact", "12 of them", "12 times", "12 over the week", "12 minus nothing"),
@@ -220,6 +233,7 @@ WRONG = [
 
 # An expression is read whole or not at all: of these no number is read, wherever they stand.
 UNREAD = [
+    *("12 or more", "12 or less", r"2^{10}", r"\frac{\sqrt{3}}{2}", r"x \in (2, 5)", "(5)(3)", "f(5)"),
     *("12 and a half", "12 = 6x", "12 = y + 3", "12+", "12 per 100", "(12, 13)", "5 km-3 km", "<12"),
     *(">12", "12.500,00", "1'234", "0x12", "1_2", "12e", "12E", "4√2", "sqrt(2)", "the square root of 2"),
     *("4 sqrt(2)", "4sqrt2", r"\sqrt[3]{8}", "12 pi", "12pi", r"$12 \pi$", r"12\pi cm", r"\frac{\pi}{12}"),

@@ -13,7 +13,7 @@ from jaxllm.rl.rollouts import Rollout
 from jaxllm.stages import grpo
 
 REWARDS = """
-calls = -1
+calls = -2  # the first call is the trial before the run
 
 def counted(example, completion):
     global calls

@@ -4,9 +4,11 @@ import json
 import re
 import typing
 
+import numpy as np
 import pytest
 
-from jaxllm.rl.health import Health
+from jaxllm.rewards.pool import Scores
+from jaxllm.rl.health import Health, unrewarded
 from jaxllm.stages import grpo
 
 HEALTHY = {
@@ -108,3 +110,26 @@ def test_a_line_names_fields_that_exist(health, metrics, message):
         for field in name.split("."):
             assert field in typing.get_type_hints(config), name
             config = typing.get_type_hints(config)[field]
+
+
+@pytest.mark.parametrize(
+    ("values", "failures", "said"),
+    [
+        ([0, 0, 0], 0, True),
+        ([0, np.nan, 0], 0, True),
+        ([0, 0, 0], 1, True),
+        ([0, 0, 0], 3, False),  # said as a failure
+        ([0, 0.5, 0], 0, False),
+        ([0, -1, 0], 0, False),
+        ([np.nan] * 3, 0, False),
+    ],
+)
+def test_a_reward_of_0_for_every_completion_is_said_with_an_example(values, failures, said):
+    values = np.array(values, np.float32)
+    scores = Scores(values, {"mine": values}, {}, [], {"mine": failures})
+    lines = list(unrewarded(scores, "It is\n42.", {"prompt": "What?", "answer": "41"}))
+    assert len(lines) == said
+    if said:
+        assert re.match(r"reward 'mine' gave 0 to all [23] completions of the first rollout", lines[0])
+        assert r"'It is\n42.' for the row answer='41'" in lines[0]
+        assert "\n" not in lines[0]

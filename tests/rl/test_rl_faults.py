@@ -23,7 +23,7 @@ def once(name):
     return True
 
 def hangs(example, completion):
-    if once("hung"):
+    if "boxed" not in completion and once("hung"):  # not in the trial before the run
         time.sleep(60)
     return 1.0
 
@@ -35,6 +35,9 @@ def not_a_number(example, completion):
 
 def text(example, completion):
     return "1.0"
+
+def zero(example, completion):
+    return 0.0
 
 def nothing(example, completion):
     return None
@@ -129,6 +132,13 @@ def test_a_reward_file_that_cannot_be_read_is_an_error_before_anything_is_compil
     assert "compiling" not in capsys.readouterr().out
 
 
+def test_rewards_that_all_fail_are_an_error_before_anything_is_compiled(folder, rewards, tmp_path, capsys):
+    changes = QUIET | {"reward__weights": "1,1"}
+    with pytest.raises(ConfigError, match="every call failed, on the first 4 rows: reward 'raises': Val"):
+        train_run(folder, tmp_path / "r", f"{rewards}:raises,countdown", **changes)
+    assert "compiling" not in capsys.readouterr().out
+
+
 # Prompts
 
 
@@ -156,11 +166,13 @@ def test_prompts_that_are_all_too_long_are_an_error_of_one_line(folder, rewards,
 # Completions
 
 
-def test_one_completion_a_prompt_is_enough_for_reinforce_plus_plus(folder, rewards, tmp_path):
+def test_one_completion_a_prompt_is_enough_for_reinforce_plus_plus(folder, rewards, tmp_path, capsys):
     changes = {"rollout__group_size": 1, "rollout__num_prompts": 16, "training__steps": 2}
-    changes |= QUIET | {"objective__advantage": "reinforce_plus_plus"}
-    row = rows_of(train_run(folder, tmp_path / "r", f"{folder}/mine.py:vowels", **changes))[2]
+    changes |= QUIET | {"objective__advantage": "reinforce_plus_plus", "reward__weights": "1,1"}
+    functions = f"{folder}/mine.py:vowels,{rewards}:zero"
+    row = rows_of(train_run(folder, tmp_path / "r", functions, **changes))[2]
     assert row["train/grad_norm"] > 0
+    assert "reward 'zero' gave 0 to all 16 completions of the first rollout" in capsys.readouterr().out
     assert "reward/zero_std_fraction" not in row
 
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+from datetime import datetime
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -63,16 +65,23 @@ def test_every_completion_is_scored_and_written_with_its_row(
     assert f"pass@2 {even.any(1).mean():.4g} ± " in output
 
 
-def test_the_kl_of_a_checkpoint_is_0_to_itself_and_more_to_another(
-    chat_model, questions, tmp_path, monkeypatch, capsys
-):
+def test_the_kl_of_a_checkpoint_is_0_to_itself_and_more_to_another(chat_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    questions = tmp_path / "questions.parquet"
+    columns = {"when": datetime(2026, 1, 2), "price": Decimal("18.50"), "raw": b"a", "answer": "1"}
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"prompt": f"What is {word}?", **columns} for word in ("one", "two", "three", "four")]
+    parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), questions)
 
     def kl(*flags):
         required = (f"--checkpoint={chat_model}", f"--input={questions}", f"--reference={chat_model}")
-        more = ("--temperature=1", "--max_new_tokens=8", "--output=answers.jsonl", *flags)
+        more = ("--temperature=1", "--max_new_tokens=8", "--rewards=math_answer", "--output=answers.jsonl")
+        more += flags
         assert run_script(evaluate.main, None, evaluate.define_flags, ["evaluate.py", *required, *more]) == 0
         rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+        assert {(row["when"], row["price"], row["raw"]) for row in rows} == {
+            ("2026-01-02T00:00:00", "18.50", "a")
+        }
         return np.array([row["kl"] for row in rows])
 
     np.testing.assert_allclose(kl(), 0, atol=1e-4)
@@ -92,9 +101,16 @@ def test_bad_input_is_an_error_of_one_line(chat_model, reward_model, questions, 
         ((*required, "--samples=0"), "--samples=0 must be at least 1"),
         ((*required, "--samples=2", "--temperature=0"), "would generate the same completion every time"),
         ((*required, "--max_new_tokens=8", "--rewards=math_answr"), "did you mean 'math_answer'"),
-        ((*required, "--max_new_tokens=8", f"--reward_model={chat_model}"), f"error: --reward_model={chat_model}"),
+        (
+            (*required, "--max_new_tokens=8", f"--reward_model={chat_model}"),
+            f"error: --reward_model={chat_model}",
+        ),
         ((*required, "--top_p=2"), "error: --top_p=2.0 must be in (0, 1]"),
         ((f"--checkpoint={questions}-no", f"--input={questions}"), "does not exist"),
+        (
+            (*required, "--max_new_tokens=8", "--rewards=countdown"),
+            "failed, on the first 2 rows: reward 'count",
+        ),
         ((f"--checkpoint={chat_model}", f"--input={questions}l"), "questions.jsonll"),
     ):
         assert run_script(evaluate.main, None, evaluate.define_flags, ["evaluate.py", *flags]) == 78
