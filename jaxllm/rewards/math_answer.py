@@ -54,11 +54,14 @@ def final_answer(completion: str) -> Number | None:
     marked = _marked(text)
     if marked is not None:
         return parse_number(marked)
-    numbers = [each for each in expressions(text) if each.has_number]
+    phrases = [match.end() for match in _ANSWER_IS.finditer(text)]
+    # An answer without a digit, such as π, is one too: the next number is not.
+    ends = set(phrases)
+    numbers = [each for each in expressions(text) if each.has_number or each.start in ends]
     places = [each.start for each in numbers]
-    for phrase in reversed(list(_ANSWER_IS.finditer(text))):
-        i = bisect_left(places, phrase.end())
-        if i < len(places) and _NEAR.fullmatch(text, phrase.end(), min(places[i], phrase.end() + 50)):
+    for end in reversed(phrases):
+        i = bisect_left(places, end)
+        if i < len(places) and _NEAR.fullmatch(text, end, min(places[i], end + 50)):
             return read(numbers[i])
     if not numbers:
         return None

@@ -269,6 +269,11 @@ PLACES = [
 
 # Texts without an answer.
 NO_ANSWER = [
+    *(
+        "The answer is π. There are 5 others.",
+        "The answer is x, since 5 is too small.",
+        r"Answer: $\emptyset$ (not 5)",
+    ),
     *(r"The answer is $4\sqrt{2}$.", r"The answer is $4\sqrt2$.", "The answer is 12π."),
     *("The answer is 12 π.", "The answer is (3, 5).", "The answer is > 5.", "The answer is more than 5."),
     *("The answer is at least 5.", "The answer is 10:30 am.", "The answer is 3a.", "The answer is 3x."),
