@@ -132,7 +132,7 @@ def _read_template(files: dict[str, bytes], config: dict[str, Any]) -> str | Non
     """The chat template: that of its own file, else the config's, which may name several: its "default"."""
     if TEMPLATE_FILE in files:
         try:
-            return files[TEMPLATE_FILE].decode()
+            return files[TEMPLATE_FILE].decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"{TEMPLATE_FILE} beside it is not UTF-8 ({error})") from error
     template = config.get("chat_template")

@@ -40,6 +40,7 @@ class Row(NamedTuple):
     problem: str = ""  # the kind of problem, where value is None: rows are counted by it
     detail: str = ""  # what is special to this row
     fault: bool = True  # False: the row is well-formed, but of no use to this run
+    unread: tuple[str, ...] = ()  # the columns besides the text key, where the source was opened with one
 
     def rejected(self, problem: str, detail: str = "", fault: bool = True) -> "Row":
         return self._replace(value=None, problem=problem, detail=detail, fault=fault)
@@ -128,7 +129,7 @@ def _matching_files(path: str, name: str) -> list[str]:
     folder = os.path.dirname(path) or "."
     names = os.listdir(folder) if os.path.isdir(folder) else []
     known = [each for each in names if _suffix(each) in _SUFFIXES]
-    raise DataError(f"{name!r} does not exist{_nearest(os.path.basename(path), known)}")
+    raise DataError(f"{name!r} does not exist{nearest(os.path.basename(path), known)}")
 
 
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -175,7 +176,7 @@ def _json_rows(path: str, text_key: str | None) -> Iterator[Row]:
     """One JSON object per line."""
     with _opened(path) as (file, raw):
         for line, content in enumerate(file, 1):
-            if content.strip():
+            if content.strip(b"\xef\xbb\xbf \t\r\n"):
                 yield _parsed_json(_decoded(path, line, raw.tell(), content), text_key)
 
 
@@ -183,7 +184,7 @@ def _parsed_json(row: Row, text_key: str | None) -> Row:
     if row.value is None:
         return row
     try:
-        return _checked_object(row, json.loads(row.value.rstrip("\n")), text_key)
+        return _checked_object(row, json.loads(without_bom(row.value).rstrip("\n")), text_key)
     except json.JSONDecodeError as error:
         return row.rejected("invalid JSON", f"{error.msg}: column {error.colno}")
     except (ValueError, RecursionError) as error:  # too many digits in a number, too many brackets
@@ -198,19 +199,19 @@ def _parquet_rows(path: str, text_key: str | None) -> Iterator[Row]:
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_column(path, file.schema_arrow.names, text_key)
+            unread = _check_column(path, file.schema_arrow.names, text_key)
             for batch in file.iter_batches(batch_size=256, columns=None if text_key is None else [text_key]):
                 for i in range(batch.num_rows):
                     row += 1
                     done = size * row // file.metadata.num_rows
-                    yield _checked_record(Row(f"{path}:{row}", done, ""), batch, i, text_key)
+                    yield _checked_record(Row(f"{path}:{row}", done, "", unread=unread), batch, i, text_key)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: the parquet file is damaged ({str(error).splitlines()[0]})") from error
 
 
 def _dataset_source(name: str, dataset: "datasets.Dataset", text_key: str | None) -> Source:
     """A Hugging Face dataset, read as Arrow batches so that no row is decoded twice."""
-    _check_column(name, dataset.column_names, text_key)
+    unread = _check_column(name, dataset.column_names, text_key)
     content = xxhash.xxh3_128(f"{text_key} {len(dataset)}\n".encode())
     for file in dataset.cache_files:
         with _opened(file["filename"], decompress=False) as (opened, _):
@@ -225,7 +226,7 @@ def _dataset_source(name: str, dataset: "datasets.Dataset", text_key: str | None
         for batch in cast("Iterator[pyarrow.Table]", table.iter(batch_size=256)):
             for i in range(batch.num_rows):
                 row += 1
-                yield _checked_record(Row(f"{name}:{row}", row, ""), batch, i, text_key)
+                yield _checked_record(Row(f"{name}:{row}", row, "", unread=unread), batch, i, text_key)
 
     return Source(name, content.hexdigest(), len(dataset), rows)
 
@@ -268,7 +269,7 @@ def _synthetic_source(name: str, split: str, text_key: str | None, count: int, s
 
     kind = name.partition(":")[2] or "documents"
     if kind not in _SYNTHETIC_KINDS:
-        raise DataError(f"{name!r} does not exist{_nearest(kind, _SYNTHETIC_KINDS)}")
+        raise DataError(f"{name!r} does not exist{nearest(kind, _SYNTHETIC_KINDS)}")
     generate = getattr(toy_world, kind)
 
     def rows() -> Iterator[Row]:
@@ -287,9 +288,9 @@ def _synthetic_source(name: str, split: str, text_key: str | None, count: int, s
 
 
 def _decoded(path: str, line: int, done: int, content: bytes) -> Row:
-    """The row of bytes that start at `line`, without a byte-order mark at the start of the file."""
+    """The row of bytes that start at `line`."""
     try:
-        return Row(f"{path}:{line}", done, content.decode("utf-8-sig" if line == 1 else "utf-8"))
+        return Row(f"{path}:{line}", done, content.decode("utf-8"))
     except UnicodeDecodeError as error:
         bad_line = line + content.count(b"\n", 0, error.start)
         return Row(f"{path}:{bad_line}", done, "").rejected(
@@ -301,14 +302,16 @@ def _checked_object(row: Row, value: Any, text_key: str | None) -> Row:
     """`row` with a JSON value, which must be an object, or with the text that it has under `text_key`."""
     if not isinstance(value, dict):
         return row.rejected("wrong type", f"the row is {json_type(value)}, not an object")
+    value = {without_bom(name): each for name, each in value.items()}
     if text_key is None:
         return row._replace(value=value)
     if text_key not in value:
-        return row.rejected("missing key", f"no {text_key!r}{_nearest(text_key, list(value))}")
+        return row.rejected("missing key", f"no {text_key!r}{nearest(text_key, list(value))}")
     text = value[text_key]
     if not isinstance(text, str):
         return row.rejected("wrong type", f"{text_key!r} is {json_type(text)}, not a string")
-    return _checked_text(row._replace(value=text))
+    others = tuple(name for name, each in value.items() if name != text_key and not is_empty(each))
+    return _checked_text(row._replace(value=text, unread=row.unread or others))
 
 
 def _checked_record(
@@ -322,14 +325,29 @@ def _checked_record(
 
 
 def _checked_text(row: Row) -> Row:
-    if row.value is not None and not row.value.strip():
-        return row.rejected("empty text")
-    return row
+    if row.value is None:
+        return row
+    text = without_bom(row.value)
+    return row._replace(value=text) if text.strip() else row.rejected("empty text")
 
 
-def _check_column(where: str, names: list[str], text_key: str | None) -> None:
-    if text_key is not None and text_key not in names:
-        raise DataError(f"{where}: no column {text_key!r}{_nearest(text_key, names)}; set text_key")
+def is_empty(value: Any) -> bool:
+    """Whether a field holds nothing: null, or an empty text, list or object."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def without_bom(text: str) -> str:
+    """The text without the byte-order marks that begin a file, and a line where files were joined."""
+    return text.replace("\n\ufeff", "\n").removeprefix("\ufeff")
+
+
+def _check_column(where: str, names: list[str], text_key: str | None) -> tuple[str, ...]:
+    """The columns besides the text key. Raises DataError where there is no such column."""
+    if text_key is None:
+        return ()
+    if text_key not in names:
+        raise DataError(f"{where}: no column {text_key!r}{nearest(text_key, names)}; set text_key")
+    return tuple(name for name in names if name != text_key)
 
 
 def json_type(value: Any) -> str:
@@ -338,7 +356,7 @@ def json_type(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _nearest(wanted: str, known: list[str]) -> str:
+def nearest(wanted: str, known: list[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or the known ones."""
     if matches := difflib.get_close_matches(wanted, known, n=1, cutoff=0.5):
         return f"; did you mean {matches[0]!r}?"

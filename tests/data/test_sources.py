@@ -62,9 +62,48 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path, name):
     ]
 
 
-def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
-    assert texts(write(tmp_path / "a.txt", b"\xef\xbb\xbfhi")) == ["hi"]
-    assert texts(write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "hi"}')) == ["hi"]
+BOM = "\ufeff"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", f"{BOM}hi", ["hi"]),
+        ("a.txt.gz", f"{BOM}one\r\n{BOM}two\n three{BOM}\n", [f"one\r\ntwo\n three{BOM}\n"]),
+        ("a.jsonl", BOM + '{"text": "hi"}', ["hi"]),
+        ("a.jsonl", f'{{"text": "one"}}\n{BOM}{{"text": "two"}}\r\n{BOM}\n', ["one", "two"]),
+        ("a.jsonl", '{"text": "\\ufeffone\\n\\ufefftwo"}', ["one\ntwo"]),
+        ("a.jsonl", '{"\\ufefftext": "hi"}', ["hi"]),
+    ],
+)
+def test_a_byte_order_mark_at_the_start_of_a_line_is_no_text(tmp_path, name, content, expected):
+    path = write(tmp_path / name, content.encode())
+    assert texts(path) == expected
+    assert [row["text"].replace(BOM, "") for row in texts(path, text_key=None)] == [
+        text.replace(BOM, "") for text in expected
+    ]
+
+
+def test_a_byte_order_mark_in_a_table_is_no_text(tmp_path, quiet_datasets):
+    columns = {"text": [f"{BOM}one", f"two\n{BOM}three"]}
+    assert texts(save_parquet(tmp_path / "a.parquet", columns)) == ["one", "two\nthree"]
+    path = save_parquet(tmp_path / "b.parquet", {f"{BOM}prompt": ["one"]})
+    assert texts(path, text_key=None) == [{"prompt": "one"}]
+
+
+def test_a_file_of_a_byte_order_mark_alone_is_empty(tmp_path):
+    path = write(tmp_path / "a.txt", BOM.encode())
+    assert bad_rows(path) == [f"{path}:1: empty text"]
+
+
+def test_columns_besides_the_text_are_named(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl", json_lines({"id": 0, "text": "one", "tags": [], "url": None, "by": "Bo"})
+    )
+    assert [row.unread for row in opened(path).rows()] == [("id", "by")]
+    assert [row.unread for row in opened(path, text_key=None).rows()] == [()]
+    path = save_parquet(tmp_path / "a.parquet", {"id": [1, 2], "text": ["one", "two"]})
+    assert [row.unread for row in opened(path).rows()] == [("id",)] * 2
 
 
 def test_a_large_text_file_is_cut_at_ends_of_lines(tmp_path, monkeypatch):
