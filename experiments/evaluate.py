@@ -67,7 +67,7 @@ def main(_: None, flags: "FlagValues") -> None:
     check_flags(flags)
     sampling = read_sampling(flags)
 
-    from jaxllm.data.chat import check_rename
+    from jaxllm.data.records import check_rename
     from jaxllm.evaluation.checkpoints import evaluate_checkpoint
     from jaxllm.runs.process import set_up_process
 

@@ -33,7 +33,7 @@ def define_flags(flag_values: "FlagValues") -> None:
 
 def main(_: None, flags: "FlagValues") -> None:
     """Score the rows, write them with their rewards, and print means."""
-    from jaxllm.data.chat import check_rename
+    from jaxllm.data.records import check_rename
     from jaxllm.evaluation.scoring import score_rows
     from jaxllm.runs.checkpoints import check_scores, load_checkpoint
     from jaxllm.runs.process import set_up_process

@@ -11,30 +11,34 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from jaxllm.data.chat_template import LOSS_ON, ChatTemplate, Messages
+from jaxllm.data.chat_template import LOSS_ON, ChatTemplate
+from jaxllm.data.messages import Message, Messages, as_messages, continued, joined, message, system_message
 from jaxllm.data.packing import PackedRows, pack_rows
-from jaxllm.data.rows import TOO_LONG, DataConfig, Dataset, Example, Examples, read_sources
+from jaxllm.data.rows import (
+    TOO_LONG,
+    Dataset,
+    Example,
+    Examples,
+    RecordConfig,
+    read_sources,
+    training_records,
+)
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow, json_type
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import ConfigError
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
-
 
 @dataclass(frozen=True)
-class ChatConfig(DataConfig):
+class ChatConfig(RecordConfig):
     """Which conversations to read, which of their tokens to train on, and how to pack them."""
 
-    rename: tuple[str, ...]  # "THEIRS=OURS" for each column with another name, such as "question=prompt"
-    template: str | None  # path of a Jinja chat template; None: the tokenizer's own
     loss_on: str  # "assistant": every assistant turn, "last": the last one, "all": every token
     packing: bool  # several conversations per row, without attention between them; False: one per row
     overlong: str  # "drop" or "truncate" conversations longer than sequence_length
 
     def __post_init__(self):
         super().__post_init__()
-        check_rename(self.rename)
         for field, choices in {"loss_on": LOSS_ON, "overlong": ("drop", "truncate")}.items():
             if getattr(self, field) not in choices:
                 raise ConfigError(
@@ -49,43 +53,23 @@ class ChatDataset(Dataset[PackedRows]):
     held_out: tuple[tuple[list[int], list[int]], ...] = ()  # (prompt, completion) ids of each conversation
 
 
-def check_rename(rename: Sequence[str]) -> None:
-    """Raise ConfigError where an entry is not THEIRS=OURS."""
-    for entry in rename:
-        theirs, equals, ours = entry.partition("=")
-        if not (theirs and equals and ours):
-            raise ConfigError(f"data.rename has {entry!r}; write THEIRS=OURS, such as question=prompt")
-
-
-def renamed(record: Mapping[str, Any], rename: Sequence[str]) -> dict[str, Any]:
-    """The record under this module's names for its columns."""
-    names = dict(entry.split("=", 1) for entry in rename)
-    return {names.get(key, key): value for key, value in record.items()}
-
-
-def conversation(record: Mapping[str, Any], rename: Sequence[str] = ()) -> tuple[str, list[dict[str, Any]]]:
+def conversation(record: Mapping[str, Any]) -> tuple[str, list[Message]]:
     """The format of a record, and its messages.
 
     The formats are: `messages` of role and content; ShareGPT's `conversations` of from and value; `prompt` (a
     text or messages) and `completion`; Alpaca's `instruction`, `input`, `output`, with LIMA's `history` of
     earlier exchanges. Each may have a `system` text too. Raises BadRow for anything else.
     """
-    record = renamed(record, rename)
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    system = system_message(record)
     for key in ("messages", "conversations"):
         if key in record:
-            return key, system + [message(each, rename) for each in _list(record, key)]
+            return key, joined(system, [message(each) for each in list_of(record, key)])
     if "prompt" in record and "completion" in record:
-        prompt = as_messages(record["prompt"], "user", rename)
-        return "prompt, completion", system + prompt + as_messages(record["completion"], "assistant", rename)
+        prompt = [*system, *as_messages(record["prompt"], "user")]
+        return "prompt, completion", continued(prompt, as_messages(record["completion"], "assistant"))
     if "instruction" in record and "output" in record:
-        history = record.get("history") or []
-        if not isinstance(history, list) or not all(isinstance(x, list) and len(x) == 2 for x in history):
-            raise BadRow("wrong type", "'history' must be a list of [question, answer] pairs")
-        turns = itertools.chain.from_iterable(
-            exchange(*pair) for pair in [*history, (alpaca_prompt(record), record["output"])]
-        )
-        return "instruction, input, output", [*system, *turns]
+        completion = message({"role": "assistant", "content": record["output"]})
+        return "instruction, input, output", [*system, *alpaca_prompt(record), completion]
     if "chosen" in record:
         raise BadRow(
             "unknown format",
@@ -101,45 +85,22 @@ def is_text(record: Mapping[str, Any]) -> bool:
     return "text" in record and not {"messages", "conversations", "completion", "output"} & record.keys()
 
 
-def alpaca_prompt(record: Mapping[str, Any]) -> str:
-    """Alpaca's `instruction`, followed by its `input` if there is one."""
-    instruction, context = record["instruction"], record.get("input") or ""
+def alpaca_prompt(record: Mapping[str, Any]) -> list[Message]:
+    """Alpaca's `instruction`, with its `input` if there is one, after LIMA's `history` of exchanges."""
+    history, context = record.get("history") or [], record.get("input") or ""
+    if not isinstance(history, list) or not all(isinstance(x, list) and len(x) == 2 for x in history):
+        raise BadRow("wrong type", "'history' must be a list of [question, answer] pairs")
+    instruction = record["instruction"]
     if not isinstance(instruction, str) or not isinstance(context, str):
         raise BadRow("wrong type", "'instruction' and 'input' must be strings")
-    return f"{instruction}\n\n{context}" if context.strip() else instruction
+    question = f"{instruction}\n\n{context}" if context.strip() else instruction
+    roles = itertools.cycle(("user", "assistant"))
+    turns = zip(roles, [*itertools.chain.from_iterable(history), question], strict=False)
+    return [message({"role": role, "content": content}) for role, content in turns]
 
 
-def exchange(prompt: Any, completion: Any) -> list[dict[str, Any]]:
-    """A user turn and the assistant turn that follows it."""
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-
-
-def as_messages(value: Any, role: str, rename: Sequence[str]) -> list[dict[str, Any]]:
-    """The messages of a list, or a text as one message of this role."""
-    if isinstance(value, list):
-        return [message(each, rename) for each in value]
-    return [{"role": role, "content": value}]
-
-
-def message(value: Any, rename: Sequence[str]) -> dict[str, Any]:
-    """{"role", "content"} of a message in that format or in ShareGPT's ("from", "value"). Raises BadRow."""
-    if not isinstance(value, Mapping):
-        raise BadRow("wrong type", f"a message is {json_type(value)}, not an object")
-    value = renamed(value, rename)
-    role, content = (
-        value.get(ours, value.get(theirs)) for ours, theirs in (("role", "from"), ("content", "value"))
-    )
-    for unsupported in ("tool_calls", "reasoning_content"):
-        if value.get(unsupported):
-            raise BadRow("unsupported part of a message", unsupported)
-    if role is None:
-        raise BadRow("missing key", f"a message has keys {', '.join(value)}, but no role")
-    if not isinstance(role, str):
-        raise BadRow("wrong type", f"a message's role is {json_type(role)}, not a string")
-    return {"role": _SHAREGPT_ROLES.get(role, role), "content": content}
-
-
-def _list(record: Mapping[str, Any], key: str) -> list[Any]:
+def list_of(record: Mapping[str, Any], key: str) -> list[Any]:
+    """The column `key`. Raises BadRow where it is no list."""
     if not isinstance(record[key], list):
         raise BadRow("wrong type", f"{key!r} is {json_type(record[key])}, not a list")
     return record[key]
@@ -157,25 +118,40 @@ def encoder(
     fits = config.sequence_length + 1  # the last token is only a target
 
     def encode(record: Mapping[str, Any]) -> Example:
-        record = renamed(record, config.rename)
         if is_text(record):
             return encode_text(record["text"], tokenizer, config.sequence_length)
-        kind, messages = conversation(record, config.rename)
+        kind, messages = conversation(record)
         ids, loss_mask = template.encode(messages, loss_on=config.loss_on)
         by_assistant = loss_mask
         if config.loss_on == "all":
             by_assistant = template.encode(messages, loss_on="assistant").loss_mask
-        if len(ids) > fits and (config.overlong == "drop" or not any(by_assistant[:fits])):
+        weights = turn_weights(messages, by_assistant)
+        if not weights.any():
+            raise BadRow("no assistant turn of weight 1", fault=False)
+        if len(ids) > fits and (config.overlong == "drop" or not weights[:fits].any()):
             raise BadRow(TOO_LONG, f"{len(ids)} tokens", fault=False)
+        in_loss = np.where(by_assistant, weights, loss_mask)
         return Example(
             ids=(np.array(ids[:fits], np.int32),),
-            loss_mask=(np.array(loss_mask[:fits], bool),),
+            loss_mask=(in_loss[:fits],),
             group=opening(messages),
             kind=kind,
             numbers=(last_span_start(by_assistant[:fits]),),
         )
 
     return encode
+
+
+def turn_weights(messages: Messages, by_assistant: Sequence[bool]) -> np.ndarray:
+    """bool [T], True in the assistant turns of weight 1. `by_assistant` [T]: in any turn of theirs, or in the
+    last one."""
+    found = np.array(by_assistant, bool)
+    weights = [each.get("weight", 1) for each in messages if each["role"] == "assistant"]
+    if not all(weights):
+        turns = np.flatnonzero(np.diff(found, prepend=False, append=False)).reshape(-1, 2)
+        for (start, end), weight in zip(turns[::-1], weights[::-1], strict=False):
+            found[start:end] = weight
+    return found
 
 
 def encode_text(text: Any, tokenizer: BaseTokenizer, sequence_length: int) -> Example:
@@ -192,14 +168,12 @@ def encode_text(text: Any, tokenizer: BaseTokenizer, sequence_length: int) -> Ex
 
 def chat_texts(config: ChatConfig, *, seed: int) -> Iterator[str]:
     """The texts of the training conversations, to train a tokenizer on."""
-    for name in config.train:
-        for row in config.open(name, "train", text_key=None, seed=seed).rows():
-            with contextlib.suppress(BadRow):
-                record = renamed(row.value or {}, config.rename)
-                if is_text(record):
-                    yield from contents([{"content": record["text"]}])
-                else:
-                    yield from contents(conversation(record, config.rename)[1])
+    for record in training_records(config, seed=seed):
+        with contextlib.suppress(BadRow):
+            if is_text(record):
+                yield from contents([{"content": record["text"]}])
+            else:
+                yield from contents(conversation(record)[1])
 
 
 def contents(messages: Messages) -> Iterator[str]:

@@ -6,14 +6,14 @@ alone writes the BOS, if there is one. The tokens of a training row before an as
 prompt from which that turn is generated.
 """
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
-from jaxllm.data.sources import BadRow, json_type
+from jaxllm.data.messages import ROLES, Messages, check_messages
+from jaxllm.data.sources import BadRow
 from jaxllm.data.tokenizer import CHAT_TOKENS, BaseTokenizer
 from jaxllm.errors import ConfigError
 
@@ -22,10 +22,7 @@ if TYPE_CHECKING:
     import jinja2.parser
     import jinja2.sandbox
 
-ROLES = ("system", "user", "assistant", "tool")
 LOSS_ON = ("assistant", "last", "all")
-
-Messages = Sequence[Mapping[str, Any]]  # each {"role": one of ROLES, "content": str}, see check_messages
 
 _NO_STOP_TOKEN = "its completions do not end in a special token, so a model could not learn to stop"
 
@@ -269,7 +266,7 @@ def load_template(tokenizer: BaseTokenizer, path: str | None) -> ChatTemplate:
     """
     if path is not None:
         try:
-            source = Path(path).expanduser().read_text(encoding="utf-8")
+            source = Path(path).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"data.template={path!r} cannot be read: {error}") from error
         return JinjaTemplate(tokenizer, source, f"the chat template {path}")
@@ -278,35 +275,6 @@ def load_template(tokenizer: BaseTokenizer, path: str | None) -> ChatTemplate:
     if all(token in tokenizer.special_ids for token in CHAT_TOKENS):
         return NativeTemplate(tokenizer)
     raise ConfigError("the tokenizer has no chat template; name a .jinja file in data.template")
-
-
-def check_messages(messages: Messages, *, is_prompt: bool) -> None:
-    """Raise BadRow unless this is a valid conversation: a training row, which ends with an assistant turn, or
-    a prompt, which does not."""
-    for i, message in enumerate(messages, 1):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            near = difflib.get_close_matches(str(role), ROLES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(ROLES)}"
-            raise BadRow("unknown role", f"message {i}: {role!r}; {hint}")
-        if not isinstance(content, str):
-            raise BadRow("wrong type", f"message {i}: the content is {json_type(content)}, not a string")
-        if not content.strip() and role in ("user", "assistant"):
-            raise BadRow("empty text", f"message {i}, role {role}")
-        before = messages[i - 2]["role"] if i > 1 else None
-        if role == "system" and before is not None:
-            raise BadRow("wrong role order", f"message {i}: a system message must come first")
-        if role == "assistant" and before in (None, "assistant"):
-            raise BadRow(
-                "wrong role order",
-                f"message {i}: an assistant turn must not come first or follow another one",
-            )
-    if not is_prompt and not any(message["role"] == "assistant" for message in messages):
-        raise BadRow("no assistant turn")
-    if not messages:
-        raise BadRow("wrong role order", "there are no messages")
-    if is_prompt == (messages[-1]["role"] == "assistant"):
-        raise BadRow("wrong role order", f"the last message has role {messages[-1]['role']}")
 
 
 class _Rewritten(ConfigError):

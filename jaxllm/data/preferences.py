@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,34 +12,34 @@ import numpy as np
 import xxhash
 
 from jaxllm.batches import PairBatch
-from jaxllm.data.chat import (
-    alpaca_prompt,
+from jaxllm.data.chat import alpaca_prompt, contents, last_span_start, opening
+from jaxllm.data.chat_template import ChatTemplate, Encoded
+from jaxllm.data.messages import (
+    Message,
+    Messages,
     as_messages,
-    check_rename,
-    contents,
-    last_span_start,
-    opening,
-    renamed,
+    continued,
+    is_transcript,
+    system_message,
+    transcript,
 )
-from jaxllm.data.chat_template import ChatTemplate, Encoded, Messages
-from jaxllm.data.rows import TOO_LONG, DataConfig, Dataset, Example, Examples, read_sources
+from jaxllm.data.rows import (
+    TOO_LONG,
+    Dataset,
+    Example,
+    Examples,
+    RecordConfig,
+    read_sources,
+    training_records,
+)
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow, json_type
 from jaxllm.data.tokenizer import BaseTokenizer
 
-Message = dict[str, Any]
-
 
 @dataclass(frozen=True)
-class PreferenceConfig(DataConfig):
+class PreferenceConfig(RecordConfig):
     """Which pairs to read."""
-
-    rename: tuple[str, ...]  # "THEIRS=OURS" for each column with another name, such as "better=chosen"
-    template: str | None  # path of a Jinja chat template; None: the tokenizer's own
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_rename(self.rename)
 
 
 @dataclass(frozen=True)
@@ -85,33 +84,27 @@ class Pair(NamedTuple):
     rejected: Message
 
 
-def pair(record: Mapping[str, Any], rename: Sequence[str] = ()) -> Pair:
+def pair(record: Mapping[str, Any]) -> Pair:
     """The prompt of a record, its chosen and its rejected message.
 
     The formats are: `prompt` (a text or messages), or Alpaca's `instruction` and `input`, with `chosen` and
-    `rejected` (texts or messages); `chosen` and `rejected` alone, as lists of messages or as transcripts of
-    "Human:" and "Assistant:" turns, whose common start is the prompt; or `prompt`, two `answers` and a
-    `choice` of 0 or 1. Raises BadRow for anything else, for ties, and for identical completions.
+    `rejected` (texts, messages or whole conversations); `chosen` and `rejected` alone, as lists of messages
+    or as transcripts of "Human:" and "Assistant:" turns, whose common start is the prompt; or `prompt`, two
+    `answers` and a `choice` of 0 or 1. Each may have a `system` text too. Raises BadRow for anything else,
+    for ties, and for identical completions.
     """
-    record = renamed(record, rename)
-    kind, record = _by_choice(record) if "choice" in record else ("", record)
-    missing = [key for key in ("chosen", "rejected") if key not in record]
-    if missing:
-        keys = ", ".join(record)
-        raise BadRow("missing key", f"no {missing[0]!r} among {keys}; set data.rename=THEIRS=OURS")
+    kind, sides = _sides(record)
     if "prompt" in record:
         kind = kind or "prompt, chosen, rejected"
-        prompt = as_messages(record["prompt"], "user", rename)
+        prompt = as_messages(record["prompt"], "user")
     elif "instruction" in record:
         kind = "instruction, input, chosen, rejected"
-        prompt = [{"role": "user", "content": alpaca_prompt(record)}]
+        prompt = alpaca_prompt(record)
     else:
-        kind = "transcripts" if isinstance(record["chosen"], str) else "messages"
+        kind = "transcripts" if isinstance(sides[0], str) else "messages"
         prompt = []
-    sides = [prompt + _turns(record[key], bool(prompt), rename) for key in ("chosen", "rejected")]
-    if prompt and all(side[len(prompt) :][: len(prompt)] == prompt for side in sides):
-        sides = [side[len(prompt) :] for side in sides]  # the lists of messages repeat the prompt
-    chosen, rejected = sides
+    before = [*system_message(record), *prompt]
+    chosen, rejected = (continued(before, _turns(side, bool(prompt))) for side in sides)
     if chosen == rejected:
         raise BadRow("identical pair", fault=False)
     common = 0
@@ -122,55 +115,51 @@ def pair(record: Mapping[str, Any], rename: Sequence[str] = ()) -> Pair:
     ends = chosen[common:], rejected[common:]
     if any(len(end) != 1 for end in ends):
         raise BadRow("completions of several turns", f"they differ from turn {common + 1} on", fault=False)
+    if any(end[0].get("weight") == 0 for end in ends):
+        raise BadRow("completion of weight 0", fault=False)
     return Pair(kind, chosen[:common], chosen[common], rejected[common])
 
 
-def is_pair(record: Mapping[str, Any], rename: Sequence[str] = ()) -> bool:
+def is_pair(record: Mapping[str, Any]) -> bool:
     """Whether a record compares two completions."""
-    return bool({"chosen", "choice"} & renamed(record, rename).keys())
+    return bool({"chosen", "choice"} & record.keys())
 
 
-def _by_choice(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """{"prompt", "answers": [a, b], "choice"} as {"prompt", "chosen", "rejected"}."""
-    answers, choice = record.get("answers"), record["choice"]
+def _sides(record: Mapping[str, Any]) -> tuple[str, tuple[Any, Any]]:
+    """The format, where a `choice` among `answers` tells it, and the chosen and the rejected side."""
+    if "chosen" in record or not {"choice", "answers"} & record.keys():
+        if missing := [key for key in ("chosen", "rejected") if key not in record]:
+            keys = ", ".join(record)
+            raise BadRow("missing key", f"no {missing[0]!r} among {keys}; set data.rename=THEIRS=OURS")
+        return "", (record["chosen"], record["rejected"])
+    answers, choice = record.get("answers"), record.get("choice")
     if not isinstance(answers, list) or len(answers) != 2:
         raise BadRow("wrong type", "'answers' must be a list of two, because the row has a 'choice'")
-    if choice in ("tie", "bad", None):
+    if choice is None:
+        raise BadRow("no choice", fault=False)
+    if choice in ("tie", "bad"):
         raise BadRow("tie", fault=False)
     if type(choice) is not int or choice not in (0, 1):
         raise BadRow("wrong type", f"'choice' is {choice!r}, not 0, 1, tie or bad")
-    return "prompt, answers, choice", {**record, "chosen": answers[choice], "rejected": answers[1 - choice]}
+    return "prompt, answers, choice", (answers[choice], answers[1 - choice])
 
 
-def _turns(value: Any, after_prompt: bool, rename: Sequence[str]) -> list[Message]:
+def _turns(value: Any, after_prompt: bool) -> list[Message]:
     """The messages of `chosen` or `rejected`."""
     if isinstance(value, list):
-        return as_messages(value, "assistant", rename)
+        return as_messages(value, "assistant")
     if not isinstance(value, str):
         raise BadRow("wrong type", f"a completion is {json_type(value)}, not a string or a list of messages")
-    return [{"role": "assistant", "content": value}] if after_prompt else transcript(value)
-
-
-def transcript(text: str) -> list[Message]:
-    r"""The messages of a text such as `\n\nHuman: Hello\n\nAssistant: Hi`."""
-    before, *parts = re.split(r"\n\n(Human|Assistant):", text)
-    if before.strip() or not parts:
-        raise BadRow(
-            "no prompt", "without 'prompt', a text must be a transcript of Human: and Assistant: turns"
-        )
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[name], "content": content.strip()}
-        for name, content in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    if after_prompt and not is_transcript(value):
+        return as_messages(value, "assistant")
+    return transcript(value)
 
 
 def encoder(config: PreferenceConfig, template: ChatTemplate) -> Callable[[Mapping[str, Any]], Example]:
     """A function from records to Examples of two sequences, neither of them longer than a row."""
 
     def encode(record: Mapping[str, Any]) -> Example:
-        record = renamed(record, config.rename)
-        kind, prompt, *completions = pair(record, config.rename)
+        kind, prompt, *completions = pair(record)
         if prompt[-1]["role"] != "user" or any(turn["role"] != "assistant" for turn in completions):
             raise BadRow("wrong role order", "the completions must be assistant turns after a user turn")
         sides = [encode_completion(template, prompt, completion) for completion in completions]
@@ -256,8 +245,7 @@ def _report(parts: list[Examples], data: Dataset[PairRows], tokenizer: BaseToken
 
 def preference_texts(config: PreferenceConfig, *, seed: int) -> Iterator[str]:
     """The texts of the training pairs, to train a tokenizer on."""
-    for name in config.train:
-        for row in config.open(name, "train", text_key=None, seed=seed).rows():
-            with contextlib.suppress(BadRow):
-                _, prompt, chosen, rejected = pair(row.value or {}, config.rename)
-                yield from contents([*prompt, chosen, rejected])
+    for record in training_records(config, seed=seed):
+        with contextlib.suppress(BadRow):
+            _, prompt, chosen, rejected = pair(record)
+            yield from contents([*prompt, chosen, rejected])

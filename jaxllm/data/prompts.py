@@ -9,10 +9,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import xxhash
 
-from jaxllm.data.chat import as_messages, check_rename, contents, message, opening, renamed
+from jaxllm.data.chat import contents, list_of, opening
 from jaxllm.data.chat_template import ChatTemplate
+from jaxllm.data.messages import Message, as_messages, joined, message, system_message
 from jaxllm.data.preferences import is_pair, pair
-from jaxllm.data.rows import TOO_LONG, DataConfig, Dataset, Example, read_sources
+from jaxllm.data.records import Record
+from jaxllm.data.rows import TOO_LONG, Dataset, Example, RecordConfig, read_sources, training_records
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -32,17 +34,11 @@ class PromptOptions(Protocol):
 
 
 @dataclass(frozen=True)
-class PromptConfig(DataConfig):
+class PromptConfig(RecordConfig):
     """Which prompts to read."""
 
-    rename: tuple[str, ...]  # "THEIRS=OURS" for each column with another name, such as "question=prompt"
-    template: str | None  # path of a Jinja chat template; None: the tokenizer's own
     prompt_format: str | None  # a text with {COLUMN}s to fill in; None: rows have `prompt` or `messages`
     system: str | None  # a system message to put before every prompt
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_rename(self.rename)
 
 
 class Prompt(NamedTuple):
@@ -66,7 +62,7 @@ class Prompts:
         return Prompt(row.ids[0].tolist(), row.row or {})
 
 
-def question_messages(record: Mapping[str, Any], config: PromptOptions) -> tuple[str, list[dict[str, Any]]]:
+def question_messages(record: Mapping[str, Any], config: PromptOptions) -> tuple[str, list[Message]]:
     """The format of a record, and the messages of its prompt, which end with the question. Raises BadRow."""
     system = [{"role": "system", "content": config.system}] if config.system else []
     if config.prompt_format is not None:
@@ -76,34 +72,31 @@ def question_messages(record: Mapping[str, Any], config: PromptOptions) -> tuple
             raise BadRow("missing key", f"data.prompt_format with {', '.join(record)}: {error!r}") from None
         return "data.prompt_format", [*system, {"role": "user", "content": text}]
     if "prompt" in record:
-        return "prompt", system + as_messages(record["prompt"], "user", config.rename)
-    if "messages" in record and isinstance(record["messages"], list):
-        messages = [message(each, config.rename) for each in record["messages"]]
+        return "prompt", joined(system, system_message(record), as_messages(record["prompt"], "user"))
+    if "messages" in record:
+        messages = [message(each) for each in list_of(record, "messages")]
         if messages and messages[-1]["role"] == "assistant":
             messages.pop()  # an SFT row: the model generates the last assistant turn
-        return "messages", system + messages
-    if is_pair(record, config.rename):
-        kind, prompt, *_ = pair(record, config.rename)
-        return kind, system + prompt
+        return "messages", joined(system, system_message(record), messages)
+    if is_pair(record):
+        kind, prompt, *_ = pair(record)
+        return kind, joined(system, prompt)
     raise BadRow(
         "missing key", f"no 'prompt' or 'messages' among {', '.join(record)}; set data.rename=THEIRS=OURS"
     )
 
 
-def encoder(
-    config: PromptConfig, template: ChatTemplate, max_new_tokens: int
-) -> Callable[[Mapping[str, Any]], Example]:
+def encoder(config: PromptConfig, template: ChatTemplate, max_new_tokens: int) -> Callable[[Record], Example]:
     """A function from records to Examples of one sequence, which leaves room for `max_new_tokens`."""
     longest = config.sequence_length - max_new_tokens
     too_long = f"{TOO_LONG} - rollout.sampling.max_new_tokens = {longest}"
 
-    def encode(record: Mapping[str, Any]) -> Example:
-        record = renamed(record, config.rename)
+    def encode(record: Record) -> Example:
         kind, messages = question_messages(record, config)
         ids = np.array(template.prompt(messages), np.int32)
         if len(ids) > longest:
             raise BadRow(too_long, f"{len(ids)} tokens", fault=False)
-        return Example((ids,), (np.zeros(len(ids), bool),), opening(messages), kind, row=record)
+        return Example((ids,), (np.zeros(len(ids), bool),), opening(messages), kind, row=record.row)
 
     return encode
 
@@ -141,8 +134,6 @@ def load_prompts(
 
 def prompt_texts(config: PromptConfig, *, seed: int) -> Iterator[str]:
     """The texts of the training prompts, to train a tokenizer on."""
-    for name in config.train:
-        for row in config.open(name, "train", text_key=None, seed=seed).rows():
-            with contextlib.suppress(BadRow):
-                _, messages = question_messages(renamed(row.value or {}, config.rename), config)
-                yield from contents(messages)
+    for record in training_records(config, seed=seed):
+        with contextlib.suppress(BadRow):
+            yield from contents(question_messages(record, config)[1])

@@ -4,9 +4,10 @@ The config decides whether a bad row stops the run or is dropped. No row is drop
 by reason and written to `bad_rows.jsonl`.
 """
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import xxhash
 
+from jaxllm.data.records import Record, Rename, check_rename
 from jaxllm.data.sources import BadRow, Row, Source, open_source
 from jaxllm.errors import ConfigError, DataError
 
@@ -21,6 +23,7 @@ TOO_LONG = "longer than data.sequence_length"
 ENOUGH_ROWS = (
     1000  # max_bad_fraction is first checked after this many rows, before the source is read to its end
 )
+MOST_COLUMNS = 12  # named in the report
 
 RowT = TypeVar("RowT", covariant=True)
 
@@ -119,6 +122,18 @@ class DataConfig:
             raise DataError(f"data.{split}: {error}") from error
 
 
+@dataclass(frozen=True)
+class RecordConfig(DataConfig):
+    """Sources whose rows are records: conversations, pairs, prompts."""
+
+    rename: tuple[str, ...]  # "THEIRS=OURS" for each column with another name, such as "question=prompt"
+    template: str | None  # path of a Jinja chat template; None: the tokenizer's own
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_rename(self.rename)
+
+
 def nothing_held_out(fraction: float) -> DataError:
     """The error for sources too small to hold out `fraction` of them."""
     return DataError(
@@ -146,12 +161,27 @@ class SourceCounts:
     documents: int = 0  # kept
     text_bytes: int = 0
     tokens: int = 0
+    unread: dict[str, int] = field(default_factory=dict)  # kept rows by the columns that are not read
 
     def drop(self, row: Row) -> None:
         self.dropped[row.problem] = self.dropped.get(row.problem, 0) + 1
         if row.fault:
             self.faults += 1
             self.first_fault = self.first_fault or str(row)
+
+    def leave_unread(self, columns: Iterable[str]) -> None:
+        for column in columns:
+            self.unread[column] = self.unread.get(column, 0) + 1
+
+    def describe_unread(self, what: str = "columns that are not read") -> str:
+        """The columns, after `what`, the most frequent ones first; empty where there are none."""
+        found = sorted(self.unread.items(), key=lambda item: -item[1])
+        names = [
+            name if count == self.documents else f"{name} ({count:,} of {self.documents:,} rows)"
+            for name, count in found[:MOST_COLUMNS]
+        ]
+        more = [f"{len(found) - MOST_COLUMNS} others"] if len(found) > MOST_COLUMNS else []
+        return f"\n  {what}: {', '.join(names + more)}" if names else ""
 
     def check(self, name: str, policy: BadRowPolicy) -> None:
         """Raise DataError for malformed rows that the policy does not allow."""
@@ -195,6 +225,7 @@ class Example(NamedTuple):
     kind: str  # the format that the row was read as, for the report
     numbers: tuple[float, ...] = ()
     row: Mapping[str, Any] | None = None  # the record itself, where rewards need it
+    unread: tuple[str, ...] = ()  # columns that hold something and are not read
 
 
 @dataclass(frozen=True)
@@ -211,6 +242,8 @@ class Examples:
         """One line of the start-up report: rows read, kept and dropped, their formats, their tokens."""
         kinds = ", ".join(f"{n:,} [{kind}]" for kind, n in Counter(row.kind for row in self.rows).items())
         text = f"{self.name}: {self.counts}; formats: {kinds}; {self.counts.tokens:,} tokens"
+        for_rewards = self.rows[0].row is not None
+        text += self.counts.describe_unread(*["columns for rewards only"] if for_rewards else [])
         too_long = sum(n for reason, n in self.counts.dropped.items() if reason.startswith(TOO_LONG))
         if too_long > 0.2 * self.counts.rows:
             fraction = too_long / self.counts.rows
@@ -246,7 +279,8 @@ def read_examples(source: Source, encode: Callable[[Any], Example], policy: BadR
             if policy.on_bad_row == "stop" or counts.rows % ENOUGH_ROWS == 0:
                 counts.check(source.name, policy)
             continue
-        rows.append(example)
+        rows.append(example._replace(unread=()))
+        counts.leave_unread(example.unread)
         counts.tokens += sum(map(len, example.ids))
         for array in (*example.ids, *example.loss_mask, np.array([len(example.ids), *example.numbers])):
             content.update(np.ascontiguousarray(array).tobytes())
@@ -268,13 +302,36 @@ def write_bad_rows(lines: Sequence[str], folder: Path) -> None:
 
 
 def read_sources(
-    config: DataConfig, encode: Callable[[Any], Example], *, seed: int, run_folder: Path | None
+    config: RecordConfig, encode: Callable[[Record], Example], *, seed: int, run_folder: Path | None
 ) -> list[Examples]:
-    """`read_examples` of every source of the config; dropped rows are written to `run_folder`."""
-    parts = [
-        read_examples(config.open(name, split, text_key=None, seed=seed), encode, config.bad_row_policy)
-        for name, split in config.splits
-    ]
+    """`read_examples` of every source of the config; dropped rows are written to `run_folder`.
+
+    Raises ConfigError where an entry of `data.rename` matches nothing in any source.
+    """
+    rename = Rename(config.rename)
+
+    def encode_row(row: Mapping[str, Any]) -> Example:
+        record = Record(rename(row))
+        return encode(record)._replace(unread=record.unread())
+
+    sources = (config.open(name, split, text_key=None, seed=seed) for name, split in config.splits)
+    try:
+        parts = [read_examples(source, encode_row, config.bad_row_policy) for source in sources]
+    except DataError as error:
+        raise DataError("; ".join(filter(None, [str(error), rename.problem()]))) from error
+    rename.check()
     if run_folder is not None:
         write_bad_rows([part.bad_rows for part in parts], run_folder)
     return parts
+
+
+def training_records(config: RecordConfig, *, seed: int) -> Iterator[Record]:
+    """The rows of the train sources, to train a tokenizer on, without those that cannot be read."""
+    rename = Rename(config.rename)
+    for name in config.train:
+        for row in config.open(name, "train", text_key=None, seed=seed).rows():
+            if row.value is not None:
+                with contextlib.suppress(BadRow):
+                    yield Record(rename(row.value))
+    if not config.validation:  # else an entry may be for those sources alone
+        rename.check()

@@ -87,7 +87,7 @@ def _report(
         counts = cache.counts
         lines.append(
             f"{name}: {counts}; {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
-            f"({counts.text_bytes / counts.tokens:.2f} bytes per token)"
+            f"({counts.text_bytes / counts.tokens:.2f} bytes per token){counts.describe_unread()}"
         )
     for role, windows in (("train", train), ("validation", validation)):
         if windows:

@@ -123,6 +123,8 @@ def _tokenize(
                 if row.value is None:
                     counts.drop(row)
                     bad_row_file.write(bad_row_line(row))
+                else:
+                    counts.leave_unread(row.unread)
             counts.rows += len(rows)
             if policy.on_bad_row == "stop" or counts.rows >= ENOUGH_ROWS:
                 counts.check(source.name, policy)

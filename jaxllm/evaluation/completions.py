@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 import numpy as np
 
-from jaxllm.data.chat import renamed
 from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.prompts import Prompt, PromptOptions, question_messages
+from jaxllm.data.records import Record, Rename
 from jaxllm.data.sources import BadRow, open_source
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import DataError
@@ -187,19 +187,21 @@ def read_messages(
 ) -> list[T]:
     """make(row, messages) of the first rows of a source; rows for which it raises BadRow go to stderr."""
     source = open_source(name, split=split, text_key=None, synthetic_rows=max_rows, seed=seed)
+    rename = Rename(options.rename)
     made: list[T] = []
     left_out: list[tuple[str, BadRow]] = []
     for row in source.rows():
         try:
             if row.value is None:
                 raise BadRow(row.problem, row.detail)
-            record = renamed(row.value, options.rename)
-            made.append(make(record, question_messages(record, options)[1]))
+            record = Record(rename(row.value))
+            made.append(make(record.row, question_messages(record, options)[1]))
         except BadRow as error:
             left_out.append((row.where, error))
         if len(made) == max_rows:
             break
     print_left_out(left_out)
+    rename.check()
     return made
 
 

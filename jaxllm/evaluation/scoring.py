@@ -11,6 +11,7 @@ import numpy as np
 from jaxllm.data.chat import conversation, last_span_start
 from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.preferences import encode_completion, is_pair, pair
+from jaxllm.data.records import Record, Rename
 from jaxllm.data.sources import BadRow, open_source
 from jaxllm.errors import DataError
 from jaxllm.evaluation.left_out import print_left_out
@@ -34,6 +35,7 @@ def read_rows(
     name: str, template: ChatTemplate, *, longest: int, rename: Sequence[str]
 ) -> tuple[list[Row], int]:
     """The rows of a source with at most `longest` tokens, and the number left out, which stderr names."""
+    rename_row = Rename(rename)
     rows: list[Row] = []
     left_out: list[tuple[str, BadRow]] = []
     source = open_source(name, split="validation", text_key=None, synthetic_rows=1000, seed=0)
@@ -41,7 +43,7 @@ def read_rows(
         try:
             if row.value is None:
                 raise BadRow(row.problem, row.detail)
-            encoded = encode(row.value, template, rename)
+            encoded = encode(Record(rename_row(row.value)), row.value, template)
             length = max(map(len, encoded.sequences))
             if length > longest:
                 raise BadRow("longer than model.max_length", f"{length} tokens")
@@ -49,20 +51,21 @@ def read_rows(
         except BadRow as error:
             left_out.append((row.where, error))
     print_left_out(left_out)
+    rename_row.check()
     if not rows:
         raise DataError(f"--input={name}: no row can be scored")
     return rows, len(left_out)
 
 
-def encode(record: dict[str, Any], template: ChatTemplate, rename: Sequence[str]) -> Row:
+def encode(record: Record, row: dict[str, Any], template: ChatTemplate) -> Row:
     """The last assistant turn of a conversation, or both completions of a pair. Raises BadRow."""
-    if is_pair(record, rename):
-        _, prompt, *completions = pair(record, rename)
+    if is_pair(record):
+        _, prompt, *completions = pair(record)
     else:
-        *prompt, completion = conversation(record, rename)[1]
+        *prompt, completion = conversation(record)[1]
         completions = [completion]
     encoded = [encode_completion(template, prompt, completion) for completion in completions]
-    return Row(record, [each.ids for each in encoded], last_span_start(encoded[0].loss_mask))
+    return Row(row, [each.ids for each in encoded], last_span_start(encoded[0].loss_mask))
 
 
 def score(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> np.ndarray:

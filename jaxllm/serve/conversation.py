@@ -64,7 +64,7 @@ class Conversation:
                 piece, shown = complete[len(shown) :], complete
                 yield piece
         finally:
-            self.messages.append({"role": "assistant", "content": shown.strip() or "..."})
+            self.messages.append({"role": "assistant", "content": shown.strip()})
 
     def fitting_prompt(self) -> tuple[list[int], int]:
         """The prompt's tokens with as many of the last messages as fit, and how many were dropped."""

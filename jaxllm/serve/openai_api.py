@@ -13,6 +13,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxllm.data.messages import client_messages
+from jaxllm.data.sources import BadRow
 from jaxllm.errors import ConfigError
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.serve.errors import ApiError
@@ -129,24 +131,13 @@ def flag(body: Any, name: str) -> bool:
 
 
 def read_messages(value: Any) -> list[dict[str, Any]]:
-    """Role and content of each message, text parts joined; the chat template checks the rest."""
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise ApiError(400, "messages must be a list of objects with role and content", "messages")
-    return [{"role": role(each.get("role")), "content": content(each.get("content"))} for each in value]
-
-
-def role(value: Any) -> Any:
-    return "system" if value == "developer" else value
-
-
-def content(value: Any) -> Any:
+    """Role and content of each message; the chat template checks the rest."""
     if not isinstance(value, list):
-        return value
-    parts = [part for part in value if isinstance(part, dict) and part.get("type") == "text"]
-    texts = [text for part in parts if isinstance(text := part.get("text"), str)]
-    if len(texts) != len(value):
-        raise ApiError(400, "every part of a message's content must be text", "messages")
-    return "".join(texts)
+        raise ApiError(400, "messages must be a list of objects with role and content", "messages")
+    try:
+        return client_messages(value)
+    except BadRow as error:
+        raise ApiError(400, str(error), "messages") from None
 
 
 def read_stop(value: Any) -> tuple[str, ...]:

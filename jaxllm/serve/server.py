@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ConfigError("the server needs an extra: pip install 'jaxllm[serve]'") from error
 
-from jaxllm.data.chat import check_rename
+from jaxllm.data.records import check_rename
 from jaxllm.evaluation.completions import read_messages
 from jaxllm.rollout.engine import IDLE, Engine
 from jaxllm.rollout.sampling import SamplingConfig

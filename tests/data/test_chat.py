@@ -79,6 +79,55 @@ def test_the_loss_mask_has_the_turns_of_loss_on_with_their_stop_tokens(tokenizer
     assert [*prompt, *completion] == row.ids[0].tolist()
 
 
+@pytest.mark.parametrize(
+    ("loss_on", "weights", "shown"),
+    [
+        (
+            "assistant",
+            (0, 1),
+            "⟦<s><|user|>Who?<|end|><|assistant|>Ada.<|end|><|user|>Then?<|end|><|assistant|>⟧Bo.<|end|>",
+        ),
+        (
+            "assistant",
+            (1, 0),
+            "⟦<s><|user|>Who?<|end|><|assistant|>⟧Ada.<|end|>⟦<|user|>Then?<|end|><|assistant|>Bo.<|end|>⟧",
+        ),
+        (
+            "all",
+            (0, 1),
+            "⟦<s>⟧<|user|>Who?<|end|><|assistant|>⟦Ada.<|end|>⟧<|user|>Then?<|end|><|assistant|>Bo.<|end|>",
+        ),
+        (
+            "last",
+            (0, 1),
+            "⟦<s><|user|>Who?<|end|><|assistant|>Ada.<|end|><|user|>Then?<|end|><|assistant|>⟧Bo.<|end|>",
+        ),
+    ],
+)
+def test_an_assistant_turn_of_weight_0_is_not_in_the_loss(tokenizer, loss_on, weights, shown):
+    row = encode(weighted(*weights), tokenizer, loss_on=loss_on)
+    assert show_mask(row.ids[0], row.loss_mask[0], tokenizer) == shown
+
+
+@pytest.mark.parametrize(("loss_on", "weights"), [("assistant", (0, 0)), ("all", (0, 0)), ("last", (1, 0))])
+def test_a_row_without_a_turn_of_weight_1_is_dropped_and_no_fault(tokenizer, loss_on, weights):
+    with pytest.raises(BadRow, match=r"no assistant turn of weight 1") as error:
+        encode(weighted(*weights), tokenizer, loss_on=loss_on)
+    assert not error.value.fault
+
+
+def test_a_row_that_is_cut_off_before_its_turn_of_weight_1_is_too_long(tokenizer):
+    length = len(encode(TWO_TURNS, tokenizer).ids[0])
+    with pytest.raises(BadRow, match=r"longer than data.sequence_length"):
+        encode(weighted(0, 1), tokenizer, sequence_length=length - 5, overlong="truncate")
+
+
+def weighted(*weights: int) -> dict:
+    """TWO_TURNS with a weight for each of the assistant's turns."""
+    user, ada, then, bo = TWO_TURNS["messages"]
+    return {"messages": [user, ada | {"weight": weights[0]}, then, bo | {"weight": weights[1]}]}
+
+
 def test_a_row_that_just_fits_is_kept_and_one_token_more_is_too_long(tokenizer):
     length = len(encode(TWO_TURNS, tokenizer).ids[0])
     assert len(encode(TWO_TURNS, tokenizer, sequence_length=length - 1).ids[0]) == length

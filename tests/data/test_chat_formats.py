@@ -3,6 +3,7 @@
 import pytest
 
 from jaxllm.data.chat import conversation
+from jaxllm.data.records import Rename
 from jaxllm.data.sources import BadRow
 
 
@@ -82,6 +83,21 @@ EXCHANGE = turns("user: Who?", "assistant: Ada.")
             ),
         ),
         (
+            {"system": "Be brief.", "messages": turns("system: Be brief.", "system: Use names.") + EXCHANGE},
+            "messages",
+            turns("system: Be brief.\n\nUse names.") + EXCHANGE,
+        ),
+        (
+            {"prompt": "Who? ", "completion": turns("user: Hi.", "assistant: Hello.") + EXCHANGE},
+            "prompt, completion",
+            turns("user: Hi.", "assistant: Hello.") + EXCHANGE,
+        ),
+        (
+            {"prompt": "\n\nHuman: Who?\n\nAssistant:", "completion": "Ada."},
+            "prompt, completion",
+            EXCHANGE,
+        ),
+        (
             {"system": "", "history": None, "instruction": "Who?", "output": "Ada."},
             "instruction, input, output",
             EXCHANGE,
@@ -95,9 +111,10 @@ def test_each_format_becomes_these_messages(record, kind, messages):
 def test_rename_applies_to_columns_and_inside_messages():
     record = {"dialog": [{"speaker": "user", "said": "Who?"}, {"speaker": "gpt", "said": "Ada."}]}
     rename = ("dialog=messages", "speaker=role", "said=content")
-    assert conversation(record, rename) == ("messages", EXCHANGE)
+    assert conversation(Rename(rename)(record)) == ("messages", EXCHANGE)
     record = {"question": record["dialog"][:1], "answer": "Ada.", "id": 3}
-    assert conversation(record, ("question=prompt", "answer=completion", *rename[1:]))[1] == EXCHANGE
+    rename = ("question=prompt", "answer=completion", *rename[1:])
+    assert conversation(Rename(rename)(record))[1] == EXCHANGE
 
 
 A_PAIR = (

@@ -268,7 +268,7 @@ def test_a_role_that_the_template_drops_is_a_bad_row():
 
 
 def test_the_file_precedes_the_tokenizers_template_and_that_the_native_one(tmp_path, tokenizer):
-    (tmp_path / "chat.jinja").write_text(CHATML)
+    (tmp_path / "chat.jinja").write_text("\ufeff" + CHATML)  # a byte-order mark is no text
     assert load_template(hf_tokenizer("{{ other }}"), str(tmp_path / "chat.jinja")).source == CHATML
     assert load_template(hf_tokenizer(CHATML), None).source == CHATML
     assert isinstance(load_template(tokenizer, None), NativeTemplate)

@@ -3,9 +3,12 @@
 import pytest
 from chat_templates import CHATML, TWO_TURNS, conversation, hf_tokenizer
 
+from jaxllm.data import chat
 from jaxllm.data.chat_template import JinjaTemplate
 from jaxllm.data.sources import BadRow
 from jaxllm.errors import ConfigError
+from jaxllm.serve.errors import ApiError
+from jaxllm.serve.openai_api import read_messages
 
 
 @pytest.mark.parametrize(
@@ -69,3 +72,92 @@ def test_an_empty_system_message_is_allowed(any_template):
 def test_loss_on_is_one_of_three(any_template):
     with pytest.raises(ConfigError, match=r"data.loss_on='both': choose one of assistant, last, all"):
         any_template.encode(TWO_TURNS, loss_on="both")
+
+
+# Messages of rows and of clients
+
+
+def of_a_row(messages):
+    return chat.conversation({"messages": messages})[1]
+
+
+@pytest.fixture(params=[of_a_row, read_messages])
+def read(request):
+    """The messages of a row, and of a request to the server."""
+    return request.param
+
+
+ARROW = dict.fromkeys(("from", "value", "name", "tool_calls", "function_call", "thinking", "weight"))
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([{"role": "developer", "content": "s"}, *conversation("a")], conversation("a", system="s")),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], conversation("a")),
+        (
+            [{"role": "user", "content": [{"type": kind, "text": kind} for kind in ("text", "input_text")]}],
+            conversation("textinput_text"),
+        ),
+        ([ARROW | message for message in TWO_TURNS], TWO_TURNS),
+        ([{"role": None, "content": None, "from": "human", "value": "a"}], conversation("a")),
+        ([{"role": "user", "content": "a", "tool_calls": [], "function_call": {}}], conversation("a")),
+        ([{"role": "user", "content": "\ufeffa\n\ufeffb"}], conversation("a\nb")),
+        # system messages at the start are one
+        (
+            [{"role": role, "content": role} for role in ("system", "developer")] + conversation("a"),
+            conversation("a", system="system\n\ndeveloper"),
+        ),
+        ([*conversation(system="s"), *conversation("a", system="s")], conversation("a", system="s")),
+        ([*conversation(system=""), *conversation("a", system="s")], conversation("a", system="s")),
+        (conversation("a", system=""), conversation("a", system="")),
+        # a tool's result is a turn
+        (
+            [*conversation("a"), {"role": "tool", "content": "1", "tool_call_id": "x"}],
+            [*conversation("a"), {"role": "tool", "content": "1"}],
+        ),
+    ],
+)
+def test_every_form_of_a_message_is_read_as_the_same(read, messages, expected):
+    assert read(messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}, "(tool_calls)"),
+        ({"role": "assistant", "content": None, "function_call": {"name": "x"}}, "(function_call)"),
+        ({"role": "assistant", "content": "a", "thinking": "b"}, "(thinking)"),
+        ({"role": "assistant", "content": "a", "reasoning": "b"}, "(reasoning)"),
+        ({"role": "assistant", "content": "a", "reasoning_content": "b"}, "(reasoning_content)"),
+        ({"role": "assistant", "content": None, "refusal": "No."}, "(refusal)"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "(content of type image_url)"),
+        ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "audio"}]}, "of type audio)"),
+        ({"role": "user", "content": ["a"]}, "(content of type a string)"),
+    ],
+)
+def test_a_part_that_is_not_supported_is_never_left_out_in_silence(read, message, reason):
+    with pytest.raises((BadRow, ApiError), match=r"^unsupported part of a message \(") as error:
+        read([*conversation("q"), message])
+    assert str(error.value).endswith(reason)
+
+
+@pytest.mark.parametrize("value", [0.5, -1, "0", [0]])
+def test_a_weight_is_0_or_1(value):
+    with pytest.raises(BadRow, match=r"wrong type \(a message's weight is .*, not 0 or 1\)"):
+        of_a_row([{"role": "assistant", "content": "a", "weight": value}])
+
+
+@pytest.mark.parametrize("empty", [{"content": ""}, {"content": None}, {}, {"content": []}])
+def test_a_client_may_send_back_an_empty_assistant_turn(any_template, empty):
+    messages = read_messages([*conversation("a"), {"role": "assistant"} | empty, *conversation("b")])
+    assert messages == conversation("a", "", "b")
+    full = any_template.prompt(conversation("a", "x", "b"))
+    assert len(any_template.prompt(messages)) == len(full) - 1
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_an_empty_turn_to_train_on_is_still_a_bad_row(any_template, content):
+    messages = of_a_row([*conversation("a"), {"role": "assistant", "content": content}])
+    with pytest.raises(BadRow, match=r"empty text|the content is null"):
+        any_template.encode(messages, loss_on="assistant")

@@ -15,6 +15,7 @@ from jaxllm.data.preferences import (
     pair,
     preference_texts,
 )
+from jaxllm.data.records import Rename
 from jaxllm.data.rows import Example
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow
@@ -84,8 +85,9 @@ def test_rename_applies_to_columns_and_inside_messages():
     messages = ({"speaker": "user", "said": "Who?"}, {"speaker": "assistant", "said": "Ada."})
     record = {"better": [messages[1]], "worse": "Bo.", "question": [messages[0]]}
     rename = ("better=chosen", "worse=rejected", "question=prompt", "speaker=role", "said=content")
-    assert pair(record, rename) == ("prompt, chosen, rejected", WHO, ADA, BO)
-    assert is_pair(record, rename)
+    renamed = Rename(rename)(record)
+    assert pair(renamed) == ("prompt, chosen, rejected", WHO, ADA, BO)
+    assert is_pair(renamed)
     assert not is_pair(record)
 
 
@@ -155,7 +157,7 @@ def test_a_record_of_another_format_is_a_bad_row_with_the_reason(record, problem
         ({"chosen": [*WHO, ADA], "rejected": [*WHO, ADA]}, "identical pair"),
         ({"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": "tie"}, "tie"),
         ({"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": "bad"}, "tie"),
-        ({"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": None}, "tie"),
+        ({"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": None}, "no choice"),
         (
             {"chosen": [*WHO, ADA, *WHO, ADA], "rejected": [*WHO, BO, *WHO, BO]},
             "completions of several turns (they differ from turn 2 on)",
@@ -170,6 +172,75 @@ def test_a_pair_without_a_preference_is_dropped_and_no_fault(record, problem):
     with pytest.raises(BadRow) as error:
         pair(record)
     assert str(error.value) == problem
+    assert not error.value.fault
+
+
+@pytest.mark.parametrize(
+    "ask", ["Who?", " Who?\n", turns("user: Who? "), LONGER, turns("system: S", *("user: Who?",))]
+)
+@pytest.mark.parametrize("spaced", ["Who?", "Who?  "])
+def test_a_prompt_that_whole_conversations_repeat_is_asked_once(ask, spaced):
+    asked = [*LONGER[:-1], {"role": "user", "content": spaced}]
+    found = pair({"prompt": ask, "chosen": [*asked, ADA], "rejected": [*asked, BO]})
+    system = turns("system: S") if ask[0] == {"role": "system", "content": "S"} else []
+    assert found == ("prompt, chosen, rejected", [*system, *asked], ADA, BO)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before", "expected"),
+    [
+        (LONGER, WHO, LONGER),  # of the conversation only the question is repeated
+        (LONGER[:2], WHO, LONGER),  # nothing is: the completions go on with a question
+        (turns("system: S"), WHO, turns("system: S", "user: Who?")),
+        ([*turns("system: S"), *WHO], [*turns("system: S"), *WHO], turns("system: S", "user: Who?")),
+    ],
+)
+def test_a_prompt_and_the_turns_that_follow_it_are_one_conversation(prompt, before, expected):
+    assert pair({"prompt": prompt, "chosen": [*before, ADA], "rejected": [*before, BO]})[1] == expected
+
+
+@pytest.mark.parametrize("prompt", ["Who?", "\n\nHuman: One?\n\nAssistant: 1.\n\nHuman: Who?\n\nAssistant:"])
+def test_transcripts_that_repeat_the_prompt_ask_it_once(prompt):
+    text = "\n\nHuman: One?\n\nAssistant: 1.\n\nHuman: Who?\n\nAssistant: "
+    assert pair({"prompt": prompt, "chosen": text + "Ada.", "rejected": text + "Bo."})[1:] == (
+        LONGER,
+        ADA,
+        BO,
+    )
+
+
+def test_a_prompt_may_be_a_transcript():
+    prompt = "\n\nHuman: One?\n\nAssistant: 1.\n\nHuman: Who?\n\nAssistant:"
+    assert pair({"prompt": prompt, "chosen": "Ada.", "rejected": "Bo."})[1:] == (LONGER, ADA, BO)
+
+
+def test_whole_conversations_about_another_question_than_the_prompts_are_a_bad_row():
+    with pytest.raises(BadRow, match=r"wrong role order \(after the prompt another question follows"):
+        pair({"prompt": "Where?", "chosen": [*WHO, ADA], "rejected": [*WHO, BO]})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Who?", "chosen": "Ada.", "rejected": "Bo."},
+        {"chosen": [*WHO, ADA], "rejected": [*WHO, BO]},
+        {"prompt": turns("system: S", "user: Who?"), "chosen": [ADA], "rejected": [BO]},
+        {"prompt": "Who?", "answers": ["Ada.", "Bo."], "choice": 0},
+        {"instruction": "Who?", "chosen": "Ada.", "rejected": "Bo."},
+    ],
+)
+def test_the_system_text_of_a_row_is_read(record):
+    assert pair(record | {"system": "S"})[1] == turns("system: S", "user: Who?")
+
+
+def test_the_history_of_an_alpaca_row_is_read():
+    record = {"history": [["One?", "1."]], "instruction": "Who?", "chosen": "Ada.", "rejected": "Bo."}
+    assert pair(record)[1] == LONGER
+
+
+def test_a_completion_of_weight_0_is_dropped_and_no_fault():
+    with pytest.raises(BadRow, match=r"completion of weight 0") as error:
+        pair({"prompt": "Who?", "chosen": [ADA | {"weight": 0}], "rejected": [BO]})
     assert not error.value.fault
 
 
@@ -220,11 +291,9 @@ def test_a_pair_of_which_the_longer_side_does_not_fit_is_dropped_and_no_fault(to
     assert not error.value.fault
 
 
-def test_margin_and_weight_are_read_and_can_be_renamed(tokenizer):
+def test_margin_and_weight_are_read(tokenizer):
     assert encode(PAIR | {"margin": 2, "weight": 0.5}, tokenizer).numbers[1:] == (2.0, 0.5)
     assert encode(PAIR | {"margin": None, "weight": None}, tokenizer).numbers[1:] == (0.0, 1.0)
-    renamed = encode(PAIR | {"gap": 2, "votes": 3}, tokenizer, rename=("gap=margin", "votes=weight"))
-    assert renamed.numbers[1:] == (2.0, 3.0)
 
 
 @pytest.mark.parametrize("value", ["2", True, -1, float("nan"), float("inf")])
@@ -237,14 +306,17 @@ def test_a_margin_or_weight_that_is_not_a_finite_number_of_at_least_0_is_a_bad_r
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("record", "detail"),
     [
-        {"prompt": [*WHO, ADA], "chosen": "Ada.", "rejected": "Bo."},
-        {"prompt": "Who?", "chosen": turns("user: Ada."), "rejected": turns("user: Bo.")},
+        ({"prompt": [*WHO, ADA], "chosen": "Ada.", "rejected": "Bo."}, "the completions must be assistant"),
+        (
+            {"prompt": "Who?", "chosen": turns("user: Ada."), "rejected": turns("user: Bo.")},
+            "after the prompt",
+        ),
     ],
 )
-def test_completions_must_be_assistant_turns_after_a_user_turn(tokenizer, record):
-    with pytest.raises(BadRow, match=r"wrong role order \(the completions must be assistant turns after"):
+def test_completions_must_be_assistant_turns_after_a_user_turn(tokenizer, record, detail):
+    with pytest.raises(BadRow, match=rf"wrong role order \({detail}"):
         encode(record, tokenizer)
 
 

@@ -1,0 +1,123 @@
+"""Rows as formats read them: their columns renamed once, with an account of those that are not read."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxllm.data.messages import FIELDS
+from jaxllm.data.sources import BadRow, is_empty, nearest
+from jaxllm.errors import ConfigError
+
+_MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
+
+
+class Record(dict[str, Any]):
+    """The columns of a row that are not null: Arrow fills up the columns of some rows with null."""
+
+    def __init__(self, row: Mapping[str, Any]):
+        super().__init__((name, value) for name, value in row.items() if value is not None)
+        self.row = dict(row)  # as it is, for rewards
+        self._read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The column's value, as `dict.get`."""
+        self._read.add(name)
+        return super().get(name, default)
+
+    def unread(self) -> tuple[str, ...]:
+        """The columns that hold something and were not looked up, and `COLUMN.FIELD` of messages."""
+        found: dict[str, None] = {}
+        for name, value in self.items():
+            if name not in self._read:
+                found |= {} if is_empty(value) else {name: None}
+            elif name in _MESSAGE_COLUMNS and isinstance(value, list):
+                fields = [each.items() for each in value if isinstance(each, Mapping)]
+                found |= {
+                    f"{name}.{key}": None
+                    for items in fields
+                    for key, field in items
+                    if key not in FIELDS and not is_empty(field)
+                }
+        return tuple(found)
+
+
+class Rename:
+    """`data.rename`, applied to one row after the other, and which of its entries have found something.
+
+    An entry THEIRS=OURS gives a column, or a field of messages, another name. THEIRS may lead into a column,
+    as in `reward_model.ground_truth=answer`; that column stays too. All entries apply at once, so that they
+    can swap two columns.
+    """
+
+    def __init__(self, entries: Sequence[str]):
+        """Raises ConfigError where an entry is not THEIRS=OURS."""
+        check_rename(entries)
+        self._names = [(theirs, ours) for theirs, _, ours in (entry.partition("=") for entry in entries)]
+        self._fields = {theirs: ours for theirs, ours in self._names if ours in FIELDS}
+        self._unmatched = dict.fromkeys(theirs for theirs, _ in self._names)
+        self._known: dict[str, None] = {}  # columns, and those within them, while an entry is unmatched
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row under this project's names. Raises BadRow where two columns would have one name."""
+        if not self._names:
+            return dict(row)
+        if self._unmatched:
+            inner = [f"{name}.{key}" for name, at in row.items() if isinstance(at, dict) for key in at]
+            self._known |= dict.fromkeys([*row, *inner])
+        moved = [(theirs, ours, _at(row, theirs)) for theirs, ours in self._names]
+        taken = {theirs for theirs, _ in self._names}
+        renamed = {name: value for name, value in row.items() if name not in taken}
+        for theirs, ours, found in moved:
+            for value in found:
+                self._unmatched.pop(theirs, None)
+                if renamed.get(ours) is None:
+                    renamed[ours] = value
+                elif value is not None and value != renamed[ours]:
+                    raise BadRow("two columns of one name", f"data.rename makes {theirs!r} a second {ours!r}")
+        if self._fields:
+            for name in _MESSAGE_COLUMNS:
+                if isinstance(value := renamed.get(name), list):
+                    renamed[name] = [self._message(each) for each in value]
+        return renamed
+
+    def _message(self, message: Any) -> Any:
+        if not isinstance(message, Mapping):
+            return message
+        for theirs in self._fields.keys() & message.keys():
+            self._unmatched.pop(theirs, None)
+        return {self._fields.get(name, name): value for name, value in message.items()}
+
+    def problem(self) -> str:
+        """The entries that matched nothing in any row so far, as the end of an error message; else empty."""
+        if not (self._unmatched and self._known):
+            return ""
+        hint = nearest(next(iter(self._unmatched)), list(self._known))
+        return f"data.rename: no row that was read has {', '.join(map(repr, self._unmatched))}{hint}"
+
+    def check(self) -> None:
+        """Raise ConfigError where an entry matched nothing in any row."""
+        if problem := self.problem():
+            raise ConfigError(problem)
+
+
+def check_rename(entries: Sequence[str]) -> None:
+    """Raise ConfigError where an entry is not THEIRS=OURS."""
+    for entry in entries:
+        theirs, equals, ours = entry.partition("=")
+        if not (theirs and equals and ours):
+            raise ConfigError(f"data.rename has {entry!r}; write THEIRS=OURS, such as question=prompt")
+
+
+def _at(row: Mapping[str, Any], path: str) -> list[Any]:
+    """The value of a column, or at a dotted path into one; an empty list where there is none."""
+    if path in row:
+        return [row[path]]
+    value: Any = row
+    for name in path.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return []
+        value = value[name]
+    return [value]
