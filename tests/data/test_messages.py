@@ -156,6 +156,15 @@ def test_a_client_may_send_back_an_empty_assistant_turn(any_template, empty):
     assert len(any_template.prompt(messages)) == len(full) - 1
 
 
+def test_a_template_that_drops_empty_turns_may_do_so():
+    drops = CHATML.replace("{{ '<|im", "{% if message.content %}{{ '<|im", 1).replace(
+        "{% endfor %}", "{% endif %}{% endfor %}"
+    )
+    template = JinjaTemplate(hf_tokenizer(), drops)
+    two_questions = conversation("a") + conversation("b")
+    assert template.prompt(conversation("a", "", "b")) == template.prompt(two_questions)
+
+
 @pytest.mark.parametrize("content", ["", None])
 def test_an_empty_turn_to_train_on_is_still_a_bad_row(any_template, content):
     messages = of_a_row([*conversation("a"), {"role": "assistant", "content": content}])
