@@ -177,7 +177,7 @@ class SourceCounts:
         """The columns, after `what`, the most frequent ones first; empty where there are none."""
         found = sorted(self.unread.items(), key=lambda item: -item[1])
         names = [
-            name if count == self.documents else f"{name} ({count:,} of {self.documents:,} rows)"
+            name if count >= self.documents else f"{name} ({count:,} of {self.documents:,} rows)"
             for name, count in found[:MOST_COLUMNS]
         ]
         more = [f"{len(found) - MOST_COLUMNS} others"] if len(found) > MOST_COLUMNS else []
