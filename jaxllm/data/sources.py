@@ -141,7 +141,7 @@ def _suffix(path: str) -> str:
 
 
 def _reader(path: str) -> Callable[[str, str | None], Iterator[Row]]:
-    readers = dict(zip(_SUFFIXES, (_text_rows, _json_rows, _parquet_rows), strict=True))
+    readers = {".txt": _text_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
     reader = readers.get(_suffix(path))
     if reader is None or path.endswith(".parquet.gz"):
         raise DataError(f"{path}: only .txt, .txt.gz, .jsonl, .jsonl.gz and .parquet files can be read")

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -17,9 +18,9 @@ Reward = Callable[[Mapping[str, Any], str], float | None]
 
 
 def reward_names() -> list[str]:
-    """The rewards of this package: the modules that define a function of their own name."""
+    """The rewards of this package: the modules that define a function of their own name of an example."""
     files = sorted(Path(__file__).parent.glob("*.py"))
-    return [file.stem for file in files if f"\ndef {file.stem}(" in file.read_text()]
+    return [file.stem for file in files if re.search(rf"\ndef {file.stem}\(\s*example\b", file.read_text())]
 
 
 def load_reward(name: str) -> Reward:
