@@ -19,7 +19,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NewType, TypeVar, Union, cast
 
 from jaxllm.config_versions import current_name
 from jaxllm.errors import ConfigError, RunError, Stopped
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from absl.flags import FlagValues
     from ml_collections import ConfigDict
 
+Text = NewType("Text", str)  # declares prose: on the command line a comma in it separates nothing
 Config = TypeVar("Config")
 Values = Union[Mapping[str, Any], "ConfigDict"]
 
@@ -36,7 +37,8 @@ def parse(config_class: type[Config], values: "Values", path: str = "config") ->
     """`values`, a ConfigDict or what JSON gave, as an instance of the dataclass `config_class`.
 
     Every field must be there, no other beside them, each of its declared type: int, float, bool, str,
-    `tuple[X, ...]`, a dataclass, or one of these `| None`. A float takes an int and a tuple takes a list.
+    `tuple[X, ...]` (where X may be Text), a dataclass, or one of these `| None`. A float takes an int and a
+    tuple takes a list.
     """
     kinds = typing.get_type_hints(config_class)
     for name in [*values, *kinds]:
@@ -62,7 +64,7 @@ def _parse_value(kind: Any, value: Any, path: str) -> Any:
     elif isinstance(inner, type) and dataclasses.is_dataclass(inner) and hasattr(value, "keys"):
         return parse(inner, value, path)
     if typing.get_origin(inner) is tuple and isinstance(value, tuple | list):
-        item = typing.get_args(inner)[0]
+        item = _item(inner)
         return tuple(_parse_value(item, each, f"{path}[{i}]") for i, each in enumerate(value))
     if inner is float and isinstance(value, int | float) and type(value) is not bool and math.isfinite(value):
         return float(value)
@@ -78,12 +80,18 @@ def _without_none(kind: Any) -> Any:
     return kind
 
 
+def _item(kind: Any) -> Any:
+    """`X` for the annotation `tuple[X, ...]`; str for Text."""
+    (item, _) = typing.get_args(kind)
+    return getattr(item, "__supertype__", item)
+
+
 def _describe(kind: Any) -> str:
     inner = _without_none(kind)
     if dataclasses.is_dataclass(inner):
         name = "a section of fields"
     elif typing.get_origin(inner) is tuple:
-        name = f"a tuple of {typing.get_args(inner)[0].__name__}"
+        name = f"a tuple of {_item(inner).__name__}"
     else:
         name = {int: "an int", float: "a finite float", bool: "true or false", str: "a string"}[inner]
     return name if inner is kind else f"{name} or none"
@@ -237,9 +245,11 @@ def _read_command_line(
 def override(section: "ConfigDict", config_class: type, field: str, text: str, path: str = "config") -> None:
     """Set the dotted `field` to what `text` stands for in the type that the dataclass declares.
 
-    `none` is None where that is allowed; of a tuple, `a,b` is what `('a','b')` is, and nothing is an empty
-    one. What the config derives from the field by reference follows. (The flags that ml_collections can
-    define go by the present value: they cannot set a field to None, nor give 0.5 to one that holds 1.)
+    The type decides, not what the text looks like: `1e3` is the int 1000, and in a tuple of strings `2024`
+    is a string. `none` is None where that is allowed, and an empty tuple in a field that must be a tuple. Of
+    a tuple, `a,b` is what `('a','b')` is, but a Text keeps its commas. What the config derives from the field
+    by reference follows. (The flags that ml_collections can define go by the present value: they cannot set
+    a field to None, nor give 0.5 to one that holds 1.)
     """
     name, _, rest = field.partition(".")
     kinds = typing.get_type_hints(config_class)
@@ -255,18 +265,50 @@ def override(section: "ConfigDict", config_class: type, field: str, text: str, p
 
 
 def _read_text(kind: Any, text: str) -> Any:
+    """What `text` stands for in this type; `_parse_value` names a text that stands for nothing in it."""
+    from absl.flags import BooleanParser
+
     inner = _without_none(kind)
     if inner is not kind and text.lower() == "none":
         return None
-    if inner is str or dataclasses.is_dataclass(inner):
+    if typing.get_origin(inner) is tuple:
+        return _read_items(typing.get_args(inner)[0], text)
+    if inner not in (int, float, bool):
         return text
     try:
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
-        value = text
-    if typing.get_origin(inner) is tuple and not isinstance(value, tuple | list):
-        return tuple(filter(None, value.split(","))) if isinstance(value, str) else (value,)
-    return value
+        return BooleanParser().parse(text) if inner is bool else inner(text)
+    except ValueError:
+        return _whole(text) if inner is int else text
+
+
+def _whole(text: str) -> Any:
+    """The int that `1e3` or `5.0` writes; a float if it is none; the text if it is no number."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number
+
+
+def _read_items(item: Any, whole: str) -> Any:
+    """The items of `a,b`, `'a','b'`, `(a, b)` or `['a', 'b']`: quotes protect commas."""
+    text = whole.strip()
+    if text.lower() in ("", "none"):
+        return ()
+    bracketed = text[0] + text[-1] in ("()", "[]")
+    if item in (str, Text):
+        try:
+            value = ast.literal_eval(text if bracketed else f"({text},)")
+        except (ValueError, SyntaxError):
+            value = None
+        if bracketed and value is not None:
+            return value if isinstance(value, tuple | list) else (value,)
+        if item is Text:
+            return (whole,)
+        if value and all(isinstance(each, str) for each in value):
+            return value
+    parts = [part.strip() for part in (text[1:-1] if bracketed else text).split(",")]
+    return tuple(_read_text(item, part) for part in parts if part)
 
 
 def load_config(file_and_argument: str) -> "ConfigDict":

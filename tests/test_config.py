@@ -15,6 +15,7 @@ from ml_collections import config_dict
 
 from jaxllm.config import (
     Difference,
+    Text,
     as_dict,
     differences,
     load_config,
@@ -44,6 +45,7 @@ class Data:
     train: tuple[str, ...]
     weights: tuple[float, ...]
     sizes: tuple[int, ...] | None
+    prompts: tuple[Text, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ VALUES = {
         "seed": None,
         "note": None,
     },
-    "data": {"train": ["a.txt"], "weights": [1, 0.5], "sizes": None},
+    "data": {"train": ["a.txt"], "weights": [1, 0.5], "sizes": None, "prompts": []},
     "evaluation": None,
 }
 
@@ -87,7 +89,7 @@ def changed(path, value):
 def test_parse_builds_nested_frozen_dataclasses():
     config = parse(Config, config_dict.ConfigDict(VALUES))
     assert config == Config(
-        Training(10, 2, 0.1, True, "a", None, None), Data(("a.txt",), (1.0, 0.5), None), None
+        Training(10, 2, 0.1, True, "a", None, None), Data(("a.txt",), (1.0, 0.5), None, ()), None
     )
     with pytest.raises(FrozenInstanceError):
         config.training.steps = 3
@@ -148,7 +150,7 @@ def test_differences_name_the_path_and_both_values():
 @pytest.fixture
 def config():
     values = config_dict.ConfigDict(changed("training.learning_rate", 1))  # an int in the file
-    values.data = config_dict.ConfigDict({"train": ("a.txt",), "weights": (1,), "sizes": None})
+    values.data = config_dict.ConfigDict({"train": ("a.txt",), "weights": (1,), "sizes": None, "prompts": ()})
     values.training.seed = config_dict.placeholder(int)
     values.training.warmup_steps = values.training.get_ref("steps") // 5
     return values.lock()
@@ -158,21 +160,55 @@ def config():
     ("field", "text", "value"),
     [
         ("training.steps", "1_000", 1000),
+        ("training.steps", "1e3", 1000),
+        ("training.steps", "2.0", 2),
+        ("training.steps", "-3", -3),
+        ("training.steps", "007", 7),
+        ("training.learning_rate", "-.5", -0.5),
+        ("training.learning_rate", "1_000", 1000.0),
         ("training.learning_rate", "3e-4", 3e-4),
         ("training.learning_rate", "1", 1.0),
         ("training.shuffle", "false", False),
         ("training.shuffle", "True", True),
+        ("training.shuffle", "FALSE", False),
+        ("training.shuffle", "0", False),
         ("training.name", "none", "none"),
         ("training.name", "12", "12"),
+        ("training.name", "1e3", "1e3"),
+        ("training.name", "'a'", "'a'"),
+        ("training.name", "a, b", "a, b"),
         ("training.seed", "5", 5),
         ("training.note", "hello=there", "hello=there"),
+        ("training.note", "None", None),
+        ("training.note", "7", "7"),
         ("data.train", "b.txt", ("b.txt",)),
         ("data.train", "/some dir/b*.txt", ("/some dir/b*.txt",)),
         ("data.train", "b.txt,../c.txt", ("b.txt", "../c.txt")),
         ("data.train", "('b.txt','c.txt')", ("b.txt", "c.txt")),
         ("data.train", "['b,c.txt']", ("b,c.txt",)),
+        ("data.train", "2024", ("2024",)),
+        ("data.train", "2024,1e3, none", ("2024", "1e3", "none")),
+        ("data.train", "[2024.jsonl, b.txt]", ("2024.jsonl", "b.txt")),
+        ("data.train", "'b,c.txt'", ("b,c.txt",)),
+        ("data.train", "('b,c.txt')", ("b,c.txt",)),
+        ("data.train", "a=b.txt", ("a=b.txt",)),
+        ("data.train", "true", ("true",)),
         ("data.train", "()", ()),
         ("data.train", "", ()),
+        ("data.train", "none", ()),
+        ("data.weights", "none", ()),
+        ("data.weights", "(1, 1e-1)", (1.0, 0.1)),
+        ("data.sizes", "1e3", (1000,)),
+        ("data.sizes", "[1_000, 2]", (1000, 2)),
+        ("data.sizes", "()", ()),
+        ("data.sizes", "none", None),
+        ("data.prompts", "Hello, world", ("Hello, world",)),
+        ("data.prompts", "1, 2 ", ("1, 2 ",)),
+        ("data.prompts", "'Yes', she said", ("'Yes', she said",)),
+        ("data.prompts", "(Once, twice)", ("(Once, twice)",)),
+        ("data.prompts", "('Once, twice', 'b')", ("Once, twice", "b")),
+        ("data.prompts", "('',)", ("",)),
+        ("data.prompts", "", ()),
         ("data.weights", "0.5", (0.5,)),
         ("data.weights", "1,0.5", (1.0, 0.5)),
         ("data.sizes", "4,5", (4, 5)),
@@ -208,7 +244,7 @@ def get_config(size="small"):
     return config_dict.ConfigDict({
         "training": {"steps": 10, "warmup_steps": 2, "learning_rate": 0.1, "shuffle": True,
                      "name": size, "seed": None, "note": None},
-        "data": {"train": ("a.txt",), "weights": (1.0,), "sizes": None},
+        "data": {"train": ("a.txt",), "weights": (1.0,), "sizes": None, "prompts": ()},
         "evaluation": None,
     })
 """
@@ -249,7 +285,17 @@ def test_main_gets_the_config_and_the_flags(config_file):
         ("--config.training.step=3", "config.training.step: unknown key, did you mean 'steps'?"),
         ("--config.trainin.steps=3", "config.trainin: unknown key, did you mean 'training'?"),
         ("--config.data.train.x=3", "config.data.train.x: unknown key, config.data.train is a tuple of str"),
-        ("--config.training.steps=1e3", "config.training.steps: must be an int, got 1000.0"),
+        ("--config.training.steps=1.5", "config.training.steps: must be an int, got 1.5"),
+        ("--config.training.steps=1e999", "config.training.steps: must be an int, got inf"),
+        ("--config.training.steps=", "config.training.steps: must be an int, got ''"),
+        ("--config.training.steps=true", "config.training.steps: must be an int, got 'true'"),
+        ("--config.training.shuffle=2", "config.training.shuffle: must be true or false, got '2'"),
+        (
+            "--config.training.learning_rate=nan",
+            "config.training.learning_rate: must be a finite float, got nan",
+        ),
+        ("--config.data.train=(1,2)", "config.data.train[0]: must be a string, got 1"),
+        ("--config.data.sizes=1,x", "config.data.sizes[1]: must be an int, got 'x'"),
         ("--config.training.steps=many", "config.training.steps: must be an int, got 'many'"),
         ("--config.training.steps=none", "config.training.steps: must be an int, got 'none'"),
         ("--config.data.weights=a", "config.data.weights[0]: must be a finite float, got 'a'"),

@@ -1,6 +1,7 @@
 """Every config in configs/ builds; an inconsistent one is an error that names the fix."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from configs.base.models import SHAPES
 from jaxllm.config import as_dict, load_config, override, parse
 from jaxllm.errors import ConfigError
 from jaxllm.pipeline.config import PARENTS, PipelineConfig
+from jaxllm.pipeline.run import as_flag
 from jaxllm.runs.config import MAY_DIFFER
 from jaxllm.stages import build_program
 from jaxllm.training.metrics import parameter_count
@@ -208,3 +210,22 @@ def test_every_field_that_may_differ_within_a_run_exists():
 def test_a_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load("pretrain_text.py").seed = 1
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("sft.training.steps", "1e3", 1000),
+        ("data.chats", "2024", ("2024",)),
+        ("sft.data.validation", "none", ()),
+        ("sft.sample.prompts", "Hello, world", ("Hello, world",)),
+        ("gates.shown", "Hello, world", ("Hello, world",)),
+        ("ppo.data.system", "none", None),
+        ("ppo.data.prompt_format", "{a}, {b}", "{a}, {b}"),
+    ],
+)
+def test_a_flag_is_read_as_the_type_of_its_field_and_passed_on_to_the_stages_unchanged(field, text, value):
+    for flag in (text, as_flag(list(value) if isinstance(value, tuple) else value)):
+        config = load_config(str(CONFIGS / "smoke.py"))
+        override(config, PipelineConfig, field, flag)
+        assert functools.reduce(getattr, field.split("."), parse(PipelineConfig, config)) == value

@@ -3,6 +3,7 @@
 from collections.abc import Container
 from dataclasses import dataclass
 
+from jaxllm.config import Text
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig
 from jaxllm.parallel.sharding import MeshConfig
@@ -40,7 +41,7 @@ class GatesConfig:
     prompts: tuple[str, ...]  # held-out rows with a prompt; with `reference` for the rubric
     max_rows: int
     max_new_tokens: int
-    shown: tuple[str, ...]  # prompts in the report, completed by every model
+    shown: tuple[Text, ...]  # prompts in the report, completed by every model
     text_share: float
     answer_rise: float
     reward_ceiling: float

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from jaxllm.config import Text
 from jaxllm.data.rows import DataConfig
 from jaxllm.data.tokenizer import TokenizerConfig
 from jaxllm.errors import ConfigError
@@ -38,7 +39,7 @@ class EvaluationConfig:
 class SampleConfig:
     """Texts generated while training."""
 
-    prompts: tuple[str, ...]  # plain text in pretraining ("" starts a document), user turns in later stages
+    prompts: tuple[Text, ...]  # plain text in pretraining ("" starts a document), user turns in later stages
     sampling: SamplingConfig
 
 
