@@ -55,6 +55,7 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.data.weights = ()  # one per source, to mix them; (): each source in proportion to its windows
     config.data.validation = ()  # sources; (): hold out a part of train
     config.data.validation_fraction = 0.1  # of the train sources, where `validation` is empty; 0: none
+    config.data.held_out = config_dict.placeholder(tuple)  # benchmarks: rows with their questions are dropped
     config.data.text_key = "text"  # column of the text
     config.data.synthetic_rows = 20_000  # documents of the source "synthetic"
     config.data.sequence_length = sequence_length  # tokens
@@ -101,7 +102,7 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.checkpoint.best_is = "lowest"  # or "highest"
 
     config.evaluation = ConfigDict()
-    config.evaluation.max_rows = 500  # held-out windows, from the first; None: all
+    config.evaluation.max_rows = 500  # held-out windows, the first of each source; None: all
 
     config.sample = ConfigDict()
     config.sample.prompts = ("",)  # texts to continue; "": the start of a document

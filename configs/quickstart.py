@@ -63,6 +63,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.dpo.training.evaluate_at_start = False
     config.dpo.training.evaluate_every = 88
 
+    config.sft_reasoning.data.validation = ("synthetic:additions",)  # what the target below is a loss on
     config.sft_reasoning.data.sequence_length = 128
     config.sft_reasoning.data.synthetic_rows = 5000
     config.sft_reasoning.optimizer.learning_rate = 3e-3

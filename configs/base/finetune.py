@@ -24,6 +24,7 @@ def base(stage: str, size: str, *, steps: int, batch_size: int, learning_rate: f
     config.data.weights = ()  # one per source, to mix them; (): each source in proportion to its rows
     config.data.validation = ()  # sources; (): hold out a part of train, all rows of a prompt together
     config.data.validation_fraction = 0.1  # of the train sources, where `validation` is empty; 0: none
+    config.data.held_out = config_dict.placeholder(tuple)  # benchmarks: rows with their questions are dropped
     config.data.rename = ()  # "THEIRS=OURS" for each column with another name, such as "question=prompt"
     config.data.template = config_dict.placeholder(str)  # a Jinja file; None: the tokenizer's own
     config.data.synthetic_rows = 20_000  # training rows of a synthetic source

@@ -111,6 +111,11 @@ def opening(messages: Messages) -> str:
     return next((m["content"] for m in messages if m["role"] == "user"), messages[0]["content"])
 
 
+def user_turns(messages: Messages) -> tuple[str, ...]:
+    """The contents of the user messages."""
+    return tuple(m["content"] for m in messages if m["role"] == "user")
+
+
 def encoder(
     config: ChatConfig, tokenizer: BaseTokenizer, template: ChatTemplate
 ) -> Callable[[Mapping[str, Any]], Example]:
@@ -137,6 +142,7 @@ def encoder(
             group=opening(messages),
             kind=kind,
             numbers=(last_span_start(by_assistant[:fits]),),
+            turns=user_turns(messages),
         )
 
     return encode
@@ -220,7 +226,12 @@ def load_chats(
         tuple(map(packed, validation)),
         xxhash.xxh3_128_hexdigest(fingerprint.encode()),
         report="",
-        held_out=tuple(split_completion(row) for rows in validation for row in rows if row.kind != "text"),
+        held_out=tuple(
+            split_completion(row)
+            for rows in itertools.zip_longest(*validation)  # one of each source in turn
+            for row in rows
+            if row is not None and row.kind != "text"
+        ),
     )
     return replace(data, report=_report(config, parts, data, tokenizer, template))
 

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from jaxllm.batches import PairBatch
-from jaxllm.data.chat import alpaca_prompt, contents, last_span_start, opening
+from jaxllm.data.chat import alpaca_prompt, contents, last_span_start, opening, user_turns
 from jaxllm.data.chat_template import ChatTemplate, Encoded
 from jaxllm.data.messages import (
     Message,
@@ -175,6 +175,7 @@ def encoder(config: PreferenceConfig, template: ChatTemplate) -> Callable[[Mappi
             group=opening(prompt),
             kind=kind,
             numbers=(start, _number(record, "margin", 0.0), _number(record, "weight", 1.0)),
+            turns=user_turns(prompt),
         )
 
     return encode

@@ -1,6 +1,7 @@
 """Prompts to generate completions of. Each comes with its row, which the reward functions receive."""
 
 import contextlib
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import xxhash
 
-from jaxllm.data.chat import contents, list_of, opening
+from jaxllm.data.chat import contents, list_of, opening, user_turns
 from jaxllm.data.chat_template import ChatTemplate
-from jaxllm.data.messages import Message, as_messages, joined, message, system_message
+from jaxllm.data.messages import Message, Messages, as_messages, joined, message, system_message
 from jaxllm.data.preferences import is_pair, pair
 from jaxllm.data.records import Record
 from jaxllm.data.rows import TOO_LONG, Dataset, Example, RecordConfig, read_sources, training_records
@@ -86,6 +87,14 @@ def question_messages(record: Mapping[str, Any], config: PromptOptions) -> tuple
     )
 
 
+def question(record: Mapping[str, Any], messages: Messages, config: PromptOptions) -> str:
+    """What a prompt asks, by which it is held out: the columns that `prompt_format` fills in, since the text
+    around them makes no other question of it; else the first user message."""
+    fields = string.Formatter().parse(config.prompt_format or "")
+    names = dict.fromkeys(name for _, name, _, _ in fields if name)
+    return "\n".join(f"{{{name}}}".format_map(record) for name in names) or opening(messages)
+
+
 def encoder(config: PromptConfig, template: ChatTemplate, max_new_tokens: int) -> Callable[[Record], Example]:
     """A function from records to Examples of one sequence, which leaves room for `max_new_tokens`."""
     longest = config.sequence_length - max_new_tokens
@@ -96,7 +105,8 @@ def encoder(config: PromptConfig, template: ChatTemplate, max_new_tokens: int) -
         ids = np.array(template.prompt(messages), np.int32)
         if len(ids) > longest:
             raise BadRow(too_long, f"{len(ids)} tokens", fault=False)
-        return Example((ids,), (np.zeros(len(ids), bool),), opening(messages), kind, row=record.row)
+        group, turns = question(record, messages, config), user_turns(messages)
+        return Example((ids,), (np.zeros(len(ids), bool),), group, kind, row=record.row, turns=turns)
 
     return encode
 

@@ -5,21 +5,25 @@ by reason and written to `bad_rows.jsonl`.
 """
 
 import contextlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import xxhash
 
+from jaxllm.data.held_out import canonical, is_held_out, read_keys, text_key
 from jaxllm.data.records import Record, Rename, check_rename
 from jaxllm.data.sources import BadRow, Row, Source, open_source
 from jaxllm.errors import ConfigError, DataError
 
 TOO_LONG = "longer than data.sequence_length"
+HELD_OUT = "whose question is held out"
+REPEATED = "repeated in the held-out rows"
 ENOUGH_ROWS = (
     1000  # max_bad_fraction is first checked after this many rows, before the source is read to its end
 )
@@ -66,6 +70,8 @@ class DataConfig:
     batch_size: int  # rows per optimizer step, over all devices
     on_bad_row: str  # "stop" at the first bad row, or "skip" it and write it to bad_rows.jsonl
     max_bad_fraction: float  # when skipping: stop the run if more than this fraction of rows is bad
+    # Sources of `prompt`, `messages` or `text`, such as benchmarks: no row that asks the same is trained on.
+    held_out: tuple[str, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         if not self.train:
@@ -139,6 +145,14 @@ def nothing_held_out(fraction: float) -> DataError:
     return DataError(
         f"data.validation_fraction={fraction} of the train sources holds no row to validate on; raise it, "
         f"name a source in data.validation, or set it to 0"
+    )
+
+
+def nothing_to_train_on(name: str, rows: int) -> DataError:
+    """The error for a train source all of whose rows are held out elsewhere."""
+    return DataError(
+        f"data.train: {name} has no row left to train on: data.validation, data.held_out or another source "
+        f"holds out all {rows:,}; name other rows there"
     )
 
 
@@ -221,11 +235,23 @@ class Example(NamedTuple):
 
     ids: tuple[np.ndarray, ...]  # int32, one array per sequence
     loss_mask: tuple[np.ndarray, ...]  # bool, of the same lengths: whether a token is a target
-    group: str  # rows of one group are held out together, such as those with the same prompt
+    group: str  # the question, or the whole text: rows of one group are held out together
     kind: str  # the format that the row was read as, for the report
     numbers: tuple[float, ...] = ()
     row: Mapping[str, Any] | None = None  # the record itself, where rewards need it
     unread: tuple[str, ...] = ()  # columns that hold something and are not read
+    turns: tuple[str, ...] = ()  # every user message: trained on only if none of them is a held-out question
+
+    @property
+    def content(self) -> bytes:
+        """Equal for two rows that are the same in all that training and evaluation see of them."""
+        arrays = (*self.ids, *self.loss_mask, np.array([len(self.ids), *self.numbers]))
+        record = b"" if self.row is None else json.dumps(self.row, sort_keys=True, default=str).encode()
+        return (
+            b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
+            + self.group.encode("utf-8", "replace")
+            + record
+        )
 
 
 @dataclass(frozen=True)
@@ -248,14 +274,35 @@ class Examples:
         if too_long > 0.2 * self.counts.rows:
             fraction = too_long / self.counts.rows
             text += f"\nwarning: {fraction:.0%} of the rows of {self.name} are {TOO_LONG}; raise it"
+        held_out = self.counts.dropped.get(HELD_OUT, 0) / self.counts.rows
+        if held_out > 0.2:
+            text += (
+                f"\nwarning: {held_out:.0%} of the rows of {self.name} are not trained on: "
+                f"data.validation, data.held_out or another source holds out their question"
+            )
         return text
+
+    def without(self, problems: Sequence[str]) -> "Examples":
+        """The rows whose problem is "". The others are counted by it.
+
+        Repeated held-out rows do not change what is trained on, and therefore not the fingerprint.
+        """
+        if not any(problems):
+            return self
+        rows = [row for row, problem in zip(self.rows, problems, strict=True) if not problem]
+        dropped = Counter(self.counts.dropped) + Counter(filter(None, problems))
+        tokens = sum(len(ids) for row in rows for ids in row.ids)
+        counts = replace(self.counts, dropped=dict(dropped), documents=len(rows), tokens=tokens)
+        fingerprint = self.fingerprint
+        if held_out := [i for i, problem in enumerate(problems) if problem == HELD_OUT]:
+            fingerprint = xxhash.xxh3_128_hexdigest(f"{fingerprint} without {held_out}".encode())
+        return replace(self, rows=rows, counts=counts, fingerprint=fingerprint)
 
     def split(self, held_out_fraction: float) -> tuple[list[Example], list[Example]]:
         """(train, held out), by a hash of the group, so that it does not depend on any other row."""
-        threshold = held_out_fraction * 2**64
         sides: tuple[list[Example], list[Example]] = ([], [])
         for row in self.rows:
-            sides[xxhash.xxh3_64_intdigest(row.group.encode("utf-8", "replace")) < threshold].append(row)
+            sides[is_held_out(row.group, held_out_fraction)].append(row)
         return sides
 
 
@@ -271,6 +318,7 @@ def read_examples(source: Source, encode: Callable[[Any], Example], policy: BadR
         if row.value is not None:
             try:
                 example = encode(row.value)
+                example = example._replace(group=canonical(example.group))
             except BadRow as error:
                 row = row.rejected(error.problem, error.detail, fault=error.fault)
         if example is None:
@@ -282,11 +330,7 @@ def read_examples(source: Source, encode: Callable[[Any], Example], policy: BadR
         rows.append(example._replace(unread=()))
         counts.leave_unread(example.unread)
         counts.tokens += sum(map(len, example.ids))
-        for array in (*example.ids, *example.loss_mask, np.array([len(example.ids), *example.numbers])):
-            content.update(np.ascontiguousarray(array).tobytes())
-        content.update(example.group.encode("utf-8", "replace"))
-        if example.row is not None:
-            content.update(json.dumps(example.row, sort_keys=True, default=str).encode())
+        content.update(example.content)
     counts.documents = len(rows)
     counts.check(source.name, policy)
     if not rows:
@@ -304,9 +348,10 @@ def write_bad_rows(lines: Sequence[str], folder: Path) -> None:
 def read_sources(
     config: RecordConfig, encode: Callable[[Record], Example], *, seed: int, run_folder: Path | None
 ) -> list[Examples]:
-    """`read_examples` of every source of the config; dropped rows are written to `run_folder`.
+    """`read_examples` of every source of the config, without training rows that ask what is held out.
 
-    Raises ConfigError where an entry of `data.rename` matches nothing in any source.
+    Bad rows are written to `run_folder`. Raises ConfigError where an entry of `data.rename` matches nothing
+    in any source.
     """
     rename = Rename(config.rename)
 
@@ -322,7 +367,8 @@ def read_sources(
     rename.check()
     if run_folder is not None:
         write_bad_rows([part.bad_rows for part in parts], run_folder)
-    return parts
+    named = read_keys(config.held_out or (), synthetic_rows=config.synthetic_rows, seed=seed)
+    return keep_apart(parts, len(config.train), config.held_out_fraction, named)
 
 
 def training_records(config: RecordConfig, *, seed: int) -> Iterator[Record]:
@@ -335,3 +381,40 @@ def training_records(config: RecordConfig, *, seed: int) -> Iterator[Record]:
                     yield Record(rename(row.value))
     if not config.validation:  # else an entry may be for those sources alone
         rename.check()
+
+
+def keep_apart(parts: list[Examples], num_train: int, fraction: float, named: set[int]) -> list[Examples]:
+    """The sources without training rows that ask a held-out question, and without repeated held-out rows.
+
+    Held out are, besides the questions `named` by their keys, those of every row that is evaluated: the
+    fraction of the first `num_train` sources, and all of the others. Without overlap nothing changes, nor
+    does a fingerprint. Raises DataError where a source has no row left to train on.
+    """
+    sides = [
+        [i >= num_train or is_held_out(row.group, fraction) for row in part.rows]
+        for i, part in enumerate(parts)
+    ]
+    evaluated = (
+        row
+        for part, side in zip(parts, sides, strict=True)
+        for row, is_evaluated in zip(part.rows, side, strict=True)
+        if is_evaluated
+    )
+    held_out = named | {text_key(text) for row in evaluated for text in (row.group, *row.turns[:1])}
+    seen: set[bytes] = set()
+
+    def problem(row: Example, is_evaluated: bool) -> str:
+        if not is_evaluated:
+            return "" if held_out.isdisjoint(map(text_key, {row.group, *row.turns})) else HELD_OUT
+        content = xxhash.xxh3_128_digest(row.content)
+        repeated = content in seen
+        seen.add(content)
+        return REPEATED if repeated else ""
+
+    found = []
+    for part, side in zip(parts, sides, strict=True):
+        problems = [problem(*each) for each in zip(part.rows, side, strict=True)]
+        if HELD_OUT in problems and "" not in itertools.compress(problems, (not each for each in side)):
+            raise nothing_to_train_on(part.name, problems.count(HELD_OUT))
+        found.append(part.without(problems))
+    return found

@@ -9,11 +9,12 @@ import numpy as np
 import xxhash
 
 from jaxllm.batches import TokenBatch
-from jaxllm.data.rows import DataConfig, Dataset, nothing_held_out, write_bad_rows
+from jaxllm.data.held_out import read_keys
+from jaxllm.data.rows import DataConfig, Dataset, nothing_held_out, nothing_to_train_on, write_bad_rows
 from jaxllm.data.show import show_mask
 from jaxllm.data.token_cache import TokenCache, cached_tokens
 from jaxllm.data.tokenizer import BaseTokenizer
-from jaxllm.data.windows import Windows, pack_documents
+from jaxllm.data.windows import Windows, cut_documents, keep_apart, pack_documents
 from jaxllm.errors import DataError
 
 
@@ -55,29 +56,44 @@ def load_text(
     caches = [cached_tokens(source, tokenizer, config.cache_dir, config.bad_row_policy) for source in sources]
     if run_folder is not None:
         write_bad_rows([cache.bad_rows.read_text() for cache in caches], run_folder)
-    fraction = config.held_out_fraction
+    fraction, count = config.held_out_fraction, len(config.train)
+    cuts = [cut_documents(cache, fraction if i < count else 1.0) for i, cache in enumerate(caches)]
+    named = read_keys(config.held_out or (), synthetic_rows=config.synthetic_rows, seed=seed)
+    kept = keep_apart(caches, cuts, named)
+    lost = [np.flatnonzero(cut.trained > now.trained).tolist() for cut, now in zip(cuts, kept, strict=True)]
+    for source, documents, cut in zip(sources[:count], lost[:count], kept[:count], strict=True):
+        if documents and not cut.trained.any():
+            raise nothing_to_train_on(source.name, len(documents))
     size = {"sequence_length": config.sequence_length, "pad_id": tokenizer.pad_id}
-    count = len(config.train)
-    train, held_out = zip(
-        *(pack_documents(cache, held_out_fraction=fraction, **size) for cache in caches[:count]), strict=True
-    )
-    named = (pack_documents(cache, held_out_fraction=0.0, **size)[0] for cache in caches[count:])
-    validation = tuple(windows for windows in (*held_out, *named) if len(windows))
+    windows = [pack_documents(cache, cut, **size) for cache, cut in zip(caches, kept, strict=True)]
+    train = tuple(trained for trained, _ in windows[:count])
+    validation = tuple(held_out for _, held_out in windows if len(held_out))
     if fraction and not validation:
         raise nothing_held_out(fraction)
-    fingerprint = repr(([cache.key for cache in caches], config.weights, fraction, size))
+    identity = ([cache.key for cache in caches], config.weights, fraction, size, *filter(any, [lost]))
+    names = [source.name for source in sources]
+    notes = [
+        f"{name}: {number:,} {what}"
+        for name, documents, cut, now in zip(names, lost, cuts, kept, strict=True)
+        for number, what in (
+            (len(documents), "documents are not trained on, their text is held out"),
+            ((cut.held_out > now.held_out).sum(), "held-out documents are repeated and evaluated once"),
+        )
+        if number
+    ]
     return Dataset(
         train,
         config.weights,
         validation,
-        xxhash.xxh3_128_hexdigest(fingerprint.encode()),
-        _report([source.name for source in sources], caches, train, validation, tokenizer),
+        xxhash.xxh3_128_hexdigest(repr(identity).encode()),
+        _report(names, caches, notes, train, validation, tokenizer),
     )
 
 
 def _report(
     names: list[str],
     caches: list[TokenCache],
+    notes: list[str],
     train: tuple[Windows, ...],
     validation: tuple[Windows, ...],
     tokenizer: BaseTokenizer,
@@ -89,6 +105,7 @@ def _report(
             f"{name}: {counts}; {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
             f"({counts.text_bytes / counts.tokens:.2f} bytes per token){counts.describe_unread()}"
         )
+    lines += notes
     for role, windows in (("train", train), ("validation", validation)):
         if windows:
             number = sum(map(len, windows))

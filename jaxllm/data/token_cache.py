@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from jaxllm.data.held_out import text_key
 from jaxllm.data.rows import ENOUGH_ROWS, BadRowPolicy, SourceCounts, bad_row_line
 from jaxllm.data.sources import Row, Source
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -35,6 +36,7 @@ class TokenCache:
     tokens: np.ndarray  # uint16 or uint32 [N], memory-mapped
     offsets: np.ndarray  # int64 [D + 1], the start of each document, and N
     text_hashes: np.ndarray  # uint64 [D], of each document's text
+    text_keys: np.ndarray  # uint64 [D], of its normalized text: held_out.text_key
     counts: SourceCounts
     key: str  # hash of the content and the tokenizer
     bad_rows: Path  # a file of one JSON object per bad row
@@ -72,6 +74,7 @@ def _read(folder: Path) -> TokenCache | None:
             _mapped(folder / "tokens", meta["dtype"], counts.tokens),
             _mapped(folder / "offsets", "int64", counts.documents + 1),
             _mapped(folder / "text_hashes", "uint64", counts.documents),
+            _mapped(folder / "text_keys", "uint64", counts.documents),
             counts,
             key=folder.name,
             bad_rows=folder / "bad_rows.jsonl",
@@ -110,7 +113,7 @@ def _tokenize(
 ) -> SourceCounts:
     """Write tokens, offsets, hashes and bad rows into `folder`, a batch of documents at a time."""
     counts = SourceCounts()
-    offsets, text_hashes = array("q", [0]), array("Q")
+    offsets, text_hashes, text_keys = array("q", [0]), array("Q"), array("Q")
     started = time.monotonic()
     with (
         (folder / "tokens").open("wb") as token_file,
@@ -134,11 +137,13 @@ def _tokenize(
                 token_file.write(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype).tobytes())
                 offsets.append(offsets[-1] + len(ids) + 2)
                 text_hashes.append(xxhash.xxh3_64_intdigest(content))
+                text_keys.append(text_key(text))
                 counts.text_bytes += len(content)
             bar.update(rows[-1].done - bar.n)
     counts.documents, counts.tokens = len(text_hashes), offsets[-1]
     (folder / "offsets").write_bytes(offsets.tobytes())
     (folder / "text_hashes").write_bytes(text_hashes.tobytes())
+    (folder / "text_keys").write_bytes(text_keys.tobytes())
     if not on_terminal:
         seconds = time.monotonic() - started
         print(f"tokenized {source.name}: {counts.tokens:,} tokens in {seconds:.0f} s", flush=True)

@@ -5,7 +5,9 @@ on and predicts the next token of each, so that every token is a target exactly 
 of a document is not in the loss: the tokens before it belong to another document.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -71,24 +73,61 @@ def pack(
     return Windows(tokens, starts, offsets, sequence_length, pad_id)
 
 
-def pack_documents(
-    cache: TokenCache, *, held_out_fraction: float, sequence_length: int, pad_id: int
-) -> tuple[Windows, Windows]:
-    """Training windows and held-out windows.
+class Cuts(NamedTuple):
+    """Which tokens of the D documents of a cache are trained on, from the start of each, and which are held
+    out: those from `start` on, up to its end."""
+
+    trained: np.ndarray  # int64 [D]
+    start: np.ndarray  # int64 [D]
+    held_out: np.ndarray  # int64 [D]
+
+
+def cut_documents(cache: TokenCache, held_out_fraction: float) -> Cuts:
+    """Hold out a fraction of the documents.
 
     A hash of a document's text decides whether it is held out, so that copies of a text are all on the same
     side, in whichever source they are. Of fewer than a hundred documents the tail of each is held out.
     """
-    starts, lengths = np.asarray(cache.offsets[:-1]), np.diff(cache.offsets)
+    lengths = np.diff(cache.offsets)
     held_out = cache.text_hashes / 2**64 < held_out_fraction
     if len(lengths) < _FEW_DOCUMENTS or not held_out.any():
         tails = (lengths * held_out_fraction).astype(np.int64)
         tails[tails < 2] = 0  # too short for one input token and its target
-        cuts = lengths - tails
-        spans = (starts, cuts), ((starts + cuts)[tails > 0], tails[tails > 0])
     else:
-        spans = (starts[~held_out], lengths[~held_out]), (starts[held_out], lengths[held_out])
+        tails = np.where(held_out, lengths, 0)
+    return Cuts(lengths - tails, lengths - tails, tails)
+
+
+def keep_apart(caches: Sequence[TokenCache], cuts: Sequence[Cuts], named: set[int]) -> list[Cuts]:
+    """The cuts without training documents that are held out elsewhere, and without repeated held-out parts.
+
+    Held out are the documents with a key in `named`, and those of which any source holds out all, or a tail
+    where this source would train on it. They are compared by `held_out.text_key`.
+    """
+    keys, lengths = [cache.text_keys for cache in caches], [len(cut.start) for cut in cuts]
+    start, part = (np.concatenate([getattr(cut, name) for cut in cuts]) for name in ("start", "held_out"))
+    all_keys = np.concatenate(keys)
+    whole = np.array([*named, *all_keys[(part > 0) & (start == 0)]], np.uint64)
+    tails = all_keys[(part > 0) & (start > 0)]
+    places = np.flatnonzero(part)
+    hashes = np.concatenate([cache.text_hashes for cache in caches])
+    distinct = np.zeros(len(part), bool)
+    distinct[places[np.unique(hashes[places], return_index=True)[1]]] = True
+    kept = []
+    for key, cut, first in zip(keys, cuts, np.split(distinct, np.cumsum(lengths)[:-1]), strict=True):
+        elsewhere = np.isin(key, whole) | (np.isin(key, tails) & (cut.held_out == 0))
+        kept.append(Cuts(np.where(elsewhere, 0, cut.trained), cut.start, np.where(first, cut.held_out, 0)))
+    return kept
+
+
+def pack_documents(
+    cache: TokenCache, cuts: Cuts, *, sequence_length: int, pad_id: int
+) -> tuple[Windows, Windows]:
+    """Training windows and held-out windows."""
+    starts = np.asarray(cache.offsets[:-1])
+    spans = (starts, cuts.trained), (starts + cuts.start, cuts.held_out)
     train, validation = (
-        pack(cache.tokens, *span, sequence_length=sequence_length, pad_id=pad_id) for span in spans
+        pack(cache.tokens, begin[size > 0], size[size > 0], sequence_length=sequence_length, pad_id=pad_id)
+        for begin, size in spans
     )
     return train, validation

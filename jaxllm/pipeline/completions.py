@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import numpy as np
 
+from jaxllm.data.chat import opening
 from jaxllm.data.chat_template import ChatTemplate, PlainTextTemplate
-from jaxllm.data.prompts import Prompt, PromptOptions
+from jaxllm.data.held_out import read_keys, text_key
+from jaxllm.data.prompts import Prompt, PromptOptions, question_messages
 from jaxllm.evaluation.completions import (
     complete_prompts,
     completion_rows,
@@ -23,6 +25,8 @@ from jaxllm.runs.checkpoints import check_generates, checkpoint_template, load_c
 
 # A row's `prompt` as it is.
 AS_IT_IS = cast(PromptOptions, SimpleNamespace(rename=(), prompt_format=None, system=None))
+
+HELD_OUT = "held_out.jsonl"  # in the pipeline's folder: see pipeline/held_out.py
 
 RUBRIC = ("jaxllm.toy_world.rubric", "jaxllm.toy_world.correct")
 
@@ -85,13 +89,25 @@ class PipelineCompletions:
         return rows
 
     def prompts(self, template: ChatTemplate, longest: int) -> list[Prompt]:
-        """The held-out prompts, as many as are wanted from each source."""
-        count = -(-self.config.max_rows // len(self.config.prompts))
+        """The held-out prompts, as many as are wanted from each source. None of them was trained on."""
+        count = self.config.rows_of_each_source
         found = [
             read_prompts(name, AS_IT_IS, template, longest=longest, max_rows=count, seed=self.seed)
             for name in self.config.prompts
         ]
-        return [prompt for part in found for prompt in part]
+        prompts = [prompt for part in found for prompt in part]
+        file = self.folder / HELD_OUT
+        if not file.exists():  # a pipeline of an earlier version
+            return prompts
+        held_out = read_keys([str(file)], synthetic_rows=1, seed=0)
+        kept = [
+            each
+            for each in prompts
+            if text_key(opening(question_messages(each.row, AS_IT_IS)[1])) in held_out
+        ]
+        if len(kept) < len(prompts):
+            print(f"{len(prompts) - len(kept)} rows of gates.prompts are not in {file}: not completed")
+        return kept
 
 
 def unfiltered(temperature: float, max_new_tokens: int) -> SamplingConfig:

@@ -58,6 +58,11 @@ class GatesConfig:
         if self.max_rows < 2:
             raise ConfigError(f"gates.max_rows={self.max_rows} must be at least 2, for a standard error")
 
+    @property
+    def rows_of_each_source(self) -> int:
+        """How many rows of each of `prompts` are completed."""
+        return -(-self.max_rows // len(self.prompts))
+
 
 @dataclass(frozen=True)
 class ExpectedSeconds:

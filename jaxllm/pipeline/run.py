@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 from jaxllm.config import as_dict, differences, load_config, parse
 from jaxllm.errors import ConfigError, DataError, RunError, Stopped
 from jaxllm.files import locked
+from jaxllm.pipeline.completions import HELD_OUT
 from jaxllm.pipeline.config import PARENTS, PipelineConfig
+from jaxllm.pipeline.held_out import write_held_out
 from jaxllm.pipeline.record import Record, rewarded_by_model
 from jaxllm.report import check_extra, write_report
 from jaxllm.stages import build_program, find_stage
@@ -51,8 +53,11 @@ def run_pipeline(config: PipelineConfig, *, config_file: str, workdir: str, scri
     check_extra()  # now, and not after the last stage
     check_sources(config)
     folder = Path(workdir).expanduser().absolute()
-    commands = stage_commands(config, config_file, workdir, scripts)
     with claimed(folder):
+        if not (folder / "pipeline.json").exists() and not (folder / HELD_OUT).exists():
+            write_held_out(config, folder)
+        keeps_apart = (folder / HELD_OUT).exists()  # a pipeline of an earlier version resumes as it began
+        commands = stage_commands(config, config_file, workdir, scripts, keeps_apart)
         record = Record(folder, config, config_file)
         for number, (name, command) in enumerate(commands.items(), 1):
             if record.is_done(name):
@@ -110,17 +115,22 @@ def dry_run(config: PipelineConfig) -> None:
 
 
 def stage_commands(
-    config: PipelineConfig, config_file: str, workdir: str, scripts: Scripts
+    config: PipelineConfig, config_file: str, workdir: str, scripts: Scripts, keeps_apart: bool = True
 ) -> dict[str, list[str]]:
-    """The command of each stage, with what differs from the config file as flags."""
+    """The command of each stage, with what differs from the config file as flags.
+
+    Args:
+      keeps_apart: whether stages leave out the rows in WORKDIR/held_out.jsonl.
+    """
     plain = as_dict(parse(PipelineConfig, load_config(config_file)))
     changed = differences(plain, as_dict(config))
 
     def command(script: Path, file: str, folder: str, section: str, **more: str) -> list[str]:
         flags = {"config": file, "workdir": folder} | more
         for path, _, value in changed:
-            if path.startswith(section):
-                flags[f"config.{path.removeprefix(section)}"] = as_flag(value)
+            flag = f"config.{path.removeprefix(section)}"
+            if path.startswith(section) and not (flag == "config.data.held_out" and flag in more):
+                flags[flag] = as_flag(value)
         path = os.path.relpath(script)
         return [sys.executable, path, *(f"--{name}={value}" for name, value in flags.items())]
 
@@ -129,6 +139,9 @@ def stage_commands(
         more = {} if parent is None else {"init_from": f"{workdir}/{parent}"}
         if rewarded_by_model(getattr(config, name)):
             more["config.reward.model"] = f"{workdir}/reward_model"
+        if keeps_apart and name != "pretrain":
+            file, own = f"{workdir}/{HELD_OUT}", getattr(config, name).data.held_out or ()
+            more["config.data.held_out"] = as_flag([*own, file]) if own or "," in file else file
         commands[name] = command(
             scripts.train, f"{config_file}:{name}", f"{workdir}/{name}", f"{name}.", **more
         )

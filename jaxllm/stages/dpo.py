@@ -168,11 +168,13 @@ def load(inputs: RunInputs[Config, Model]) -> Dataset:
     if config.data.reference == "on_the_fly":
         params = initial.params()
         return replace(data, complete=lambda batch: batch._replace(ref_log_probs=score(params, batch)))
-    key = xxhash.xxh3_128_hexdigest(
-        repr((initial.hash, data.fingerprint, config.model, config.data.sequence_length)).encode()
-    )
-    file = Path(config.data.cache_dir).expanduser() / f"reference-{key}.npy"
     sources = (*data.train, *data.validation)
+    lengths = [
+        len(rows) for rows in sources
+    ]  # of distinct held-out rows, which the fingerprint does not tell
+    identity = (initial.hash, data.fingerprint, config.model, config.data.sequence_length, lengths)
+    key = xxhash.xxh3_128_hexdigest(repr(identity).encode())
+    file = Path(config.data.cache_dir).expanduser() / f"reference-{key}.npy"
     if not file.exists():
         log_probs = np.concatenate(reference_log_probs(program, sources, initial.params(), score))
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -180,8 +182,7 @@ def load(inputs: RunInputs[Config, Model]) -> Dataset:
         np.save(temporary, log_probs)
         temporary.replace(file)
     cached = np.load(file, allow_pickle=False)
-    ends = np.cumsum([len(rows) for rows in sources])
-    parts = np.split(cached, ends[:-1])
+    parts = np.split(cached, np.cumsum(lengths)[:-1])
     filled = [replace(rows, ref_log_probs=part) for rows, part in zip(sources, parts, strict=True)]
     count = len(data.train)
     return replace(data, train=tuple(filled[:count]), validation=tuple(filled[count:]))

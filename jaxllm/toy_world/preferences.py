@@ -20,7 +20,8 @@ def preferences(split: Split, *, count: int, seed: int, label_noise: float = 0.1
     The completion with the higher `rubric` score is chosen, but a fraction `label_noise` of the labels is
     flipped, so no model can exceed an accuracy of 1 - label_noise. Length tells little: the longer completion
     is chosen in 50% of the pairs, the shorter one in 45%. No prompt of the validation split is in the
-    training split of `chats`.
+    training split of `chats`, but a question of it may be there after a system message: a run leaves these
+    chats out with `data.held_out`.
 
     `reference` is for `rubric` alone: it has the reference answer.
     """

@@ -56,6 +56,24 @@ def test_with_a_validation_source_all_train_sources_are_trained_on(config, token
     assert stream(data.validation, tokenizer) == "Eve left."
 
 
+def test_documents_that_are_held_out_in_another_spelling_are_not_trained_on(
+    config, tokenizer, documents, tmp_path
+):
+    for name, text in (("held", documents[3].upper()), ("named", f" {documents[5]}\n\n")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    plain = changed(config, validation=(str(tmp_path / "held.txt"),))
+    data = load_text(changed(plain, held_out=(str(tmp_path / "named.txt"),)), tokenizer, seed=0)
+    kept = [text for i, text in enumerate(documents) if i not in (3, 5)]
+    assert stream(data.train, tokenizer) == "".join(kept)
+    assert "train.jsonl: 2 documents are not trained on, their text is held out" in data.report
+    assert data.fingerprint != load_text(plain, tokenizer, seed=0).fingerprint
+
+
+def test_validation_on_the_training_file_is_an_error(config, tokenizer):
+    with pytest.raises(DataError, match=r"data.train: .*train.jsonl has no row left to train on: .* all 200"):
+        load_text(changed(config, validation=config.train), tokenizer, seed=0)
+
+
 def test_a_fraction_of_zero_means_no_validation(config, tokenizer, documents):
     data = load_text(changed(config, validation_fraction=0.0), tokenizer, seed=0)
     assert data.validation == ()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxllm.batches import TokenBatch
-from jaxllm.data.windows import Windows, pack, pack_documents
+from jaxllm.data.windows import Windows, cut_documents, keep_apart, pack, pack_documents
 
 BOS, EOS, PAD = 1, 2, 9
 
@@ -109,13 +109,14 @@ def test_an_index_out_of_range_raises_index_error(i):
         windows_of([5, 3], 4)[i]
 
 
-def cache_of(lengths, hashes):
-    """A token cache whose tokens are 0, 1, 2, ..."""
+def cache_of(lengths, hashes, keys=None):
+    """A token cache whose tokens are 0, 1, 2, ...; texts with equal keys differ in spelling alone."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return SimpleNamespace(
         tokens=np.arange(offsets[-1]),
         offsets=offsets,
         text_hashes=np.array(hashes, np.uint64),
+        text_keys=np.array(hashes if keys is None else keys, np.uint64),
         bad_rows=Path(),
     )
 
@@ -129,7 +130,8 @@ def spans(windows: Windows) -> list[int]:
 
 
 def split(cache, fraction) -> tuple[list[int], list[int]]:
-    train, held_out = pack_documents(cache, held_out_fraction=fraction, sequence_length=4, pad_id=PAD)
+    cuts = cut_documents(cache, fraction)
+    train, held_out = pack_documents(cache, cuts, sequence_length=4, pad_id=PAD)
     return spans(train), spans(held_out)
 
 
@@ -170,8 +172,33 @@ def test_tails_are_held_out_where_no_hash_is_low_enough():
 
 
 def test_a_fraction_of_zero_holds_out_nothing():
-    train, held_out = pack_documents(
-        cache_of([40, 10], [0, 0]), held_out_fraction=0.0, sequence_length=4, pad_id=0
-    )
-    assert len(held_out) == 0
-    assert train.num_tokens == 50
+    train, held_out = split(cache_of([40, 10], [0, 0]), 0.0)
+    assert held_out == []
+    assert train == list(range(50))
+
+
+def sides(caches, fractions, named=()):
+    """The documents of each cache that are trained on, and those that are held out, at least in part."""
+    cuts = [cut_documents(cache, fraction) for cache, fraction in zip(caches, fractions, strict=True)]
+    kept = keep_apart(caches, cuts, set(named))
+    return [(np.flatnonzero(cut.trained).tolist(), np.flatnonzero(cut.held_out).tolist()) for cut in kept]
+
+
+def test_a_document_that_is_validated_on_is_not_trained_on_in_another_spelling():
+    train, validation = cache_of([5, 6, 7], [1, 2, 3], keys=[1, 2, 3]), cache_of([6, 4], [20, 4], keys=[2, 4])
+    assert sides([train, validation], [0.0, 1.0]) == [([0, 2], []), ([], [0, 1])]
+    assert sides([train], [0.0], named=[3]) == [([0, 1], [])]
+
+
+def test_a_document_whose_tail_one_source_holds_out_is_not_trained_on_in_another():
+    few = cache_of([40], [2**63])
+    many = cache_of([40] * 100, [2**63, *range(2**62, 2**62 + 98), 0])
+    (trained, held_out), (elsewhere, _) = sides([few, many], [0.1, 0.1])
+    assert (trained, held_out) == ([0], [0])
+    assert elsewhere == list(range(1, 99))
+    assert sides([few, few], [0.1, 0.1]) == [([0], [0]), ([0], [])]  # the same tail, evaluated once
+
+
+def test_a_repeated_held_out_document_is_evaluated_once():
+    train, validation = cache_of([5], [1]), cache_of([6, 6, 4], [2, 2, 3])
+    assert sides([train, validation], [0.0, 1.0])[1] == ([], [0, 2])

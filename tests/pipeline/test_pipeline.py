@@ -150,7 +150,9 @@ def test_the_recorded_commands_are_those_that_ran(tiny):
         f"--config={config}:sft",
         f"--workdir={workdir}/sft",
         f"--init_from={workdir}/pretrain",
+        f"--config.data.held_out={workdir}/held_out.jsonl",
     ]
+    assert "held_out" not in " ".join(commands["pretrain"] + commands["gates"])
     assert f"--config.reward.model={workdir}/reward_model" in commands["ppo"]
     assert all(stage["seconds"] > 0 and stage["peak_memory_bytes"] > 1e8 for stage in record["stages"])
 
@@ -220,6 +222,7 @@ def test_overrides_are_passed_on_to_the_stages():
         seed="3",
         pretrain__optimizer__clip_norm="none",
         grpo__reward__functions="countdown",
+        dpo__data__held_out="benchmark.jsonl",
     )
     commands = pipeline.stage_commands(
         config,
@@ -235,6 +238,8 @@ def test_overrides_are_passed_on_to_the_stages():
     }
     assert "--config.reward.functions=('countdown',)" in flags["grpo"]
     assert "--config.data.train=('mine.txt',)" not in flags["sft"]
+    assert "--config.data.held_out=runs/x/held_out.jsonl" in flags["sft"]
+    assert "--config.data.held_out=('benchmark.jsonl', 'runs/x/held_out.jsonl')" in flags["dpo"]
     assert "--config.data.text=('mine.txt',)" in flags["gates"]
 
 
