@@ -172,8 +172,8 @@ def held_out_metrics():
     completions = ScoredCompletions(
         completions=None,
         texts=[],
-        tokens=None,
-        prompt_lengths=None,
+        tokens=np.zeros((4, 2), np.int32),
+        prompt_lengths=np.ones(4, int),
         lengths=np.ones(4),
         truncated=np.zeros(4, bool),
         rewards=np.ones(4),

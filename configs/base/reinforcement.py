@@ -64,7 +64,7 @@ def base(stage: str, size: str, *, steps: int, learning_rate: float, max_new_tok
     config.reward.overlong_buffer = 0  # last tokens over which a penalty falls to -1 (DAPO); 0: none
     config.reward.missing_eos_penalty = 0.0  # added where a completion has no stop token, such as -1
 
-    config.evaluation.max_rows = 128  # held-out prompts to complete, from the first
+    config.evaluation.max_rows = 128  # held-out prompts to complete, the first of each source
     config.sample = ConfigDict()
     config.sample.prompts = ()  # further prompts to complete
     config.sample.sampling = sampling(max_new_tokens, 0.0)  # greedy

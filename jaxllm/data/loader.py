@@ -55,12 +55,34 @@ def shuffled_rows(sources: Sequence[Rows[T]], weights: Sequence[float], seed: in
     return grain.MapDataset.concatenate(datasets).seed(seed).shuffle().repeat()
 
 
+def shares(lengths: Sequence[int], limit: int | None) -> list[int]:
+    """How many of the first rows of each source to take, where at most about `limit` rows are wanted: in
+    proportion to their lengths, but at least one of each.
+
+    >>> shares([600, 600], 496)
+    [248, 248]
+    """
+    total = sum(lengths)
+    if limit is None or limit >= total:
+        return list(lengths)
+    return [min(length, max(1, limit * length // total)) for length in lengths]
+
+
 def evaluation_batches(
-    sources: Sequence[BatchRows[T]], *, batch_size: int, process_index: int = 0, process_count: int = 1
+    sources: Sequence[BatchRows[T]],
+    *,
+    batch_size: int,
+    max_rows: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> "grain.MapDataset[T]":
-    """A grain dataset of every row once, in order; blank rows fill up the last batch."""
+    """A grain dataset of every row once, in order; blank rows fill up the last batch. With `max_rows` it has
+    the first rows of every source, in proportion."""
     grain = _import_grain()
-    known = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
+    counts = shares([len(source) for source in sources], max_rows)
+    known = grain.MapDataset.concatenate(
+        [grain.MapDataset.source(source)[:count] for source, count in zip(sources, counts, strict=True)]
+    )
     count, blank = len(known), sources[0].blank()
     padded = -(-count // batch_size) * batch_size
     rows = grain.MapDataset.range(padded).map(lambda i: known[i] if i < count else blank)

@@ -18,7 +18,7 @@ from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import DataError
 from jaxllm.evaluation.left_out import print_left_out
 from jaxllm.evaluation.pass_at_k import pass_at_k
-from jaxllm.evaluation.preference import mean
+from jaxllm.evaluation.preference import mean, numbered
 from jaxllm.losses import overlong_penalty
 from jaxllm.models import Params
 from jaxllm.parallel.sharding import MeshConfig, make_mesh
@@ -282,8 +282,8 @@ def kl_to(reference: LoadedModel, completions: ScoredCompletions, temperature: f
 def completion_metrics(
     completions: ScoredCompletions, group_size: int, prefix: str, kl: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Means over prompts of their groups' means, with the standard error over prompts, which are independent
-    of each other where completions of one prompt are not.
+    """Means over rows of their groups' means, with the standard error over prompts, which are independent of
+    each other where completions of one prompt are not. A prompt may be that of several rows.
 
     `reward`, `reward/NAME` of each reward, `length`, `stopped_fraction`, `kl` if it is given; and `pass@k`
     for k of 1, 2, 4, ... if there is a reward function: a completion is correct where the first one gives 1.
@@ -295,6 +295,8 @@ def completion_metrics(
     columns |= {"length": completions.lengths, "stopped_fraction": ~completions.truncated}
     if kl is not None:
         columns["kl"] = kl
+    starts = zip(completions.tokens[::group_size], completions.prompt_lengths[::group_size], strict=True)
+    prompts = numbered(row[:length].tobytes() for row, length in starts)
     columns = {name: group_means(values.reshape(-1, group_size)) for name, values in columns.items()}
     first = next(iter(by_name), "model")
     if first != "model":
@@ -305,15 +307,16 @@ def completion_metrics(
             k *= 2
     row = {}
     for name, values in columns.items():
-        row[f"{prefix}{name}"], row[f"{prefix}{name}_se"] = mean(values)
+        applies = ~np.isnan(values)
+        row[f"{prefix}{name}"], row[f"{prefix}{name}_se"] = mean(values[applies], prompts[applies])
     return row
 
 
 def group_means(values: np.ndarray) -> np.ndarray:
-    """The mean of each row's numbers; rows of NaN alone, to which a reward does not apply, are left out."""
+    """The mean of each row's numbers; NaN for a row of NaN alone, to which a reward does not apply."""
     applies = ~np.isnan(values.astype(np.float64))
-    values, applies = values[applies.any(1)], applies[applies.any(1)]
-    return np.where(applies, values, 0.0).sum(1) / applies.sum(1)
+    means = np.where(applies, values, 0.0).sum(1) / np.maximum(applies.sum(1), 1)
+    return np.where(applies.any(1), means, np.nan)
 
 
 def completion_rows(completions: ScoredCompletions, kl: np.ndarray | None = None) -> Iterator[dict[str, Any]]:

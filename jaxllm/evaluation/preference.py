@@ -1,8 +1,8 @@
 """How well a reward model, or a policy's log-probs, predict the preferred completion: with standard errors,
 and beside the baseline of choosing by length."""
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable
+from typing import NamedTuple, TypeGuard
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ class PairScores(NamedTuple):
     completion_lengths: np.ndarray  # int [N, 2], tokens
     margin: np.ndarray  # [N]
     ref_log_probs: np.ndarray  # [N, 2]
+    prompts: np.ndarray | None = None  # int [N], the same number for the same prompt; None: all differ
 
 
 def score_pairs(
@@ -29,30 +30,57 @@ def score_pairs(
 ) -> PairScores:
     """Score every pair that has weight. `score(params, batch) -> [B, 2]`; `check` is called before every
     batch and may raise to end it early."""
-    parts = []
+    parts, prompts = [], []
     for batch in batches:
         check()
         lengths = batch.lengths - batch.prompt_lengths[:, None]
         columns = (score(params, batch), lengths, batch.margin, batch.ref_log_probs)
         *columns, weight = jax.device_get((*columns, batch.weight))
-        parts.append(PairScores(*(column[weight > 0] for column in columns)))
-    return PairScores(*(np.concatenate(column).astype(np.float64) for column in zip(*parts, strict=True)))
+        counted = weight > 0
+        parts.append([column[counted] for column in columns])
+        tokens, starts = jax.device_get((batch.tokens, batch.prompt_lengths))
+        rows = zip(tokens[counted, 0], starts[counted], strict=True)
+        prompts += [row[:start].tobytes() for row, start in rows]
+    found = PairScores(*(np.concatenate(column).astype(np.float64) for column in zip(*parts, strict=True)))
+    return found._replace(prompts=numbered(prompts))
 
 
-def fraction(hits: np.ndarray) -> tuple[float, float]:
-    """The mean of independent zeros and ones, and its standard error; NaN where there are none."""
-    if not len(hits):
-        return float("nan"), float("nan")
-    mean = float(hits.mean())
-    return mean, float(np.sqrt(mean * (1 - mean) / len(hits)))
+def numbered(keys: Iterable[Hashable]) -> np.ndarray:
+    """Int [N], the same number for equal keys: the groups of `mean`."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], int)
 
 
-def mean(values: np.ndarray) -> tuple[float, float]:
-    """The mean of independent values and its standard error; NaN where there are none."""
+def fraction(hits: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
+    """The mean of zeros and ones, and its standard error; groups as in `mean`; NaN where there are none."""
+    if not len(hits) or is_grouped(groups):
+        return mean(hits.astype(np.float64), groups)
+    share = float(hits.mean())
+    return share, float(np.sqrt(share * (1 - share) / len(hits)))
+
+
+def mean(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
+    """The mean of values and its standard error; NaN where there are none.
+
+    Values are independent where their `groups`, int [N], differ. The values of a group count once in the
+    standard error: it is that of G groups with sums s_g of deviations from the mean,
+    sqrt(G / (G - 1) sum_g s_g^2) / N.
+    """
     if not len(values):
         return float("nan"), float("nan")
-    spread = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+    deviations = values - values.mean()
+    if is_grouped(groups):
+        deviations = np.bincount(np.unique(groups, return_inverse=True)[1], deviations)
+        count = len(deviations)
+        spread = np.sqrt(count / (count - 1) * (deviations**2).sum()) / len(values) if count > 1 else np.nan
+    else:
+        spread = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
     return float(values.mean()), float(spread)
+
+
+def is_grouped(groups: np.ndarray | None) -> TypeGuard[np.ndarray]:
+    """Whether any two values are of one group."""
+    return groups is not None and len(np.unique(groups)) < len(groups)
 
 
 def reward_metrics(found: PairScores) -> dict[str, float]:
@@ -62,15 +90,19 @@ def reward_metrics(found: PairScores) -> dict[str, float]:
     `length_baseline`, the accuracy of always choosing the longer completion (a tie is a half); `margin`; and
     `reward_mean` and `reward_std` over all completions, by which a policy's rewards are standardized later.
     """
-    right = found.scores[:, 0] > found.scores[:, 1]
+    right, prompts = found.scores[:, 0] > found.scores[:, 1], found.prompts
     difference = found.completion_lengths[:, 0] - found.completion_lengths[:, 1]
+
+    def accuracy(pairs: np.ndarray) -> tuple[float, float]:
+        return fraction(right[pairs], None if prompts is None else prompts[pairs])
+
     parts = {
-        "accuracy": fraction(right),
-        "accuracy_longer_chosen": fraction(right[difference > 0]),
-        "accuracy_shorter_chosen": fraction(right[difference < 0]),
-        "length_baseline": mean(np.heaviside(difference, 0.5)),
-        "margin": mean(found.scores[:, 0] - found.scores[:, 1]),
-        "loss": mean(np.logaddexp(0, found.margin - found.scores[:, 0] + found.scores[:, 1])),
+        "accuracy": fraction(right, prompts),
+        "accuracy_longer_chosen": accuracy(difference > 0),
+        "accuracy_shorter_chosen": accuracy(difference < 0),
+        "length_baseline": mean(np.heaviside(difference, 0.5), prompts),
+        "margin": mean(found.scores[:, 0] - found.scores[:, 1], prompts),
+        "loss": mean(np.logaddexp(0, found.margin - found.scores[:, 0] + found.scores[:, 1]), prompts),
     }
     spread = {"eval/reward_mean": float(found.scores.mean()), "eval/reward_std": float(found.scores.std())}
     return with_errors(parts) | spread
@@ -92,10 +124,10 @@ def dpo_metrics(
     )
     rewards = beta * (found.scores - found.ref_log_probs)
     parts = {
-        "rewards/chosen": mean(rewards[:, 0]),
-        "rewards/rejected": mean(rewards[:, 1]),
-        "rewards/margins": mean(rewards[:, 0] - rewards[:, 1]),
-        "rewards/accuracies": fraction(rewards[:, 0] > rewards[:, 1]),
+        "rewards/chosen": mean(rewards[:, 0], found.prompts),
+        "rewards/rejected": mean(rewards[:, 1], found.prompts),
+        "rewards/margins": mean(rewards[:, 0] - rewards[:, 1], found.prompts),
+        "rewards/accuracies": fraction(rewards[:, 0] > rewards[:, 1], found.prompts),
     }
     return {"eval/loss": float(loss.mean)} | with_errors(parts)
 

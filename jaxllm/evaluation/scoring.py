@@ -15,7 +15,7 @@ from jaxllm.data.records import Record, Rename
 from jaxllm.data.sources import BadRow, open_source
 from jaxllm.errors import DataError
 from jaxllm.evaluation.left_out import print_left_out
-from jaxllm.evaluation.preference import PairScores, mean, reward_metrics
+from jaxllm.evaluation.preference import PairScores, mean, numbered, reward_metrics
 from jaxllm.rewards.pool import json_value
 from jaxllm.rollout.generate import bucket
 from jaxllm.runs.checkpoints import LoadedModel, checkpoint_template
@@ -98,14 +98,18 @@ def score_rows(loaded: LoadedModel, name: str, *, rename: Sequence[str], output:
                 file.write(
                     json.dumps(row.record | reward_columns(values, metrics), default=json_value) + "\n"
                 )
-    value, error = mean(rewards.astype(np.float64))
+    prompts = numbered(tuple(row.sequences[0][: row.prompt_length]) for row in rows)
+    value, error = mean(rewards.astype(np.float64), np.repeat(prompts, [len(row.sequences) for row in rows]))
     print(f"{len(rows)} rows scored, {dropped} left out; reward {value:.4f} ± {error:.4f}")
     pairs = [(row, values) for row, values in zip(rows, by_row, strict=True) if len(values) == 2]
     if pairs:
         lengths = [[len(ids) - row.prompt_length for ids in row.sequences] for row, _ in pairs]
         zeros = np.zeros((len(pairs), 2))
         scores = np.stack([values for _, values in pairs])
-        table = reward_metrics(PairScores(scores, np.array(lengths), zeros[:, 0], zeros))
+        is_pair_row = np.array([len(row.sequences) == 2 for row in rows])
+        table = reward_metrics(
+            PairScores(scores, np.array(lengths), zeros[:, 0], zeros, prompts[is_pair_row])
+        )
         for name in ("accuracy", "accuracy_longer_chosen", "accuracy_shorter_chosen", "length_baseline"):
             print(f"{name} {table[f'eval/{name}']:.3f} ± {table[f'eval/{name}_se']:.3f}")
 

@@ -1,5 +1,6 @@
 """Did each stage of a pipeline reach its gate? Measured on held-out data, with standard errors."""
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from jaxllm.data.loader import evaluation_batches
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.errors import ConfigError
 from jaxllm.evaluation.perplexity import evaluate
-from jaxllm.evaluation.preference import mean
+from jaxllm.evaluation.preference import mean, numbered
 from jaxllm.evaluation.trigram import count_trigrams
 from jaxllm.files import to_json, write_file
 from jaxllm.pipeline.completions import PipelineCompletions, column, complete_by_all, has_references
@@ -110,9 +111,9 @@ def trigram(config: PipelineConfig, folder: Path) -> tuple[float, float]:
     initial = InitialWeights(None, "", lambda: {})  # nothing reads them
     data = pretrain.load(RunInputs(program, tokenizer, PlainTextTemplate(tokenizer), run, initial))
     byte_lengths = pretrain.model_byte_lengths(program, tokenizer)
-    batches = evaluation_batches(data.train, batch_size=WINDOWS)
-    some = COUNTED // (WINDOWS * config.pretrain.data.sequence_length) + 1
-    counted = count_trigrams(batches[:some], tokenizer.vocab_size)
+    some = (COUNTED // (WINDOWS * config.pretrain.data.sequence_length) + 1) * WINDOWS
+    batches = evaluation_batches(data.train, batch_size=WINDOWS, max_rows=some)
+    counted = count_trigrams(batches, tokenizer.vocab_size)
     held_out = held_out_batches(config.pretrain, data.validation)
     found = evaluate({}, held_out, lambda _, rows: counted.row_sums(rows, byte_lengths), lambda: None)
     return found["eval/bits_per_byte"], found["eval/bits_per_byte_se"]
@@ -121,8 +122,11 @@ def trigram(config: PipelineConfig, folder: Path) -> tuple[float, float]:
 def answers_gate(gates: GatesConfig, completions: PipelineCompletions) -> Gate:
     """Correct completions of held-out questions, before and after instruction fine-tuning."""
     (before, error), (after, error_after) = (
-        average(column(completions.of(stage, temperature=0.0, plain=plain), "correct"))
-        for stage, plain in (("pretrain", True), ("sft", False))
+        average(column(rows, "correct"), by_prompt(rows))
+        for rows in (
+            completions.of("pretrain", temperature=0.0, plain=True),
+            completions.of("sft", temperature=0.0),
+        )
     )
     rise, rise_error = after - before, math.hypot(error, error_after)
     return Gate(
@@ -159,8 +163,9 @@ def preference_gate(
 ) -> Gate:
     """The score of completions by a rubric that training never sees, and their KL to SFT's model."""
     old, new = column(before, measure), column(after, measure)
-    (was, _), (now, _), (rise, error) = average(old), average(new), average(new - old)
-    kl, kl_error = average(np.array([row["kl"] for row in after]))
+    groups = by_prompt(after)
+    (was, _), (now, _), (rise, error) = (average(values, groups) for values in (old, new, new - old))
+    kl, kl_error = average(np.array([row["kl"] for row in after]), groups)
     says = f"{measure} {was:.3f} to {now:.3f}, {rise:+.3f} ± {error:.3f}; KL to SFT {kl:.1f} ± {kl_error:.1f}"
     if measure == "model":
         return unmeasured(name, f"no rubric; the reward model's own score: {says}")
@@ -201,9 +206,15 @@ def unmeasured(name: str, why: str) -> Gate:
     return Gate(name, "", None, None, None, None, why)
 
 
-def average(values: np.ndarray) -> tuple[float, float]:
-    """Mean and standard error of those that are numbers."""
-    return mean(values[~np.isnan(values)])
+def average(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    """Mean and standard error of those that are numbers; groups as in `mean`."""
+    is_number = ~np.isnan(values)
+    return mean(values[is_number], groups[is_number])
+
+
+def by_prompt(rows: list[dict]) -> np.ndarray:
+    """The same number for rows with the same prompt."""
+    return numbered(json.dumps(row.get("prompt", row.get("messages", i))) for i, row in enumerate(rows))
 
 
 def percent(share: float, error: float) -> str:

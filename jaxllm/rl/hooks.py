@@ -1,11 +1,15 @@
 """Evaluation and samples while a policy trains by reinforcement: held-out prompts, and its own rollouts."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxllm.data.loader import shares
+from jaxllm.data.prompts import Prompt
+from jaxllm.data.rows import Rows
 from jaxllm.data.show import show_mask
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.evaluation.completions import ScoredCompletions, completion_metrics, completion_rows
@@ -29,8 +33,7 @@ def evaluation_hooks(context: RunContext[Any, Any], source: RolloutSource) -> li
     """Rewards of completions of the held-out prompts, if there are any: one each as `sample.sampling` says,
     and `sample.group_size` as in a rollout. The first are written to `evals/STEP.jsonl`."""
     config: RolloutTrainConfig = context.program.config
-    rows_of_prompts = [rows[i] for rows in context.data.validation for i in range(len(rows))]
-    held_out = rows_of_prompts[: config.evaluation.max_rows]
+    held_out = held_out_prompts(context.data.validation, config.evaluation.max_rows)
     if not held_out:
         return []
 
@@ -59,6 +62,12 @@ def evaluation_hooks(context: RunContext[Any, Any], source: RolloutSource) -> li
         return row
 
     return [Hook(config.training.evaluate_every, run)]
+
+
+def held_out_prompts(sources: Sequence[Rows[Prompt]], max_rows: int | None) -> list[Prompt]:
+    """The first prompts of every source, at most about `max_rows` of them."""
+    counts = shares([len(rows) for rows in sources], max_rows)
+    return [rows[i] for rows, count in zip(sources, counts, strict=True) for i in range(count)]
 
 
 def samples_hook(context: RunContext[Any, Any], source: RolloutSource) -> Hook:

@@ -32,7 +32,7 @@ class CheckpointConfig:
 class EvaluationConfig:
     """How much held-out data is scored."""
 
-    max_rows: int | None  # from the first; None: all
+    max_rows: int | None  # from the first of each source, in proportion to their rows; None: all
 
 
 @dataclass(frozen=True)

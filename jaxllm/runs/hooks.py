@@ -22,16 +22,15 @@ SAMPLE_BATCH = 64  # prompts decoded at a time
 
 
 def held_out_batches(config: TrainConfig, validation: Sequence[Any]) -> Any:
-    """The batches to evaluate on, on the host: as many as evaluation.max_rows allows."""
-    batches = evaluation_batches(
+    """The batches to evaluate on, on the host: as many as evaluation.max_rows allows, of every source."""
+    rows, size = config.evaluation.max_rows, config.data.batch_size
+    return evaluation_batches(
         validation,
-        batch_size=config.data.batch_size,
+        batch_size=size,
+        max_rows=None if rows is None else max(1, rows // size) * size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    if config.evaluation.max_rows is not None:
-        batches = batches[: max(1, config.evaluation.max_rows // config.data.batch_size)]
-    return batches
 
 
 def evaluation_hooks(

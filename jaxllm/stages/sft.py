@@ -12,7 +12,7 @@ from jaxllm.batches import TokenBatch
 from jaxllm.data.chat import ChatConfig, ChatDataset, chat_texts, load_chats
 from jaxllm.data.show import show_mask
 from jaxllm.errors import ConfigError
-from jaxllm.evaluation.preference import fraction
+from jaxllm.evaluation.preference import fraction, numbered
 from jaxllm.losses import Weighted, add_auxiliary, aggregate, linear_cross_entropy, linear_token_log_probs
 from jaxllm.models import Model, Params, build_model
 from jaxllm.runs.config import SampleConfig, TrainConfig
@@ -142,6 +142,7 @@ def completions_hook(context: RunContext[Config, Model]) -> Hook:
     prompts = [template.prompt([{"role": "user", "content": prompt}]) for prompt in config.prompts]
     references = [""] * len(prompts)
     fitting = [(prompt, answer) for prompt, answer in data.held_out if len(prompt) < longest]
+    held_out = [prompt for prompt, _ in fitting[: config.num_held_out]]
     for prompt, answer in fitting[: config.num_held_out]:
         prompts.append(prompt)
         references.append(f"\n(held out; the data's own completion: {tokenizer.decode(answer).strip()})")
@@ -156,7 +157,7 @@ def completions_hook(context: RunContext[Config, Model]) -> Hook:
         if not config.num_held_out:
             return {}
         stopped = np.array([reason == "stop" for reason in completions.stop_reasons])
-        share, error = fraction(stopped[len(config.prompts) :])
+        share, error = fraction(stopped[len(config.prompts) :], numbered(map(tuple, held_out)))
         return {"eval/stopped_fraction": share, "eval/stopped_fraction_se": error}
 
     return Hook(context.program.config.training.sample_every if prompts else 0, run)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm.batches import TokenBatch
-from jaxllm.data.loader import device_batches, evaluation_batches, training_batches
+from jaxllm.data.loader import device_batches, evaluation_batches, shares, training_batches
 from jaxllm.data.windows import Windows, pack
 from jaxllm.errors import ConfigError, DataError
 
@@ -156,3 +156,24 @@ def test_without_grain_the_error_has_the_pip_command(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", no_grain)
     with pytest.raises(ConfigError, match="pip install grain"):
         training_batches([windows_of(9)], batch_size=2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limit", "expected"),
+    [
+        ([600, 600], 496, [248, 248]),
+        ([600], 496, [496]),
+        ([900, 300], 100, [75, 25]),
+        ([1000, 2], 100, [99, 1]),  # a small source is not left out
+        ([30, 20], None, [30, 20]),
+        ([30, 20], 64, [30, 20]),
+    ],
+)
+def test_every_source_has_its_share_of_the_rows_to_evaluate_on(lengths, limit, expected):
+    assert shares(lengths, limit) == expected
+
+
+def test_an_evaluation_of_some_rows_has_the_first_rows_of_every_source():
+    sources = [windows_of(6), windows_of(6, first=100)]
+    batches = evaluation_batches(sources, batch_size=4, max_rows=8)
+    assert [row for batch in batches for row in rows_of(batch)] == [0, 1, 2, 3, 100, 101, 102, 103]

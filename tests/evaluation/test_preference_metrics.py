@@ -189,3 +189,26 @@ def test_check_may_end_it_between_batches():
     with pytest.raises(KeyError):
         score_pairs(1.0, [batch([1])] * 5, score, check)
     assert len(scored) == 2
+
+
+def test_values_of_one_group_count_once_in_the_standard_error():
+    """1, 1 and 0 of one prompt, 0 of another: mean 1/2, sums of deviations 1/2 and -1/2."""
+    values, groups = np.array([1.0, 1.0, 0.0, 0.0]), np.array([5, 5, 5, 9])
+    assert mean(values, groups) == pytest.approx((0.5, np.sqrt(2 / 1 * (0.25 + 0.25)) / 4))
+    assert fraction(values == 1, groups) == pytest.approx(mean(values, groups))
+    twice = np.repeat([1.0, 0.0, 3.0], 2)
+    assert mean(twice, np.repeat([0, 1, 2], 2)) == pytest.approx(mean(np.array([1.0, 0.0, 3.0])))
+    assert np.isnan(mean(values, np.zeros(4, int))[1])
+
+
+def test_groups_of_one_value_each_change_nothing():
+    values = np.array([1.0, 0.0, 3.0])
+    assert mean(values, np.array([2, 0, 1])) == mean(values)
+    assert fraction(values > 0, np.array([2, 0, 1])) == fraction(values > 0)
+
+
+def test_pairs_of_one_prompt_count_once():
+    repeated = FIVE._replace(prompts=np.array([0, 1, 2, 3, 3]))
+    right = np.array([1.0, 0, 0, 1, 1])
+    assert reward_metrics(repeated)["eval/accuracy_se"] == pytest.approx(mean(right, repeated.prompts)[1])
+    assert reward_metrics(repeated)["eval/accuracy"] == reward_metrics(FIVE)["eval/accuracy"]
