@@ -103,6 +103,7 @@ def get_config(size: str = "1m") -> ConfigDict:
 
     config.evaluation = ConfigDict()
     config.evaluation.max_rows = 500  # held-out windows, the first of each source; None: all
+    config.evaluation.num_sources = config_dict.placeholder(int)  # of the first sources alone; None: of all
 
     config.sample = ConfigDict()
     config.sample.prompts = ("",)  # texts to continue; "": the start of a document

@@ -63,13 +63,13 @@ def get_config(stage: str = "") -> ConfigDict:
     config.dpo.training.evaluate_at_start = False
     config.dpo.training.evaluate_every = 88
 
-    config.sft_reasoning.data.validation = ("synthetic:additions",)  # what the target below is a loss on
     config.sft_reasoning.data.sequence_length = 128
     config.sft_reasoning.data.synthetic_rows = 5000
     config.sft_reasoning.optimizer.learning_rate = 3e-3
     config.sft_reasoning.training.evaluate_at_start = False
     config.sft_reasoning.training.steps = 280
     config.sft_reasoning.training.evaluate_every = 20
+    config.sft_reasoning.evaluation.num_sources = 1  # the target is a loss on additions, not on chats
     config.sft_reasoning.training.target = 0.025  # stop early, so that GRPO can still improve it
     config.sft_reasoning.training.checkpoint_every = config.sft_reasoning.training.sample_every = 0
 

@@ -131,6 +131,7 @@ def test_an_unknown_stage_of_a_pipeline_is_an_error_that_lists_the_stages():
         ),
         ({"stage": "pretrian"}, "stage='pretrian': choose one of"),
         ({"checkpoint__keep": "0"}, "checkpoint.keep=0 must be at least 1"),
+        ({"evaluation__max_rows": "0"}, "evaluation.max_rows=0 must be at least 1, or none"),
     ],
 )
 def test_an_inconsistent_config_is_an_error_with_the_fix_before_compiling(changes, message):

@@ -8,7 +8,7 @@ another spelling or with another fraction held out. WORKDIR/held_out.jsonl has t
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from jaxllm.pipeline.config import PARENTS, PipelineConfig
 def write_held_out(config: PipelineConfig, folder: Path) -> None:
     """Write a row {"prompt"} for each question into `folder`, which must exist. Raises DataError."""
     stages = [getattr(config, name).data for name in PARENTS if name != "pretrain"]
-    asked = itertools.chain(gate_questions(config), *(evaluated(data, config.seed) for data in stages))
-    rows = (json.dumps({"prompt": text}) + "\n" for text in dict.fromkeys(asked))
+    asked = itertools.chain(gate_questions(config), evaluated(stages, config.seed))
+    rows = [json.dumps({"prompt": text}) + "\n" for text in dict.fromkeys(asked)]
     write_file(folder / HELD_OUT, "".join(rows).encode())
+    print(f"{len(rows):,} questions are held out of all stages (held_out.jsonl)", flush=True)
 
 
 def gate_questions(config: PipelineConfig) -> Iterator[str]:
@@ -43,13 +44,22 @@ def gate_questions(config: PipelineConfig) -> Iterator[str]:
                 yield from texts([opening_of(question_messages(Record(row.value or {}), AS_IT_IS)[1])])
 
 
-def evaluated(data: RecordConfig, seed: int) -> Iterator[str]:
-    """The questions of the rows that a stage holds out."""
-    rename = Rename(data.rename)
-    for name, split in dict.fromkeys(data.splits):
-        fraction = data.held_out_fraction if split == "train" else 1.0
-        rows = data.open(name, split, text_key=None, seed=seed).rows() if fraction else ()
-        for row in rows:
+def evaluated(stages: Sequence[RecordConfig], seed: int) -> Iterator[str]:
+    """The questions of the rows that these stages hold out. What several stages read alike is read once."""
+    parts: dict[tuple[Any, ...], RecordConfig] = {}
+    for data in sorted(stages, key=lambda data: -data.synthetic_rows):  # fewer rows are the first of more
+        reading = (
+            isinstance(data, ChatConfig),
+            getattr(data, "prompt_format", None),
+            data.rename,
+        )
+        for name, split in data.splits:
+            fraction = data.held_out_fraction if split == "train" else 1.0
+            if fraction:
+                parts.setdefault((name, split, fraction, *reading), data)
+    for (name, split, fraction, *_), data in parts.items():
+        rename = Rename(data.rename)
+        for row in data.open(name, split, text_key=None, seed=seed).rows():
             with contextlib.suppress(BadRow):
                 asked = texts(questions(data, Record(rename(row.value or {}))))
                 if asked and is_held_out(canonical(asked[0]), fraction):

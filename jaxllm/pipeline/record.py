@@ -22,8 +22,8 @@ HARMLESS = (
     "wandb_project",
     "data.cache_dir",
 )
-# The pipeline sets this one itself, to a folder that may have moved.
-OWN = ("reward.model",)
+# The pipeline sets these itself, to files that may have moved.
+OWN = ("reward.model", "data.held_out")
 
 
 class Record:

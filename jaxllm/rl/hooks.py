@@ -33,7 +33,8 @@ def evaluation_hooks(context: RunContext[Any, Any], source: RolloutSource) -> li
     """Rewards of completions of the held-out prompts, if there are any: one each as `sample.sampling` says,
     and `sample.group_size` as in a rollout. The first are written to `evals/STEP.jsonl`."""
     config: RolloutTrainConfig = context.program.config
-    held_out = held_out_prompts(context.data.validation, config.evaluation.max_rows)
+    sources = context.data.validation[: config.evaluation.num_sources]
+    held_out = held_out_prompts(sources, config.evaluation.max_rows)
     if not held_out:
         return []
 

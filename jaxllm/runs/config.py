@@ -33,6 +33,12 @@ class EvaluationConfig:
     """How much held-out data is scored."""
 
     max_rows: int | None  # from the first of each source, in proportion to their rows; None: all
+    num_sources: int | None  # of the first sources alone, where others are mixed in; None: of all
+
+    def __post_init__(self):
+        for name in ("max_rows", "num_sources"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"evaluation.{name}={value} must be at least 1, or none for all")
 
 
 @dataclass(frozen=True)

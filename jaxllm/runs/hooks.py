@@ -22,10 +22,11 @@ SAMPLE_BATCH = 64  # prompts decoded at a time
 
 
 def held_out_batches(config: TrainConfig, validation: Sequence[Any]) -> Any:
-    """The batches to evaluate on, on the host: as many as evaluation.max_rows allows, of every source."""
+    """The batches to evaluate on, on the host: as many as evaluation.max_rows allows, of every source
+    that evaluation.num_sources allows."""
     rows, size = config.evaluation.max_rows, config.data.batch_size
     return evaluation_batches(
-        validation,
+        validation[: config.evaluation.num_sources],
         batch_size=size,
         max_rows=None if rows is None else max(1, rows // size) * size,
         process_index=jax.process_index(),

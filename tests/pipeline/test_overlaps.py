@@ -130,7 +130,6 @@ def with_files(shared, **changes):
     fields = {field: shared[name] for field, name in files.items()} | {"gates__prompts": shared["gates"]}
     fields |= {
         "sft_reasoning__data__rename": "question=prompt,working=completion",
-        "sft_reasoning__data__validation": "",
     }
     fields |= {"grpo__data__prompt_format": "Solve: {question}", "grpo__data__validation_fraction": 0.3}
     return make_config(10, **fields | changes)
