@@ -80,6 +80,7 @@ def check_sources(config: PipelineConfig) -> None:
     from jaxllm.data.sources import check_source
 
     named = {f"data.{field}": names for field, names in vars(config.data).items()}
+    named |= {f"{name}.data.held_out": getattr(config, name).data.held_out or () for name in PARENTS}
     for field, names in {**named, "gates.prompts": config.gates.prompts}.items():
         for name in names:
             try:

@@ -261,6 +261,7 @@ def test_gates_without_prompts_are_an_error(field):
 def test_missing_data_is_an_error_before_a_stage_runs():
     pipeline.check_sources(make_config(data__pairs="hf:user/dataset"))
     for field, name, problem in (
+        ("sft.data.held_out", "nowhere.jsonl", "does not exist"),
         ("data.chats", "nowhere.jsonl", "'nowhere.jsonl' does not exist"),
         ("gates.prompts", "synthetic:chat", "did you mean 'chats'"),
         ("data.text", str(ROOT / "Makefile"), "only .txt"),
