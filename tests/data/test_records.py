@@ -154,8 +154,9 @@ def test_a_rename_that_matches_nothing_is_an_error(tmp_path, load, stage, entry,
 def test_a_rename_may_be_for_one_of_several_sources(tmp_path, sides):
     native = write(tmp_path / "a.jsonl", PAIR)
     other = write(tmp_path / "b.jsonl", {"question": "Who?", "chosen": "Ada.", "rejected": "Bo."})
-    data = tuple(sides(path, rename=()) for path in [native])
-    assert sides(other, validation=(native,), rename=("question=prompt",)) == data[0]
+    evaluated = write(tmp_path / "c.jsonl", PAIR | {"prompt": "Where?"})
+    data = sides(native, rename=())
+    assert sides(other, validation=(evaluated,), rename=("question=prompt",)) == data
 
 
 def test_rows_that_are_bad_for_want_of_a_rename_name_it(tmp_path, load):
