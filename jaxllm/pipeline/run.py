@@ -136,12 +136,13 @@ def stage_commands(
         return [sys.executable, path, *(f"--{name}={value}" for name, value in flags.items())]
 
     commands = {}
+    folder = Path(workdir).expanduser().absolute()  # in fields, whose values a run compares when it resumes
     for name, parent in PARENTS.items():
         more = {} if parent is None else {"init_from": f"{workdir}/{parent}"}
         if rewarded_by_model(getattr(config, name)):
-            more["config.reward.model"] = f"{workdir}/reward_model"
+            more["config.reward.model"] = f"{folder}/reward_model"
         if keeps_apart and name != "pretrain":
-            file, own = f"{workdir}/{HELD_OUT}", getattr(config, name).data.held_out or ()
+            file, own = f"{folder}/{HELD_OUT}", getattr(config, name).data.held_out or ()
             more["config.data.held_out"] = as_flag([*own, file]) if own or "," in file else file
         commands[name] = command(
             scripts.train, f"{config_file}:{name}", f"{workdir}/{name}", f"{name}.", **more

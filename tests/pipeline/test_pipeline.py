@@ -238,8 +238,9 @@ def test_overrides_are_passed_on_to_the_stages():
     }
     assert "--config.reward.functions=('countdown',)" in flags["grpo"]
     assert "--config.data.train=('mine.txt',)" not in flags["sft"]
-    assert "--config.data.held_out=runs/x/held_out.jsonl" in flags["sft"]
-    assert "--config.data.held_out=('benchmark.jsonl', 'runs/x/held_out.jsonl')" in flags["dpo"]
+    file = str(Path("runs/x/held_out.jsonl").absolute())
+    assert f"--config.data.held_out={file}" in flags["sft"]
+    assert f"--config.data.held_out=('benchmark.jsonl', '{file}')" in flags["dpo"]
     assert "--config.data.text=('mine.txt',)" in flags["gates"]
 
 
