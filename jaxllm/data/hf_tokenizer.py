@@ -1,7 +1,9 @@
 """Hugging Face tokenizers: a tokenizer.json and the files beside it, with the methods of `BaseTokenizer`.
 
 A text is encoded as the file defines it: some normalize it (Qwen's to NFC), some lack a token for a rare
-control character and drop it (SmolLM2's). Nothing else is lost, and nothing is added.
+control character and drop it (SmolLM2's). Nothing else is lost, and nothing is added. One thing differs from
+the library: sentencepiece-like files write a space as U+2581 and would read a real U+2581 as one, so it is
+encoded as its three bytes, as in tokenizer.py.
 """
 
 import json
@@ -21,6 +23,7 @@ CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
 _SPACE_MARK = "\u2581"  # how sentencepiece writes a space
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode promises never to use them
 
 
 def read_hf_tokenizer(file: Path) -> "HFTokenizer":
@@ -51,6 +54,7 @@ class HFTokenizer(BaseTokenizer):
         self.pieces = [backend.id_to_token(i) or "" for i in range(max(ids.values()) + 1)]
         self._added = backend.get_added_tokens_decoder()
         self.special_ids = {token.content: i for i, token in self._added.items() if token.special}
+        self._writes_spaces_as_marks = False
         self.token_bytes = self._all_token_bytes()
         eos = self.special_tokens_map["eos_token"]
         self.eos_id = ids[eos]
@@ -61,12 +65,34 @@ class HFTokenizer(BaseTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         texts = [without_lone_surrogates(text) for text in texts]
-        if len(texts) == 1:  # starting threads would take longer than encoding it
-            return [self._backend.encode(texts[0], add_special_tokens=False).ids]
+        # For a single text, starting threads would take longer than encoding it.
+        if len(texts) == 1 or any(map(self._has_mark, texts)):
+            return [self._ids(self._backend, text) for text in texts]
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _parse(self, text: str) -> list[int]:
-        return self._markup_backend.encode(without_lone_surrogates(text), add_special_tokens=False).ids
+        return self._ids(self._markup_backend, without_lone_surrogates(text))
+
+    def _has_mark(self, text: str) -> bool:
+        """Whether the backend would read a character of the text as a space that is none."""
+        return self._writes_spaces_as_marks and _SPACE_MARK in text
+
+    def _ids(self, backend: "tokenizers.Tokenizer", text: str) -> list[int]:
+        if not self._has_mark(text):
+            return backend.encode(text, add_special_tokens=False).ids
+        # A character in its place that no vocabulary has is encoded as its bytes, which are then replaced.
+        stand_in = next((c for c in _NONCHARACTERS if c not in text), None)
+        if stand_in is None:
+            raise DataError("a text has U+2581 and every one of U+FDD0 to U+FDEF, which no text should have")
+        ids = backend.encode(text.replace(_SPACE_MARK, stand_in), add_special_tokens=False).ids
+        old, new = (self._byte_ids(character) for character in (stand_in, _SPACE_MARK))
+        for at in range(len(ids) - len(old) + 1):
+            if ids[at : at + len(old)] == old:
+                ids[at : at + len(old)] = new  # as many: both characters have three bytes
+        return ids
+
+    def _byte_ids(self, character: str) -> list[int]:
+        return [self.pieces.index(f"<0x{byte:02X}>") for byte in character.encode()]
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
@@ -91,6 +117,7 @@ class HFTokenizer(BaseTokenizer):
                 )
 
         elif "<0x0A>" in self.pieces:
+            self._writes_spaces_as_marks = True
 
             def bytes_of(i: int, piece: str) -> bytes:
                 if re.fullmatch("<0x[0-9A-F]{2}>", piece):

@@ -24,6 +24,7 @@ AWKWARD = [
     "NUL \0 inside",
     "👩‍👩‍👧‍👦 family, e\u0301 combined, 漢字 ①, \U0010ffff",
     "<s>hello<|end|></s><unk><0x0A>",
+    "\u2581a real \u2581 is no space\u2581\u2581 \u2581",
 ]
 
 
