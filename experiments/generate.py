@@ -36,6 +36,7 @@ def main(_: None, flags: "FlagValues") -> None:
         raise ConfigError(f"--num_samples={flags.num_samples} must be at least 1")
     import jax
 
+    from jaxllm.data.show import printable
     from jaxllm.rollout.generate import generate
     from jaxllm.runs.checkpoints import check_generates, load_checkpoint
     from jaxllm.runs.process import set_up_process
@@ -55,7 +56,7 @@ def main(_: None, flags: "FlagValues") -> None:
     )
     for number, (text, tokens) in enumerate(zip(texts, completions.tokens, strict=True)):
         print("" if number == 0 else "-" * 20)
-        print(text + tokenizer.decode(tokens, from_start=False))
+        print(printable(text + tokenizer.decode(tokens, from_start=False)))
         if completions.stop_reasons[number] == "length" and len(tokens) < sampling.max_new_tokens:
             print(f"note: truncated at model.max_length={model.config.max_length} tokens", file=sys.stderr)
 

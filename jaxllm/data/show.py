@@ -6,13 +6,20 @@ from collections.abc import Iterable
 
 from jaxllm.data.tokenizer import BaseTokenizer
 
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # break lines, or control the terminal
+# Characters that control the terminal, break lines, reorder the text around them, or cannot be encoded. Other
+# invisible ones stay: without U+200C and U+200D Persian, Hindi and emoji read differently.
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _DIM, _GREEN, _RESET = "\033[2m", "\033[32m", "\033[0m"
 
 
 def printable(text: str) -> str:
     """`text` without control characters, so that a model's output cannot control the terminal."""
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+    return _CONTROLS.sub(lambda control: control[0] if control[0] in "\n\t" else "", text)
+
+
+def one_line(text: str) -> str:
+    """`printable` text without line breaks and tabs."""
+    return _CONTROLS.sub("", text)
 
 
 def show_mask(

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxllm.data.chat_template import NativeTemplate
-from jaxllm.data.show import show_mask
+from jaxllm.data.show import one_line, printable, show_mask
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,22 @@ def test_color_dims_tokens_outside_the_loss_and_marks_the_others_green(row, toke
 def test_repeated_special_tokens_are_each_shown(tokenizer):
     pad = tokenizer.pad_id
     assert show_mask([pad, pad, tokenizer.eos_id], [False, False, True], tokenizer) == "⟦<pad><pad>⟧</s>"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[2Jb\x07\tc\nd\x9b\r", "a[2Jb\tc\nd"),
+        ("a\u2028b\u202ec\u2066d", "abcd"),  # line breaks of their own; text that runs backwards
+        ("half \ud83d", "half "),  # cannot be encoded
+        # Invisible, and part of the text: joiners of Persian, Hindi and emoji, marks of direction, spaces.
+        *[(text, text) for text in ("می\u200cخواهم", "क\u094d\u200dष", "👩\u200d👧", "\u200fא!\u200e")],
+        *[(text, text) for text in ("10\u00a0km", "1\u202f000", "漢\u3000字", "co\u00adop", "\ue000")],
+    ],
+)
+def test_printable_text_loses_what_controls_the_terminal_and_nothing_else(text, shown):
+    assert printable(text) == shown
+    assert one_line(text) == shown.replace("\n", "").replace("\t", "")
 
 
 def test_a_text_cannot_control_the_terminal(tokenizer):

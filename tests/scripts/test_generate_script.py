@@ -22,11 +22,12 @@ def run_generate(chat_model, capsys):
 
 
 def test_every_prompt_is_continued_by_the_seed(run_generate):
-    flags = ("--prompt=one and", "--prompt=six and", "--num_samples=2", "--max_new_tokens=8")
+    flags = ("--prompt=one and", "--prompt=six\x1b\x07 and", "--num_samples=2", "--max_new_tokens=8")
     (texts, errors), (again, _), (other, _) = (
         run_generate(*flags, "--temperature=3", f"--seed={seed}") for seed in (0, 0, 1)
     )
     assert errors == ""
+    # Without the control characters: no text may change the terminal.
     assert [text.lstrip("\n")[:7] for text in texts] == ["one and", "one and", "six and", "six and"]
     assert texts[0] != texts[1]
     assert texts == again != other
