@@ -7,20 +7,25 @@ Every few steps the decode loop stops, delivers the new tokens, frees the rows o
 requests, and admits waiting ones: a compiled program prefills P prompts, another copies them into free rows.
 A completion depends only on its own prompt, sampling and seed. Sampling parameters are arrays with an entry a
 row, so that requests with different ones decode together. S and T take a few sizes, each four times the one
-before: every size compiles a program, and all requests wait while it compiles.
+before: every size compiles a program, and all requests wait while it compiles. The longest request sets S for
+all rows, so `max_length` limits the memory of the cache.
+
+Texts that are given can be scored as well (`Engine.score`): one between two chunks of decoding.
 """
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.errors import RunError
+from jaxllm.errors import DataError, RunError
 from jaxllm.models import Model, Params
 from jaxllm.rollout.collect import free_rows, refill
 from jaxllm.rollout.generate import DecodeState, check_prompts, decode_steps, prefill, resize_jit, unstack
@@ -30,6 +35,9 @@ CHUNK_STEPS = 8  # decode steps, at most, between deliveries of new tokens and a
 MIN_SLOTS = 32  # prompt positions
 GROWTH = 4  # from one size to the next
 PREFILL_BATCH = 8  # prompts prefilled together where more than one waits
+MAX_BATCHED_PROMPT = 512  # tokens; a longer prompt is prefilled alone, not with seven padded to its length
+TOP_SCORES = 20  # most likely tokens whose log-probs `Engine.score` gives
+SCORED_TOGETHER = 32  # positions whose logits are in memory at a time
 
 
 class Busy(RunError):
@@ -50,6 +58,43 @@ class Request:
     def cancel(self) -> None:
         """Stop generating: its row is free from the next chunk on."""
         self.canceled = True
+
+
+class Scores(NamedTuple):
+    """What a model makes of T given tokens: entry t is about token t after those before it, at temperature 1.
+    Entry 0 is about nothing."""
+
+    log_probs: np.ndarray  # float32 [T], nats
+    top_ids: np.ndarray  # int32 [T, TOP_SCORES], the most likely tokens first
+    top_log_probs: np.ndarray  # float32 [T, TOP_SCORES], nats
+
+
+@dataclass(eq=False)
+class ScoreRequest:
+    """Tokens to be scored."""
+
+    tokens: Sequence[int]
+    on_scores: Callable[[Scores | None], None]  # see Engine.score
+    canceled: bool = False
+
+    def cancel(self) -> None:
+        """Do not score them if that has not begun."""
+        self.canceled = True
+
+
+@partial(jax.jit, static_argnames="model")
+def score_tokens(model: Model, params: Params, tokens: jax.Array) -> tuple[jax.Array, ...]:
+    """The fields of the `Scores` of tokens[T]."""
+    hidden = model.apply(params, tokens[None]).hidden[0]
+
+    def score(position: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        hidden, token = position
+        log_probs = jax.nn.log_softmax(model.unembed(params, hidden))
+        values, ids = jax.lax.top_k(log_probs, min(TOP_SCORES, model.config.vocab_size))
+        return log_probs[token], ids, values
+
+    scored = jax.lax.map(score, (hidden, jnp.roll(tokens, -1)), batch_size=SCORED_TOGETHER)
+    return tuple(jnp.roll(each, 1, axis=0) for each in scored)
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -76,17 +121,28 @@ class Engine:
     """Completes prompts, as many at once as there are rows."""
 
     def __init__(
-        self, model: Model, params: Params, *, stop_ids: Sequence[int], rows: int = 16, max_waiting: int = 64
+        self,
+        model: Model,
+        params: Params,
+        *,
+        stop_ids: Sequence[int],
+        rows: int = 16,
+        max_waiting: int = 64,
+        max_length: int | None = None,
     ):
-        """Starts a thread. At most `max_waiting` requests wait while all `rows` are in use."""
+        """Starts a thread. At most `max_waiting` requests wait while all `rows` are in use. `max_length` is
+        the largest number of tokens of a prompt and its completion; None: the model's."""
         self.model, self.stop_ids, self.max_waiting = model, tuple(stop_ids), max_waiting
+        self.max_length = min(max_length or model.config.max_length, model.config.max_length)
         self._params, self._rows = unstack(params), rows
         self._first_slots = self._size(GROWTH * MIN_SLOTS)
         self._state = free_rows(model, jax.random.split(jax.random.key(0), rows), self._first_slots)
         self._owners: list[Request | None] = [None] * rows
         self._waiting: deque[Request] = deque()
+        self._to_score: deque[ScoreRequest] = deque()
         self._changed = threading.Condition()
-        self._closed, self._error = False, None
+        self._closed = False
+        self.error: str | None = None  # why the thread ended by itself
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -106,15 +162,34 @@ class Engine:
         Raises DataError for a prompt that the model cannot complete, and Busy.
         """
         check_prompts(self.model, [prompt], self.stop_ids, np.zeros(1))
+        self._check_length(len(prompt) + 1)
         request = Request(prompt, sampling, seed, on_tokens, delivered=len(prompt))
+        self._enqueue(self._waiting, request)
+        return request
+
+    def score(self, tokens: Sequence[int], on_scores: Callable[[Scores | None], None]) -> ScoreRequest:
+        """Score given tokens in the background. The engine's thread calls `on_scores(scores)` once, with None
+        where the engine has stopped; it must return at once. Raises DataError and Busy."""
+        if not tokens or not 0 <= min(tokens) <= max(tokens) < self.model.config.vocab_size:
+            raise DataError(f"tokens must be ids from 0 to {self.model.config.vocab_size - 1}, at least one")
+        self._check_length(len(tokens))
+        request = ScoreRequest(tokens, on_scores)
+        self._enqueue(self._to_score, request)
+        return request
+
+    def _check_length(self, length: int) -> None:
+        if length > self.max_length:
+            raise DataError(f"{length} tokens do not fit max_length={self.max_length}")
+
+    def _enqueue(self, queue: deque, request: Request | ScoreRequest) -> None:
         with self._changed:
             if self._closed:
-                raise RunError(f"the engine has stopped: {self._error or 'it was closed'}")
-            if len(self._waiting) >= self.max_waiting:
-                raise Busy(f"{len(self._waiting)} requests are waiting already: try again in a moment")
-            self._waiting.append(request)
+                raise RunError(f"the engine has stopped: {self.error or 'it was closed'}")
+            waiting = sum(not each.canceled for each in queue)
+            if waiting >= self.max_waiting:
+                raise Busy(f"{waiting} requests are waiting already: try again in a moment")
+            queue.append(request)
             self._changed.notify()
-        return request
 
     @property
     def num_requests(self) -> int:
@@ -132,17 +207,23 @@ class Engine:
         try:
             while self._await_work():
                 self._admit()
-                self._decode()
+                if any(self._owners):
+                    self._decode()
+                self._score_next()
         except BaseException as error:
-            self._error = f"{type(error).__name__}: {error}"
+            self.error = f"{type(error).__name__}: {error}"
             raise
         finally:
             with self._changed:
                 self._closed = True
                 unfinished = [owner for owner in self._owners if owner] + list(self._waiting)
+                unscored = list(self._to_score)
                 self._waiting.clear()
+                self._to_score.clear()
             for request in unfinished:
                 request.on_tokens([], "error")
+            for request in unscored:
+                request.on_scores(None)
 
     def _await_work(self) -> bool:
         """Free the rows of canceled requests and wait for work. False if the engine is closed."""
@@ -150,7 +231,9 @@ class Engine:
         if not any(self._owners) and self._state.tokens.shape[1] > self._first_slots:
             self._state = resize_jit(self._state, self._first_slots)  # outside the lock, since it may compile
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._waiting or any(self._owners))
+            self._changed.wait_for(
+                lambda: self._closed or self._waiting or self._to_score or any(self._owners)
+            )
             return not self._closed
 
     def _admit(self) -> None:
@@ -158,8 +241,12 @@ class Engine:
         free = [row for row, owner in enumerate(self._owners) if owner is None]
         with self._changed:
             self._waiting = deque(request for request in self._waiting if not request.canceled)
-            count = min(len(free), len(self._waiting), PREFILL_BATCH)
-            new = [self._waiting.popleft() for _ in range(count)]
+            first = list(self._waiting)[: min(len(free), PREFILL_BATCH)]
+            short = list(itertools.takewhile(lambda each: len(each.prompt) <= MAX_BATCHED_PROMPT, first))
+            new = short or first[:1]
+            count = len(new)
+            for _ in new:
+                self._waiting.popleft()
             for row, request in zip(free, new, strict=False):
                 self._owners[row] = request
         if not new:
@@ -169,11 +256,11 @@ class Engine:
         lengths[:count] = [len(request.prompt) for request in new]
         T = self._size(max(lengths.max(), MIN_SLOTS))
         tokens, limits, seeds = np.zeros((P, T), np.int32), lengths.copy(), np.zeros(P, np.uint32)
-        rows, longest = np.full(P, self._rows), self.model.config.max_length  # row B is dropped
+        rows = np.full(P, self._rows)  # row B is dropped
         for i, request in enumerate(new):
             tokens[i, : lengths[i]], seeds[i], rows[i] = request.prompt, request.seed, free[i]
             limit = len(request.prompt) + request.sampling.max_new_tokens  # Python ints do not overflow
-            limits[i] = min(limit, longest)
+            limits[i] = min(limit, self.max_length)
         if self._state.tokens.shape[1] < T:
             self._state = resize_jit(self._state, T)
         keys = jax.vmap(jax.random.key)(seeds)
@@ -205,12 +292,28 @@ class Engine:
         if longest == state.tokens.shape[1]:
             self._state = resize_jit(state, self._size(longest + 1))
 
+    def _score_next(self) -> None:
+        """Score the next text that waits."""
+        with self._changed:
+            while self._to_score and self._to_score[0].canceled:
+                self._to_score.popleft()
+            request = self._to_score[0] if self._to_score else None
+        if request is None:
+            return
+        count = len(request.tokens)
+        tokens = np.zeros(self._size(max(count, MIN_SLOTS)), np.int32)
+        tokens[:count] = request.tokens
+        scores = jax.device_get(score_tokens(self.model, self._params, tokens))
+        with self._changed:
+            self._to_score.popleft()  # only now: an error above is delivered to it too
+        request.on_scores(Scores(*(each[:count] for each in scores)))
+
     def _size(self, length: int) -> int:
-        """`length` rounded up to one of a few sizes, at most model.max_length."""
+        """`length` rounded up to one of a few sizes, at most max_length."""
         size = MIN_SLOTS
         while size < length:
             size *= GROWTH
-        return min(size, self.model.config.max_length)
+        return min(size, self.max_length)
 
 
 IDLE = SamplingConfig(temperature=0.0, top_k=None, top_p=None, min_p=None, max_new_tokens=1)

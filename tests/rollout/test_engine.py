@@ -12,7 +12,7 @@ import pytest
 from jaxllm.errors import DataError, RunError
 from jaxllm.models import Transformer
 from jaxllm.rollout import engine as module
-from jaxllm.rollout.engine import Busy, Engine
+from jaxllm.rollout.engine import TOP_SCORES, Busy, Engine
 from jaxllm.rollout.generate import generate, resize_jit
 from jaxllm.rollout.sampling import SamplingConfig, row_sampling, sample, sample_rows
 
@@ -163,7 +163,65 @@ def test_a_request_can_be_submitted_while_the_cache_shrinks(start, monkeypatch):
     assert listener.all()[0]
 
 
+def test_prompts_longer_than_the_limit_are_prefilled_alone(start, monkeypatch):
+    shapes = []
+
+    def prefill(model, params, tokens, *arguments):
+        shapes.append(tokens.shape)
+        return module_prefill(model, params, tokens, *arguments)
+
+    module_prefill = module.prefill
+    monkeypatch.setattr(module, "prefill", prefill)
+    monkeypatch.setattr(module, "MAX_BATCHED_PROMPT", 40)
+    engine = start(stop_ids=())
+    submit(engine, [1], replace(PLAIN, max_new_tokens=100)).next()  # the next ones wait for the end of a chunk
+    for listener in [submit(engine, [2] * n, replace(PLAIN, max_new_tokens=2)) for n in (100, 20, 110)]:
+        assert len(listener.all()[0]) == 2
+    assert sorted(shapes) == [(1, 32), (1, 32), (1, 128), (1, 128)]
+
+
+# Scoring
+
+
+def test_scores_are_the_log_probs_of_given_tokens(start, model, params):
+    prompt, greedy, scored = [5, 7, 9], replace(PLAIN, temperature=0.0), queue.Queue()
+    key = jax.random.key(0)[None]
+    made = generate(model, params, [prompt], sampling=greedy, stop_ids=STOP_IDS, keys=key)
+    engine = start()
+    busy = submit(engine, [5])  # decoding goes on beside it
+    engine.score(prompt + made.tokens[0], scored.put)
+    scores = scored.get(timeout=60)
+    assert scores.top_ids.shape == scores.top_log_probs.shape == (3 + len(made.tokens[0]), TOP_SCORES)
+    np.testing.assert_allclose(scores.log_probs[3:], made.log_probs[0], atol=1e-4)
+    np.testing.assert_array_equal(scores.top_ids[3:, 0], made.tokens[0])
+    np.testing.assert_allclose(scores.top_log_probs[3:, 0], made.log_probs[0], atol=1e-4)
+    assert (np.diff(scores.top_log_probs, axis=1) <= 0).all()
+    assert busy.all()
+
+
+@pytest.mark.parametrize("tokens", [[], [-1], [10**6], [1] * 65])
+def test_tokens_that_cannot_be_scored_are_an_error_at_once(start, tokens):
+    with pytest.raises(DataError):
+        start(max_length=64).score(tokens, print)
+
+
 # Limits, invalid prompts, closing
+
+
+def test_max_length_limits_prompt_completion_and_cache(start):
+    engine = start(stop_ids=(), max_length=128)
+    tokens, reason = submit(engine, [1] * 121, replace(PLAIN, max_new_tokens=100)).all()
+    assert (len(tokens), reason) == (7, "length")
+    assert engine._state.tokens.shape[1] == 128
+    with pytest.raises(DataError, match="129 tokens do not fit max_length=128"):
+        submit(engine, [1] * 128)
+
+
+def test_canceled_requests_do_not_count_as_waiting(start):
+    engine = start(stop_ids=(), rows=1, max_waiting=1)
+    submit(engine, [1], replace(PLAIN, max_new_tokens=200)).next()
+    submit(engine, [2]).request.cancel()
+    submit(engine, [3])
 
 
 def test_a_request_beyond_the_queue_raises_busy(start):
@@ -203,5 +261,18 @@ def test_a_failure_of_the_model_is_delivered_as_an_error(start, model, monkeypat
     engine = start(failing)
     assert submit(engine, [1]).all() == ([], "error")
     engine.close()
+    assert engine.error == "ZeroDivisionError: division by zero"
     with pytest.raises(RunError, match="ZeroDivisionError"):
         submit(engine, [1])
+    with pytest.raises(RunError, match="ZeroDivisionError"):
+        engine.score([1], print)
+
+
+def test_a_failure_while_scoring_is_delivered_to_all_that_wait(start, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(module, "score_tokens", lambda *_: 1 / 0)
+    scored, engine = queue.Queue(), start()
+    engine.score([1, 2], scored.put)
+    assert scored.get(timeout=60) is None
+    engine.close()
+    assert engine.error == "ZeroDivisionError: division by zero"
