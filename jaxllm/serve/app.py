@@ -2,29 +2,34 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from jaxllm.data.show import one_line
 from jaxllm.rollout.sampling import SamplingConfig
-from jaxllm.serve import openai_api
+from jaxllm.serve import openai_api, openai_responses
 from jaxllm.serve.comparison_queue import ChoiceError, ComparisonQueue, Offer
 from jaxllm.serve.errors import ApiError, AsciiJSONResponse
 from jaxllm.serve.guard import COOKIE, Guard, cookie_of, same
+from jaxllm.serve.openai_api import CompletionRequest
 from jaxllm.serve.pair_generator import PairGenerator
 from jaxllm.serve.preferences import CHOICES
-from jaxllm.serve.served_model import ServedModel, gather
+from jaxllm.serve.raters import near_names, normalized
+from jaxllm.serve.served_model import ServedModel
 
 T = TypeVar("T")
 
 MAX_BODY = 1 << 20  # bytes
+MAX_LOGIN_BODY = 1 << 12  # the one body that is read from clients without the token
+BODY_SECONDS = 20.0  # less than connections.REQUEST_SECONDS, which closes the connection without a word
 MAX_NAME_LENGTH = 40  # characters of a rater's name
 PAGE = Path(__file__).parent / "page"
 MEDIA_TYPES = {"index.html": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
@@ -45,7 +50,9 @@ def build_app(
     routes = [
         *(page_route("/" if name == "index.html" else f"/{name}", PAGE / name) for name in MEDIA_TYPES),
         Route("/v1/models", handlers.models),
+        Route("/v1/models/{name:path}", handlers.model),  # names may contain slashes
         Route("/v1/chat/completions", handlers.chat, methods=["POST"]),
+        Route("/v1/completions", handlers.text, methods=["POST"]),
         Route("/api/login", handlers.login, methods=["POST"]),
         Route("/api/state", handlers.state),
         Route("/api/next", handlers.next, methods=["POST"]),
@@ -93,26 +100,28 @@ class Handlers:
 
     async def models(self, _: Request) -> Response:
         """OpenAI's list of models, with the path of each checkpoint added."""
-        fields = {"object": "model", "created": 0, "owned_by": "jaxllm"}
-        models = [
-            {"id": name, **fields, "path": model.checkpoint["path"]} for name, model in self.served.items()
-        ]
-        return AsciiJSONResponse({"object": "list", "data": models})
+        return AsciiJSONResponse({"object": "list", "data": list(map(described, self.served.values()))})
+
+    async def model(self, request: Request) -> Response:
+        return AsciiJSONResponse(described(openai_api.find_model(request.path_params["name"], self.served)))
 
     async def chat(self, request: Request) -> Response:
+        return await self.complete(request, openai_api.read_chat)
+
+    async def text(self, request: Request) -> Response:
+        return await self.complete(request, openai_api.read_text)
+
+    async def complete(self, request: Request, read: Callable[..., CompletionRequest]) -> Response:
         body = await read_json(request)
         # In a thread, because a Jinja template takes seconds to render a thousand messages.
-        asked = await asyncio.to_thread(openai_api.read_request, body, self.served, self.sampling)
-        model, prompt = asked.model, asked.prompt
+        asked = await asyncio.to_thread(read, body, self.served, self.sampling)
         if asked.stream:
-            chunks = model.stream(prompt, asked.sampling, asked.seed, asked.stop)
-            return StreamingResponse(openai_api.events(asked, chunks), media_type="text/event-stream")
-        seeds = [(asked.seed + i) % 2**32 for i in range(asked.n)]
-        work = gather(model.generate(prompt, asked.sampling, seed, asked.stop) for seed in seeds)
-        return AsciiJSONResponse(openai_api.response(asked, await while_connected(request, work)))
+            return openai_responses.EventStream(asked)
+        choices = await while_connected(request, openai_responses.complete(asked))
+        return AsciiJSONResponse(await asyncio.to_thread(openai_responses.response, asked, choices))
 
     async def login(self, request: Request) -> Response:
-        token = (await read_json(request)).get("token")
+        token = (await read_json(request, MAX_LOGIN_BODY)).get("token")
         if self.token is not None and not (isinstance(token, str) and same(token, self.token)):
             raise ApiError(401, "wrong token", "token", "token")
         response = AsciiJSONResponse({})
@@ -121,9 +130,11 @@ class Handlers:
         return response
 
     async def state(self, request: Request) -> Response:
-        rater = request.query_params.get("rater", "")
+        """The progress; and for a name without choices, the known names that it may be a misspelling of."""
+        rater = normalized(request.query_params.get("rater", ""))
         progress = await asyncio.to_thread(self.queue.progress, rater)
-        return AsciiJSONResponse({"progress": progress})
+        near = near_names(rater, await asyncio.to_thread(lambda: self.queue.raters))
+        return AsciiJSONResponse({"progress": progress, "near": near})
 
     async def next(self, request: Request) -> Response:
         """The rater's next comparison; of answers to the body's `prompt`, if there is one."""
@@ -171,13 +182,23 @@ class Handlers:
         return AsciiJSONResponse({"offer": shown, "progress": progress})
 
 
-async def read_json(request: Request) -> dict[str, Any]:
-    """The JSON object in the request's body; reads at most MAX_BODY bytes."""
-    content = b""
-    async for part in request.stream():
-        content += part
-        if len(content) > MAX_BODY:
-            raise ApiError(413, f"the request's body is larger than {MAX_BODY} bytes")
+def described(model: ServedModel) -> dict[str, Any]:
+    """OpenAI's description of a model, with the path of its checkpoint."""
+    fields = {"object": "model", "created": 0, "owned_by": "jaxllm"}
+    return {"id": model.name, **fields, "path": model.checkpoint["path"]}
+
+
+async def read_json(request: Request, limit: int = MAX_BODY) -> dict[str, Any]:
+    """The JSON object in the request's body, of at most `limit` bytes, which must arrive in BODY_SECONDS."""
+    content = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                content += part
+                if len(content) > limit:
+                    raise ApiError(413, f"the request's body is larger than {limit} bytes")
+    except TimeoutError:
+        raise ApiError(408, f"the request's body did not arrive within {BODY_SECONDS:g} seconds") from None
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -188,10 +209,11 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 
 def read_rater(body: Mapping[str, Any]) -> str:
+    """The rater's normalized name."""
     rater = body.get("rater")
-    name = rater.strip() if isinstance(rater, str) else ""
-    if not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
-        raise ApiError(400, f"rater must be a name of 1 to {MAX_NAME_LENGTH} characters", "rater")
+    name = normalized(rater) if isinstance(rater, str) and one_line(rater) == rater else ""
+    if not 0 < len(name) <= MAX_NAME_LENGTH:
+        raise ApiError(400, f"rater must be a name of 1 to {MAX_NAME_LENGTH} characters on one line", "rater")
     return name
 
 

@@ -13,6 +13,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from jaxllm.serve.preferences import Choice, PreferenceFile
+from jaxllm.serve.raters import normalized
 
 LEASE = 900.0  # seconds until a pair shown to a rater who made no choice goes to another
 
@@ -76,7 +77,7 @@ class ChoiceError(Exception):
 
 
 class ComparisonQueue:
-    """All comparisons with the choices that raters made. Thread-safe."""
+    """All comparisons with the choices that raters made, by their normalized names. Thread-safe."""
 
     def __init__(self, file: PreferenceFile, prompts: Iterable[Messages], raters_per_pair: int):
         """Resumes from the file: its prompts are not used again, and its comparisons wait for the raters
@@ -88,7 +89,7 @@ class ComparisonQueue:
         for row in file.rows:
             comparison = self.comparisons.setdefault(row["comparison"], comparison_of(row))
             if not edited(comparison, row):
-                comparison.labels[row["rater"]] = label(comparison, row)
+                comparison.labels[normalized(row["rater"])] = label(comparison, row)
         seen = {json.dumps(comparison.prompt) for comparison in self.comparisons.values()}
         self.prompts = [prompt for prompt in unique(prompts) if json.dumps(prompt) not in seen]
         self.in_progress = 0  # prompts whose answers are being generated
@@ -148,7 +149,7 @@ class ComparisonQueue:
                 row = next((row for row in reversed(self.file.rows) if row["id"] == id), None)
                 if row is None:
                     raise ChoiceError("this comparison is no longer open; the next one is shown")
-                if (row["rater"], row["choice"]) != (rater, choice):
+                if (normalized(row["rater"]), row["choice"]) != (rater, choice):
                     raise ChoiceError("another choice was already made here; use undo to change the last one")
                 return
             row = offer.row(choice)
@@ -159,7 +160,8 @@ class ComparisonQueue:
     def undo(self, rater: str) -> Offer:
         """Removes this rater's last choice and offers them the same comparison again, in the same order."""
         with self.lock:
-            row = next((row for row in reversed(self.file.rows) if row["rater"] == rater), None)
+            mine = (row for row in reversed(self.file.rows) if normalized(row["rater"]) == rater)
+            row = next(mine, None)
             if row is None:
                 raise ChoiceError("you have no choice to undo")
             comparison = self.comparisons[row["comparison"]]
@@ -172,6 +174,12 @@ class ComparisonQueue:
             first = comparison.answers.index(row["answers"][0])
             self.offers[rater] = Offer(comparison, rater, (first, 1 - first))
             return self.offers[rater]
+
+    @property
+    def raters(self) -> set[str]:
+        """Everybody who has made a choice."""
+        with self.lock:
+            return {normalized(row["rater"]) for row in self.file.rows}
 
     def progress(self, rater: str) -> dict[str, Any]:
         """Choices by this rater (`mine`), `done` of those wanted (`of`), rows in the file, and agreement."""

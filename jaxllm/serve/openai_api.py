@@ -1,103 +1,202 @@
-"""OpenAI's chat completions API: checks requests and shapes responses.
+"""Requests of OpenAI's API, /v1/chat/completions and /v1/completions: reads and checks every field.
 
-Fields that cannot be honored are an error, except those that never change the completion (IGNORED) and those
-whose value has no effect (NO_EFFECT, null, false, 0, "", [] and {}).
+A field that cannot be honored is an error, except where it never changes the completion (IGNORED), is null,
+or has a value that asks for nothing (NEUTRAL; 0 and false do not always: a repetition penalty's is 1).
 """
 
-import json
 import math
 import secrets
-import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxllm.data.messages import client_messages
 from jaxllm.data.sources import BadRow
 from jaxllm.errors import ConfigError
+from jaxllm.rollout.engine import TOP_SCORES
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.serve.errors import ApiError
-from jaxllm.serve.served_model import Chunk, ServedModel
+from jaxllm.serve.served_model import ServedModel
 
 MAX_CHOICES = 16  # largest `n`
-MAX_STOPS = 4
+MAX_PROMPTS = 256
+MAX_STOPS = 16  # OpenAI's is 4; evaluations of code send more
 MAX_STOP_LENGTH = 256  # characters; every chunk is compared with each beginning of a stop text
-SUPPORTED = {
+COMMON = {
     "model",
-    "messages",
     "temperature",
     "top_p",
     "top_k",
     "min_p",
     "max_tokens",
-    "max_completion_tokens",
     "seed",
     "stop",
     "n",
     "stream",
     "stream_options",
 }
+CHAT = COMMON | {"messages", "max_completion_tokens", "logprobs", "top_logprobs"}
+TEXT = COMMON | {"prompt", "logprobs", "echo"}
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-NO_EFFECT = {"response_format": ({"type": "text"},), "tool_choice": ("none", "auto")}
+NEUTRAL = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "typical_p": (1,),
+    "logit_bias": ({},),
+    "best_of": (1,),
+    "suffix": ("",),
+    "echo": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+}
 
 
 @dataclass(frozen=True)
-class ChatRequest:
+class CompletionRequest:
     """A request after checking."""
 
+    chat: bool  # of /v1/chat/completions
     model: ServedModel
-    prompt: list[int]
+    prompts: list[list[int]]  # token ids; one of a chat
     sampling: SamplingConfig
+    max_tokens: int  # of a completion; 0: generate nothing and score the prompt
     seed: int
     stop: tuple[str, ...]
-    n: int
+    n: int  # completions of each prompt
     stream: bool
     include_usage: bool
+    top_logprobs: int | None  # most likely tokens listed for each; None: no log-probs
+    echo: bool = False  # the prompt is part of the text
+
+    @property
+    def choices(self) -> list[tuple[list[int], int]]:
+        """Prompt and seed of each completion, in the order of the response's `index`."""
+        prompts = [prompt for prompt in self.prompts for _ in range(self.n)]
+        return [(prompt, (self.seed + i) % 2**32) for i, prompt in enumerate(prompts)]
 
 
-def read_request(
+def read_chat(
     body: Mapping[str, Any], models: Mapping[str, ServedModel], sampling: SamplingConfig
-) -> ChatRequest:
-    """Checks every field; ApiError names the one that is wrong. The first of `models` and `sampling` are the
-    defaults."""
+) -> CompletionRequest:
+    """A request of /v1/chat/completions; ApiError names the field that is wrong. The first of `models` and
+    `sampling` are the defaults."""
+    check_fields(body, CHAT)
+    limit = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
+    max_tokens = number(body, limit, sampling.max_new_tokens, low=1, integer=True)
+    model, top = find_model(body.get("model"), models), None
+    if flag(body, "logprobs"):
+        top = number(body, "top_logprobs", 0, high=TOP_SCORES, integer=True)
+    elif body.get("top_logprobs"):
+        raise ApiError(400, "top_logprobs requires logprobs: true", "top_logprobs")
+    fields = common_fields(body, sampling, max_tokens, top)
+    prompts = [model.encode(read_messages(body.get("messages")), max_tokens)]
+    return CompletionRequest(chat=True, model=model, prompts=prompts, **fields)
+
+
+def read_text(
+    body: Mapping[str, Any], models: Mapping[str, ServedModel], sampling: SamplingConfig
+) -> CompletionRequest:
+    """A request of /v1/completions, likewise."""
+    check_fields(body, TEXT)
+    max_tokens = number(body, "max_tokens", sampling.max_new_tokens, integer=True)
+    model = find_model(body.get("model"), models)
+    top, echo = number(body, "logprobs", None, high=TOP_SCORES, integer=True), flag(body, "echo")
+    fields = common_fields(body, sampling, max_tokens, top)
+    prompts = [model.encode_text(prompt, max_tokens) for prompt in read_prompts(body.get("prompt"))]
+    return CompletionRequest(chat=False, model=model, prompts=prompts, echo=echo, **fields)
+
+
+def check_fields(body: Mapping[str, Any], supported: set[str]) -> None:
+    """ApiError, in OpenAI's words, for a field that asks for what this server cannot do."""
     for name, value in body.items():
-        allowed = (None, False, 0, "", [], {}, *NO_EFFECT.get(name, ()))
-        if name not in SUPPORTED | IGNORED and value not in allowed:
-            raise ApiError(400, f"{name} is not supported", name)
-    name = body.get("model") or next(iter(models))
+        if value is None or name in supported | IGNORED or value in NEUTRAL.get(name, ()):
+            continue
+        if name == "response_format" and isinstance(value, Mapping):
+            kind = value.get("type")
+            raise ApiError(
+                400,
+                f"Invalid parameter: 'response_format' of type {kind!r} is not supported with this model.",
+                name,
+                "unsupported_value",
+            )
+        raise ApiError(
+            400,
+            f"Unsupported parameter: {name!r} is not supported with this model.",
+            name,
+            "unsupported_parameter",
+        )
+
+
+def find_model(name: Any, models: Mapping[str, ServedModel]) -> ServedModel:
+    """The model that a request names; the first of `models` where it names none."""
+    name = next(iter(models)) if name is None else name
     if not isinstance(name, str) or name not in models:
         raise ApiError(
             404, f"model {name!r} does not exist; use one of {', '.join(models)}", "model", "model_not_found"
         )
-    limit = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
-    sampling = replace(
-        sampling, max_new_tokens=number(body, limit, sampling.max_new_tokens, low=1, integer=True)
-    )
+    return models[name]
+
+
+def common_fields(
+    body: Mapping[str, Any], sampling: SamplingConfig, max_tokens: int, top_logprobs: int | None
+) -> dict[str, Any]:
+    """The fields of CompletionRequest that both kinds of requests read alike."""
+    top_k = number(body, "top_k", sampling.top_k, low=-1, integer=True)
     try:
         sampling = replace(
             sampling,
+            max_new_tokens=max(max_tokens, 1),
             temperature=number(body, "temperature", sampling.temperature, high=2),
             top_p=number(body, "top_p", sampling.top_p, high=1),
-            top_k=number(body, "top_k", sampling.top_k, low=1, integer=True),
+            top_k=None if top_k in (0, -1) else top_k,
             min_p=number(body, "min_p", sampling.min_p, high=1),
         )
     except ConfigError as error:
         raise ApiError(400, str(error), str(error).removeprefix("sampling.").partition("=")[0]) from None
-    model, stream = models[name], flag(body, "stream")
-    n = number(body, "n", 1, low=1, high=MAX_CHOICES, integer=True)
-    if stream and n > 1:
-        raise ApiError(400, "n must be 1 where stream is true", "n")
-    return ChatRequest(
-        model,
-        model.encode(read_messages(body.get("messages")), sampling.max_new_tokens),
-        sampling,
-        seed=number(body, "seed", secrets.randbits(32), high=2**32 - 1, integer=True),
-        stop=read_stop(body.get("stop")),
-        n=n,
-        stream=stream,
-        include_usage=flag(body.get("stream_options") or {}, "include_usage"),
-    )
+    stream, options = flag(body, "stream"), body.get("stream_options")
+    if stream and top_logprobs is not None:
+        raise ApiError(400, "logprobs are not supported where stream is true", "logprobs")
+    return {
+        "top_logprobs": top_logprobs,
+        "sampling": sampling,
+        "max_tokens": max_tokens,
+        "seed": number(body, "seed", secrets.randbits(32), high=2**32 - 1, integer=True),
+        "stop": read_stop(body.get("stop")),
+        "n": number(body, "n", 1, low=1, high=MAX_CHOICES, integer=True),
+        "stream": stream,
+        "include_usage": flag({} if options is None else options, "include_usage"),
+    }
+
+
+def read_prompts(value: Any) -> list[str | list[int]]:
+    """The prompts of a text request: a string, a list of strings, token ids, or a list of lists of them."""
+
+    def is_prompt(prompt: Any) -> bool:
+        ids = prompt if isinstance(prompt, list) and prompt else [None]
+        return isinstance(prompt, str) or all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+
+    prompts = [value] if is_prompt(value) else value
+    if not isinstance(prompts, list) or not prompts or not all(map(is_prompt, prompts)):
+        raise ApiError(
+            400, "prompt must be a string, a list of strings, token ids, or a list of lists of them", "prompt"
+        )
+    if len(prompts) > MAX_PROMPTS:
+        raise ApiError(400, f"prompt has {len(prompts)} prompts; at most {MAX_PROMPTS} are allowed", "prompt")
+    return prompts
 
 
 def number(
@@ -141,7 +240,7 @@ def read_messages(value: Any) -> list[dict[str, Any]]:
 
 
 def read_stop(value: Any) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value or []
+    texts = [value] if isinstance(value, str) else [] if value is None else value
     if (
         not isinstance(texts, list)
         or len(texts) > MAX_STOPS
@@ -154,55 +253,3 @@ def read_stop(value: Any) -> tuple[str, ...]:
             "stop",
         )
     return tuple(texts)
-
-
-def usage(request: ChatRequest, tokens: int) -> dict[str, int]:
-    prompt = len(request.prompt)
-    return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
-
-
-def response(request: ChatRequest, completions: list[Chunk]) -> dict[str, Any]:
-    """The response of a request that is not streamed."""
-    choices = [
-        {
-            "index": i,
-            "message": {"role": "assistant", "content": completion.text},
-            "finish_reason": completion.finish_reason,
-            "logprobs": None,
-        }
-        for i, completion in enumerate(completions)
-    ]
-    return {
-        **envelope(request, "chat.completion"),
-        "choices": choices,
-        "usage": usage(request, sum(completion.tokens for completion in completions)),
-    }
-
-
-async def events(request: ChatRequest, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[str, None]:
-    """Server-sent events. An error is an event too, because the HTTP status has already been sent."""
-    head = {**envelope(request, "chat.completion.chunk"), "choices": []}
-    tokens = 0
-
-    def event(delta: dict[str, str], finish_reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
-
-    yield event({"role": "assistant", "content": ""})
-    try:
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                tokens += chunk.tokens
-                yield event({"content": chunk.text} if chunk.text else {}, chunk.finish_reason)
-    except ApiError as error:
-        yield f"data: {bytes(error.response().body).decode()}\n\n"
-        return
-    if request.include_usage:
-        yield f"data: {json.dumps({**head, 'usage': usage(request, tokens)})}\n\n"
-    yield "data: [DONE]\n\n"
-
-
-def envelope(request: ChatRequest, kind: str) -> dict[str, Any]:
-    """What responses and events have in common."""
-    name = f"chatcmpl-{secrets.token_hex(12)}"
-    return {"id": name, "object": kind, "created": int(time.time()), "model": request.model.name}

@@ -97,4 +97,5 @@ def own_row(line: bytes) -> dict[str, Any] | None:
     fields = {"id", "comparison", "prompt", "answers", "choice", "rater", "seeds", "sampling", "checkpoints"}
     if row is None or not fields <= row.keys() or row["choice"] not in CHOICES:
         return None
-    return row if isinstance(row["answers"], list) and len(row["answers"]) == 2 else None
+    whole = isinstance(row["answers"], list) and len(row["answers"]) == 2 and isinstance(row["rater"], str)
+    return row if whole else None

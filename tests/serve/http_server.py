@@ -42,8 +42,8 @@ class Client:
     def chat_text(self, **body):
         return self.chat(**body)[1]["choices"][0]["message"]["content"]
 
-    def stream(self, **body):
-        _, text, headers = self.send("POST", "/v1/chat/completions", {**REQUEST, **body, "stream": True})
+    def stream(self, path="/v1/chat/completions", request=REQUEST, **body):
+        _, text, headers = self.send("POST", path, {**request, **body, "stream": True})
         assert headers["content-type"].startswith("text/event-stream")
         events = text.removesuffix("\n\n").split("\n\n")
         assert events.pop() == "data: [DONE]"

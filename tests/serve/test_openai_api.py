@@ -1,18 +1,23 @@
 """OpenAI's API over HTTP: completions, streaming, stop texts, checked fields, clients that disconnect."""
 
+import asyncio
 import http.client
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jax
 import pytest
 from http_server import LONE_SURROGATE, PROMPTS, REQUEST, SAMPLING, fixed_text, serving
+from starlette.requests import ClientDisconnect
 
-from jaxllm.rollout.engine import Busy
+from jaxllm.rollout.engine import Busy, Request
 from jaxllm.rollout.generate import generate
 from jaxllm.runs.checkpoints import checkpoint_template, load_checkpoint
-from jaxllm.serve.served_model import partial_stop
+from jaxllm.serve import openai_responses
+from jaxllm.serve.openai_api import read_chat
+from jaxllm.serve.served_model import CompletionStream, partial_stop
 
 
 def test_a_completion_equals_that_of_generate_streamed_or_not(client, model, chat_model):
@@ -78,6 +83,17 @@ def test_models_are_listed_by_name_with_their_paths(client, chat_model):
     assert model["path"] == str(chat_model / "checkpoints" / "30")
     assert client.chat(model="chat")[0] == 200
     assert client.chat(model=str(chat_model))[0] == 404
+    status, text, _ = client.send("GET", "/v1/models/chat")
+    assert (status, json.loads(text)) == (200, model)
+
+
+def test_one_model_is_described_by_its_name_with_slashes_or_not(model, tmp_path):
+    best = fixed_text(model, "Yes.")._replace(name="chat/best")
+    with serving([best], tmp_path / "a.jsonl") as client:
+        for path in ("/v1/models/chat/best", "/v1/models/chat%2Fbest"):
+            assert json.loads(client.send("GET", path)[1])["id"] == "chat/best"
+        status, text, _ = client.send("GET", "/v1/models/chat")
+    assert (status, json.loads(text)["error"]["code"]) == (404, "model_not_found")
 
 
 @pytest.mark.parametrize(
@@ -104,16 +120,32 @@ def test_models_are_listed_by_name_with_their_paths(client, chat_model):
         ({"seed": 2**32}, 400, "seed"),
         ({"stop": [""]}, 400, "stop"),
         ({"stop": 3}, 400, "stop"),
-        ({"stop": list("abcde")}, 400, "stop"),
+        ({"stop": ["a"] * 17}, 400, "stop"),
+        ({"stop": False}, 400, "stop"),
+        ({"stop": ""}, 400, "stop"),
         ({"stop": "x" * 257}, 400, "stop"),
         ({"n": 99}, 400, "n"),
-        ({"n": 2, "stream": True}, 400, "n"),
+        ({"n": 0}, 400, "n"),
+        ({"model": ""}, 404, "model"),
+        ({"model": 0}, 404, "model"),
+        ({"top_k": -2}, 400, "top_k"),
+        # 0 and false are not neutral where 1 and true are.
+        ({"repetition_penalty": 0}, 400, "repetition_penalty"),
+        ({"length_penalty": 0.0}, 400, "length_penalty"),
+        ({"skip_special_tokens": False}, 400, "skip_special_tokens"),
+        ({"unknown": False}, 400, "unknown"),
+        ({"unknown": 0}, 400, "unknown"),
+        ({"stream_options": 0}, 400, "include_usage"),
+        ({"stream_options": []}, 400, "include_usage"),
+        ({"logprobs": 1}, 400, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+        ({"top_logprobs": 2}, 400, "top_logprobs"),
+        ({"logprobs": True, "stream": True}, 400, "logprobs"),
         ({"stream": "yes"}, 400, "stream"),
         ({"stream_options": 3}, 400, "include_usage"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"tool_choice": "required"}, 400, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
-        ({"logprobs": True}, 400, "logprobs"),
         ({LONE_SURROGATE: 1}, 400, LONE_SURROGATE),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
     ],
@@ -129,11 +161,205 @@ def test_a_bad_field_is_named(client, change, status, field):
     [
         {"user": "ann", "frequency_penalty": 0, "tools": [], "logprobs": False, "top_p": None},
         {"response_format": {"type": "text"}, "tool_choice": "none"},
-        {"tool_choice": "auto"},
+        {"tool_choice": "auto", "parallel_tool_calls": True},
+        {"parallel_tool_calls": False, "repetition_penalty": 1.0, "presence_penalty": 0.0, "logit_bias": {}},
+        {"top_k": 0},
+        {"top_k": -1, "min_p": 0, "top_p": 1},
+        # Clients send every field that they know, most of them null.
+        {"temperature": None, "stop": None, "n": None, "stream": None, "stream_options": None, "seed": 7},
+        {"model": None, "max_tokens": None, "response_format": None, "tools": None, "unknown": None},
+        {"logprobs": None, "top_logprobs": None, "top_k": None, "min_p": None},
     ],
 )
 def test_fields_without_an_effect_are_allowed(client, fields):
-    assert client.chat(**fields)[0] == 200
+    plain = client.chat_text(seed=7)
+    assert client.chat_text(**fields) == plain
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_json_mode_is_declined_in_openais_words(client, kind):
+    _, body = client.chat(response_format={"type": kind})
+    assert body["error"] == {
+        "message": f"Invalid parameter: 'response_format' of type '{kind}' is not supported with this model.",
+        "type": "invalid_request_error",
+        "param": "response_format",
+        "code": "unsupported_value",
+    }
+    _, body = client.chat(tools=[{"type": "function"}])
+    assert body["error"]["message"] == "Unsupported parameter: 'tools' is not supported with this model."
+    assert body["error"]["code"] == "unsupported_parameter"
+
+
+# Stop texts, several completions, log-probs
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown", "counted"),
+    [
+        ("one, two, three, four", ["two"], "one, ", "one, two"),
+        ("one, two, three, four", [", t"], "one", "one, t"),
+        # Of two stop texts, the one that is complete first, however many tokens arrive together.
+        ("one, two, three", ["one, two, three", "two"], "one, ", "one, two"),
+        ("one, two", ["seven"], "one, two", "one, two"),
+    ],
+)
+def test_tokens_after_a_stop_text_are_neither_sent_nor_counted(model, text, stop, shown, counted):
+    tokens = model.tokenizer.encode(text)
+    assert len(tokens) > 2
+
+    async def read(pieces):
+        queue = asyncio.Queue()
+        for piece in pieces[:-1]:
+            queue.put_nowait((piece, None))
+        queue.put_nowait((pieces[-1], "length"))
+        request = Request([1], SAMPLING, 0, print, 1)
+        chunks = [chunk async for chunk in CompletionStream(queue, request, model.tokenizer, stop, True)]
+        assert request.canceled
+        return "".join(chunk.text for chunk in chunks), [i for chunk in chunks for i in chunk.tokens]
+
+    for pieces in ([tokens], [[token] for token in tokens]):
+        content, counted_tokens = asyncio.run(read(pieces))
+        assert content == shown
+        decoded = model.tokenizer.decode(counted_tokens)
+        assert decoded.startswith(counted)
+        assert not model.tokenizer.decode(counted_tokens[:-1]).startswith(counted)
+
+
+def test_several_completions_are_streamed_together(client):
+    _, whole = client.chat(n=3)
+    events = client.stream(n=3, stream_options={"include_usage": True})
+    assert events[-1]["usage"] == whole["usage"]
+    chunks = [event["choices"][0] for event in events[:-1]]
+    for choice in whole["choices"]:
+        mine = [chunk for chunk in chunks if chunk["index"] == choice["index"]]
+        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
+        text = "".join(chunk["delta"].get("content", "") for chunk in mine)
+        assert text == choice["message"]["content"]
+        reasons = [chunk["finish_reason"] for chunk in mine]
+        assert reasons == [None] * (len(mine) - 1) + [choice["finish_reason"]]
+
+
+@pytest.fixture(scope="module")
+def generated(model):
+    """A prompt with its greedy completion, and the log-probs of its tokens."""
+    greedy = replace(SAMPLING, temperature=0.0)
+    prompt, engine = model.template.prompt(REQUEST["messages"]), model.engine
+    keys, stop_ids = jax.random.key(7)[None], model.template.stop_ids
+    made = generate(engine.model, engine._params, [prompt], sampling=greedy, stop_ids=stop_ids, keys=keys)
+    return prompt, made.tokens[0], made.log_probs[0]
+
+
+def test_a_chat_has_the_log_probs_of_its_tokens(client, model, generated):
+    _, tokens, log_probs = generated
+    choice = client.chat(temperature=0, logprobs=True, top_logprobs=3)[1]["choices"][0]
+    content = choice["logprobs"]["content"]
+    texts = [entry["token"] for entry in content]
+    assert "".join(texts).lstrip() == choice["message"]["content"]
+    assert tokens[-1] == model.tokenizer.special_ids["<|end|>"], "the stop token is not part of the text"
+    assert [entry["logprob"] for entry in content] == pytest.approx(log_probs[:-1].tolist(), abs=1e-4)
+    for entry in content:
+        assert bytes(entry["bytes"]).decode() == entry["token"]
+        first = entry["top_logprobs"][0]
+        assert (len(entry["top_logprobs"]), first["token"], first["logprob"]) == (
+            3,
+            entry["token"],
+            entry["logprob"],
+        )
+    plain = client.chat(temperature=0, logprobs=True)[1]["choices"][0]["logprobs"]["content"]
+    assert [entry["top_logprobs"] for entry in plain] == [[]] * len(content)
+    cut = client.chat(temperature=0, logprobs=True, stop=[texts[-1]])[1]["choices"][0]
+    assert [entry["token"] for entry in cut["logprobs"]["content"]] == texts[: texts.index(texts[-1])]
+
+
+# /v1/completions
+
+TEXT = "/v1/completions"
+
+
+def scored(choice, context):
+    """What lm-eval's local-completions makes of a choice: the sum over what follows the context, and whether
+    it is the greedy continuation. Its last token is the generated one."""
+    log_probs = choice["logprobs"]["token_logprobs"][context:-1]
+    tops = choice["logprobs"]["top_logprobs"][context:-1]
+    greedy = all(value == max(top.values()) for value, top in zip(log_probs, tops, strict=True))
+    return sum(log_probs), greedy
+
+
+def test_given_continuations_are_scored_as_lm_eval_does(client, generated):
+    prompt, tokens, log_probs = generated
+    other = [*tokens[:-1], 5]
+    fields = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234}
+    status, body = client.post(TEXT, {"prompt": [prompt + tokens, prompt + other], **fields})
+    assert status == 200
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    right, wrong = (scored(choice, len(prompt)) for choice in body["choices"])
+    assert right == (pytest.approx(float(log_probs.sum()), abs=1e-3), True)
+    assert wrong[0] < right[0]
+    assert not wrong[1]
+    for choice in body["choices"]:
+        log_probs = choice["logprobs"]
+        assert (log_probs["token_logprobs"][0], log_probs["top_logprobs"][0]) == (None, None)
+        assert {len(each) for each in log_probs.values()} == {len(prompt) + len(tokens) + 1}
+    _, only = client.post(TEXT, {"prompt": prompt + tokens, **fields, "max_tokens": 0})
+    alone, first = (each["choices"][0]["logprobs"]["token_logprobs"] for each in (only, body))
+    assert alone == first[:-1]
+    assert only["usage"]["completion_tokens"] == 0
+
+
+def test_a_text_is_continued_after_bos_and_token_ids_as_they_are(client, model):
+    text, tokenizer = "one and two?", model.tokenizer
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    fields = {"temperature": 0, "max_tokens": 4, "logprobs": 0}
+    status, body = client.post(TEXT, {"prompt": text, **fields})
+    assert (status, body["object"], body["model"]) == (200, "text_completion", "chat")
+    (choice,) = body["choices"]
+    assert client.post(TEXT, {"prompt": ids, **fields})[1]["choices"] == [choice]
+    assert body["usage"]["prompt_tokens"] == len(ids)
+    assert choice["logprobs"]["top_logprobs"] is None
+    both = client.post(TEXT, {"prompt": [text, text], **fields, "echo": True, "n": 2})[1]["choices"]
+    assert [each["index"] for each in both] == [0, 1, 2, 3]
+    assert {each["text"] for each in both} == {text + choice["text"]}
+    log_probs = both[0]["logprobs"]
+    assert log_probs["tokens"][0] == "<s>"
+    assert "".join(log_probs["tokens"][1:]).startswith(text)
+    for token, at in zip(log_probs["tokens"][1 : len(ids)], log_probs["text_offset"][1:], strict=False):
+        assert text.startswith(token, at)
+    events = client.stream(TEXT, {"prompt": text}, temperature=0, max_tokens=4, echo=True)
+    assert "".join(event["choices"][0]["text"] for event in events) == text + choice["text"]
+
+
+def test_a_token_that_is_no_text_has_a_name_of_its_own(model):
+    tokenizer = model.tokenizer
+    first, *_ = tokenizer.encode("\U0001f642")  # a smile, as bytes
+    entries = {tokenizer.bos_id: -1.0, first: -2.0, tokenizer.encode("a")[0]: -3.0}
+    assert openai_responses.by_text(tokenizer, entries) == {"<s>": -1.0, "bytes:\\xf0": -2.0, "a": -3.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [10**9]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": ["a"] * 257}, "prompt"),
+        ({"prompt": "one " * 99}, "prompt"),
+        ({"prompt": [1] * 64, "max_tokens": 1}, "prompt"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"echo": "yes"}, "echo"),
+        ({"suffix": "end"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_a_bad_field_of_a_text_request_is_named(client, change, field):
+    status, body = client.post(TEXT, {"prompt": "one", **change})
+    assert (status, body["error"]["param"]) == (400, field)
 
 
 class SlowTemplate:
@@ -190,6 +416,24 @@ def test_a_client_that_disconnects_frees_its_row(model, tmp_path, stream):
         slow.engine.resume.set()
 
 
+def test_a_stream_that_ends_before_its_first_event_frees_its_rows(model):
+    slow = fixed_text(model, "Yes, one two three four five six.")
+    slow.engine.resume.clear()
+
+    async def disconnected(*_):
+        raise OSError("the client has gone")
+
+    async def respond():
+        request = read_chat({**REQUEST, "n": 2}, {"chat": slow}, SAMPLING)
+        response = openai_responses.EventStream(request)
+        with pytest.raises(ClientDisconnect):
+            await response({"type": "http", "asgi": {"spec_version": "2.4"}}, disconnected, disconnected)
+
+    asyncio.run(respond())
+    assert slow.engine.cancelled.is_set()
+    slow.engine.resume.set()
+
+
 class OneRequestEngine:
     """An engine that accepts one request and never generates anything for it."""
 
@@ -208,7 +452,12 @@ class OneRequestEngine:
 
 @pytest.mark.parametrize(
     ("path", "body"),
-    [("/v1/chat/completions", {**REQUEST, "n": 2}), ("/api/next", {"rater": "ann", "prompt": "Well?"})],
+    [
+        ("/v1/chat/completions", {**REQUEST, "n": 2}),
+        ("/v1/chat/completions", {**REQUEST, "n": 2, "stream": True}),
+        ("/v1/completions", {"prompt": ["one", "two"]}),
+        ("/api/next", {"rater": "ann", "prompt": "Well?"}),
+    ],
 )
 def test_where_one_of_several_completions_fails_the_others_are_cancelled(model, tmp_path, path, body):
     engine = OneRequestEngine()
