@@ -81,6 +81,10 @@ class Page:
         self.wait(lambda: self.find("#pair").is_displayed())
 
     @property
+    def focused(self):
+        return self.browser.switch_to.active_element
+
+    @property
     def count(self):
         return self.find("#count").text
 
@@ -147,6 +151,14 @@ def test_a_reply_is_shown_while_it_is_generated_and_can_be_stopped(page, model, 
         slow.engine.resume.set()
 
 
+def test_a_reply_that_ends_leaves_the_focus_where_it_is(page, model, tmp_path):
+    with paused_reply(page, model, tmp_path / "a.jsonl") as slow:
+        page.browser.execute_script("document.getElementById('model').focus()")
+        slow.engine.resume.set()
+        page.wait(lambda: page.find("#send").is_displayed())
+        assert page.focused.get_attribute("id") == "model"
+
+
 def test_a_new_conversation_drops_the_reply_in_progress(page, model, tmp_path):
     with paused_reply(page, model, tmp_path / "a.jsonl") as slow:
         page.find("#reset").click()
@@ -169,6 +181,40 @@ def test_a_prompt_that_cannot_be_compared_keeps_the_pair_on_the_page(page, model
         page.find("[data-choice=tie]").click()
         page.wait(lambda: page.count.startswith("1 by you"))
         assert client.rows[0]["answers"] == shown
+
+
+def test_names_are_asked_back_shortcuts_are_optional_and_the_focus_stays(page, model, tmp_path):
+    hebrew = fixed_text(model, "\u05e9\u05dc\u05d5\u05dd.")
+    with serving([hebrew], tmp_path / "a.jsonl", prompts=PROMPTS, raters_per_pair=2) as client:
+        page.open(client, "compare")
+        page.name("Ann")
+        assert page.find(".answer .text").value_of_css_property("direction") == "rtl"
+
+        def choices_are(number):
+            page.wait(lambda: page.count.startswith(f"{number} by you"))
+            page.wait(lambda: "busy" not in page.find("#pair").get_attribute("class"))
+
+        page.find("[data-choice=tie]").click()
+        choices_are(1)
+        assert page.focused.get_attribute("data-choice") == "tie"
+        page.find("#shortcuts").click()
+        page.press("x")
+        page.find("#shortcuts").click()
+        page.press("t")
+        choices_are(2)
+        assert [row["choice"] for row in client.rows] == ["tie", "tie"], "x was off"
+        page.find("#rater").clear()
+        page.write("#rater", "Anna\n")
+        page.wait(lambda: page.texts("#near-names button") == ["I am ann", "No, I am new: Anna"])
+        page.find("#near-names button").click()
+        choices_are(2)
+        assert page.find("#rater").get_attribute("value") == "ann"
+        page.find("#undo").click()
+        choices_are(1)
+        page.find("#undo").click()
+        choices_are(0)
+        assert page.focused.get_attribute("id") == "question", "undo is disabled now"
+        assert page.errors == []
 
 
 def test_generated_html_is_shown_as_text(page, model, tmp_path):

@@ -70,9 +70,17 @@ const guarded = (fn) => async (...args) => {
   }
 };
 
+// An action leaves the focus where it is; where that element has gone, it moves to `next`.
+function keepFocus(next) {
+  const focused = document.activeElement;
+  const lost = focused === document.body || focused.disabled || !focused.getClientRects().length;
+  if (lost && next.getClientRects().length) next.focus({ preventScroll: true });
+}
+
 function message(role, text) {
   const item = document.createElement("li");
   item.className = role;
+  item.dir = "auto";
   item.textContent = text;
   return item;
 }
@@ -92,19 +100,26 @@ function sendOnEnter(field) {
 let conversation = [];
 let generating = null; // the AbortController of the reply that is being generated
 
-// The text of server-sent events, in pieces.
+// The text of server-sent events, in pieces. With a reader, because Safari cannot iterate over a stream.
 async function* pieces(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  for await (const chunk of response.body.pipeThrough(new TextDecoderStream())) {
-    const events = (rest + chunk).split("\n\n");
-    rest = events.pop();
-    for (const event of events) {
-      const data = event.slice("data: ".length);
-      if (data === "[DONE]") return;
-      const { error, choices } = JSON.parse(data);
-      if (error) throw new ServerError(500, error);
-      yield choices[0]?.delta.content ?? "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const events = (rest + value).split("\n\n");
+      rest = events.pop();
+      for (const event of events) {
+        const data = event.slice("data: ".length);
+        if (data === "[DONE]") return;
+        const { error, choices } = JSON.parse(data);
+        if (error) throw new ServerError(500, error);
+        yield choices[0]?.delta.content ?? "";
+      }
     }
+  } finally {
+    reader.cancel().catch(() => {}); // it is closed already where the request was aborted
   }
 }
 
@@ -158,7 +173,7 @@ function showBusy(on) {
   $("send").hidden = on;
   $("stop").hidden = !on;
   $("messages").setAttribute("aria-busy", on);
-  if (!on) $("text").focus();
+  keepFocus($("text"));
 }
 
 const scrollToEnd = () => window.scrollTo(0, document.body.scrollHeight);
@@ -201,6 +216,7 @@ const step = (fn) => guarded(async (...args) => {
   } finally {
     working = false;
     $("pair").classList.remove("busy");
+    keepFocus($("question"));
     $("waiting").textContent = offer || !rater() ? "" : $("waiting").textContent;
   }
 });
@@ -211,7 +227,6 @@ function show(next) {
   if (!offer) return;
   $("prompt").replaceChildren(...offer.prompt.map(({ role, content }) => message(role, content)));
   document.querySelectorAll(".answer .text").forEach((span, i) => { span.textContent = offer.answers[i]; });
-  $("question").focus({ preventScroll: true });
 }
 
 function showProgress({ mine, done, of, rows, agreement }) {
@@ -268,6 +283,7 @@ const compareOwn = step(async (prompt) => {
   });
   show(next.offer);
   showProgress(next.progress);
+  $("question").focus({ preventScroll: true }); // what the form was sent for; its field would take the keys
 });
 
 document.querySelectorAll("[data-choice]").forEach((button) => {
@@ -289,21 +305,46 @@ function needName() {
   $("rater").focus();
 }
 
-$("rater").value = localStorage.getItem("rater") ?? "";
-$("rater").addEventListener("change", () => {
+// Asks back where a new name is near to a known one: two spellings would count as two raters.
+const nameRater = guarded(async () => {
   localStorage.setItem("rater", rater());
   show(null);
-  if (rater()) showNext();
-  else needName();
+  $("near").hidden = true;
+  if (!rater()) return needName();
+  const { near } = await json(`/api/state?rater=${encodeURIComponent(rater())}`);
+  if (!near.length) return showNext();
+  const button = (text, name) => {
+    const made = Object.assign(document.createElement("button"), { type: "button", textContent: text, dir: "auto" });
+    made.addEventListener("click", () => {
+      $("near").hidden = true;
+      $("rater").value = name;
+      localStorage.setItem("rater", name);
+      showNext();
+    });
+    return made;
+  };
+  $("waiting").textContent = "";
+  $("near-names").replaceChildren(...near.map((name) => button(`I am ${name}`, name)), button(`No, I am new: ${rater()}`, rater()));
+  $("near").hidden = false;
+  $("near-names").firstChild.focus();
+});
+
+$("rater").value = localStorage.getItem("rater") ?? "";
+$("rater").addEventListener("change", nameRater);
+
+// Shortcuts of one letter can be switched off: speech input and screen readers trigger them by accident.
+$("shortcuts").checked = localStorage.getItem("shortcuts") !== "off";
+$("shortcuts").addEventListener("change", () => {
+  localStorage.setItem("shortcuts", $("shortcuts").checked ? "on" : "off");
 });
 
 // Both
 
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") generating?.abort();
-  const typing = event.target.matches("input, textarea, select");
+  const typing = event.target.matches("input:not([type=checkbox]), textarea, select");
   if (event.key === "Enter" && event.target === $("rater")) $("rater").blur();
-  if (typing || $("compare").hidden || $("login").open || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
+  if (typing || !$("shortcuts").checked || $("compare").hidden || $("login").open || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
   const key = event.key.toLowerCase();
   if (key in KEYS) choose(KEYS[key]);
   else if (key === "u" && !$("undo").disabled) undo();
@@ -316,9 +357,9 @@ function view(name) {
   }
   showError(null);
   if (location.hash !== `#${name}`) history.replaceState(null, "", `#${name}`);
-  if (name === "chat") $("text").focus();
+  if (name === "chat") keepFocus($("text"));
   else if (!rater()) needName();
-  else if (!offer) showNext();
+  else if (!offer && $("near").hidden) showNext();
 }
 
 $("show-chat").addEventListener("click", () => view("chat"));
