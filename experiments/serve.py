@@ -7,8 +7,9 @@ python experiments/train.py --config=configs/reward_model_pairs.py:1m --workdir=
 
 Clients send a checkpoint's name as `model`: by default the end of its path that distinguishes it (`chat`,
 `dpo`, `dpo/best`), otherwise what --checkpoint=NAME=PATH says. Choices are appended to preferences.jsonl,
-which reward models and DPO train on as it is. --host=0.0.0.0 --token=A_LONG_SECRET opens the server to other
-machines; the connection is not encrypted, so put a proxy with TLS in front of it on an open network.
+which reward models and DPO train on as it is. --host=0.0.0.0 --token_file=FILE (or the environment variable
+JAXLLM_TOKEN) opens the server to other machines; the connection is not encrypted, so put a proxy with TLS in
+front of it on an open network. docs/serving.md has the rest.
 """
 
 import sys
@@ -37,7 +38,10 @@ def define_flags(flag_values: "FlagValues") -> None:
     )
     flags.DEFINE_string("host", "127.0.0.1", "address to listen on; other than local needs --token", **where)
     flags.DEFINE_integer("port", 8000, "port to listen on; 0 takes any free port", **where)
-    flags.DEFINE_string("token", None, "secret that clients must send", **where)
+    flags.DEFINE_string(
+        "token_file", None, "file with a secret that clients must send (or JAXLLM_TOKEN=SECRET)", **where
+    )
+    flags.DEFINE_string("token", None, "the secret itself, visible to all users of this machine", **where)
     flags.DEFINE_list(
         "allowed_hosts", [], "further host names of this server, such as that of a proxy", **where
     )
@@ -51,14 +55,18 @@ def define_flags(flag_values: "FlagValues") -> None:
     flags.DEFINE_string("system", None, "a system message before each of these prompts", **where)
     flags.DEFINE_integer("raters_per_pair", 1, "raters who compare each pair", **where)
     flags.DEFINE_integer("rows", 16, "completions that each model decodes at a time", **where)
+    flags.DEFINE_integer(
+        "max_length", None, "tokens of a prompt and its completion; default: as many as fit", **where
+    )
     define_sampling_flags(flag_values)
 
 
 def main(_: None, flags: "FlagValues") -> None:
     """Load the checkpoints and serve them until Ctrl-C."""
-    from jaxllm.serve.server import ServerOptions, serve
+    from jaxllm.serve.server import ServerOptions, read_token, serve
 
     options = {name: flags[name].value for name in ServerOptions.__dataclass_fields__}
+    options["token"] = read_token(flags.token, flags.token_file)
     serve(ServerOptions(**options), read_sampling(flags))
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import hmac
+import sys
+from collections import Counter
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -11,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxllm.serve.errors import ApiError
 
+MAX_DENIED_CLIENTS = 1000  # whose denials are counted
 COOKIE = "jaxllm"
 OPEN_PATHS = ("/", "/page.js", "/page.css", "/api/login")  # no secrets here: the page must ask for the token
 # Text written by a model or a rater must never run as a script: only the page's own file may run.
@@ -35,6 +38,7 @@ class Guard:
         is always allowed."""
         self.app, self.token = app, token
         self.allowed_hosts = {name.lower() for name in allowed_hosts}
+        self.denials: Counter[tuple[str, int]] = Counter()  # by client and status
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,6 +48,8 @@ class Guard:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(SECURITY_HEADERS)
+                if message["status"] in (401, 403):
+                    self.log_denial(scope, message["status"])
             await send(message)
 
         try:
@@ -52,6 +58,21 @@ class Guard:
             await error.response()(scope, receive, send_with_headers)
         else:
             await self.app(scope, receive, send_with_headers)
+
+    def log_denial(self, scope: Scope, status: int) -> None:
+        """A line on stderr for the first, second, fourth, eighth ... denial of a client: somebody who guesses
+        tokens must be seen, and must not fill the terminal."""
+        if len(self.denials) >= MAX_DENIED_CLIENTS:
+            self.denials.clear()
+        client = (scope.get("client") or ["unknown"])[0]
+        self.denials[client, status] += 1
+        count = self.denials[client, status]
+        if count & (count - 1) == 0:
+            print(
+                f"{status} to {client}: {scope['method']} {scope['path'][:100]!r} ({count} so far)",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def check(self, scope: Scope) -> None:
         """ApiError for a request without access."""

@@ -1,15 +1,20 @@
 """The server: checks the options, loads the checkpoints, and runs until it is interrupted."""
 
 import contextlib
+import math
+import os
 import secrets
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxllm.errors import ConfigError
+import jax
+
+from jaxllm.config import parse
+from jaxllm.errors import ConfigError, RunError
 
 try:
     import uvicorn
@@ -19,18 +24,23 @@ except ImportError as error:
 
 from jaxllm.data.records import check_rename
 from jaxllm.evaluation.completions import read_messages
+from jaxllm.models import ModelConfig, build_model
+from jaxllm.models.config import for_platform
 from jaxllm.rollout.engine import IDLE, Engine
 from jaxllm.rollout.sampling import SamplingConfig
-from jaxllm.runs.checkpoints import check_generates, checkpoint_template, load_folder
+from jaxllm.runs.checkpoints import check_generates, checkpoint_template, load_folder, read_config, read_kind
 from jaxllm.runs.process import set_up_process
 from jaxllm.serve.app import build_app
 from jaxllm.serve.comparison_queue import ComparisonQueue, Messages
+from jaxllm.serve.connections import Protocol
+from jaxllm.serve.memory import Plan, Sizes, available_memory, fitting_plan
 from jaxllm.serve.model_names import name_checkpoints
 from jaxllm.serve.preferences import PreferenceFile
 from jaxllm.serve.served_model import ServedModel
 from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint
 
 MIN_TOKEN_LENGTH = 12  # characters
+TOKEN_VARIABLE = "JAXLLM_TOKEN"
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
@@ -51,6 +61,7 @@ class ServerOptions:
     system: str | None
     raters_per_pair: int
     rows: int  # completions that each model decodes at a time
+    max_length: int | None  # tokens of a prompt and its completion; None: as many as fit the memory
     seed: int
 
     def check(self, sampling: SamplingConfig) -> None:
@@ -61,11 +72,11 @@ class ServerOptions:
             raise ConfigError("--checkpoint=RUN_FOLDER is missing")
         if self.host not in LOCAL_HOSTS and self.token is None:
             raise ConfigError(
-                f"--host={self.host} opens the server to other machines and requires a token; add "
-                f"--token=SECRET, such as --token={secrets.token_urlsafe(16)}"
+                f"--host={self.host} opens the server to other machines and requires a token; put one, such "
+                f"as {secrets.token_urlsafe(16)}, into a file for --token_file=FILE or into {TOKEN_VARIABLE}"
             )
         if self.token is not None and len(self.token) < MIN_TOKEN_LENGTH:
-            raise ConfigError(f"--token has {len(self.token)} characters; use at least {MIN_TOKEN_LENGTH}")
+            raise ConfigError(f"the token has {len(self.token)} characters; use at least {MIN_TOKEN_LENGTH}")
         for name in ("max_prompts", "raters_per_pair", "rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name}={getattr(self, name)} must be at least 1")
@@ -74,6 +85,24 @@ class ServerOptions:
                 "--temperature=0 generates the same answer twice; raise it or serve two checkpoints"
             )
         check_rename(self.rename)
+
+
+def read_token(token: str | None, file: str | None) -> str | None:
+    """The token of --token, the file of --token_file, or the environment; None where none of them is set.
+
+    Raises ConfigError where both flags are given or the file cannot be read or is empty.
+    """
+    if token is not None and file is not None:
+        raise ConfigError("--token and --token_file are both given; remove one of them")
+    if file is None:
+        return token or os.environ.get(TOKEN_VARIABLE) or None
+    try:
+        content = Path(file).expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token_file={file}: {getattr(error, 'strerror', error)}") from None
+    if not content:
+        raise ConfigError(f"--token_file={file} is empty; write the token into it")
+    return content
 
 
 def serve(options: ServerOptions, sampling: SamplingConfig) -> None:
@@ -88,16 +117,17 @@ def serve(options: ServerOptions, sampling: SamplingConfig) -> None:
             print(f"removed an incomplete last line: {file.cut_off[:60]!r}...", file=sys.stderr)
         queue = ComparisonQueue(file, read_prompts(options), options.raters_per_pair)
         folders = {name: find_checkpoint(path) for name, path in paths.items()}  # all, before any is loaded
+        planned = plan_memory(folders, options.rows, options.max_length)
         models = {}
         for name, folder in folders.items():
-            models[name] = load_model(name, folder, options.rows)
+            models[name] = load_model(name, folder, options.rows, planned.max_length)
             stack.callback(models[name].engine.close)
             warm_up(models[name])
         bound.listen()  # connections are accepted from here on
         hosts = {*LOCAL_HOSTS, *options.allowed_hosts, options.host, socket.gethostname()}
         app = build_app(models, queue, sampling, seed=options.seed, allowed_hosts=hosts, token=options.token)
         print_startup(bound, models, queue)
-        run_server(app, bound)
+        run_server(app, bound, models)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -128,19 +158,42 @@ def read_prompts(options: ServerOptions) -> list[Messages]:
     )
 
 
-def load_model(name: str, folder: Path, rows: int) -> ServedModel:
+def plan_memory(folders: Mapping[str, Path], rows: int, max_length: int | None) -> Plan:
+    """The memory that serving these step folders takes, which is printed. ConfigError where there is less."""
+    models = {}
+    for name, folder in folders.items():
+        check_generates(read_kind(folder), f"--checkpoint={name}")
+        config = for_platform(
+            parse(ModelConfig, read_config(folder)["model"], "model"), jax.default_backend()
+        )
+        params = jax.tree.leaves(jax.eval_shape(build_model(config).init, jax.random.key(0)))
+        models[name] = Sizes(config, sum(math.prod(x.shape) * x.dtype.itemsize for x in params))
+    planned = fitting_plan(models, rows, max_length, available_memory())
+    print(f"memory for {rows} rows of up to {planned.max_length} tokens: {planned}", flush=True)
+    for name, sizes in models.items():
+        if max_length is None and planned.max_length < sizes.config.max_length:
+            print(
+                f"note: {name} supports {sizes.config.max_length} tokens, for which the memory is too small; "
+                "lower --rows for longer requests",
+                file=sys.stderr,
+            )
+    return planned
+
+
+def load_model(name: str, folder: Path, rows: int, max_length: int | None = None) -> ServedModel:
     """A checkpoint with its engine running; the caller closes the engine."""
     loaded = check_generates(load_folder(folder), f"--checkpoint={name}")
     if not loaded.conversational:
         print(f"note: {name} was only pretrained and not trained on conversations", file=sys.stderr)
     template = checkpoint_template(loaded)
+    engine = Engine(loaded.model, loaded.params, stop_ids=template.stop_ids, rows=rows, max_length=max_length)
     return ServedModel(
         name,
         {"path": str(loaded.folder), "hash": checkpoint_hash(loaded.folder)},
-        Engine(loaded.model, loaded.params, stop_ids=template.stop_ids, rows=rows),
+        engine,
         template,
         loaded.tokenizer,
-        loaded.model.config.max_length,
+        engine.max_length,
     )
 
 
@@ -161,23 +214,37 @@ def print_startup(bound: socket.socket, models: Mapping[str, ServedModel], queue
     sys.stdout.flush()
 
 
-def make_server(app: ASGIApp) -> uvicorn.Server:
-    """When it stops, completions in progress have three seconds to finish."""
+def make_server(app: ASGIApp, engines: Collection[Engine] = ()) -> uvicorn.Server:
+    """Stops where an engine has ended by itself. Completions in progress have three seconds to finish."""
+
+    async def check_engines() -> None:
+        if any(engine.error for engine in engines):
+            server.should_exit = True
+
     config = uvicorn.Config(
         app,
+        http=Protocol,
         log_level="warning",
         access_log=False,
         server_header=False,
         lifespan="off",
         timeout_graceful_shutdown=3,
+        callback_notify=check_engines,
+        timeout_notify=1,
     )
-    return uvicorn.Server(config)
+    server = uvicorn.Server(config)
+    return server
 
 
-def run_server(app: ASGIApp, bound: socket.socket) -> None:
-    """Runs until Ctrl-C or SIGTERM."""
+def run_server(app: ASGIApp, bound: socket.socket, models: Mapping[str, ServedModel]) -> None:
+    """Runs until Ctrl-C or SIGTERM. RunError where an engine ended by itself: a supervisor must see that this
+    process can serve no longer."""
+    engines = {name: model.engine for name, model in models.items()}
     # uvicorn raises the signal again when it has stopped. SIGINT is ignored in a background job.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
-        make_server(app).run(sockets=[bound])
-    print("stopped")
+        make_server(app, engines.values()).run(sockets=[bound])
+    print("stopped", flush=True)
+    for name, engine in engines.items():
+        if engine.error:
+            raise RunError(f"model {name} has stopped: {engine.error}; start the server again")

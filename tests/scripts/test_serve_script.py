@@ -6,14 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from experiments import serve as script
 from jaxllm.config import run_script
-from jaxllm.errors import ConfigError
+from jaxllm.errors import ConfigError, RunError
 from jaxllm.serve import server
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +25,8 @@ def test_it_prints_what_it_serves_and_stops_on_ctrl_c(chat_model, tmp_path):
     path, pipe = str(ROOT / "experiments" / "serve.py"), subprocess.PIPE
     command = [sys.executable, path, f"--checkpoint={chat_model}", "--port=0"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
-        lines = [process.stdout.readline() for _ in range(3)]
+        memory, *lines = [process.stdout.readline() for _ in range(4)]
+        assert memory.startswith("memory for 16 rows of up to 64 tokens: 0.00 GB params, 0.00 GB cache")
         address = re.search(r"http://127\.0\.0\.1:\d+", lines[0])
         try:
             assert lines[1].startswith(f"model chat: {chat_model}")
@@ -45,8 +48,11 @@ def test_it_prints_what_it_serves_and_stops_on_ctrl_c(chat_model, tmp_path):
     ("flags", "message"),
     [
         ([], "--checkpoint=RUN_FOLDER is missing"),
-        (["--host=0.0.0.0"], "opens the server to other machines and requires a token; add --token=SECRET"),
-        (["--token=short"], "--token has 5 characters; use at least 12"),
+        (["--host=0.0.0.0"], "opens the server to other machines and requires a token; put one, such as"),
+        (["--token=short"], "the token has 5 characters; use at least 12"),
+        (["--token=123456789012", "--token_file=a"], "--token and --token_file are both given"),
+        (["--token_file=/no/such"], "--token_file=/no/such: No such file or directory"),
+        (["--token_file=/dev/null"], "--token_file=/dev/null is empty"),
         (["--raters_per_pair=0"], "--raters_per_pair=0 must be at least 1"),
         (["--port=99999"], "--port=99999 must be from 0 to 65535"),
         (["--host=no.such.host.invalid", "--token=123456789012"], "--host=no.such.host.invalid"),
@@ -62,6 +68,33 @@ def test_bad_flags_are_errors_of_one_line(flags, message, capsys, monkeypatch, t
     code = run_script(script.main, None, script.define_flags, ["serve.py", *checkpoint, *flags])
     (line,) = capsys.readouterr().err.splitlines()
     assert (code, message in line) == (78, True), line
+
+
+def test_the_token_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "token"
+    file.write_text("from the file\n")
+    monkeypatch.delenv(server.TOKEN_VARIABLE, raising=False)
+    assert server.read_token(None, None) is None
+    assert server.read_token(None, str(file)) == "from the file"
+    monkeypatch.setenv(server.TOKEN_VARIABLE, "from the environment")
+    assert server.read_token(None, None) == "from the environment"
+    assert server.read_token(None, str(file)) == "from the file"
+    assert server.read_token("from the flag", None) == "from the flag"
+
+
+def test_an_engine_that_fails_ends_the_process_with_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(server.signal, "signal", lambda *_: None)
+    engine = SimpleNamespace(error=None)
+
+    async def app(scope, receive, send): ...
+
+    threading.Timer(0.3, lambda: setattr(engine, "error", "XlaRuntimeError: out of memory")).start()
+    with server.bind("127.0.0.1", 0) as bound:
+        bound.listen()
+        with pytest.raises(RunError, match="model chat has stopped: XlaRuntimeError: out of memory") as error:
+            server.run_server(app, bound, {"chat": SimpleNamespace(engine=engine)})
+    assert error.value.exit_code == 1
+    assert capsys.readouterr().out == "stopped\n"
 
 
 @pytest.fixture
