@@ -226,10 +226,13 @@ class Engine:
                 request.on_scores(None)
 
     def _await_work(self) -> bool:
-        """Free the rows of canceled requests and wait for work. False if the engine is closed."""
+        """Free the rows of canceled requests, shrink the cache to what the others need, and wait for work.
+        False if the engine is closed."""
         self._owners = [owner and (None if owner.canceled else owner) for owner in self._owners]
-        if not any(self._owners) and self._state.tokens.shape[1] > self._first_slots:
-            self._state = resize_jit(self._state, self._first_slots)  # outside the lock, since it may compile
+        longest = max((owner.delivered for owner in self._owners if owner), default=0)
+        needed = max(self._first_slots, self._size(longest + 1))
+        if needed < self._state.tokens.shape[1]:
+            self._state = resize_jit(self._state, needed)  # outside the lock, since it may compile
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or self._waiting or self._to_score or any(self._owners)

@@ -141,6 +141,30 @@ def test_all_requests_share_a_few_programs(start, counted, no_compilation, tiny)
             serve()
 
 
+def test_the_cache_shrinks_once_the_longest_request_is_done_though_others_go_on(start, monkeypatch):
+    resized = []
+
+    def resize(state, slots):
+        resized.append((slots, engine.num_requests))
+        return resize_jit(state, slots)
+
+    monkeypatch.setattr(module, "resize_jit", resize)
+    engine, limit = start(stop_ids=()), replace(PLAIN, max_new_tokens=100)
+    alone = submit(engine, [5], limit).all()
+    short, both = Listener(), threading.Event()
+
+    def on_tokens(*piece):
+        both.wait(60)
+        short.on_tokens(*piece)
+
+    engine.submit([5], sampling=limit, seed=0, on_tokens=on_tokens)
+    long = submit(engine, [1] * 150, replace(PLAIN, max_new_tokens=2))
+    both.set()
+    assert len(long.all()[0]) == 2
+    assert short.all() == alone
+    assert resized == [(256, 2), (128, 1)], "while the short one goes on"
+
+
 def test_a_request_can_be_submitted_while_the_cache_shrinks(start, monkeypatch):
     began, resume = threading.Event(), threading.Event()
 
@@ -174,7 +198,7 @@ def test_prompts_longer_than_the_limit_are_prefilled_alone(start, monkeypatch):
     monkeypatch.setattr(module, "prefill", prefill)
     monkeypatch.setattr(module, "MAX_BATCHED_PROMPT", 40)
     engine = start(stop_ids=())
-    submit(engine, [1], replace(PLAIN, max_new_tokens=100)).next()  # the next ones wait for the end of a chunk
+    submit(engine, [1], replace(PLAIN, max_new_tokens=100)).next()  # the next ones wait for its chunk
     for listener in [submit(engine, [2] * n, replace(PLAIN, max_new_tokens=2)) for n in (100, 20, 110)]:
         assert len(listener.all()[0]) == 2
     assert sorted(shapes) == [(1, 32), (1, 32), (1, 128), (1, 128)]
