@@ -82,8 +82,16 @@ def test_the_token_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert server.read_token("from the flag", None) == "from the flag"
 
 
-def test_an_engine_that_fails_ends_the_process_with_an_error(monkeypatch, capsys):
-    monkeypatch.setattr(server.signal, "signal", lambda *_: None)
+@pytest.fixture
+def signals():
+    """Puts back the handler of SIGTERM, which running the server sets."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("signals")
+def test_an_engine_that_fails_ends_the_process_with_an_error():
     engine = SimpleNamespace(error=None)
 
     async def app(scope, receive, send): ...
@@ -94,7 +102,6 @@ def test_an_engine_that_fails_ends_the_process_with_an_error(monkeypatch, capsys
         with pytest.raises(RunError, match="model chat has stopped: XlaRuntimeError: out of memory") as error:
             server.run_server(app, bound, {"chat": SimpleNamespace(engine=engine)})
     assert error.value.exit_code == 1
-    assert capsys.readouterr().out == "stopped\n"
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ CONFIG = replace(
     num_heads=8,
     num_kv_heads=4,
     head_dim=8,
+    mlp_width=100,
     vocab_size=1000,
     max_length=1024,
     attention="xla",
@@ -32,10 +33,11 @@ def test_the_cache_holds_all_rows_a_quarter_more_while_it_grows_and_one_prompt()
 
 
 def test_attention_scores_of_a_long_prompt_grow_with_the_square_of_its_length():
-    assert working_bytes(CONFIG, rows=16, length=1024) == 3 * 4 * 8 * 128 * 1024
-    assert working_bytes(CONFIG, rows=16, length=2048) == 4 * working_bytes(CONFIG, 16, 1024)
-    assert working_bytes(CONFIG, rows=16, length=64) == 3 * 4 * 8 * 64 * 64
-    assert working_bytes(replace(CONFIG, attention="cudnn"), 16, 1024) == 3 * 4 * 16 * 1000  # logits
+    assert working_bytes(CONFIG, rows=16, length=1024) == 5 * 8 * 1024**2 + 3 * 4 * 1024 * 100
+    assert working_bytes(CONFIG, rows=16, length=2048) == 5 * 8 * 2048**2 + 3 * 4 * 2048 * 100
+    flash = replace(CONFIG, attention="cudnn")
+    assert working_bytes(flash, rows=16, length=1024) == 3 * 4 * 1024 * 100
+    assert working_bytes(flash, rows=200, length=1024) == 3 * 4 * 200 * 1000  # logits
 
 
 def test_models_share_the_memory_and_each_keeps_its_own_longest():
@@ -48,7 +50,7 @@ def test_models_share_the_memory_and_each_keeps_its_own_longest():
 
 @pytest.mark.parametrize(
     ("available", "wanted", "length"),
-    [(10**9, None, 1024), (10**9, 300, 300), (13_000_000, None, 512), (13_000_000, 300, 300)],
+    [(10**9, None, 1024), (10**9, 300, 300), (21_000_000, None, 512), (20_500_000, 300, 300)],
 )
 def test_without_a_flag_the_longest_that_fits_is_served(available, wanted, length):
     fitting = fitting_plan(SMALL, 16, wanted, available)
@@ -61,7 +63,7 @@ def test_without_a_flag_the_longest_that_fits_is_served(available, wanted, lengt
     [
         (10**9, 1025, "--max_length=1025 must be from 1 to 1024"),
         (10**9, 0, "--max_length=0 must be from 1 to 1024"),
-        (13_000_000, 1024, r"--max_length=1024 with --rows=16 does not fit .*; --max_length=512 does"),
+        (21_000_000, 1024, r"--max_length=1024 with --rows=16 does not fit .*; --max_length=512 does"),
         (3_000_000, None, "--checkpoint and --rows=16 do not fit the memory"),
     ],
 )
