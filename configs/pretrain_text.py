@@ -94,7 +94,7 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.training.patience = 0  # evaluations without a better best_metric after which to stop; 0: never
     config.training.target = config_dict.placeholder(float)  # value of best_metric at which to stop
     config.training.max_bad_steps = 20  # non-finite steps in a row after which the run fails
-    config.training.hang_timeout = 1800.0  # seconds without a step after which the run exits
+    config.training.hang_timeout = 1800.0  # seconds without a step after which the run exits; 0: never
 
     config.checkpoint = ConfigDict()
     config.checkpoint.keep = 3  # newest checkpoints to keep

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NewType, TypeVar, Union, cast
 
 from jaxllm.config_versions import current_name
 from jaxllm.errors import ConfigError, RunError, Stopped
+from jaxllm.files import is_full_disk
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
@@ -194,7 +195,8 @@ def _jax_errors() -> tuple[type[Exception], ...]:
 def _refusal(error: Exception) -> str:
     """What the operating system or a device refused, in one line, with what to do where that is known."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"{line}; free some and run the same command again" if is_full_disk(error) else line
     line = str(error).strip().partition("\n")[0] or type(error).__name__
     if "RESOURCE_EXHAUSTED" in line:
         line += "; use less memory: a smaller batch, more training.num_microbatches or model.remat"

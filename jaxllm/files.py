@@ -1,11 +1,36 @@
 """Files that survive a crash, and files that one process holds alone."""
 
+import contextlib
+import datetime
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside names `path`: those of write() and fsync() on a full disk name no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`path.write_text`, with an OSError that names the file."""
+    with naming(path):
+        path.write_text(text)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -14,13 +39,17 @@ def write_file(path: Path, content: bytes) -> None:
     A file that is replaced keeps its mode.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        if path.exists():
-            shutil.copymode(path, temporary)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with naming(path), temporary.open("wb") as file:
+            if path.exists():
+                shutil.copymode(path, temporary)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # what fills the disk
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # the rename itself
@@ -33,15 +62,133 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, indent=1).encode()
 
 
-def locked(path: Path) -> BinaryIO:
-    """Open the file for writing and lock it until it is closed or the process ends.
+# What file systems and file browsers add to any folder, and what a killed `write_file` or `locked` leaves.
+_LEFTOVER = re.compile(
+    r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs.*|\.fuse_hidden.*|\..*\.tmp|\.lock\..*"
+)
 
-    Raises BlockingIOError where another process holds the lock.
+
+def is_leftover(name: str) -> bool:
+    """Whether a file of this name belongs to nothing that a run wrote."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Whether a disk or a quota was full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+# Locks
+
+BEAT = 15.0  # seconds between two signs of life of a holder
+SILENCE = 120.0  # seconds without one, after which a holder on another host counts as ended
+
+
+class Lock:
+    """A file that this process holds, until `close` or its end. `left_by` names a holder that ended without
+    `close`, and was replaced."""
+
+    def __init__(self, path: Path, file: BinaryIO, left_by: str | None):
+        self.path, self.file, self.left_by = path, file, left_by
+        self.closed = threading.Event()
+        threading.Thread(target=self._beat, daemon=True, name="lock").start()
+
+    def _beat(self) -> None:
+        while not self.closed.wait(BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self.file.fileno())
+
+    def close(self) -> None:
+        self.closed.set()
+        if _is_at(self.file, self.path):
+            self.path.unlink()
+        self.file.close()
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def locked(path: Path) -> Lock:
+    """Hold the file `path`, which says by whom. Processes of this host are told apart by flock, which the
+    kernel releases when one ends; those of other hosts, where flock may not reach, by their signs of life.
+
+    Raises BlockingIOError, whose message names the holder, where another process holds it.
     """
-    file = path.open("wb")
+    mine = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}")
+    file = mine.open("w+b")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        _flock(file)
+        since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        file.write(to_json({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))
+        file.flush()
+        while True:
+            try:
+                os.link(mine, path)  # appears as a whole, and locked, or not at all
+                return Lock(path, file, None)
+            except FileExistsError:
+                pass
+            except OSError:  # no hard links here: two starts at the same instant are not told apart
+                if not path.exists():
+                    mine.replace(path)
+                    return Lock(path, file, None)
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as other:
+                holder = _ended_holder(other, path, now=mine.stat().st_mtime)
+                if _is_at(other, path):  # and not replaced meanwhile
+                    mine.replace(path)
+                    return Lock(path, file, holder)
+    except BaseException:
         file.close()
         raise
-    return file
+    finally:
+        mine.unlink(missing_ok=True)
+
+
+def _ended_holder(file: BinaryIO, path: Path, now: float) -> str | None:
+    """Who held the open lock file, if it says so. Raises BlockingIOError where that process may still run."""
+    is_free = _flock(file)
+    silent = now - os.fstat(file.fileno()).st_mtime  # both by the clock of the disk
+    try:
+        found = json.loads(file.read())
+        host, pid, since = found["host"], int(found["pid"]), found["since"]
+    except (ValueError, KeyError, TypeError):
+        if is_free is False:
+            raise BlockingIOError("another process") from None
+        return None
+    holder = f"process {pid} on {host} since {since}"
+    if host == socket.gethostname():
+        if is_free is False or (is_free is None and _runs(pid)):
+            raise BlockingIOError(holder)
+    elif is_free is False or silent < SILENCE:
+        raise BlockingIOError(f"{holder}, seen {silent:.0f} s ago; if it has ended, remove {path}")
+    return holder
+
+
+def _flock(file: BinaryIO) -> bool | None:
+    """Whether this process has the file's lock now; None where the file system has no such locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -392,7 +392,7 @@ def test_an_unexpected_exception_keeps_its_traceback(config_file):
     [
         (
             OSError(errno.ENOSPC, "No space left on device", "runs/x/log"),
-            "No space left on device: runs/x/log",
+            "runs/x/log: No space left on device; free some and run the same command again",
         ),
         (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
         (

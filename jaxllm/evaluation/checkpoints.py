@@ -15,6 +15,7 @@ from jaxllm.evaluation.completions import (
     kl_to,
     read_prompts,
 )
+from jaxllm.files import naming
 from jaxllm.rewards.load import load_reward
 from jaxllm.rewards.pool import json_value
 from jaxllm.rollout.sampling import SamplingConfig
@@ -65,7 +66,7 @@ def evaluate_checkpoint(
     )
     kl = None if reference_model is None else kl_to(reference_model, completions, sampling.temperature)
     if output is not None:
-        with output.open("w") as file:
+        with naming(output), output.open("w") as file:
             for i, row in enumerate(completion_rows(completions, kl)):
                 file.write(json.dumps({**prompts[i // samples].row, **row}, default=json_value) + "\n")
     print(f"{len(prompts)} prompts, {samples} completions each")

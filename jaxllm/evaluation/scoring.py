@@ -16,6 +16,7 @@ from jaxllm.data.sources import BadRow, open_source
 from jaxllm.errors import DataError
 from jaxllm.evaluation.left_out import print_left_out
 from jaxllm.evaluation.preference import PairScores, mean, numbered, reward_metrics
+from jaxllm.files import naming
 from jaxllm.rewards.pool import json_value
 from jaxllm.rollout.generate import bucket
 from jaxllm.runs.checkpoints import LoadedModel, checkpoint_template
@@ -93,7 +94,7 @@ def score_rows(loaded: LoadedModel, name: str, *, rename: Sequence[str], output:
     by_row = np.split(rewards, ends[:-1])
     if output is not None:
         metrics = loaded.metadata["metrics"] or {}  # none where an evaluation was interrupted
-        with output.open("w") as file:
+        with naming(output), output.open("w") as file:
             for row, values in zip(rows, by_row, strict=True):
                 file.write(
                     json.dumps(row.record | reward_columns(values, metrics), default=json_value) + "\n"

@@ -18,6 +18,7 @@ from jaxllm.evaluation.completions import (
     kl_to,
     read_prompts,
 )
+from jaxllm.files import write_text
 from jaxllm.pipeline.config import GatesConfig
 from jaxllm.rewards.pool import json_value
 from jaxllm.rollout.sampling import SamplingConfig
@@ -85,7 +86,7 @@ class PipelineCompletions:
         ]
         name = f"{stage}_{temperature:g}{'_plain' if plain else ''}.jsonl"
         lines = [json.dumps(row, default=json_value) + "\n" for row in rows]
-        (self.folder / "answers" / name).write_text("".join(lines))
+        write_text(self.folder / "answers" / name, "".join(lines))
         return rows
 
     def prompts(self, template: ChatTemplate, longest: int) -> list[Prompt]:

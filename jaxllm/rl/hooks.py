@@ -13,6 +13,7 @@ from jaxllm.data.rows import Rows
 from jaxllm.data.show import show_mask
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.evaluation.completions import ScoredCompletions, completion_metrics, completion_rows
+from jaxllm.files import write_text
 from jaxllm.rl.config import RolloutTrainConfig
 from jaxllm.rl.rollouts import Rollout, RolloutSource
 from jaxllm.rollout.sampling import SamplingConfig
@@ -55,7 +56,7 @@ def evaluation_hooks(context: RunContext[Any, Any], source: RolloutSource) -> li
             json.dumps({"prompt": show_mask(prompt.ids, [True] * len(prompt.ids), context.tokenizer), **row})
             for prompt, row in zip(held_out, completion_rows(completions), strict=True)
         ]
-        context.folder.file("evals", f"{step}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        write_text(context.folder.file("evals", f"{step}.jsonl"), "".join(f"{line}\n" for line in lines))
         row = completion_metrics(completions, 1, "eval/")
         if config.sample.group_size:
             sampled = complete(config.sample.group_size, config.rollout.sampling)

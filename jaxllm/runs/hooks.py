@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from jaxllm.data.loader import device_batches, evaluation_batches
 from jaxllm.data.show import printable
+from jaxllm.files import write_text
 from jaxllm.models import Model, Params
 from jaxllm.rollout.generate import Completions, generate
 from jaxllm.rollout.sampling import SamplingConfig
@@ -84,6 +85,6 @@ def complete(
 def write_samples(folder: RunFolder, step: int, texts: Sequence[str], width: int | None = None) -> None:
     """All into `samples/STEP.txt`, the first onto the terminal, with its lines cut to `width` characters."""
     file = folder.file("samples", f"{step}.txt")
-    file.write_text("".join(f"{text}\n{'-' * 20}\n" for text in texts))
+    write_text(file, "".join(f"{text}\n{'-' * 20}\n" for text in texts))
     first = "\n".join(line[:width] for line in texts[0].splitlines())
     tqdm.write(printable(f"sample at step {step} (all in {file.parent}): {first}"))

@@ -22,6 +22,7 @@ from jaxllm.data.preferences import PairRows, PreferenceConfig
 from jaxllm.data.rows import Dataset
 from jaxllm.errors import ConfigError
 from jaxllm.evaluation.preference import dpo_metrics, score_pairs
+from jaxllm.files import naming
 from jaxllm.losses import Weighted, add_auxiliary, dpo_loss
 from jaxllm.losses.dpo import check_dpo_options
 from jaxllm.models import Model, Params, build_model
@@ -179,7 +180,8 @@ def load(inputs: RunInputs[Config, Model]) -> Dataset:
         log_probs = np.concatenate(reference_log_probs(program, sources, initial.params(), score))
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{inputs.folder.id}.npy")
-        np.save(temporary, log_probs)
+        with naming(temporary):
+            np.save(temporary, log_probs)
         temporary.replace(file)
     cached = np.load(file, allow_pickle=False)
     parts = np.split(cached, np.cumsum(lengths)[:-1])

@@ -30,7 +30,7 @@ from jax.experimental import multihost_utils
 
 from jaxllm.config import did_you_mean
 from jaxllm.errors import CheckpointError, ConfigError, NoCheckpoint, RunError
-from jaxllm.files import to_json, write_file
+from jaxllm.files import is_leftover, to_json, write_file
 from jaxllm.parallel.sharding import path_name
 
 PyTree = Any  # of jax.Arrays, or of their shapes
@@ -77,14 +77,16 @@ class Checkpoints:
     ) -> None:
         """Save in the background. On return the arrays are copied, so that `state` may be donated.
 
-        First waits for the previous save, and raises its CheckpointError if it failed. A step that is
-        already saved and valid is left unchanged.
+        First waits for the previous save, and raises its CheckpointError if it failed. Of a step that is
+        already saved and valid only the metadata is replaced, such as after an evaluation was repeated.
         """
         self.wait()
         folder = self.folder / str(step)
         arrays = _leaves_by_name(state)
         size = sum(array.nbytes for array in arrays.values())
         if not first_process_decides(lambda: _prepare_folder(folder, size)):
+            if jax.process_index() == 0:
+                _replace_metadata(folder, to_json(metadata))
             return
         documents = {
             "arrays.json": to_json({name: _describe(array) for name, array in arrays.items()}),
@@ -131,17 +133,20 @@ class Checkpoints:
     def _delete_old(self, newest: int, best: int | None) -> None:
         """Delete the checkpoints that are not kept, after the newest has been read back and found valid."""
         steps = [step for step in self.steps() if step <= newest]
-        obsolete = [
-            s
+        obsolete = {
+            self.folder / str(s)
             for s in steps[: -self._keep]
             if s != best and not (self._keep_every and s % self._keep_every == 0)
-        ]
+        }
+        older = (folder for folder in step_folders(self.folder) if int(folder.name) < newest)
+        obsolete |= {folder for folder in older if not (folder / MANIFEST).exists()}  # killed while deleting
         if obsolete and (what := damage(self.folder / str(newest))):
             self._failure = CheckpointError(f"{what}; the older checkpoints are kept")
             return
-        for step in obsolete:
-            (self.folder / str(step) / MANIFEST).unlink()  # first, so that a half-deleted folder is not valid
-            shutil.rmtree(self.folder / str(step), ignore_errors=True)
+        for folder in obsolete:
+            # The manifest first, so that a half-deleted folder is not valid.
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """The steps valid by manifest, file list and sizes, ascending; `restore` checks the hashes too."""
@@ -281,22 +286,26 @@ def _describe(array: Any) -> str:
 
 
 def damage(folder: Path, *, hashes: bool = True) -> str | None:
-    """Why a step folder is not a valid checkpoint, or None if it is. `hashes=False` compares sizes only."""
+    """Why a step folder is not a valid checkpoint, or None if it is. `hashes=False` compares sizes only.
+
+    Files that its manifest does not list do not matter: `.DS_Store`, leftovers of a copy.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         expected = {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
     except FileNotFoundError:
         return f"{folder} is unfinished: it has no {MANIFEST}"
+    except OSError as error:
+        return f"{folder} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{folder} is damaged: {MANIFEST} cannot be read"
-    found = _files(folder)
-    for name in sorted(expected.keys() ^ found.keys()):
-        return f"{folder} is damaged: {name} is {'missing' if name in expected else 'not in its manifest'}"
     for name, (size, _) in expected.items():
-        if found[name].stat().st_size != size:
-            return f"{folder} is damaged: {name} has {found[name].stat().st_size} bytes, not {size}"
+        if not (folder / name).is_file():
+            return f"{folder} is damaged: {name} is missing"
+        if (found := (folder / name).stat().st_size) != size:
+            return f"{folder} is damaged: {name} has {found} bytes, not {size}"
     if hashes:
-        for name, digest in _hash_all(found).items():
+        for name, digest in _hash_all({name: folder / name for name in expected}).items():
             if digest != expected[name][1]:
                 return f"{folder} is damaged: the content of {name} has changed"
     return None
@@ -308,15 +317,23 @@ def checkpoint_hash(folder: Path) -> str:
 
 
 def _write_manifest(folder: Path) -> None:
-    found = _files(folder)
-    files = {name: (found[name].stat().st_size, digest) for name, digest in _hash_all(found).items()}
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    own = {name: found[name] for name in sorted(found) if not is_leftover(found[name].name)}
+    files = {name: (own[name].stat().st_size, digest) for name, digest in _hash_all(own).items()}
     write_file(folder / MANIFEST, to_json({"files": files}))
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Every file of a step folder except its manifest, by its path inside the folder."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: found[name] for name in sorted(found) if name != MANIFEST}
+def _replace_metadata(folder: Path, content: bytes) -> None:
+    """Replace the metadata of a valid step folder, which is valid at every moment."""
+    name = "metadata.json"
+    if (folder / name).read_bytes() == content:
+        return
+    files = json.loads((folder / MANIFEST).read_bytes())["files"]
+    files.pop(name, None)
+    write_file(folder / MANIFEST, to_json({"files": files}))  # a file that it does not list may change
+    write_file(folder / name, content)
+    files[name] = (len(content), xxhash.xxh3_128_hexdigest(content))
+    write_file(folder / MANIFEST, to_json({"files": files}))
 
 
 def _hash_all(files: Mapping[str, Path]) -> dict[str, str]:
@@ -331,7 +348,8 @@ def _hash_all(files: Mapping[str, Path]) -> dict[str, str]:
 def step_folders(folder: Path) -> list[Path]:
     """The step folders, complete or not, by ascending step."""
     return sorted(
-        (path for path in folder.glob("*") if _STEP.fullmatch(path.name)), key=lambda path: int(path.name)
+        (path for path in folder.glob("*") if _STEP.fullmatch(path.name) and path.is_dir()),
+        key=lambda path: int(path.name),
     )
 
 

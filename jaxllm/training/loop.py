@@ -37,7 +37,12 @@ class LoopConfig:
     patience: int  # stop after this many evaluations in a row do not improve checkpoint.best_metric; 0: never
     target: float | None  # stop once checkpoint.best_metric reaches this value; None: never
     max_bad_steps: int  # stop after this many steps in a row whose loss or gradient is not finite
-    hang_timeout: float  # seconds without a step after which the run writes its stacks and exits
+    hang_timeout: float  # seconds without a step after which the run writes its stacks and exits; 0: never
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and name != "target" and value < 0:
+                raise ConfigError(f"training.{name}={value} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Loop:
     profile: tuple[int, int] | None  # first and last step to trace
     profile_folder: str
     tracing: bool = False
-    row: Metrics = field(default_factory=dict)  # of the last step whose metrics are complete
+    row: Metrics = field(default_factory=dict)  # of the last step whose metrics are complete, also before
     warm: set[Hook] = field(default_factory=set)  # hooks that have run before, and so are compiled
 
     def run(self, state: TrainState, unfinished_row: Metrics | None = None) -> TrainState:

@@ -4,12 +4,15 @@ import json
 import logging
 import math
 import os
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
+from jaxllm.files import naming, write_file
 from jaxllm.losses import Weighted
 from jaxllm.training.state import Params
 
@@ -93,31 +96,34 @@ class MetricWriter:
     """Writes `metrics.jsonl`, TensorBoard events and, if asked, wandb: each step once, also after a resume.
 
     Rows after `last_step` are leftovers of a run that continued after its last checkpoint: they are dropped
-    from the file, and TensorBoard's events are rewritten from the rest.
+    from the file, and TensorBoard's events are rewritten from the rest. Of a step with several rows the last
+    is kept.
     """
 
     def __init__(self, workdir: Path, last_step: int, wandb_project: str | None, config: dict[str, Any]):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
 
         path = workdir / "metrics.jsonl"
-        rows = [row for row in read_metrics(path) if row["step"] <= last_step]
-        replacement = path.with_suffix(".tmp")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(replacement, path)
-        self.file: TextIO = path.open("a")
+        rows = {row["step"]: row for row in read_metrics(path) if row["step"] <= last_step}
+        write_file(path, "".join(json.dumps(row) + "\n" for row in rows.values()).encode())
+        self.path, self.file = path, path.open("a")
         for old in (workdir / "tb").glob("events.*"):
             old.unlink()
-        self.tensorboard = SummaryWriter(str(workdir / "tb"))
+        # Not its SummaryWriter, whose thread ends at a full disk and leaves the run waiting for it.
+        (workdir / "tb").mkdir(exist_ok=True)
+        self.tensorboard: EventsWriter | None = EventsWriter(str(workdir / "tb" / "events"))
+        self.flushed, self.flush_every = time.monotonic(), 10.0  # seconds
         self.wandb = start_wandb(wandb_project, workdir, config) if wandb_project else None
-        for row in rows:
+        for row in rows.values():
             self._to_tensorboard(row)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Write one step's metrics, which are on disk on return. JSON has no NaN: such a value is null."""
         row = {"step": step, **{name: x if math.isfinite(x) else None for name, x in metrics.items()}}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with naming(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
         self._to_tensorboard(row)
         if self.wandb is not None:
             try:
@@ -127,19 +133,42 @@ class MetricWriter:
                 self.wandb = None
 
     def _to_tensorboard(self, row: dict[str, Any]) -> None:
-        for name, x in row.items():
-            if name != "step" and x is not None:
-                self.tensorboard.add_scalar(name, x, row["step"])
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.summary import scalar
+
+        if self.tensorboard is None:
+            return
+        try:
+            for name, x in row.items():
+                if name != "step" and x is not None:
+                    event = Event(wall_time=time.time(), step=row["step"], summary=scalar(name, x))
+                    self.tensorboard.write_event(event)
+            if time.monotonic() - self.flushed > self.flush_every:
+                self.tensorboard.flush()
+                self.flushed = time.monotonic()
+        except OSError as error:
+            logging.warning("writing to TensorBoard failed; continuing without it: %s", error)
+            writer, self.tensorboard = self.tensorboard, None
+            with suppress(OSError):
+                writer.close()
 
     def close(self) -> None:
         """Close the files and end the wandb run."""
-        self.file.close()
-        self.tensorboard.close()
+        with suppress(OSError):  # a full disk, which `write` has reported
+            self.file.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
         if self.wandb is not None:
             try:
                 self.wandb.finish()
             except Exception as error:
                 logging.warning("wandb failed to finish its run: %s", error)
+
+
+def last_complete_row(step: int, resuming: bool, unfinished_row: Metrics | None) -> int:
+    """The last step with a complete row in metrics.jsonl, where a run starts or resumes at `step`: the row of
+    a step whose evaluation is repeated is written again."""
+    return step - (unfinished_row is not None or not resuming)
 
 
 def start_wandb(project: str, workdir: Path, config: dict[str, Any]) -> Any:
@@ -156,11 +185,16 @@ def start_wandb(project: str, workdir: Path, config: dict[str, Any]) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without a last line that a killed process left incomplete."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The rows of a metrics.jsonl. Lines that are no rows, such as one that a killed process left incomplete,
+    are counted on stderr and left out."""
+    rows, unreadable = [], 0
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            row["step"] += 0  # TypeError or KeyError where it is no row
+            rows.append(row)
+        except (ValueError, TypeError, KeyError):
+            unreadable += bool(line.strip())
+    if unreadable:
+        print(f"warning: {path}: {unreadable} unreadable line(s) left out", file=sys.stderr)
     return rows

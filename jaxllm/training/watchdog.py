@@ -28,7 +28,7 @@ class Watchdog:
     """
 
     def __init__(self, workdir: Path, hang_timeout: float):
-        """`hang_timeout` is in seconds."""
+        """`hang_timeout` is in seconds; 0: nothing counts as a hang."""
         self.requested = False
         self.hang_timeout = hang_timeout
         self.log = workdir / "logs" / "hang.txt"
@@ -40,7 +40,8 @@ class Watchdog:
         self.previous = {
             number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
         }
-        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        if self.hang_timeout:
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,12 +87,13 @@ class Watchdog:
             if self.intervals:
                 limit = max(limit, 10 * statistics.median(self.intervals))
             if last is not None and time.monotonic() - last > limit:
-                self.log.parent.mkdir(parents=True, exist_ok=True)
-                with self.log.open("w") as file:
-                    faulthandler.dump_traceback(file, all_threads=True)
-                message = (
-                    f"error: no step finished in {limit:.0f} s (training.hang_timeout); the stacks of all "
-                    f"threads are in {self.log}"
-                )
-                print(message, file=sys.stderr, flush=True)
+                message = f"error: no step finished in {limit:.0f} s (training.hang_timeout); the stacks are"
+                try:
+                    self.log.parent.mkdir(parents=True, exist_ok=True)
+                    with self.log.open("w") as file:
+                        faulthandler.dump_traceback(file, all_threads=True)
+                    print(f"{message} in {self.log}", file=sys.stderr, flush=True)
+                except OSError as error:  # a full disk, or the disk is what hangs
+                    print(f"{message} here, since {self.log}: {error.strerror}", file=sys.stderr, flush=True)
+                    faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 os._exit(EXIT_HANG)

@@ -8,6 +8,7 @@ import pytest
 from saved_states import abstract, assert_same, flip_bit, make_state, save
 
 from jaxllm.errors import CheckpointError
+from jaxllm.training import checkpoint
 from jaxllm.training.checkpoint import checkpoint_hash, damage, find_checkpoint
 
 
@@ -42,15 +43,11 @@ def remove_file(folder):
     (folder / "arrays.json").unlink()
 
 
-def add_file(folder):
-    (folder / "more.txt").touch()
-
-
 def truncate_file(folder):
     os.truncate(folder / "arrays.json", 3)
 
 
-@pytest.mark.parametrize("break_folder", [truncate_manifest, remove_file, add_file, truncate_file])
+@pytest.mark.parametrize("break_folder", [truncate_manifest, remove_file, truncate_file])
 def test_a_damaged_step_is_named_skipped_and_never_deleted(checkpoints, capsys, break_folder):
     save(checkpoints, 1, 2)
     break_folder(checkpoints.folder / "2")
@@ -62,6 +59,47 @@ def test_a_damaged_step_is_named_skipped_and_never_deleted(checkpoints, capsys, 
     with pytest.raises(CheckpointError, match="2 is damaged"):
         checkpoints.restore(2, abstract(make_state()))
     assert (checkpoints.folder / "2").is_dir()
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "state/.DS_Store", "._arrays.json", ".metadata.json.tmp"])
+def test_a_foreign_file_comes_and_goes_without_damage(checkpoints, name):
+    save(checkpoints, 1)
+    (checkpoints.folder / "1" / name).touch()
+    assert damage(checkpoints.folder / "1") is None
+    file = checkpoints.folder / "2" / name
+    write = checkpoint._write_manifest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_write_manifest", lambda folder: (file.touch(), write(folder)))
+        save(checkpoints, 2)
+    file.unlink()
+    assert damage(checkpoints.folder / "2") is None
+
+
+def test_a_file_among_the_steps_is_no_step(checkpoints):
+    save(checkpoints, 1)
+    (checkpoints.folder / "2").touch()
+    assert find_checkpoint(checkpoints.folder).name == "1"
+
+
+def test_a_step_that_is_saved_again_has_the_new_metadata_and_is_valid_at_every_moment(
+    checkpoints, monkeypatch
+):
+    save(checkpoints, 1)
+    folder, found = checkpoints.folder / "1", []
+    write = checkpoint.write_file
+
+    def watched(path, content):
+        write(path, content)
+        found.append((path.name, damage(folder)))
+
+    monkeypatch.setattr(checkpoint, "write_file", watched)
+    for _ in range(2):
+        checkpoints.save(1, make_state(1), {"step": 1, "metrics": {"eval/loss": 0.5}})
+    files = ["manifest.json", "metadata.json", "manifest.json"]
+    assert found == [(name, None) for name in files]  # once
+    assert checkpoints.restore(1, abstract(make_state()))[1]["metrics"] == {"eval/loss": 0.5}
+    flip_bit(folder / "metadata.json", 0)
+    assert damage(folder) is not None
 
 
 @pytest.mark.parametrize("leftover", ["2", "2/state.orbax-checkpoint-tmp/d", "2/state/d"])

@@ -59,6 +59,14 @@ def test_a_half_deleted_step_is_not_valid(tmp_path, monkeypatch):
     assert checkpoints.steps() == [2]
 
 
+def test_a_half_deleted_step_is_deleted_with_the_next_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, 1, 2)
+    (tmp_path / "1" / "manifest.json").unlink()  # killed while it was deleted
+    save(checkpoints, 3)
+    assert sorted(os.listdir(tmp_path)) == ["2", "3"]
+
+
 def test_at_least_one_checkpoint_must_be_kept(tmp_path):
     with pytest.raises(ConfigError, match=r"checkpoint\.keep=0 must be at least 1"):
         Checkpoints(tmp_path, keep=0)

@@ -1,6 +1,8 @@
 """Names, files and throughput of a run's metrics."""
 
+import contextlib
 import json
+import os
 import struct
 import sys
 
@@ -62,6 +64,41 @@ def test_rows_after_the_resumed_step_are_dropped_from_file_and_tensorboard(tmp_p
     rows = [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path / "metrics.jsonl")]
     assert rows == [(1, 1.0), (2, 0.5), (3, 0.25)]
     assert tensorboard_scalars(tmp_path / "tb") == [("train/loss", *row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 2, "train/lo', b"\0" * 40, b"5", b'{"lost": 1}', b"\xff{", b"[]"]
+)
+def test_a_torn_line_costs_that_line_only(tmp_path, capsys, torn):
+    rows = [b'{"step": 1}', torn, b'{"step": 3}', b""]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(rows))
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
+    MetricWriter(tmp_path, 3, None, {}).close()
+    assert capsys.readouterr().err.count("metrics.jsonl: 1 unreadable line(s) left out") == 2
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def test_of_a_step_with_two_rows_the_later_is_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x": 1}\n{"step": 1, "x": 2}\n')
+    MetricWriter(tmp_path, 1, None, {}).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 2}]
+
+
+def test_a_full_disk_is_named_and_stops_the_run_only_for_metrics_jsonl(tmp_path, caplog, capfd):
+    writer = MetricWriter(tmp_path, 0, None, {})
+    with open("/dev/full", "w") as full:  # every write fails with ENOSPC
+        events = writer.tensorboard._py_recordio_writer._writer
+        os.dup2(full.fileno(), events.fileno())
+        writer.flush_every = 0
+        writer.write(1, {"train/loss": 1.0})
+        assert "writing to TensorBoard failed" in caplog.text
+        os.dup2(full.fileno(), writer.file.fileno())
+        with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+            writer.write(2, {"train/loss": 1.0})
+    writer.close()
+    with contextlib.suppress(OSError):
+        events.close()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("last_step", "steps"), [(-1, []), (0, [0]), (1, [0, 1])])

@@ -59,3 +59,17 @@ def test_the_first_signal_requests_a_stop_and_the_second_ends_at_once(tmp_path):
         assert process.stdout.readline() == "requested\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 128 + signal.SIGTERM
+
+
+def test_a_hang_timeout_of_0_is_never(tmp_path):
+    with started(tmp_path, "time.sleep(0.3)", hang_timeout=0) as process:
+        assert process.wait(timeout=30) == 0
+
+
+def test_a_hang_whose_stacks_cannot_be_written_exits_71_too(tmp_path):
+    (tmp_path / "logs").touch()
+    body = "def stuck_here(): time.sleep(60)\n    stuck_here()"
+    with started(tmp_path, body, hang_timeout=0.2) as process:
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 71
+    assert "stuck_here" in errors
