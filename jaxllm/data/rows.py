@@ -20,6 +20,7 @@ from jaxllm.data.held_out import canonical, is_held_out, read_keys, text_key
 from jaxllm.data.records import Record, Rename, check_rename
 from jaxllm.data.sources import BadRow, Row, Source, open_source
 from jaxllm.errors import ConfigError, DataError
+from jaxllm.files import write_text
 
 TOO_LONG = "longer than data.sequence_length"
 HELD_OUT = "whose question is held out"
@@ -261,7 +262,6 @@ class Examples:
     name: str
     rows: list[Example]
     counts: SourceCounts
-    bad_rows: str  # lines of bad_rows.jsonl
     fingerprint: str  # a hash of every token and number
 
     def describe(self) -> str:
@@ -306,12 +306,19 @@ class Examples:
         return sides
 
 
-def read_examples(source: Source, encode: Callable[[Any], Example], policy: BadRowPolicy) -> Examples:
-    """Every row of `source` through `encode`, which raises BadRow for a row that it cannot use.
+def read_examples(
+    source: Source,
+    encode: Callable[[Any], Example],
+    policy: BadRowPolicy,
+    bad_rows: list[str] | None = None,
+) -> Examples:
+    """Every row of `source` through `encode`, which raises BadRow for a row that it cannot use. For each of
+    these a line of bad_rows.jsonl is appended to `bad_rows`.
 
     Raises DataError where the policy does not allow the bad rows, or no row is left.
     """
-    counts, rows, bad_rows, content = SourceCounts(), [], [], xxhash.xxh3_128()
+    counts, rows, content = SourceCounts(), [], xxhash.xxh3_128()
+    bad_rows = [] if bad_rows is None else bad_rows
     for row in source.rows():
         counts.rows += 1
         example = None
@@ -335,14 +342,15 @@ def read_examples(source: Source, encode: Callable[[Any], Example], policy: BadR
     counts.check(source.name, policy)
     if not rows:
         raise DataError(f"{source.name} has no usable row: {counts}")
-    return Examples(source.name, rows, counts, "".join(bad_rows), content.hexdigest())
+    return Examples(source.name, rows, counts, content.hexdigest())
 
 
 def write_bad_rows(lines: Sequence[str], folder: Path) -> None:
-    """Write the lines of all sources to `bad_rows.jsonl`, if there are any."""
+    """Write the lines of all sources to `bad_rows.jsonl`, in place of those of an earlier start."""
+    (folder / "bad_rows.jsonl").unlink(missing_ok=True)
     if any(lines):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "bad_rows.jsonl").write_text("".join(lines))
+        write_text(folder / "bad_rows.jsonl", "".join(lines))
 
 
 def read_sources(
@@ -360,13 +368,15 @@ def read_sources(
         return encode(record)._replace(unread=record.unread())
 
     sources = (config.open(name, split, text_key=None, seed=seed) for name, split in config.splits)
+    bad_rows: list[str] = []
     try:
-        parts = [read_examples(source, encode_row, config.bad_row_policy) for source in sources]
+        parts = [read_examples(source, encode_row, config.bad_row_policy, bad_rows) for source in sources]
     except DataError as error:
         raise DataError("; ".join(filter(None, [str(error), rename.problem()]))) from error
+    finally:  # also where they stop the run
+        if run_folder is not None:
+            write_bad_rows(bad_rows, run_folder)
     rename.check()
-    if run_folder is not None:
-        write_bad_rows([part.bad_rows for part in parts], run_folder)
     named = read_keys(config.held_out or (), synthetic_rows=config.synthetic_rows, seed=seed)
     return keep_apart(parts, len(config.train), config.held_out_fraction, named)
 

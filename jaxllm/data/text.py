@@ -53,9 +53,15 @@ def load_text(
     Skipped rows are written to `bad_rows.jsonl` in `run_folder`. Raises DataError.
     """
     sources = [config.open(name, split, text_key=config.text_key, seed=seed) for name, split in config.splits]
-    caches = [cached_tokens(source, tokenizer, config.cache_dir, config.bad_row_policy) for source in sources]
-    if run_folder is not None:
-        write_bad_rows([cache.bad_rows.read_text() for cache in caches], run_folder)
+    bad_rows: list[str] = []
+    try:
+        caches = [
+            cached_tokens(source, tokenizer, config.cache_dir, config.bad_row_policy, bad_rows)
+            for source in sources
+        ]
+    finally:  # also where they stop the run
+        if run_folder is not None:
+            write_bad_rows(bad_rows, run_folder)
     fraction, count = config.held_out_fraction, len(config.train)
     cuts = [cut_documents(cache, fraction if i < count else 1.0) for i, cache in enumerate(caches)]
     named = read_keys(config.held_out or (), synthetic_rows=config.synthetic_rows, seed=seed)

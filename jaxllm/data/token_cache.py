@@ -43,15 +43,23 @@ class TokenCache:
 
 
 def cached_tokens(
-    source: Source, tokenizer: BaseTokenizer, cache_dir: str, policy: BadRowPolicy
+    source: Source,
+    tokenizer: BaseTokenizer,
+    cache_dir: str,
+    policy: BadRowPolicy,
+    bad_rows: list[str] | None = None,
 ) -> TokenCache:
-    """The tokens of `source`, from the cache if it has them, else tokenized now. Raises DataError."""
+    """The tokens of `source`, from the cache if it has them, else tokenized now. Raises DataError.
+
+    The lines of bad_rows.jsonl are appended to `bad_rows`, also where the policy does not allow the rows.
+    """
+    bad_rows = [] if bad_rows is None else bad_rows
     key = xxhash.xxh3_128_hexdigest(f"{_FORMAT} {source.content_hash} {tokenizer.hash}".encode())
     folder = Path(cache_dir).expanduser() / key
     cache = _read(folder)
     if cache is None:
         try:
-            _write(folder, source, tokenizer, policy)
+            _write(folder, source, tokenizer, policy, bad_rows)
         except OSError as error:
             raise DataError(
                 f"data.cache_dir={cache_dir}: cannot write tokens ({error.strerror or error})"
@@ -59,6 +67,7 @@ def cached_tokens(
         cache = _read(folder)
     if cache is None:
         raise DataError(f"{folder}: the tokens just written cannot be read back; check the disk")
+    bad_rows.append(cache.bad_rows.read_text())
     cache.counts.check(source.name, policy)  # the cache may come from a run with a more lenient policy
     if not cache.counts.documents:
         raise DataError(f"{source.name} has no usable text: {cache.counts}")
@@ -89,7 +98,9 @@ def _mapped(path: Path, dtype: str, size: int) -> np.ndarray:
     return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
 
 
-def _write(folder: Path, source: Source, tokenizer: BaseTokenizer, policy: BadRowPolicy) -> None:
+def _write(
+    folder: Path, source: Source, tokenizer: BaseTokenizer, policy: BadRowPolicy, bad_rows: list[str]
+) -> None:
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
     unfinished.mkdir(parents=True)
     try:
@@ -104,6 +115,9 @@ def _write(folder: Path, source: Source, tokenizer: BaseTokenizer, policy: BadRo
         except OSError:  # another run has written it meanwhile
             if _read(folder) is None:
                 raise
+    except DataError:
+        bad_rows.append((unfinished / "bad_rows.jsonl").read_text())
+        raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

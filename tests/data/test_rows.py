@@ -5,7 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from jaxllm.data.rows import BadRowPolicy, DataConfig, Example, Examples, read_examples, write_bad_rows
+from jaxllm.data.rows import (
+    BadRowPolicy,
+    DataConfig,
+    Example,
+    Examples,
+    read_examples,
+    read_sources,
+    write_bad_rows,
+)
 from jaxllm.data.sources import BadRow, Row, Source
 from jaxllm.errors import ConfigError, DataError
 
@@ -46,8 +54,8 @@ def encode(value) -> Example:
     return Example((ids,), (ids > 0,), group=value, kind="word", numbers=(1.0,))
 
 
-def read(*values, policy=SKIP, encode=encode) -> Examples:
-    return read_examples(source(*values), encode, policy)
+def read(*values, policy=SKIP, encode=encode, bad_rows=None) -> Examples:
+    return read_examples(source(*values), encode, policy, bad_rows)
 
 
 # Bad rows
@@ -84,11 +92,12 @@ def test_well_formed_rows_that_are_of_no_use_never_stop_a_run():
 
 
 def test_skipped_rows_are_counted_by_reason_and_written_to_a_file(tmp_path):
-    found = read("one", "wrong", "long", None, "wrong", "two", "three", "four")
+    bad_rows = []
+    found = read("one", "wrong", "long", None, "wrong", "two", "three", "four", bad_rows=bad_rows)
     assert str(found.counts) == (
         "8 rows read, 4 kept, 4 dropped (1 invalid JSON, 1 longer than a row, 2 wrong type)"
     )
-    write_bad_rows([found.bad_rows, ""], tmp_path / "run")
+    write_bad_rows(bad_rows, tmp_path / "run")
     lines = (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()
     assert [tuple(json.loads(line).values()) for line in lines] == [
         ("a.jsonl:2", "wrong type", "a word"),
@@ -99,8 +108,19 @@ def test_skipped_rows_are_counted_by_reason_and_written_to_a_file(tmp_path):
 
 
 def test_without_bad_rows_there_is_no_file(tmp_path):
+    write_bad_rows(["of a start before\n"], tmp_path)
     write_bad_rows(["", ""], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("on_bad_row", "lines"), [("stop", 1), ("skip", 3)])
+def test_bad_rows_that_stop_the_run_are_in_the_file_too(tmp_path, on_bad_row, lines):
+    rows = ["good", "wrong", "long", "wrong"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"word": word}) + "\n" for word in rows))
+    settings = config(train=(str(tmp_path / "rows.jsonl"),), on_bad_row=on_bad_row, max_bad_fraction=0.2)
+    with pytest.raises(DataError, match="wrong type"):
+        read_sources(settings, lambda row: encode(row["word"]), seed=0, run_folder=tmp_path / "run")
+    assert len((tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()) == lines
 
 
 def test_too_large_a_fraction_of_bad_rows_stops_a_run_that_skips():
@@ -157,7 +177,7 @@ def examples(count, group=str) -> Examples:
     """`count` rows in as many groups."""
     found = read(*(f"row {i}" for i in range(count)))
     rows = [row._replace(group=group(i)) for i, row in enumerate(found.rows)]
-    return Examples("a", rows, found.counts, "", "")
+    return Examples("a", rows, found.counts, "")
 
 
 def test_rows_of_one_group_are_on_one_side_whatever_else_is_read():

@@ -49,6 +49,18 @@ def test_every_document_is_trained_on_or_held_out(config, tokenizer, documents):
     assert 0.05 < len(held_out) / len(train) < 0.2
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_bad_rows_that_stop_the_run_are_in_the_file(config, tokenizer, tmp_path, cached):
+    with open(config.train[0], "a") as file:
+        file.write('{"txt": "lost"}\n')
+    if cached:  # by a run that skips them
+        load_text(changed(config, on_bad_row="skip"), tokenizer, seed=0)
+    with pytest.raises(DataError, match="missing key"):
+        load_text(config, tokenizer, seed=0, run_folder=tmp_path / "run")
+    (row,) = (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()
+    assert json.loads(row)["reason"] == "missing key"
+
+
 def test_with_a_validation_source_all_train_sources_are_trained_on(config, tokenizer, documents, tmp_path):
     (tmp_path / "held.txt").write_text("Eve left.")
     data = load_text(changed(config, validation=(str(tmp_path / "held.txt"),)), tokenizer, seed=0)
