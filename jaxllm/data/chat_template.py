@@ -43,6 +43,11 @@ class ChatTemplate(Protocol):
         ...
 
     @property
+    def clock(self) -> str | None:
+        """The time in ISO 8601 that `strftime_now` tells; None for a template that does not ask."""
+        ...
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end a completion."""
         ...
@@ -63,7 +68,7 @@ class ChatTemplate(Protocol):
 class PlainTextTemplate:
     """In place of a chat template, for a model that continues text: a prompt is the text itself."""
 
-    source = None
+    source = clock = None
 
     def __init__(self, tokenizer: BaseTokenizer):
         self._tokenizer = tokenizer
@@ -83,7 +88,7 @@ class NativeTemplate:
     """Our own template: the header and the end of a turn are single tokens, and each content is encoded by
     itself."""
 
-    source = None
+    source = clock = None
 
     def __init__(self, tokenizer: BaseTokenizer):
         """`tokenizer` must have CHAT_TOKENS as special tokens."""
@@ -119,9 +124,21 @@ class JinjaTemplate:
     token. Prompts and completions are encoded separately, since that is how generation produces them.
     """
 
-    def __init__(self, tokenizer: BaseTokenizer, source: str, name: str = "the tokenizer's chat template"):
-        """`name` is used in error messages. Raises ConfigError for a template that cannot be used."""
+    def __init__(
+        self,
+        tokenizer: BaseTokenizer,
+        source: str,
+        name: str = "the tokenizer's chat template",
+        clock: str | None = None,
+    ):
+        """`name` is used in error messages; `clock`: None stands for now. The time does not pass, so that a
+        conversation is the same tokens whenever it is encoded.
+
+        Raises ConfigError for a template that cannot be used.
+        """
         self.source: str | None = source
+        now = clock or datetime.now().isoformat(timespec="seconds")
+        self.clock: str | None = now if "strftime_now" in source else None
         self._tokenizer = tokenizer
         self._name = name
         self._special = frozenset(tokenizer.special_ids.values())
@@ -217,12 +234,17 @@ class JinjaTemplate:
 
     def _compiled(self, source: str) -> "jinja2.Template":
         environment = _environment()
+        environment.globals["strftime_now"] = self._strftime_now
         from jinja2 import TemplateSyntaxError
 
         try:
             return environment.from_string(source)
         except TemplateSyntaxError as error:
             raise self._fault(f"line {error.lineno}: {error.message}") from error
+
+    def _strftime_now(self, format: str) -> str:
+        assert self.clock is not None
+        return datetime.fromisoformat(self.clock).strftime(format)
 
     def _probed_stop_ids(self) -> tuple[int, ...]:
         """The special token after an assistant's content, and EOS, found by rendering a probe.
@@ -259,8 +281,9 @@ class JinjaTemplate:
         return ConfigError(f"{self._name}: {' '.join(what.split())}")
 
 
-def load_template(tokenizer: BaseTokenizer, path: str | None) -> ChatTemplate:
-    """The template of the .jinja file `path`; None: the tokenizer's own, or else NativeTemplate.
+def load_template(tokenizer: BaseTokenizer, path: str | None, clock: str | None = None) -> ChatTemplate:
+    """The template of the .jinja file `path`; None: the tokenizer's own, or else NativeTemplate. `clock` is
+    as in JinjaTemplate.
 
     Raises ConfigError where there is none or it cannot be used.
     """
@@ -269,9 +292,9 @@ def load_template(tokenizer: BaseTokenizer, path: str | None) -> ChatTemplate:
             source = Path(path).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"data.template={path!r} cannot be read: {error}") from error
-        return JinjaTemplate(tokenizer, source, f"the chat template {path}")
+        return JinjaTemplate(tokenizer, source, f"the chat template {path}", clock)
     if tokenizer.chat_template is not None:
-        return JinjaTemplate(tokenizer, tokenizer.chat_template)
+        return JinjaTemplate(tokenizer, tokenizer.chat_template, clock=clock)
     if all(token in tokenizer.special_ids for token in CHAT_TOKENS):
         return NativeTemplate(tokenizer)
     raise ConfigError("the tokenizer has no chat template; name a .jinja file in data.template")
@@ -323,7 +346,7 @@ def _environment() -> "jinja2.sandbox.ImmutableSandboxedEnvironment":
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    environment.globals["raise_exception"] = _raise_exception
     return environment
 
 
@@ -342,7 +365,3 @@ def _to_json(
 
 def _raise_exception(message: Any) -> NoReturn:
     raise BadRow("rejected by the chat template", " ".join(str(message).split()))
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)

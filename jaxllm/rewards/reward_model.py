@@ -69,6 +69,9 @@ class RewardModel:
             raise ConfigError(
                 f"{name} has another chat template than the policy: train it from the same model"
             )
+        clock = loaded.metadata.get("clock")
+        if clock != template.clock and None not in (clock, template.clock):
+            print(f"note: {name} was trained with another date in its prompts: {clock}, not {template.clock}")
         if length > loaded.model.config.max_length:
             raise ConfigError(
                 f"{name} reads {loaded.model.config.max_length} tokens at most: lower "

@@ -69,9 +69,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """The metadata of a step folder."""
+    return json.loads((folder / "metadata.json").read_bytes())
+
+
 def read_kind(folder: Path) -> ModelKind:
     """What the parameters of a step folder are."""
-    metadata = json.loads((folder / "metadata.json").read_bytes())
+    metadata = read_metadata(folder)
     if "model" in metadata:
         return ModelKind(**metadata["model"])
     return VERSION_1[read_config(folder)["stage"]]
@@ -112,14 +117,13 @@ def load_folder(
         params = init_state(key, init=jax.jit(model.init), optimizer=optax.identity()).params
     else:
         params = read_policy(folder, wanted if mesh is None else placed(wanted, mesh))
-    metadata = json.loads((folder / "metadata.json").read_bytes())
-    return LoadedModel(folder, kind, model, params, load_tokenizer(folder), metadata)
+    return LoadedModel(folder, kind, model, params, load_tokenizer(folder), read_metadata(folder))
 
 
 def checkpoint_template(loaded: LoadedModel) -> ChatTemplate:
-    """The template of the conversations that the checkpoint was trained on."""
+    """The template of the conversations that the checkpoint was trained on, with its clock."""
     file = loaded.folder / TEMPLATE_FILE
-    return load_template(loaded.tokenizer, str(file) if file.exists() else None)
+    return load_template(loaded.tokenizer, str(file) if file.exists() else None, loaded.metadata.get("clock"))
 
 
 def check_generates(loaded: T, flag: str) -> T:

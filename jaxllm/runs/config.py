@@ -73,25 +73,3 @@ class TrainConfig:
                     f"training.{name}={value} needs a metric to compare: set checkpoint.best_metric, such as "
                     "eval/loss"
                 )
-
-
-# Fields that may differ when a run resumes: how long, how often, what is logged and kept.
-MAY_DIFFER = (
-    "training.steps",
-    "optimizer.warmup_steps",  # follows training.steps
-    "training.log_every",
-    "training.evaluate_at_start",
-    "training.evaluate_every",
-    "training.sample_every",
-    "training.checkpoint_every",
-    "training.patience",
-    "training.target",
-    "training.max_bad_steps",
-    "training.hang_timeout",
-    "checkpoint.keep",
-    "evaluation.max_rows",
-    "sample",
-    "wandb_project",
-    "data.cache_dir",
-    "mesh",
-)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,20 +17,21 @@ from jaxllm.data.chat_template import ChatTemplate, PlainTextTemplate, load_temp
 from jaxllm.data.rows import Dataset
 from jaxllm.data.tokenizer import BaseTokenizer, build_tokenizer, check_vocabulary, load_tokenizer
 from jaxllm.errors import ConfigError
-from jaxllm.files import to_json, write_file
+from jaxllm.files import to_json
 from jaxllm.parallel.sharding import Device
-from jaxllm.runs.checkpoints import TEMPLATE_FILE, ModelKind
-from jaxllm.runs.config import MAY_DIFFER, TrainConfig
+from jaxllm.runs.checkpoints import TEMPLATE_FILE, ModelKind, read_metadata
+from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import InitialWeights, RunContext, RunInputs
 from jaxllm.runs.process import set_up_process
 from jaxllm.runs.program import Program
+from jaxllm.runs.resume import MAY_DIFFER, check_number_of_sources, parent_note, resume_notes
 from jaxllm.runs.stage import Stage
 from jaxllm.runs.weights import initial_weights
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.early_stopping import EarlyStopping
 from jaxllm.training.loop import Loop
-from jaxllm.training.metrics import MetricWriter, Throughput
-from jaxllm.training.run_folder import RunFolder, open_run, record_start
+from jaxllm.training.metrics import MetricWriter, Throughput, last_complete_row
+from jaxllm.training.run_folder import RunFolder, lock_run, open_run, record_start
 from jaxllm.training.state import TrainState
 from jaxllm.training.watchdog import Watchdog
 
@@ -53,12 +55,30 @@ def train(
     """
     set_up_process()
     program: Program[Any, Any] = Program(stage, config, devices)
-    folder = open_run(workdir, as_dict(config), resume=resume, may_differ=MAY_DIFFER)
+    with lock_run(workdir):
+        folder = open_run(workdir, as_dict(config), resume=resume, may_differ=MAY_DIFFER)
+        if folder.before is not None:
+            check_number_of_sources(folder.before, config)
+        train_in(folder, stage, program, init_from=init_from, profile=profile, command=command)
+
+
+def train_in(
+    folder: RunFolder,
+    stage: Stage,
+    program: Program[Any, Any],
+    *,
+    init_from: str | None,
+    profile: tuple[int, int] | None,
+    command: list[str],
+) -> None:
+    """`train` in a run folder that this process holds."""
+    config: TrainConfig = program.config
     initial = initial_weights(stage, program, folder, init_from)
     tokenizer = run_tokenizer(stage, config, folder, initial)
     print(program.describe(), flush=True)
     template = run_template(stage, config, tokenizer, folder, initial)
     inputs = RunInputs(program, tokenizer, template, folder, initial)
+    files = tokenizer.files() | template_files(tokenizer, template)
     with jax.set_mesh(program.mesh):
         data = stage.load(inputs)
     print(f"{data.report}\nrun folder: {folder.path}", flush=True)
@@ -73,8 +93,15 @@ def train(
             command=command,
             fingerprints={"data": data.fingerprint, "tokenizer": tokenizer.hash, **source.fingerprints},
             parent=None if initial.parent is None else {"path": str(initial.parent), "hash": initial.hash},
+            files=files,
+            clock=template.clock,
         )
         state, metadata = initial_state(program, folder, checkpoints, initial)
+        if folder.before is not None:
+            step, skipped = int(state.step), int(state.skipped_steps)
+            notes = resume_notes(folder.before, config, folder.path, step, step - skipped)
+            for line in (*notes, *parent_note(init_from, initial.parent)):
+                print(f"note: {line}", flush=True)
         source.restore(metadata)
         early_stopping = make_early_stopping(config, metadata.get("best"))
         unfinished_row = metadata.get("unfinished_row")
@@ -87,7 +114,7 @@ def train(
         train_step = program.compile()
         print(f"{time.perf_counter() - began:.1f} s", flush=True)
         tokens = program.tokens_per_step
-        last_row = int(state.step) if folder.resuming else -1
+        last_row = last_complete_row(int(state.step), folder.resuming, unfinished_row)
         with (
             jax.set_mesh(program.mesh),
             Watchdog(folder.path, config.training.hang_timeout) as watchdog,
@@ -100,7 +127,7 @@ def train(
                 source=source,
                 schedule=program.schedule,
                 hooks=tuple(stage.make_hooks(context)),
-                save=make_save(stage, context, checkpoints, early_stopping),
+                save=make_save(stage, context, checkpoints, early_stopping, files),
                 wait=checkpoints.wait,
                 writer=writer,
                 throughput=Throughput(tokens, tokens * program.flops_per_token),
@@ -109,6 +136,7 @@ def train(
                 resume_command=shlex.join(command),
                 profile=profile,
                 profile_folder=str(folder.path / "profile"),
+                row=metadata.get("metrics") or {},
             )
             state = loop.run(state, unfinished_row)
     print(f"done: {describe_end(int(state.step), early_stopping)}, all in {folder.path}")
@@ -121,30 +149,50 @@ def run_tokenizer(
     saved = folder.path if folder.resuming else initial.parent
     if saved is not None:
         tokenizer = load_tokenizer(saved)
+        if config.tokenizer.path is not None and not folder.resuming:
+            print(f"note: tokenizer.path={config.tokenizer.path} is not used: --init_from has a tokenizer")
     else:
         tokenizer = build_tokenizer(config.tokenizer, stage.tokenizer_text(config))
     check_vocabulary(tokenizer, config.model.vocab_size)
-    if not folder.resuming:
-        for name, content in tokenizer.files().items():
-            write_file(folder.file(name), content)
     return tokenizer
 
 
 def run_template(
     stage: Stage, config: Any, tokenizer: BaseTokenizer, folder: RunFolder, initial: InitialWeights
 ) -> ChatTemplate:
-    """The run's if it resumes; else the config's, its parent checkpoint's or the tokenizer's."""
+    """The run's if it resumes; else the config's, its parent checkpoint's or the tokenizer's. Whose template
+    it is, his is its clock."""
     if not stage.conversational:
         return PlainTextTemplate(tokenizer)
-    path = config.data.template
-    if folder.resuming or path is None:
-        where = folder.path if folder.resuming else initial.parent
-        saved = None if where is None else where / TEMPLATE_FILE
-        path = str(saved) if saved is not None and saved.exists() else path
-    template = load_template(tokenizer, path)
-    if path is not None and not folder.resuming:
-        write_file(folder.file(TEMPLATE_FILE), (template.source or "").encode())
+    path, clock, where = config.data.template, None, None
+    if folder.resuming:
+        where, clock = folder.path, folder.record.get("clock")
+    elif path is None and initial.parent is not None:
+        where, clock = initial.parent, read_metadata(initial.parent).get("clock")
+    if where is not None:
+        saved = where / TEMPLATE_FILE
+        path = str(saved) if saved.exists() else path
+    template = load_template(tokenizer, path, clock)
+    if folder.resuming and not is_same_file(config.data.template, template):
+        print(f"note: data.template={config.data.template} is not used: the run keeps its chat template")
+    if template.clock is not None:
+        print(f"the chat template is told that it is {template.clock}, in this run and with its checkpoints")
     return template
+
+
+def is_same_file(path: str | None, template: ChatTemplate) -> bool:
+    """Whether the config names no other template than this; a file that is gone is none."""
+    try:
+        return path is None or Path(path).expanduser().read_text(encoding="utf-8") == template.source
+    except (OSError, UnicodeDecodeError):
+        return True
+
+
+def template_files(tokenizer: BaseTokenizer, template: ChatTemplate) -> dict[str, bytes]:
+    """The file of a template that is not the tokenizer's own."""
+    if template.source is None or template.source == tokenizer.chat_template:
+        return {}
+    return {TEMPLATE_FILE: template.source.encode()}
 
 
 def initial_state(
@@ -197,12 +245,14 @@ def make_save(
     context: RunContext[Any, Any],
     checkpoints: Checkpoints,
     early_stopping: EarlyStopping | None,
+    files: Mapping[str, bytes],
 ) -> Callable[[int, TrainState, dict[str, float], bool], None]:
-    """What saves a step of this run: its state, and all that a resumption or a user of the weights needs."""
+    """What saves a step of this run: its state, and all that a resumption or a user of the weights needs.
+
+    `files` are those of the tokenizer and the chat template.
+    """
     folder, tokenizer = context.folder, context.tokenizer
-    files = {"config.json": to_json(stamped(as_dict(context.program.config))), **tokenizer.files()}
-    if (template := folder.file(TEMPLATE_FILE)).exists():
-        files[TEMPLATE_FILE] = template.read_bytes()
+    files = {"config.json": to_json(stamped(as_dict(context.program.config))), **files}
     kind = ModelKind(stage.generates, stage.conversational, stage.policy_prefix)
 
     def save(step: int, state: TrainState, row: dict[str, float], finished: bool) -> None:
@@ -211,6 +261,7 @@ def make_save(
             "model": kind._asdict(),
             "tokenizer": tokenizer.hash,
             "data": context.data.fingerprint,
+            "clock": context.template.clock,
             "metrics": row if finished else None,
             "unfinished_row": None if finished else row,
             "best": None if early_stopping is None else asdict(early_stopping),

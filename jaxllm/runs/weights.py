@@ -1,6 +1,5 @@
 """The weights at step 0 of a run: random ones, or those of another run."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -37,17 +36,21 @@ def initial_weights(
         check_shape(program.config, parent, f"--init_from={init_from}")
         if stage.generates:
             check_generates(read_kind(parent), f"--init_from={init_from}")
-    if folder.resuming and (record := json.loads(folder.file("run.json").read_bytes())["parent"]):
+    if folder.resuming and (record := folder.record["parent"]):
         parent, digest = Path(record["path"]), record["hash"]
 
     def params() -> Params:
         if parent is None:
             return program.fresh_state().params
-        if folder.resuming and checkpoint_hash(find_checkpoint(parent)) != digest:
-            raise CheckpointError(
-                f"{parent} is not the checkpoint that this run was initialized from: the hash was {digest}"
-            )
-        return stage.initial_params(program, parent)
+        found = parent
+        if folder.resuming:
+            # It may have moved to where --init_from says now.
+            found = find_checkpoint(init_from if init_from and not parent.exists() else parent)
+            if checkpoint_hash(found) != digest:
+                raise CheckpointError(
+                    f"{found} is not the checkpoint that this run was initialized from: the hash was {digest}"
+                )
+        return stage.initial_params(program, found)
 
     return InitialWeights(parent, digest or f"seed {program.config.seed}", params)
 

@@ -14,7 +14,7 @@ import re
 import secrets
 import shlex
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,14 @@ import jaxllm
 from jaxllm.config import differences
 from jaxllm.config_versions import stamped, upgrade
 from jaxllm.errors import CheckpointError, ConfigError, DataError
-from jaxllm.files import to_json, write_file
+from jaxllm.files import is_leftover, locked, to_json, write_file
 from jaxllm.training.checkpoint import MANIFEST, first_process_decides, step_folders
 
+LOCK = "lock"  # held by the process that uses the folder, and removed by it
+# What a start may leave in a run folder besides config.json: tokenizer and chat template.
+START_FILES = frozenset(
+    ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "template.jinja")
+)
 _NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]+")
 
 
@@ -39,10 +44,16 @@ class RunFolder:
     id: str
     resuming: bool  # whether there is a checkpoint to resume from
     step: int | None  # of --resume=STEP; None: the newest
+    before: Mapping[str, Any] | None = None  # the config of a run that resumes, as it was last started
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The content of `run.json`."""
+        return _read(self.path / "run.json")
 
     def file(self, *names: str) -> Path:
         """A path inside the folder; its parent folders are created. No name leads out of the run folder."""
@@ -54,6 +65,30 @@ class RunFolder:
         path = self.path.joinpath(*names)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+@contextlib.contextmanager
+def lock_run(workdir: str) -> Iterator[None]:
+    """A context in which no other process uses the run folder. ConfigError that names the one that does."""
+    path = _run_path(workdir)
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = locked(path / LOCK)
+    except BlockingIOError as error:
+        raise ConfigError(f"{path} is in use by {error}; wait for it, or choose another --workdir") from None
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir}: {error.strerror}") from error
+    if lock.left_by is not None:
+        print(f"the lock of {lock.left_by} was left behind: that process has ended", flush=True)
+    try:
+        with lock:
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.rmdir()  # if nothing was written
 
 
 def open_run(
@@ -72,24 +107,31 @@ def open_run(
     """
     if resume not in ("auto", "must", "never") and not resume.isdecimal():
         raise ConfigError(f"--resume={resume} must be auto, must, never or a step")
+    path = _run_path(workdir)
+    try:
+        resuming = bool(first_process_decides(lambda: _claim(path, config, resume, may_differ)))
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir}: {error.strerror}") from error
+    step = int(resume) if resume.isdecimal() else None
+    before = _stored_config(path) if resuming and (path / "config.json").exists() else None
+    return RunFolder(path, _read(path / "run.json")["id"], resuming, step, before)
+
+
+def _run_path(workdir: str) -> Path:
     path = Path(workdir).expanduser().absolute()
     if not workdir or "://" in workdir or not _NAME.fullmatch(path.name):
         raise ConfigError(
             f"--workdir={workdir} must be a local folder whose name has only letters, digits, '.', '_', '-'"
         )
-    try:
-        resuming = first_process_decides(lambda: _claim(path, config, resume, may_differ))
-    except OSError as error:
-        raise ConfigError(f"--workdir={workdir}: {error.strerror}") from error
-    step = int(resume) if resume.isdecimal() else None
-    return RunFolder(path, _read(path / "run.json")["id"], bool(resuming), step)
+    return path
 
 
 def _claim(path: Path, config: Mapping[str, Any], resume: str, may_differ: Collection[str]) -> bool:
     """Whether there is a checkpoint of this run to resume from. Creates the `run.json` of a new run."""
     if not (path / "run.json").exists():
         path.mkdir(parents=True, exist_ok=True)
-        if found := {entry.name for entry in path.iterdir()} - {"logs"}:  # a launcher may have created logs/
+        names = {entry.name for entry in path.iterdir()} - {"logs", LOCK}  # a launcher may have created logs/
+        if found := [name for name in names if not is_leftover(name)]:
             raise ConfigError(f"{path} is not a run folder, it holds {min(found)}: choose another --workdir")
         run_id = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
         record = {"id": run_id, "parent": None, "fingerprints": {}, "starts": []}
@@ -115,14 +157,9 @@ def _check_same_config(
     path: Path, run_id: str, config: Mapping[str, Any], may_differ: Collection[str]
 ) -> None:
     """ConfigError where `config` differs from that of the run in a field that is not in `may_differ`."""
-    file = path / "config.json"
-    try:
-        stored = upgrade(_read(file))
-    except ValueError as error:  # of a newer version
-        raise ConfigError(f"{file} cannot be read: {error}") from error
     found = [
         str(difference)
-        for difference in differences(stored, config)
+        for difference in differences(_stored_config(path), config)
         if not any(f"{difference.path}.".startswith(f"{name}.") for name in may_differ)
     ]
     if found:
@@ -133,6 +170,15 @@ def _check_same_config(
         )
 
 
+def _stored_config(path: Path) -> dict[str, Any]:
+    """The config of the run in a folder, under today's names."""
+    file = path / "config.json"
+    try:
+        return upgrade(_read(file))
+    except ValueError as error:  # of a newer version
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+
+
 def record_start(
     run: RunFolder,
     config: Mapping[str, Any],
@@ -140,15 +186,22 @@ def record_start(
     command: Sequence[str],
     fingerprints: Mapping[str, str],
     parent: Mapping[str, str] | None = None,
+    files: Mapping[str, bytes] | None = None,
+    clock: str | None = None,
 ) -> None:
     """Record in the folder that the run starts or resumes. To be called before compiling.
+
+    A run has started once `run.json`, which is written last, has a start. Until then a new start replaces all
+    that an earlier one, which failed, wrote.
 
     Args:
       fingerprints: hashes of what must not change within a run, such as its data and its tokenizer. Raises
         DataError where they differ from those of the run that is resumed.
       parent: path and hash of the checkpoint that a new run is initialized from.
+      files: the tokenizer and chat template of a new run, by file name.
+      clock: the time that its chat template is told, if it asks.
     """
-    record = _read(run.path / "run.json")
+    record = run.record
     if run.resuming:
         before = record["fingerprints"]
         for name in before | dict(fingerprints):
@@ -163,24 +216,48 @@ def record_start(
                     f"restore the {name}"
                 )
     else:
-        record |= {"fingerprints": dict(fingerprints), "parent": parent}
-    record["starts"].append(
-        {
-            "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "resuming": run.resuming,
-            "command": shlex.join(command),
-            "git": _git_revision(),
-            "versions": _versions(),
-            "devices": {
-                "kind": jax.devices()[0].device_kind,
-                "count": jax.device_count(),
-                "processes": jax.process_count(),
-            },
-        }
-    )
+        record |= {"fingerprints": dict(fingerprints), "parent": parent, "clock": clock}
+    record.setdefault("clock", clock)  # an older version recorded none
+    start = {
+        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "resuming": run.resuming,
+        "command": shlex.join(command),
+        "git": _git_revision(),
+        "versions": _versions(),
+        "devices": {
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+    }
+    if run.resuming and (moved := _other_machine(record["starts"][-1:], start)):
+        print(f"note: {moved} since the last start: the bits may differ from those of an uninterrupted run")
+    record["starts"].append(start)
     if jax.process_index() == 0:
+        if not run.resuming:
+            _replace_files(run, files or {})
         write_file(run.path / "config.json", to_json(stamped(config)))
         write_file(run.path / "run.json", to_json(record))
+
+
+def _replace_files(run: RunFolder, files: Mapping[str, bytes]) -> None:
+    """Write the files of a new run in place of those of a start that failed, if there was one."""
+    for name in START_FILES - files.keys():
+        (run.path / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        write_file(run.file(name), content)
+
+
+def _other_machine(last: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> str:
+    """How a start differs in what computes from the last one, if there was one."""
+    found = [
+        str(difference)
+        for before in last
+        for section in ("devices", "versions")
+        for difference in differences(before[section], now[section], section)
+        if section == "devices" or difference.path in ("versions.jax", "versions.jaxlib")
+    ]
+    return ", ".join(found)
 
 
 def _fingerprint_of_code(config: Mapping[str, Any]) -> bool:

@@ -1,22 +1,32 @@
 """Whole runs in this process: what they print and write, when they compile, stop early and fail."""
 
 import contextlib
+import datetime
 import io
 import json
+import os
 import random
 import re
+import signal
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import numpy as np
 import pytest
+from rl_runs import read_all
 from tiny_runs import parse_config
 
-from jaxllm.errors import CheckpointError, ConfigError, DataError
+from jaxllm.errors import CheckpointError, ConfigError, DataError, Stopped
+from jaxllm.runs.checkpoints import checkpoint_template, load_checkpoint, read_metadata
+from jaxllm.runs.context import InitialWeights
 from jaxllm.runs.program import dry_run
-from jaxllm.runs.train import train
-from jaxllm.stages import build_program, find_stage
-from jaxllm.training.checkpoint import find_checkpoint, read_arrays
+from jaxllm.runs.train import run_tokenizer, train
+from jaxllm.runs.weights import initial_weights
+from jaxllm.stages import build_program, find_stage, pretrain
+from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint, read_arrays
 from jaxllm.training.metrics import read_metrics
+from jaxllm.training.run_folder import RunFolder, lock_run
 
 FILES = {
     "pretrain": ("pretrain_text.py", "good.jsonl"),
@@ -143,6 +153,35 @@ def test_a_run_is_initialized_from_another_and_records_it_as_its_parent(finished
     assert record["parent"]["path"] == str(find_checkpoint(finished))
 
 
+def test_a_folder_that_another_process_uses_is_refused(text, tmp_path):
+    message = "run is in use by process"
+    with lock_run(str(tmp_path / "run")), pytest.raises(ConfigError, match=message):
+        run(make_config(text), tmp_path / "run")
+
+
+def test_a_tokenizer_path_beside_a_parent_is_said_not_to_be_used(finished, text, tmp_path, capsys):
+    config = make_config(text, tokenizer__path="mine.model")
+    initial = InitialWeights(find_checkpoint(finished), "", dict)
+    run_tokenizer(find_stage("pretrain"), config, RunFolder(tmp_path, "a", False, None), initial)
+    assert "note: tokenizer.path=mine.model is not used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has_changed", [False, True])
+def test_a_parent_that_moved_is_read_from_where_init_from_says(finished, tmp_path, has_changed):
+    """By a run that resumes and needs it as its reference."""
+    moved = find_checkpoint(finished)
+    parent = {"path": str(tmp_path / "gone" / "8"), "hash": "x" if has_changed else checkpoint_hash(moved)}
+    (tmp_path / "run.json").write_text(json.dumps({"parent": parent}))
+    stage: Any = SimpleNamespace(initial_params=lambda program, folder: folder)
+    folder = RunFolder(tmp_path, "a", resuming=True, step=None)
+    initial = initial_weights(stage, cast(Any, None), folder, str(finished))
+    if has_changed:
+        with pytest.raises(CheckpointError, match="is not the checkpoint that this run was initialized from"):
+            initial.params()
+    else:
+        assert cast(Any, initial.params()) == moved
+
+
 def test_a_bad_row_stops_the_run_or_is_recorded(text, tmp_path):
     bad = {"data__train": str(text / "bad.jsonl"), "training__steps": "3"}
     with pytest.raises(DataError, match=r"bad.jsonl:401: missing key .*did you mean 'txt'"):
@@ -254,10 +293,66 @@ def test_a_run_that_reaches_its_target_stops_and_resumes_only_without_it(chat_ru
     assert "nothing to do: 0 steps are done; to train further, set training.target=none" in printed
 
 
-def test_a_custom_chat_template_is_saved_with_the_weights(finished, text, tmp_path):
+def test_a_run_stopped_in_its_last_evaluation_ends_as_an_uninterrupted_one(
+    chat_run, finished, text, tmp_path, monkeypatch, capsys
+):
+    evaluations, evaluate = [], pretrain.evaluate
+
+    def interrupted(params, batches, score, check):
+        evaluations.append(params)
+        if len(evaluations) == 3:  # of steps 0, 4 and 8
+            os.kill(os.getpid(), signal.SIGTERM)
+            check()
+        return evaluate(params, batches, score, check)
+
+    monkeypatch.setattr(pretrain, "evaluate", interrupted)
+    config, workdir = make_config(text, "sft", sample__num_held_out="4"), tmp_path / "run"
+    with pytest.raises(Stopped, match="saved at step 8"):
+        run(config, workdir, init_from=str(finished))
+    assert read_metadata(find_checkpoint(workdir))["metrics"] is None
+    capsys.readouterr()
+    run(config, workdir, init_from=str(finished))
+    printed = capsys.readouterr().out
+    assert "note:" not in printed
+    for each in (outcome(workdir), outcome(workdir / "best")):
+        assert each == outcome(chat_run[0])
+    run(config, workdir, init_from=str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "nothing to do: 8 steps are done" in printed
+    assert f"note: --init_from={tmp_path} is not used: the run resumes" in printed
+    assert len(evaluations) == 4
+
+
+def outcome(path):
+    """Arrays and metadata of a checkpoint, and the rows of its run, without times and names."""
+    folder = find_checkpoint(path)
+
+    def timeless(row):
+        return {name: x for name, x in row.items() if not name.startswith("perf/")}
+
+    metadata = read_metadata(folder)
+    rows = [timeless(row) for row in read_metrics(folder.parents[1] / "metrics.jsonl")]
+    known = metadata | {"run": None, "metrics": timeless(metadata["metrics"])}
+    return folder.name, read_all(folder), known, rows
+
+
+def test_a_start_that_fails_leaves_no_file_that_the_next_one_takes(finished, text, tmp_path):
+    template, rows = tmp_path / "mine.jinja", tmp_path / "bad.jsonl"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    rows.write_text('{"prompt": "a"}\n')
+    config = make_config(text, "sft", data__template=str(template), data__train=str(rows))
+    with pytest.raises(DataError):
+        run(config, tmp_path / "run", init_from=str(finished))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["bad_rows.jsonl", "run.json"]
+
+
+def test_a_custom_chat_template_is_saved_with_the_weights(finished, text, tmp_path, monkeypatch, capsys):
     template = tmp_path / "mine.jinja"
     template.write_text(
-        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{{ bos_token }}{{ strftime_now('%H:%M:%S') }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
         "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
@@ -270,8 +365,25 @@ def test_a_custom_chat_template_is_saved_with_the_weights(finished, text, tmp_pa
     source = template.read_bytes()
     template.unlink()
     run(make_config(text, "reward_model", **few), tmp_path / "reward", init_from=str(tmp_path / "sft"))
+    clock = json.loads((tmp_path / "sft" / "run.json").read_text())["clock"]
+    assert f"the chat template is told that it is {clock}" in capsys.readouterr().out
     for name in ("sft", "reward"):
-        assert (find_checkpoint(tmp_path / name) / "template.jinja").read_bytes() == source
+        folder = find_checkpoint(tmp_path / name)
+        assert (folder / "template.jinja").read_bytes() == source
+        assert read_metadata(folder)["clock"] == clock
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2100, 1, 1)
+
+    monkeypatch.setattr("jaxllm.data.chat_template.datetime", Later)  # the run's time does not pass
+    assert checkpoint_template(load_checkpoint(tmp_path / "sft")).clock == clock
+    template.write_bytes(source + b"{# edited #}")
+    run(make_config(text, "sft", data__template=str(template), training__steps="4"), tmp_path / "sft")
+    printed = capsys.readouterr().out
+    assert "resumed at step 3" in printed
+    assert f"data.template={template} is not used: the run keeps its chat template" in printed
 
 
 @pytest.fixture(scope="module")

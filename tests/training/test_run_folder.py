@@ -1,6 +1,9 @@
 """A run folder resumes its own run; any other run is a one-line error before anything slow."""
 
 import json
+import os
+import re
+import socket
 import subprocess
 
 import jax
@@ -10,7 +13,7 @@ import pytest
 from jaxllm.config_versions import VERSION
 from jaxllm.errors import CheckpointError, ConfigError, DataError
 from jaxllm.training.checkpoint import Checkpoints
-from jaxllm.training.run_folder import open_run, record_start
+from jaxllm.training.run_folder import lock_run, open_run, record_start
 
 CONFIG = {"training": {"steps": 10, "log_every": 1}, "optimizer": {"learning_rate": 0.1}, "seed": 0}
 MAY_DIFFER = ("training.steps", "logging")
@@ -166,6 +169,68 @@ def test_a_run_that_never_started_may_be_replaced(workdir):
     assert not start(workdir, CONFIG | {"seed": 1}).resuming
 
 
+def test_the_files_of_a_start_replace_those_of_one_that_failed(workdir):
+    workdir.mkdir()
+    run = open_run(str(workdir), CONFIG, resume="auto", may_differ=())
+    for name in ("template.jinja", "tokenizer.json", "tokenizer.model"):
+        (workdir / name).write_text("of the start that failed")
+    files = {"tokenizer.model": b"new"}
+    record_start(run, CONFIG, command=["train.py"], fingerprints={}, files=files)
+    assert {path.name: path.read_bytes() for path in workdir.glob("t*")} == files
+
+
+def test_a_start_is_recorded_after_all_its_files_are_there(workdir, monkeypatch):
+    def full(path, content):
+        if path.name == "config.json":
+            raise OSError("full")
+        path.write_bytes(content)
+
+    run = open_run(str(workdir), CONFIG, resume="auto", may_differ=())
+    monkeypatch.setattr("jaxllm.training.run_folder.write_file", full)
+    with pytest.raises(OSError, match="full"):
+        record_start(run, CONFIG, command=["a"], fingerprints={}, files={"template.jinja": b""})
+    monkeypatch.undo()
+    assert not start(workdir, CONFIG | {"seed": 1}).resuming  # no run has started: any config will do
+    assert not (workdir / "template.jinja").exists()
+
+
+def test_another_machine_or_version_is_said(workdir, capsys):
+    save(start(workdir), 3)
+    record = json.loads((workdir / "run.json").read_text())
+    record["starts"][-1]["devices"]["count"] = 4
+    record["starts"][-1]["versions"]["jax"] = "0.1"
+    (workdir / "run.json").write_text(json.dumps(record))
+    start(workdir)
+    assert re.search(r'note: devices.count 4 -> 8, versions.jax "0.1" -> .*bits', capsys.readouterr().out)
+    start(workdir)
+    assert capsys.readouterr().out == ""
+
+
+# One process a folder
+
+
+def test_a_folder_that_a_process_uses_is_refused_in_one_line_that_names_it(workdir):
+    with lock_run(str(workdir)):
+        start(workdir)
+        before = sorted(workdir.rglob("*"))
+        message = rf"/x is in use by process {os.getpid()} on .*; wait for it"
+        with pytest.raises(ConfigError, match=message), lock_run(str(workdir)):
+            pass
+        assert sorted(workdir.rglob("*")) == before
+    with lock_run(str(workdir)):
+        assert start(workdir).id
+
+
+def test_a_lock_that_a_killed_process_left_is_said(workdir, capsys):
+    workdir.mkdir()
+    left = {"host": socket.gethostname(), "pid": 10**7, "since": "2026-01-01"}
+    (workdir / "lock").write_text(json.dumps(left))
+    with lock_run(str(workdir)):
+        pass
+    assert "the lock of process 10000000 on" in capsys.readouterr().out
+    assert not workdir.exists()  # nothing was written
+
+
 def test_changed_data_is_an_error_with_both_fingerprints(workdir):
     save(start(workdir, data="d1", tokenizer="t1"), 3)
     with pytest.raises(DataError) as caught:
@@ -180,6 +245,8 @@ def test_changed_data_is_an_error_with_both_fingerprints(workdir):
 def test_a_folder_of_other_files_is_an_error(workdir):
     workdir.mkdir()
     (workdir / "logs").mkdir()  # created by a launcher
+    (workdir / ".DS_Store").touch()
+    (workdir / ".run.json.tmp").touch()  # of a start that was killed at once
     (workdir / "thesis.tex").touch()
     with pytest.raises(
         ConfigError, match=r"x is not a run folder, it holds thesis.tex: choose another --workdir"
