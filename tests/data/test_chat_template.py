@@ -136,6 +136,18 @@ def test_functions_available_to_templates():
     assert row.startswith('%{"<é>": 1}{\n "a": 1\n}0<s><|im_start|>user')
 
 
+def test_the_time_that_a_template_is_told_does_not_pass(tmp_path):
+    (tmp_path / "chat.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    tokenizer = hf_tokenizer()
+    row = conversation("a", "b")
+    now = load_template(tokenizer, str(tmp_path / "chat.jinja"))
+    then = load_template(tokenizer, str(tmp_path / "chat.jinja"), "2024-07-26T12:00:00")
+    assert shown(tokenizer, then.encode(row, loss_on="all")).startswith("2[6 Jul 2024")
+    again = load_template(tokenizer, str(tmp_path / "chat.jinja"), now.clock)
+    assert again.encode(row, loss_on="all") == now.encode(row, loss_on="all")
+    assert load_template(hf_tokenizer(CHATML), None, "2024-07-26T12:00:00").clock is None  # does not ask
+
+
 # Agreement with transformers
 
 

@@ -125,8 +125,11 @@ def kill():
     raise Killed
 
 
-@pytest.mark.parametrize("ways", [(stop,), (kill,), (stop, stop), (stop, kill)])
-def test_an_interruption_at_any_boundary_changes_nothing(tmp_path, ways, monkeypatch):
+@pytest.mark.parametrize(
+    ("ways", "distances"),  # of two interruptions; the first two boundaries are those of the save
+    [((stop,), (0,)), ((kill,), (0,)), ((stop, stop), (3, 4)), ((stop, kill), range(3, 9))],
+)
+def test_an_interruption_at_any_boundary_changes_nothing(tmp_path, ways, distances, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda descriptor: None)  # these two take most of the time
     monkeypatch.setattr(MetricWriter, "_to_tensorboard", lambda self, row: None)
     rows, last, boundaries = outcome(tmp_path / "whole")
@@ -134,7 +137,7 @@ def test_an_interruption_at_any_boundary_changes_nothing(tmp_path, ways, monkeyp
     assert last["metrics"]["eval/loss"] == 4.0
     assert last["best"]["step"] == 7
     for number in range(boundaries):
-        for later in range(1, 9) if len(ways) == 2 else (0,):
-            interruptions = zip((number, number + later), ways, strict=False)
-            found = outcome(tmp_path / f"{number}-{later}", *interruptions)
-            assert found[:2] == (rows, last), (number, later)
+        for distance in distances:
+            interruptions = zip((number, number + distance), ways, strict=False)
+            found = outcome(tmp_path / f"{number}-{distance}", *interruptions)
+            assert found[:2] == (rows, last), (number, distance)
