@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from jaxllm.data.loader import shares
 from jaxllm.data.prompts import Prompt
@@ -96,6 +97,10 @@ def samples_hook(context: RunContext[Any, Any], source: RolloutSource) -> Hook:
             ]
         if source.last is not None:
             texts = rollout_tables(*source.last, config.rollout.group_size, tokenizer) + texts
+        elif step:
+            tqdm.write(
+                f"step {step}: samples/ has no table of its rollout, after which the run was interrupted"
+            )
         if texts:
             write_samples(context.folder, step, texts, width=160)
         return {}

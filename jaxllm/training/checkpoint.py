@@ -312,8 +312,9 @@ def damage(folder: Path, *, hashes: bool = True) -> str | None:
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """One hash of all files of a valid step folder."""
-    return xxhash.xxh3_128_hexdigest((folder / MANIFEST).read_bytes())
+    """One hash of all files of a valid step folder, as they were saved first."""
+    content = (folder / MANIFEST).read_bytes()
+    return json.loads(content).get("hash") or xxhash.xxh3_128_hexdigest(content)
 
 
 def _write_manifest(folder: Path) -> None:
@@ -328,12 +329,13 @@ def _replace_metadata(folder: Path, content: bytes) -> None:
     name = "metadata.json"
     if (folder / name).read_bytes() == content:
         return
-    files = json.loads((folder / MANIFEST).read_bytes())["files"]
-    files.pop(name, None)
-    write_file(folder / MANIFEST, to_json({"files": files}))  # a file that it does not list may change
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    manifest["hash"] = checkpoint_hash(folder)  # by which runs know the parent that they are initialized from
+    manifest["files"].pop(name, None)
+    write_file(folder / MANIFEST, to_json(manifest))  # a file that it does not list may change
     write_file(folder / name, content)
-    files[name] = (len(content), xxhash.xxh3_128_hexdigest(content))
-    write_file(folder / MANIFEST, to_json({"files": files}))
+    manifest["files"][name] = (len(content), xxhash.xxh3_128_hexdigest(content))
+    write_file(folder / MANIFEST, to_json(manifest))
 
 
 def _hash_all(files: Mapping[str, Path]) -> dict[str, str]:

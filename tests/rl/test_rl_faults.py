@@ -2,12 +2,15 @@
 
 import os
 import signal
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from rl_runs import arrays_of, make_config, make_policy, rows_of, run
 
 from jaxllm.errors import ConfigError, DataError, Stopped
 from jaxllm.rl import rollouts
+from jaxllm.rl.hooks import samples_hook
 
 REWARDS = '''
 import os, signal, time
@@ -251,3 +254,13 @@ def test_a_run_stopped_while_decoding_resumes_exactly(
         train_run(folder, tmp_path / "r", f"{rewards}:stops_the_run")
     assert len(calls) == call
     assert_same(train_run(folder, tmp_path / "r", f"{rewards}:stops_the_run"), uninterrupted)
+
+
+def test_a_table_that_an_interruption_cost_is_said(capsys):
+    """A run that resumes repeats the samples of its step, but not the rollout before."""
+    config = SimpleNamespace(sample=SimpleNamespace(prompts=()), training=SimpleNamespace(sample_every=4))
+    context: Any = SimpleNamespace(program=SimpleNamespace(config=config), template=None, tokenizer=None)
+    source: Any = SimpleNamespace(last=None)
+    for step in (0, 4):
+        assert samples_hook(context, source).run(step, cast(Any, None)) == {}
+    assert capsys.readouterr().out.startswith("step 4: samples/ has no table of its rollout")

@@ -92,12 +92,14 @@ def test_a_step_that_is_saved_again_has_the_new_metadata_and_is_valid_at_every_m
         write(path, content)
         found.append((path.name, damage(folder)))
 
+    digest = checkpoint_hash(folder)
     monkeypatch.setattr(checkpoint, "write_file", watched)
     for _ in range(2):
         checkpoints.save(1, make_state(1), {"step": 1, "metrics": {"eval/loss": 0.5}})
     files = ["manifest.json", "metadata.json", "manifest.json"]
     assert found == [(name, None) for name in files]  # once
     assert checkpoints.restore(1, abstract(make_state()))[1]["metrics"] == {"eval/loss": 0.5}
+    assert checkpoint_hash(folder) == digest  # it is still the parent of the runs initialized from it
     flip_bit(folder / "metadata.json", 0)
     assert damage(folder) is not None
 
