@@ -95,7 +95,7 @@ class Lock:
 
     def _beat(self) -> None:
         while not self.closed.wait(BEAT):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # it may be closed just now
                 os.utime(self.file.fileno())
 
     def close(self) -> None:
@@ -134,7 +134,8 @@ def locked(path: Path) -> Lock:
                 if not path.exists():
                     mine.replace(path)
                     return Lock(path, file, None)
-            with contextlib.suppress(FileNotFoundError), path.open("rb") as other:
+            # "+", because NFS locks only files that are open for writing.
+            with contextlib.suppress(FileNotFoundError), path.open("r+b") as other:
                 holder = _ended_holder(other, path, now=mine.stat().st_mtime)
                 if _is_at(other, path):  # and not replaced meanwhile
                     mine.replace(path)
