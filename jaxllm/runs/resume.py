@@ -26,6 +26,7 @@ FREE = (
     "training.hang_timeout",
     "checkpoint.keep",
     "evaluation.max_rows",
+    "evaluation.num_sources",
     "sample",
     "wandb_project",
     "data.cache_dir",
@@ -43,7 +44,14 @@ ROUNDING = (
     "data.reference",
 )
 # Where inputs lie: their content is compared by fingerprint, or the run's own copy is used.
-MOVABLE = ("data.train", "data.validation", "reward.model", "data.template", "tokenizer.path")
+MOVABLE = (
+    "data.train",
+    "data.validation",
+    "data.held_out",
+    "reward.model",
+    "data.template",
+    "tokenizer.path",
+)
 COPIED = ("data.template", "tokenizer.path")
 
 MAY_DIFFER = FREE + ROUNDING + MOVABLE
