@@ -157,15 +157,16 @@ def group_relative_advantages(
     return jnp.where(spread, deviations / (std + epsilon), 0).ravel()
 
 
-def leave_one_out_advantages(rewards: Array, group_size: int) -> jax.Array:
-    """r_i - (sum of the group - r_i) / (G - 1), float32 [N]: a completion against the group's others (RLOO).
+def leave_one_out_advantages(rewards: Array, group_size: int, *, valid: Array | None = None) -> jax.Array:
+    """r_i - (sum of the group - r_i) / (n - 1), float32 [N]: a completion against the group's others (RLOO).
 
-    An unbiased baseline (Ahmadian et al. 2024, arXiv:2402.14740); it equals G / (G - 1) times the deviation
-    from the group's mean. Equal rewards give exactly 0.
+    An unbiased baseline (Ahmadian et al. 2024, arXiv:2402.14740); it equals n / (n - 1) times the deviation
+    from the group's mean, with n the group's valid rows. Equal rewards give exactly 0.
 
     Args:
       rewards: [N], any number type; a group's rows are consecutive.
       group_size: completions of a prompt, at least 2, dividing N.
+      valid: as in `group_relative_advantages`: other rows are in no baseline and get 0, as does a row alone.
 
     Raises:
       ValueError: group_size below 2 or not dividing N.
@@ -173,10 +174,14 @@ def leave_one_out_advantages(rewards: Array, group_size: int) -> jax.Array:
     >>> import jax.numpy as jnp
     >>> leave_one_out_advantages(jnp.array([3.0, 0.0, 0.0]), 3).tolist()
     [3.0, -1.5, -1.5]
+    >>> leave_one_out_advantages(jnp.array([3.0, 0.0, 0.0]), 3, valid=jnp.array([1, 1, 0])).tolist()
+    [3.0, -3.0, 0.0]
     """
-    groups, _ = _groups(rewards, jnp.ones(rewards.shape, bool), group_size)
-    others = (groups.sum(1, keepdims=True) - groups) / (group_size - 1)
-    return (groups - others).ravel()
+    valid = jnp.ones(rewards.shape, bool) if valid is None else valid
+    groups, valid_groups = _groups(rewards, valid, group_size)
+    number = count(valid_groups, axis=1)[:, None]
+    others = (groups.sum(1, keepdims=True) - groups) / jnp.maximum(number - 1, 1)
+    return zero_masked(groups - others, valid_groups).ravel()
 
 
 def overlong_penalty(length: Array, *, limit: int, buffer: int) -> jax.Array:

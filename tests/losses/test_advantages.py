@@ -166,6 +166,14 @@ def test_invalid_rows_are_left_out(scale):
     np.testing.assert_array_equal(advantages[3:], 0)  # invalid, alone in its group, no valid row at all
 
 
+def test_leave_one_out_compares_with_the_valid_others():
+    cut_off = [1, 1, 1, 0]  # whether a completion is valid; the last one is not, and has reward 0
+    rewards = jnp.array([1, 1, 1, 0, 4, 1, jnp.nan, 1, jnp.inf, 3, jnp.nan, jnp.nan])
+    valid = jnp.array([*cut_off, 1, 1, 0, 1, 0, 1, 0, 0])
+    advantages = leave_one_out_advantages(rewards, 4, valid=valid)
+    np.testing.assert_array_equal(advantages, [0, 0, 0, 0, 3, -1.5, 0, -1.5, 0, 0, 0, 0])  # 4 - 1; 1 - 5 / 2
+
+
 def test_group_advantages_have_a_gradient_even_without_spread():
     rewards = jnp.array([1.0, 2.0, 6.0, 4.0, 4.0, 4.0])
     loss = lambda r: (group_relative_advantages(r, 3, scale="group", epsilon=0.1) * jnp.arange(6)).sum()  # noqa: E731
