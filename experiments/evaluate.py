@@ -5,7 +5,8 @@ python experiments/evaluate.py --checkpoint=runs/preferred --input=prompts.jsonl
     --output=answers.jsonl --samples=4
 
 Rows are those of GRPO: a `prompt` or `messages`, and the columns that the rewards read. Of preference pairs
-the prompt is used. --reference=runs/chat estimates the KL to that run. OUTPUT gets a line per completion.
+the prompt is used. --reference=runs/chat estimates the KL to that run, from completions sampled without a
+filter. OUTPUT gets a line per completion.
 Prints means over prompts with their standard errors.
 """
 
@@ -21,6 +22,8 @@ from jaxllm.errors import ConfigError
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
+
+    from jaxllm.rollout.sampling import SamplingConfig
 
 
 def define_flags(flag_values: "FlagValues") -> None:
@@ -44,7 +47,7 @@ def define_flags(flag_values: "FlagValues") -> None:
     define_sampling_flags(flag_values)
 
 
-def check_flags(flags: "FlagValues") -> None:
+def check_flags(flags: "FlagValues", sampling: "SamplingConfig") -> None:
     """ConfigError for combinations that are not supported."""
     if flags.input is None:
         raise ConfigError("--input=FILE is missing")
@@ -53,19 +56,24 @@ def check_flags(flags: "FlagValues") -> None:
     for name in ("samples", "max_rows"):
         if getattr(flags, name) < 1:
             raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
-    if flags.temperature == 0 and flags.samples > 1:
+    if sampling.greedy and flags.samples > 1:
         raise ConfigError(
-            f"--samples={flags.samples} with --temperature=0 would generate the same completion every time: "
-            "raise --temperature"
+            f"--samples={flags.samples} with --temperature={flags.temperature:g} would generate the same "
+            "completion every time: raise --temperature"
         )
-    if flags.temperature == 0 and flags.reference is not None:
+    if sampling.greedy and flags.reference is not None:
         raise ConfigError("--reference needs sampled completions: set --temperature, such as 1")
+    if sampling.filters and flags.reference is not None:
+        raise ConfigError(
+            f"--reference needs unfiltered completions, from which alone the KL can be estimated: remove "
+            f"{', '.join(f'--{name}={value}' for name, value in sampling.filters.items())}"
+        )
 
 
 def main(_: None, flags: "FlagValues") -> None:
     """Complete the prompts, score the completions, write them, and print means."""
-    check_flags(flags)
     sampling = read_sampling(flags)
+    check_flags(flags, sampling)
 
     from jaxllm.data.records import check_rename
     from jaxllm.evaluation.checkpoints import evaluate_checkpoint

@@ -5,6 +5,7 @@ tokens, min-p. (vLLM applies min-p before the other two.) Tokens tied with the l
 that no filter depends on the order of the vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,12 +18,16 @@ from jax.typing import ArrayLike
 from jaxllm.errors import ConfigError
 from jaxllm.losses.language_model import token_log_probs
 
+# A lower temperature is greedy: float32 logits divided by it may overflow, and differences between the most
+# likely tokens are far beyond the noise that is added to sample. vLLM has the same threshold.
+GREEDY_BELOW = 1e-5
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """How to sample completions; None disables a filter."""
 
-    temperature: float  # divides the logits; 0: greedy
+    temperature: float  # divides the logits; 0, or below GREEDY_BELOW: greedy
     top_k: int | None  # sample from the k most likely tokens only
     top_p: float | None  # from the most likely tokens whose probabilities sum to top_p only
     min_p: float | None  # from tokens with at least min_p times the probability of the most likely one only
@@ -30,7 +35,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "temperature": (self.temperature >= 0, "must be 0 (greedy) or more"),
+            "temperature": (0 <= self.temperature < math.inf, "must be 0 (greedy) or more, and finite"),
             "top_k": (self.top_k is None or self.top_k >= 1, "must be at least 1, or None for no limit"),
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "must be in (0, 1], or None for no limit"),
             "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "must be in [0, 1], or None for no limit"),
@@ -39,6 +44,19 @@ class SamplingConfig:
         for field, (holds, rule) in rules.items():
             if not holds:
                 raise ConfigError(f"sampling.{field}={getattr(self, field)} {rule}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken, without sampling."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def filters(self) -> dict[str, float]:
+        """The filters that are on, by name. With one, some tokens are never sampled and the others more often
+        than the model's probability: log-probs of the model then give no KL and no importance weight."""
+        fields = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        off = {"top_p": 1.0, "min_p": 0.0}
+        return {name: x for name, x in fields.items() if x is not None and x != off.get(name)}
 
 
 def drop_smallest(logits: jax.Array, weights: jax.Array, max_weight: ArrayLike) -> jax.Array:
@@ -86,7 +104,7 @@ def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> tuple[
     temperature computes it: the KL of a policy to itself is 0. Greedy tokens have their log-prob at
     temperature 1.
     """
-    if config.temperature == 0:
+    if config.greedy:
         tokens = jnp.argmax(logits, axis=-1)
     else:
         kept = logits.astype(jnp.float32) / config.temperature
@@ -97,7 +115,7 @@ def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> tuple[
         if config.min_p is not None:
             kept = min_p(kept, config.min_p)
         tokens = jax.vmap(jax.random.categorical)(keys, kept)
-    temperature = 1.0 if config.temperature == 0 else config.temperature
+    temperature = 1.0 if config.greedy else config.temperature
     log_probs = token_log_probs(logits[:, None], tokens[:, None], temperature=temperature)
     return tokens.astype(jnp.int32), log_probs[:, 0]
 
@@ -105,7 +123,7 @@ def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> tuple[
 class RowSampling(NamedTuple):
     """SamplingConfigs as arrays with an entry a row: one program serves rows that sample differently."""
 
-    temperature: np.ndarray  # float32 [B]
+    temperature: np.ndarray  # float32 [B]; 0 where greedy
     top_k: np.ndarray  # int32 [B], at most the size of the vocabulary
     tail: np.ndarray  # float32 [B], 1 - top_p, rounded after the subtraction as in `top_p`
     min_p: np.ndarray  # float32 [B]
@@ -114,7 +132,7 @@ class RowSampling(NamedTuple):
 def row_sampling(configs: Sequence[SamplingConfig], vocab_size: int) -> RowSampling:
     """One entry for each config; a disabled filter gets the value at which it drops nothing."""
     return RowSampling(
-        np.array([config.temperature for config in configs], np.float32),
+        np.array([0.0 if config.greedy else config.temperature for config in configs], np.float32),
         np.array([min(config.top_k or vocab_size, vocab_size) for config in configs], np.int32),
         np.array([0.0 if config.top_p is None else 1 - config.top_p for config in configs], np.float32),
         np.array([config.min_p or 0.0 for config in configs], np.float32),

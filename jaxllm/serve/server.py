@@ -80,9 +80,10 @@ class ServerOptions:
         for name in ("max_prompts", "raters_per_pair", "rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name}={getattr(self, name)} must be at least 1")
-        if len(self.checkpoint) == 1 and self.prompts is not None and sampling.temperature == 0:
+        if len(self.checkpoint) == 1 and self.prompts is not None and sampling.greedy:
             raise ConfigError(
-                "--temperature=0 generates the same answer twice; raise it or serve two checkpoints"
+                f"--temperature={sampling.temperature:g} generates the same answer twice; raise it or serve "
+                f"two checkpoints"
             )
         check_rename(self.rename)
 

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from jaxllm.errors import ConfigError
-from jaxllm.rollout.sampling import SamplingConfig, min_p, sample, top_k, top_p
+from jaxllm.rollout.sampling import (
+    SamplingConfig,
+    min_p,
+    row_sampling,
+    sample,
+    sample_rows,
+    top_k,
+    top_p,
+)
 
 PLAIN = SamplingConfig(temperature=1.0, top_k=None, top_p=None, min_p=None, max_new_tokens=8)
 draw = jax.jit(sample, static_argnames="config")
@@ -122,11 +130,28 @@ def test_a_row_is_sampled_by_its_own_key_whatever_the_batch():
         np.testing.assert_allclose(alone_log_probs[0], log_probs[row], rtol=1e-6)
 
 
-def test_temperature_zero_is_greedy_whatever_the_key():
-    logits = random_logits()
-    tokens, log_probs = draw(logits, jax.random.split(jax.random.key(2), 6), replace(PLAIN, temperature=0.0))
+@pytest.mark.parametrize("temperature", [0.0, 1e-39, 9e-6])  # by the second, float32 logits overflow
+def test_temperature_zero_is_greedy_whatever_the_key(temperature):
+    logits, keys, config = random_logits(), jax.random.split(jax.random.key(2), 6), replace(PLAIN, top_p=0.9)
+    config = replace(config, temperature=temperature)
+    assert config.greedy
+    tokens, log_probs = draw(logits, keys, config)
+    np.testing.assert_array_equal(sample_rows(logits, keys, row_sampling([config] * 6, 41)), tokens)
     np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
     np.testing.assert_allclose(log_probs, np.log(softmax(logits).max(axis=-1)), rtol=1e-5, atol=1e-6)
+
+
+def test_the_lowest_temperature_that_is_not_greedy_gives_finite_log_probs():
+    config = replace(PLAIN, temperature=1e-5)
+    assert not config.greedy
+    tokens, log_probs = draw(random_logits(), jax.random.split(jax.random.key(2), 6), config)
+    np.testing.assert_array_equal(tokens, np.argmax(random_logits(), axis=-1))
+    np.testing.assert_allclose(log_probs, 0)
+
+
+def test_a_filter_that_drops_nothing_is_none():
+    assert replace(PLAIN, top_p=1.0, min_p=0.0).filters == {}
+    assert replace(PLAIN, top_k=5, top_p=0.5, min_p=0.1).filters == {"top_k": 5, "top_p": 0.5, "min_p": 0.1}
 
 
 def test_the_log_prob_includes_the_temperature_but_not_the_filters():
@@ -143,6 +168,7 @@ def test_the_log_prob_includes_the_temperature_but_not_the_filters():
     [
         ("temperature", -0.1),
         ("temperature", float("nan")),
+        ("temperature", float("inf")),
         ("top_k", 0),
         ("top_p", 0.0),
         ("top_p", 1.1),

@@ -100,6 +100,13 @@ def test_bad_input_is_an_error_of_one_line(chat_model, reward_model, questions, 
         ((*required, "--output=no/x"), "--output=no/x: there is no such folder"),
         ((*required, "--samples=0"), "--samples=0 must be at least 1"),
         ((*required, "--samples=2", "--temperature=0"), "would generate the same completion every time"),
+        ((*required, "--samples=2", "--temperature=1e-39"), "would generate the same completion every time"),
+        ((*required, "--reference=x", "--temperature=1e-39"), "--reference needs sampled completions"),
+        (
+            (*required, "--reference=x", "--top_p=0.9", "--top_k=5"),
+            "--reference needs unfiltered completions, from which alone the KL can be estimated: remove "
+            "--top_k=5, --top_p=0.9",
+        ),
         ((*required, "--max_new_tokens=8", "--rewards=math_answr"), "did you mean 'math_answer'"),
         (
             (*required, "--max_new_tokens=8", f"--reward_model={chat_model}"),
