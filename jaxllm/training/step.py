@@ -66,8 +66,10 @@ def train_step(
     """The next state, and metrics as `Weighted` sums.
 
     Sums and weights are added over micro-batches and divided once, so the gradient does not depend on
-    how rows are grouped. A step whose loss or gradient is not finite changes only `step`, `skipped_steps`
-    and `bad_streak`. Jit with the state donated and the state's shardings as out_shardings.
+    how rows are grouped. A step is skipped where its loss or gradient is not finite, and where its gradient
+    is 0, as that of a batch of weight 0 is: an optimizer with momentum would move the parameters all the
+    same. It changes only `step`, `skipped_steps` and `bad_streak`; the optimizer's count, and with it the
+    learning-rate schedule, stays. Jit with the state donated and the state's shardings as out_shardings.
 
     Args:
       batch: a tree of arrays [B, ...]; num_microbatches divides B.
@@ -84,15 +86,16 @@ def train_step(
     updated = optax.apply_updates(trained, updates)
 
     finite = jnp.isfinite(loss.sum) & jnp.isfinite(grad_norm)
+    applied = finite & (grad_norm > 0)
     updated, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (updated, opt_state), (trained, state.opt_state)
+        lambda new, old: jnp.where(applied, new, old), (updated, opt_state), (trained, state.opt_state)
     )
     state = TrainState(
         step=state.step + 1,
         params=merge_params(updated, frozen),
         opt_state=opt_state,
         key=state.key,
-        skipped_steps=state.skipped_steps + ~finite,
+        skipped_steps=state.skipped_steps + ~applied,
         bad_streak=jnp.where(finite, 0, state.bad_streak + 1),
     )
     counters = {"grad_norm": grad_norm, "skipped_steps": state.skipped_steps, "bad_streak": state.bad_streak}

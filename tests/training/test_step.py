@@ -92,7 +92,20 @@ def test_a_batch_with_an_empty_mask_has_a_loss_of_zero():
     state, metrics = run(make_state(optimizer), batch, optimizer)
     assert float(state.params["w"]) == 2.0
     assert float(metrics["loss"].mean) == 0.0
-    assert int(state.skipped_steps) == 0
+
+
+@pytest.mark.parametrize("weight", [0, 24])
+def test_a_batch_without_gradient_moves_neither_parameters_nor_moments(weight):
+    """A weight may be constant (Dr. GRPO): a batch that is masked whole then has weight, but no gradient."""
+    optimizer = optax.adam(0.1)
+    before, _ = run(make_state(optimizer), make_batch(), optimizer)  # a momentum of its own
+    zero = np.zeros((8, 3), np.float32)
+    after, metrics = run(before, {"x": zero, "y": zero, "mask": zero + weight > 0}, optimizer)
+    kept = [jax.tree.leaves((state.params, state.opt_state)) for state in (before, after)]
+    for old, new in zip(*kept, strict=True):
+        np.testing.assert_array_equal(old, new)  # the count, and with it the schedule, too
+    assert (int(after.step), int(after.skipped_steps), int(after.bad_streak)) == (2, 1, 0)
+    assert float(metrics["loss"].weight) == weight
 
 
 def test_randomness_depends_on_the_key_of_the_run_and_the_step_only():
