@@ -37,6 +37,7 @@ LAYERS = (
         "jaxllm.errors",
         "jaxllm.files",
         "jaxllm.losses",
+        "jaxllm.random_streams",
         "jaxllm.toy_world",
     ),
     ("jaxllm.config", "jaxllm.parallel"),

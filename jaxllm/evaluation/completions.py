@@ -22,6 +22,7 @@ from jaxllm.evaluation.preference import mean, numbered
 from jaxllm.losses import overlong_penalty
 from jaxllm.models import Params
 from jaxllm.parallel.sharding import MeshConfig, make_mesh
+from jaxllm.random_streams import EVALUATION, stream
 from jaxllm.rewards.pool import Scores
 from jaxllm.rewards.reward_model import RewardModel
 from jaxllm.rewards.scorer import TRIAL_ROWS, RewardConfig, RewardScorer
@@ -257,7 +258,7 @@ def complete_prompts(
             prompts,
             group_size=samples,
             sampling=sampling,
-            keys=jax.random.split(jax.random.key(seed), len(prompts) * samples),
+            keys=jax.random.split(stream(jax.random.key(seed), EVALUATION), len(prompts) * samples),
             check=lambda: None,
         )
 

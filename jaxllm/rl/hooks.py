@@ -15,6 +15,7 @@ from jaxllm.data.show import show_mask
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.evaluation.completions import ScoredCompletions, completion_metrics, completion_rows
 from jaxllm.files import write_text
+from jaxllm.random_streams import EVALUATION, SAMPLED_EVALUATION, SAMPLES, stream
 from jaxllm.rl.config import RolloutTrainConfig
 from jaxllm.rl.rollouts import Rollout, RolloutSource
 from jaxllm.rollout.sampling import SamplingConfig
@@ -41,8 +42,8 @@ def evaluation_hooks(context: RunContext[Any, Any], source: RolloutSource) -> li
         return []
 
     def run(step: int, state: TrainState) -> dict[str, float]:
-        def complete(group_size: int, sampling: SamplingConfig) -> ScoredCompletions:
-            key = jax.random.fold_in(jax.random.fold_in(state.key, step), group_size)
+        def complete(group_size: int, sampling: SamplingConfig, purpose: int) -> ScoredCompletions:
+            key = stream(state.key, purpose, step)
             return source.completer(
                 source.algorithm.policy(state.params),
                 held_out,
@@ -52,7 +53,7 @@ def evaluation_hooks(context: RunContext[Any, Any], source: RolloutSource) -> li
                 check=context.check,
             )
 
-        completions = complete(1, config.sample.sampling)
+        completions = complete(1, config.sample.sampling, EVALUATION)
         lines = [
             json.dumps({"prompt": show_mask(prompt.ids, [True] * len(prompt.ids), context.tokenizer), **row})
             for prompt, row in zip(held_out, completion_rows(completions), strict=True)
@@ -60,7 +61,7 @@ def evaluation_hooks(context: RunContext[Any, Any], source: RolloutSource) -> li
         write_text(context.folder.file("evals", f"{step}.jsonl"), "".join(f"{line}\n" for line in lines))
         row = completion_metrics(completions, 1, "eval/")
         if config.sample.group_size:
-            sampled = complete(config.sample.group_size, config.rollout.sampling)
+            sampled = complete(config.sample.group_size, config.rollout.sampling, SAMPLED_EVALUATION)
             row |= completion_metrics(sampled, config.sample.group_size, "eval/sampled_")
         return row
 
@@ -87,7 +88,7 @@ def samples_hook(context: RunContext[Any, Any], source: RolloutSource) -> Hook:
                 group_size=1,
                 sampling=config.sample.sampling,
                 stop_ids=template.stop_ids,
-                keys=jax.random.split(jax.random.fold_in(state.key, step), len(prompts)),
+                keys=jax.random.split(stream(state.key, SAMPLES, step), len(prompts)),
                 check=context.check,
                 on_done=lambda numbers, tokens: None,
             )

@@ -28,6 +28,7 @@ from jaxllm.errors import NumericsError
 from jaxllm.evaluation.completions import Completer, ScoredCompletions
 from jaxllm.models import Model, Params, build_model
 from jaxllm.parallel.sharding import whole
+from jaxllm.random_streams import ROLLOUT, stream
 from jaxllm.rewards.pool import Scores, gather
 from jaxllm.rewards.scorer import TRIAL_ROWS, RewardScorer
 from jaxllm.rl.config import RolloutConfig, RolloutTrainConfig
@@ -135,6 +136,7 @@ class RolloutSource(BatchSource):
         self.consumed = 0  # prompts, since the run began
         self.health = Health(self.config.log_prob_difference_limit)
         self.rows: dict[int, Metrics] = {}  # by the last step of an iteration, until they are logged
+        self.rollout_stream = [ROLLOUT]  # see jaxllm.random_streams
         self.last: tuple[Rollout, np.ndarray] | None = None  # with advantages, [N] or [N, T]
         self.fingerprints = {} if scorer.model is None else {"reward model": scorer.model.hash}
 
@@ -145,7 +147,11 @@ class RolloutSource(BatchSource):
         return step % self.config.steps == 0
 
     def metadata(self) -> dict[str, Any]:
-        own = {"prompts_consumed": self.consumed, "health": self.health.first}
+        own = {
+            "prompts_consumed": self.consumed,
+            "health": self.health.first,
+            "rollout_stream": self.rollout_stream,
+        }
         return own | self.algorithm.metadata()
 
     def restore(self, metadata: Mapping[str, Any]) -> None:
@@ -154,6 +160,8 @@ class RolloutSource(BatchSource):
         self.algorithm.restore(metadata)
 
     def close(self) -> None:
+        # Rollouts of older runs had no constant of their own: these continue as they began.
+        self.rollout_stream = metadata.get("rollout_stream", [] if metadata else [ROLLOUT])
         self.scorer.close()
 
     def finish_row(self, step: int, row: Metrics) -> Metrics:
@@ -213,9 +221,7 @@ class RolloutSource(BatchSource):
         for attempt in range(config.max_resamples + 1):
             prompts = [self.prompts[self.consumed + i] for i in range(wanted)]
             self.consumed += wanted
-            key = jax.random.key(self.program.config.seed)
-            for number in (iteration, attempt):
-                key = jax.random.fold_in(key, number)
+            key = stream(jax.random.key(self.program.config.seed), *self.rollout_stream, iteration, attempt)
             completions = self.completer(
                 params,
                 prompts,

@@ -10,6 +10,7 @@ from jaxllm.data.loader import device_batches, evaluation_batches
 from jaxllm.data.show import printable
 from jaxllm.files import write_text
 from jaxllm.models import Model, Params
+from jaxllm.random_streams import SAMPLES, stream
 from jaxllm.rollout.generate import Completions, generate
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.runs.config import TrainConfig
@@ -60,7 +61,7 @@ def complete(
     sampling: SamplingConfig,
 ) -> Completions:
     """A completion of each prompt, with keys that are the run's and the step's. Leaves after a signal."""
-    keys = jax.random.split(jax.random.fold_in(state.key, step), len(prompts))
+    keys = jax.random.split(stream(state.key, SAMPLES, step), len(prompts))
     parts = []
     for first in range(0, len(prompts), SAMPLE_BATCH):
         context.check()

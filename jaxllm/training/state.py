@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.parallel.sharding import matching
+from jaxllm.random_streams import INIT, RUN, stream
 
 Params = dict[str, Any]  # nested, with arrays at the leaves; None where a leaf belongs to another tree
 
@@ -51,14 +52,13 @@ def init_state(
 
     Only the `trainable` parameters, as in `split_params`, have optimizer state.
     """
-    init_key, run_key = jax.random.split(key)
-    params = init(init_key)
+    params = init(stream(key, INIT))
     # Separate arrays: a donated state must not hold one buffer twice.
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(split_params(params, trainable)[0]),
-        key=run_key,
+        key=stream(key, RUN),
         skipped_steps=jnp.zeros((), jnp.int32),
         bad_streak=jnp.zeros((), jnp.int32),
     )

@@ -2,13 +2,15 @@
 
 import json
 import re
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from rl_runs import arrays_of, make_config, make_policy, metadata_of, rows_of, run
 
 from jaxllm.errors import ConfigError
-from jaxllm.rl import log_probs
+from jaxllm.rl import log_probs, rollouts
 from jaxllm.rl.rollouts import Rollout
 from jaxllm.stages import grpo
 
@@ -47,9 +49,20 @@ def train_grpo(folder, workdir, devices=1, **changes):
     return run(configure(folder, **changes), workdir, init_from=folder / "policy", devices=devices)
 
 
+SAMPLES = {"training__sample_every": 4, "sample__prompts": "a,b,c,d", "sample__group_size": 4}
+keys_of_whole = []  # of all completions, in the order in which they were begun
+
+
 @pytest.fixture(scope="module")
 def whole(folder):
-    return train_grpo(folder, folder / "whole", training__sample_every=4)
+    def recorded(*args, keys, **options):
+        keys_of_whole.append(keys)
+        return collect(*args, keys=keys, **options)
+
+    collect = rollouts.collect
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollouts, "collect", recorded)
+        return train_grpo(folder, folder / "whole", **SAMPLES)
 
 
 # Training
@@ -77,9 +90,9 @@ def test_the_reward_rises(folder, tmp_path):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(folder, whole, tmp_path):
-    parts, sampling = tmp_path / "parts", {"training__sample_every": 4}
-    train_grpo(folder, parts, **sampling, training__steps=4)
-    train_grpo(folder, parts, **sampling)
+    parts = tmp_path / "parts"
+    train_grpo(folder, parts, **SAMPLES, training__steps=4)
+    train_grpo(folder, parts, **SAMPLES)
     assert rows_of(parts) == rows_of(whole)
     assert arrays_of(parts) == arrays_of(whole)
     kept = ("prompts_consumed", "health")
@@ -87,6 +100,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, whole, tmp_path):
     assert metadata_of(whole)["prompts_consumed"] == 4 * 4
     first = rows_of(whole)[2]
     assert metadata_of(whole)["health"] == {name: first[name] for name in metadata_of(whole)["health"]}
+
+
+def test_no_two_completions_of_a_run_and_no_train_step_have_the_same_key(whole):
+    # Before training, in four rollouts and in evaluations: four prompts once, four times each, and four more.
+    assert [len(keys) for keys in keys_of_whole] == [4, 16, 4, *2 * [16, 16, 4, 16, 4]]
+    root = jax.random.key(0)
+    init_key, run_key = jax.random.split(root)
+    steps = jax.vmap(partial(jax.random.fold_in, run_key))(np.arange(8))
+    keys = [root[None], init_key[None], run_key[None], jax.random.split(init_key, 3), steps, *keys_of_whole]
+    data = np.concatenate([jax.random.key_data(each) for each in keys])
+    assert len(np.unique(data, axis=0)) == len(data)
 
 
 @pytest.mark.parametrize(

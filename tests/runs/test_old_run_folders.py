@@ -13,6 +13,7 @@ from rl_runs import arrays_of, rows_of
 from jaxllm.config import load_config, override, parse
 from jaxllm.config_versions import RENAMED, VERSION, current_name, stamped, upgrade
 from jaxllm.errors import ConfigError, DataError
+from jaxllm.rl import rollouts
 from jaxllm.runs.checkpoints import load_checkpoint
 from jaxllm.runs.train import train
 from jaxllm.stages import find_stage
@@ -88,7 +89,14 @@ def test_its_policy_is_loaded(old):
         assert np.asarray(loaded.params["embed"]["table"]).tobytes() == table
 
 
-def test_it_is_resumed(old, capsys):
+def test_it_is_resumed(old, capsys, monkeypatch):
+    used, collect = [], rollouts.collect
+
+    def recorded(*args, keys, **options):
+        used.append(keys)
+        return collect(*args, keys=keys, **options)
+
+    monkeypatch.setattr(rollouts, "collect", recorded)
     before, state = rows_of(old / "ppo"), arrays_of(old / "ppo")
     resume(old, **{"training.steps": 8})
     assert "resumed at step 8\nnothing to do" in capsys.readouterr().out
@@ -99,6 +107,8 @@ def test_it_is_resumed(old, capsys):
     assert {step: after[step] for step in before} == before
     assert list(after) == [*before, 10]
     assert json.loads((old / "ppo" / "config.json").read_text())["version"] == VERSION
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 4), 0)  # the fifth rollout's, as ever
+    assert (used[0] == jax.random.split(key, 16)).all()
 
 
 def test_a_setting_that_differs_is_still_an_error(old):
