@@ -31,6 +31,9 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.objective.kl_target = config_dict.placeholder(float)  # nats per completion, such as 6
     config.objective.kl_horizon = 2000.0  # completions over which kl_target changes it by e^0.2 at most
     config.objective.critic_warmup = 2  # rollouts at the start that train the critic alone
+    config.objective.critic_learning_rate = config_dict.placeholder(float)  # None: optimizer.learning_rate
+    # Norm to which the critic's gradient is clipped; None: with the policy's, by optimizer.clip_norm.
+    config.objective.critic_clip_norm = config_dict.placeholder(float)
 
     config.data.train = ("synthetic:preferences",)
     config.data.sequence_length = 144  # tokens of prompt and completion

@@ -1,6 +1,7 @@
 """Config fields by the names they once had: old run folders are read, old names on a command line answered.
 
 `config.json` carries the version that wrote it. To rename a field, raise VERSION and add a row to RENAMED.
+To add one, add a row to ADDED, so that runs without it can be resumed.
 """
 
 import copy
@@ -37,6 +38,11 @@ RENAMED: dict[str, str] = {
 # Values that were renamed, by today's name of their field.
 RENAMED_VALUES: dict[str, dict[Any, Any]] = {"data.overlong": {"cut": "truncate"}}
 
+# Fields that a stage did not always have, with the value by which it trains as it did before.
+ADDED: dict[str, dict[str, Any]] = {
+    "ppo": {"objective.critic_learning_rate": None, "objective.critic_clip_norm": None},
+}
+
 
 def stamped(config: Mapping[str, Any]) -> dict[str, Any]:
     """What `config.json` holds: the config, and the version that wrote it."""
@@ -63,6 +69,10 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
             place = config.get(section, {})
             if name in place:
                 place[name] = values.get(place[name], place[name])
+    for field, value in ADDED.get(config.get("stage", ""), {}).items():
+        section, _, name = field.rpartition(".")
+        if isinstance(place := config.get(section), dict):
+            place.setdefault(name, value)
     return config
 
 

@@ -10,7 +10,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.parallel.sharding import MeshConfig
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.training.loop import LoopConfig
-from jaxllm.training.optimizer import OptimizerConfig
+from jaxllm.training.optimizer import OptimizerConfig, ParameterGroup
 
 
 @dataclass(frozen=True)
@@ -73,3 +73,9 @@ class TrainConfig:
                     f"training.{name}={value} needs a metric to compare: set checkpoint.best_metric, such as "
                     "eval/loss"
                 )
+
+    @property
+    def parameter_group(self) -> ParameterGroup | None:
+        """Parameters that are trained otherwise than the rest, if any."""
+        return None
+

@@ -79,7 +79,8 @@ class Program(Generic[ConfigT, ModelT]):
         self.model = cast(ModelT, model)
         self.batch_shapes = stage.batch_shapes(config)
         self.schedule = make_schedule(config.optimizer, config.training.steps)
-        optimizer, trainable = make_optimizer(config.optimizer, self.schedule), config.optimizer.trainable
+        optimizer = make_optimizer(config.optimizer, self.schedule, config.parameter_group)
+        trainable = config.optimizer.trainable
         self.init = functools.partial(init_state, init=model.init, optimizer=optimizer, trainable=trainable)
         self.abstract_state = jax.eval_shape(self.init, jax.random.key(config.seed))
         self.shardings = shardings(self.abstract_state, self.mesh)

@@ -45,6 +45,7 @@ from jaxllm.runs.program import Program
 from jaxllm.runs.stage import Headline
 from jaxllm.training.batch_source import BatchSource
 from jaxllm.training.checkpoint import find_checkpoint, read_arrays
+from jaxllm.training.optimizer import ParameterGroup
 from jaxllm.training.state import TrainState
 from jaxllm.training.step import LossFn
 
@@ -72,6 +73,8 @@ class ObjectiveConfig:
     kl_target: float | None  # nats a completion, to which the coefficient is adapted; None: it is fixed
     kl_horizon: float  # completions over which the coefficient changes by the factor e^0.2 at most
     critic_warmup: int  # rollouts at the start on which only the critic trains
+    critic_learning_rate: float | None  # at the peak of the schedule; None: optimizer.learning_rate
+    critic_clip_norm: float | None  # of its gradient alone; None: clipped with the policy's
 
     def __post_init__(self):
         if self.kl_target is not None and self.kl_target <= 0:
@@ -80,6 +83,9 @@ class ObjectiveConfig:
             )
         if self.kl_coefficient < 0 or self.kl_horizon <= 0:
             raise ConfigError("objective.kl_coefficient must be 0 or more, objective.kl_horizon above 0")
+        for name in ("critic_learning_rate", "critic_clip_norm"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ConfigError(f"objective.{name}={value} must be above 0, or none for the policy's")
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,21 @@ class Config(RolloutTrainConfig):
                         f"{name}={value} would move the policy while only the critic trains: set it to 0, or "
                         f"objective.critic_warmup=0"
                     )
+        rate, policy_rate = self.objective.critic_learning_rate, self.optimizer.learning_rate
+        if rate is not None and policy_rate <= 0:
+            raise ConfigError(
+                f"objective.critic_learning_rate={rate} follows the schedule of optimizer.learning_rate="
+                f"{policy_rate}, which must be above 0"
+            )
+
+    @property
+    def parameter_group(self) -> ParameterGroup | None:
+        """The critic, where it has a learning rate or a gradient clip of its own."""
+        rate, clip_norm = self.objective.critic_learning_rate, self.objective.critic_clip_norm
+        if rate is None and clip_norm is None:
+            return None
+        factor = 1.0 if rate is None else rate / self.optimizer.learning_rate
+        return ParameterGroup("^critic/", factor, clip_norm)
 
 
 def loss_fn(

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules by name, all from optax."""
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -40,6 +41,15 @@ class OptimizerConfig:
                 re.compile(getattr(self, name))
             except re.error as error:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)!r}: {error}") from None
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that one optimizer trains otherwise than the rest."""
+
+    pattern: str  # regular expression: parameters with it in their path
+    rate: float  # their learning rate, as a multiple of that of the rest at every step
+    clip_norm: float | None  # their gradients are clipped to this norm of their own; None: with the rest
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -95,7 +105,9 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
     return optax.chain(orthogonalize, rescale)
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, group: ParameterGroup | None = None
+) -> optax.GradientTransformation:
     """Gradient clipping, update direction, weight decay and learning rate, in this order.
 
     AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: see `scale_by_muon`. Raises ConfigError for
@@ -109,8 +121,18 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
         )
     elif config.name != "adamw":
         raise ConfigError(f"optimizer.name={config.name!r}: choose one of adamw, muon")
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    clip, rates = clip_by(config.clip_norm), [optax.scale_by_learning_rate(schedule)]
+    if group is not None:
+        inside = functools.partial(matching, group.pattern)
+        if group.clip_norm is not None:
+            clip = optax.partition({True: clip_by(group.clip_norm), False: clip}, inside)
+        rates.append(optax.masked(optax.scale(group.rate), inside))
     decay = optax.add_decayed_weights(
         config.weight_decay, mask=lambda params: matching(config.decay_pattern, params)
     )
-    return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(schedule))
+    return optax.chain(clip, direction, decay, *rates)
+
+
+def clip_by(norm: float | None) -> optax.GradientTransformation:
+    """Scale gradients of a larger global norm down to it; None: never."""
+    return optax.identity() if norm is None else optax.clip_by_global_norm(norm)

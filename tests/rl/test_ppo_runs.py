@@ -6,8 +6,10 @@ import pytest
 from rl_runs import arrays_of, checkpoint_of, make_config, make_policy, metadata_of, rows_of, run
 
 from jaxllm.errors import ConfigError
+from jaxllm.parallel.sharding import matching
 from jaxllm.runs.checkpoints import load_checkpoint
 from jaxllm.stages import build_program, ppo
+from jaxllm.training.optimizer import ParameterGroup
 
 TARGET, HORIZON = 0.05, 100.0  # of the KL
 
@@ -140,6 +142,19 @@ def test_the_kl_coefficient_falls_below_the_target_and_rises_above_it(whole):
     assert expected[4] > expected[3] > expected[2]
 
 
+def test_the_critic_may_have_a_learning_rate_and_a_clip_of_its_own(folder):
+    def group(**changes):
+        return configure(folder, optimizer__learning_rate=0.01, **changes).parameter_group
+
+    assert group() is None
+    assert group(objective__critic_learning_rate=0.02) == ParameterGroup("^critic/", 2.0, None)
+    assert group(objective__critic_clip_norm=0.5) == ParameterGroup("^critic/", 1.0, 0.5)
+    params = build_program(configure(folder), jax.devices()[:1]).abstract_state.params
+    found = matching("^critic/", params)
+    assert all(jax.tree.leaves(found["critic"]))
+    assert not any(jax.tree.leaves(found["policy"]))
+
+
 # Rewards
 
 
@@ -216,6 +231,12 @@ def test_a_mesh_gives_the_same_metrics(folder, whole, tmp_path):
         ({"objective__entropy_coefficient": 0.1}, r"objective.entropy_coefficient=0.1 would move the policy"),
         ({"optimizer__weight_decay": 0.1}, r"optimizer.weight_decay=0.1 would move .*critic_warmup=0"),
         ({"objective__kl_target": 0.0}, r"objective.kl_target=0.0 must be above 0, or none"),
+        ({"objective__critic_learning_rate": 0.0}, r"objective.critic_learning_rate=0.0 must be above 0"),
+        ({"objective__critic_clip_norm": -1.0}, r"objective.critic_clip_norm=-1.0 must be above 0, or none"),
+        (
+            {"objective__critic_learning_rate": 1e-3, "optimizer__learning_rate": 0.0},
+            r"critic_learning_rate=0.001 follows the schedule of optimizer.learning_rate=0.0",
+        ),
     ],
 )  # fmt: skip
 def test_an_inconsistent_config_is_an_error_with_the_fix(folder, changes, message):

@@ -11,7 +11,7 @@ import pytest
 from rl_runs import arrays_of, rows_of
 
 from jaxllm.config import load_config, override, parse
-from jaxllm.config_versions import RENAMED, VERSION, current_name, stamped, upgrade
+from jaxllm.config_versions import ADDED, RENAMED, VERSION, current_name, stamped, upgrade
 from jaxllm.errors import ConfigError, DataError
 from jaxllm.rl import rollouts
 from jaxllm.runs.checkpoints import load_checkpoint
@@ -136,6 +136,15 @@ def test_only_fingerprints_of_synthetic_text_of_version_1_are_not_compared(
     else:
         with pytest.raises(DataError, match="the data differs"):
             start()
+
+
+def test_added_fields_have_the_value_by_which_older_runs_trained():
+    for stage, fields in ADDED.items():
+        for field, value in fields.items():
+            section, _, name = field.rpartition(".")
+            assert upgrade({"stage": stage, section: {}})[section][name] == value
+            assert upgrade({"stage": stage, section: {name: 7}})[section][name] == 7
+            assert upgrade({"stage": "sft", section: {}})[section] == {}
 
 
 def test_every_renamed_field_is_translated():

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxllm.errors import ConfigError
-from jaxllm.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxllm.training.optimizer import OptimizerConfig, ParameterGroup, make_optimizer, make_schedule
 
 CONFIG = OptimizerConfig(
     name="adamw",
@@ -88,8 +88,8 @@ def params():
     }
 
 
-def updates(config, grads, learning_rate=1.0):
-    optimizer = make_optimizer(config, lambda _: learning_rate)
+def updates(config, grads, learning_rate=1.0, group=None):
+    optimizer = make_optimizer(config, lambda _: learning_rate, group)
     return optimizer.update(grads, optimizer.init(params()), params())[0]
 
 
@@ -146,3 +146,30 @@ def test_clipping_keeps_the_direction_and_bounds_the_length():
 def test_an_invalid_regular_expression_is_named(field):
     with pytest.raises(ConfigError, match=rf"optimizer\.{field}='\(': missing \)"):
         replace(CONFIG, **{field: "("})
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_group_has_its_own_rate_and_the_same_optimizer_state(name):
+    config = replace(CONFIG, name=name, clip_norm=0.1, weight_decay=0.5)
+    grads = jax.tree.map(lambda p: jnp.cos(7 * p), params())
+    group = ParameterGroup("^blocks/", rate=3.0, clip_norm=None)
+    expected = updates(config, grads)
+    expected["blocks"] = jax.tree.map(lambda x: 3 * x, expected["blocks"])
+    jax.tree.map(np.testing.assert_allclose, updates(config, grads, group=group), expected)
+    states = [make_optimizer(config, lambda _: 1.0, each).init(params()) for each in (None, group)]
+    names = [[jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(each)] for each in states]
+    assert names[0] == names[1]  # so that a checkpoint of either can be read
+
+
+@pytest.mark.parametrize("norm", [None, 2.0])
+def test_a_group_is_clipped_by_its_own_norm(norm):
+    config = replace(
+        CONFIG, clip_norm=norm, beta1=0.0, beta2=0.0, epsilon=1e6
+    )  # updates are -grads / epsilon
+    grads = jax.tree.map(jnp.ones_like, params())
+    group = ParameterGroup("^head/", rate=1.0, clip_norm=0.5)
+    moved = jax.tree.map(lambda x: -1e6 * x, updates(config, grads, group=group))
+    head, rest = moved.pop("head"), moved
+    assert optax.tree.norm(head) == pytest.approx(0.5, rel=1e-4)
+    alone = optax.tree.norm({name: x for name, x in grads.items() if name != "head"})
+    assert optax.tree.norm(rest) == pytest.approx(float(alone) if norm is None else norm, rel=1e-4)
