@@ -19,7 +19,7 @@ class RolloutConfig:
     epochs: int  # times every completion is trained on
     num_minibatches: int  # updates an epoch
     decode_batch_size: int  # completions decoded at a time
-    mask_truncated: bool  # leave completions without a stop token out of the loss
+    mask_truncated: bool  # leave completions without a stop token out of the loss and of every statistic
     max_resamples: int  # times groups of equal rewards are replaced by other prompts' (DAPO)
     dtype: str | None  # the sampler computes in, such as "bfloat16"; None: model.compute_dtype
     replicate_params: bool  # whole weights on every device while decoding (but for the tensor axis)
@@ -39,8 +39,23 @@ class RolloutConfig:
                 f"rollout.num_prompts x rollout.group_size = {self.rows} is not divisible by "
                 f"rollout.num_minibatches={self.num_minibatches}: use {sizes}"
             )
-        if self.sampling.temperature == 0:
-            raise ConfigError("rollout.sampling.temperature=0: a greedy policy does not explore; use 1.0")
+        if self.sampling.greedy:
+            raise ConfigError(
+                f"rollout.sampling.temperature={self.sampling.temperature:g}: a greedy policy does not "
+                f"explore; use 1.0"
+            )
+        for name, value in self.sampling.filters.items():
+            raise ConfigError(
+                f"rollout.sampling.{name}={value} is not supported: no importance weight corrects for tokens "
+                f"that are never sampled; set rollout.sampling.{name}=none"
+            )
+        if self.max_resamples < 0:
+            raise ConfigError(f"rollout.max_resamples={self.max_resamples} must not be negative")
+        if self.max_resamples and self.group_size == 1:
+            raise ConfigError(
+                f"rollout.max_resamples={self.max_resamples} resamples groups of equal rewards, which all "
+                f"groups of rollout.group_size=1 are: use 0, or a larger group"
+            )
         if self.importance_sampling not in (None, "token", "sequence"):
             raise ConfigError(
                 f"rollout.importance_sampling={self.importance_sampling!r}: choose token, sequence or none"

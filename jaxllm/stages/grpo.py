@@ -75,7 +75,7 @@ class ObjectiveConfig:
     clip_high: float
     kl_coefficient: float  # of the KL to the reference, the initial weights; 0 needs no second model
     kl_in: str  # "loss", by kl_estimator; or "reward": k1, subtracted before advantages are computed
-    kl_estimator: str  # k1, k2 or k3
+    kl_estimator: str  # k2 or k3; k1 has a gradient of 0 on average
     entropy_coefficient: float
     advantage: str  # "group": GRPO's, by advantage_scale; "leave_one_out": RLOO's; "reinforce_plus_plus"
     advantage_scale: str  # group, batch or none
@@ -91,6 +91,13 @@ class ObjectiveConfig:
         ):
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"objective.{name}={value!r}: choose one of {', '.join(choices)}")
+        if self.kl_coefficient < 0:
+            raise ConfigError(f"objective.kl_coefficient={self.kl_coefficient} must not be negative")
+        if self.kl_coefficient and self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ConfigError(
+                "objective.kl_estimator=k1 in the loss has a gradient of 0 on average, and so no effect: use "
+                "k3 or k2, or objective.kl_in=reward"
+            )
 
 
 @dataclass(frozen=True)

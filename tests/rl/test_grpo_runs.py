@@ -278,6 +278,18 @@ def test_a_mesh_gives_the_same_completions_and_the_same_parameters(folder, tmp_p
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollout__sampling__top_p": 1.0, "rollout__sampling__min_p": 0.0},  # which filter nothing
+        {"objective__kl_estimator": "k1", "objective__kl_coefficient": 0.1, "objective__kl_in": "reward"},
+        {"objective__kl_estimator": "k1"},  # without a coefficient there is no KL
+    ],
+)
+def test_a_filter_or_estimator_that_is_not_used_is_no_error(folder, changes):
+    configure(folder, **changes)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rollout__group_size": 1}, r"rollout.group_size=1: a group must have other completions"),
@@ -288,6 +300,25 @@ def test_a_mesh_gives_the_same_completions_and_the_same_parameters(folder, tmp_p
         ({"data__batch_size": 4}, r"data.batch_size=4 must be .* = 8"),
         ({"training__steps": 7}, r"training.steps=7 must be a multiple of .* = 2: use 6 or 8"),
         ({"rollout__sampling__temperature": 0}, "a greedy policy does not explore"),
+        ({"rollout__sampling__temperature": 1e-39}, "a greedy policy does not explore"),
+        ({"rollout__sampling__top_k": 50}, r"rollout.sampling.top_k=50 .*importance.*top_k=none"),
+        ({"rollout__sampling__top_p": 0.9}, r"rollout.sampling.top_p=0.9 .*importance.*top_p=none"),
+        ({"rollout__sampling__min_p": 0.1}, r"rollout.sampling.min_p=0.1 .*importance.*min_p=none"),
+        (
+            {
+                "rollout__max_resamples": 1,
+                "rollout__group_size": 1,
+                "rollout__num_prompts": 16,
+                "objective__advantage": "reinforce_plus_plus",
+            },
+            "rollout.max_resamples=1 resamples groups of equal rewards, which all",
+        ),
+        ({"rollout__max_resamples": -1}, "rollout.max_resamples=-1 must not be negative"),
+        (
+            {"objective__kl_coefficient": 0.1, "objective__kl_estimator": "k1"},
+            "objective.kl_estimator=k1 in the loss .* use k3 or k2, or objective.kl_in=reward",
+        ),
+        ({"objective__kl_coefficient": -0.1}, "objective.kl_coefficient=-0.1 must not be negative"),
         ({"rollout__sampling__max_new_tokens": 32}, "data.sequence_length=32 leaves no room for a prompt"),
         ({"reward__weights": "1.0,2.0"}, "reward.weights has 2 entries for 1 reward.functions"),
         ({"objective__advantage": "gae"}, "objective.advantage='gae': choose one of group, leave_one_out"),
