@@ -19,7 +19,7 @@ from jaxllm.evaluation.perplexity import RowSums, evaluate
 from jaxllm.evaluation.preference import PairScores, dpo_metrics, reward_metrics
 from jaxllm.losses import Weighted
 from jaxllm.rewards.pool import Scores
-from jaxllm.stages import build_program, find_stage, ppo
+from jaxllm.stages import build_program, find_stage
 from jaxllm.training.metrics import to_scalars
 from jaxllm.training.watchdog import EXIT_HANG
 
@@ -158,8 +158,6 @@ def step_metrics(file, **changes):
     _, metrics = jax.eval_shape(program.train_step, program.abstract_state, program.batch_shapes)
     one = Weighted(jnp.float32(1), jnp.float32(1))
     row = to_scalars(dict.fromkeys(metrics, one), "train")
-    if stage is ppo:
-        row = ppo.PPO.finish_row(object.__new__(ppo.PPO), row)
     return row.keys() - {"train/bad_streak"}  # the loop's own
 
 

@@ -75,8 +75,8 @@ class Health:
         if (kl := row.get("policy/approx_kl", 0.0)) > ROLLOUT_KL_LIMIT:
             yield (
                 "update too large",
-                f"the updates on one rollout moved the policy by a KL of {kl:.2g} nats a token: lower "
-                f"optimizer.learning_rate, rollout.epochs or rollout.num_minibatches",
+                f"the updates on one rollout moved the policy by a KL of {kl:.2g} nats a token on average: "
+                f"lower optimizer.learning_rate, rollout.epochs or rollout.num_minibatches",
             )
         if (kl := row.get("kl/reference_token", 0.0)) > REFERENCE_KL_LIMIT:
             yield (

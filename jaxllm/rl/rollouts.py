@@ -26,6 +26,7 @@ from jaxllm.data.rows import Dataset
 from jaxllm.data.show import printable
 from jaxllm.errors import NumericsError
 from jaxllm.evaluation.completions import Completer, ScoredCompletions
+from jaxllm.losses import Weighted
 from jaxllm.models import Model, Params, build_model
 from jaxllm.parallel.sharding import whole
 from jaxllm.random_streams import ROLLOUT, stream
@@ -69,10 +70,6 @@ class Algorithm(Protocol):
 
     def make_batch(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, Metrics]:
         """Fields [N, ...] of the batches to train on, and metrics."""
-        ...
-
-    def finish_row(self, row: Metrics) -> Metrics:
-        """A step's row, with what follows from all of its metrics."""
         ...
 
     def metadata(self) -> dict[str, Any]:
@@ -141,6 +138,7 @@ class RolloutSource(BatchSource):
         self.fingerprints = {} if scorer.model is None else {"reward model": scorer.model.hash}
 
     def after_step(self, state: TrainState) -> None:
+        self.sums: dict[str, Weighted] = {}  # see merge
         self.state = state
 
     def can_stop_after(self, step: int) -> bool:
@@ -165,10 +163,17 @@ class RolloutSource(BatchSource):
         self.scorer.close()
 
     def finish_row(self, step: int, row: Metrics) -> Metrics:
-        row = self.algorithm.finish_row(row)
         if (step - 1) % self.config.steps == 0:
             check_first_update(row)
         if step not in self.rows:
+    def merge(self, step: int, metrics: dict[str, Weighted]) -> dict[str, Weighted]:
+        """With `policy/NAME` and `value/NAME` over all updates of the iteration so far."""
+        if (step - 1) % self.config.steps == 0:
+            self.sums = {}
+        updates = {name: x for name, x in metrics.items() if name.startswith(("policy/", "value/"))}
+        self.sums = {name: self.sums.get(name, 0) + x for name, x in jax.device_get(updates).items()}
+        return metrics | self.sums
+
             return row
         row = row | self.with_update_time(step)
         del self.rows[step]

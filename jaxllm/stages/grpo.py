@@ -179,9 +179,6 @@ class GRPO:
     def restore(self, metadata: Mapping[str, Any]) -> None:
         pass
 
-    def finish_row(self, row: Metrics) -> Metrics:
-        return row
-
     def make_batch(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, Metrics]:
         """Log-probs before the first update, KL to the reference, advantages."""
         step = int(state.step)

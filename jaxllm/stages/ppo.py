@@ -160,7 +160,7 @@ def loss_fn(
     total = policy.sum + value_coefficient * value.sum - entropy_coefficient * entropy.sum
     loss = Weighted(total, policy.weight)
     metrics = {f"policy/{name}": x for name, x in (policy_metrics | {"entropy": entropy}).items()}
-    metrics |= {f"value/{name}": x for name, x in value_metrics.items()} | {"loss": loss}
+    metrics |= {f"value/{name}": value_metrics[name] for name in ("loss", "clip_fraction")} | {"loss": loss}
     aux = {f"policy/{name}": x for name, x in scores.aux.items()}
     aux |= {f"value/{name}": x for name, x in value_aux.items()}
     return add_auxiliary(loss, jax.tree.map(jax.lax.stop_gradient, metrics), aux)
@@ -266,16 +266,6 @@ class PPO:
     def restore(self, metadata: Mapping[str, Any]) -> None:
         self.kl_coefficient = metadata.get("kl_coefficient", self.kl_coefficient)
 
-    def finish_row(self, row: Metrics) -> Metrics:
-        """With the share of the returns' variance that the critic explains, from sums over all tokens."""
-
-        def variance(name: str) -> float:
-            return row.pop(f"value/{name}_squared") - row.pop(f"value/{name}") ** 2
-
-        spread, left = variance("return"), variance("error")
-        row["value/explained_variance"] = 1 - left / spread if spread > 0 else float("nan")
-        return row
-
     def make_batch(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, Metrics]:
         """Log-probs and values before the first update, KL penalty, GAE."""
         step, knobs = int(state.step), self.knobs
@@ -295,6 +285,7 @@ class PPO:
             )
         )
         row |= kl_metrics(kl, rollout.mask) | {"kl/coefficient": self.kl_coefficient}
+        row["value/explained_variance"] = explained_variance(values, returns, rollout.mask)
         if step < knobs.critic_warmup * self.rollout.steps:
             advantages = np.zeros_like(advantages)  # no gradient for the policy, not even Adam's moments
         elif knobs.kl_target is not None:
@@ -317,6 +308,15 @@ class PPO:
             returns=returns,
         )
         return batch, row
+
+
+def explained_variance(values: np.ndarray, returns: np.ndarray, mask: np.ndarray) -> float:
+    """1 - Var(returns - values) / Var(returns) over the counted tokens of arrays [N, T]: of the critic that
+    made the advantages, before it trains on these returns. NaN where returns do not vary."""
+    values, returns = values[mask].astype(np.float64), returns[mask].astype(np.float64)
+    if not returns.size or not returns.var():
+        return float("nan")
+    return float(1 - (returns - values).var() / returns.var())
 
 
 def make_source(run: RunInputs[Config, ActorCritic], data: Dataset) -> BatchSource:

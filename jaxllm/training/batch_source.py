@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from jaxllm.losses import Weighted
 from jaxllm.training.metrics import Metrics
 from jaxllm.training.state import TrainState
 from jaxllm.training.step import Batch
@@ -25,6 +26,13 @@ class BatchSource:
 
     def after_step(self, state: TrainState) -> None:
         """Receives the state after every step."""
+
+    def merge(self, step: int, metrics: dict[str, Weighted]) -> dict[str, Weighted]:
+        """The sums of a step, of some of which the source makes sums over several steps.
+
+        Called once for every step, in order, before `finish_row`.
+        """
+        return metrics
 
     def finish_row(self, step: int, row: Metrics) -> Metrics:
         """The metrics of a step, with those that the host knows about its batch.

@@ -131,7 +131,7 @@ class Loop:
 
     def _read(self, step: int, metrics: dict[str, Weighted]) -> Metrics:
         """One step's metrics as numbers. Waits for that step."""
-        row = to_scalars(metrics, "train")
+        row = to_scalars(self.source.merge(step, metrics), "train")
         streak = int(row.pop("train/bad_streak"))
         if streak >= self.config.max_bad_steps:
             raise NumericsError(

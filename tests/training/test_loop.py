@@ -308,6 +308,19 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, watchdog):
     assert error.value.exit_code == 70
 
 
+def test_a_source_may_sum_metrics_over_steps(tmp_path, watchdog):
+    class Sums(Numbers):
+        total = 0
+
+        def merge(self, step, metrics):
+            self.total = metrics["loss"] + self.total
+            return metrics | {"loss": self.total}
+
+    run = Run(tmp_path, watchdog, source=Sums())
+    run()
+    assert [row["train/loss"] for row in run.rows] == [100.5, 101.5, 102.5, 103.5, 104.5]  # of all so far
+
+
 def test_skipped_steps_do_not_move_the_learning_rate(tmp_path, watchdog):
     run = Run(
         tmp_path,
