@@ -175,7 +175,14 @@ def held_out_metrics():
         lengths=np.ones(4),
         truncated=np.zeros(4, bool),
         rewards=np.ones(4),
-        scores=Scores(np.ones(4), {"length": np.ones(4), "model": np.ones(4)}, {}, []),
+        scores=Scores(
+            np.ones(4),
+            {"length": np.ones(4), "model": np.ones(4)},
+            applies=np.ones(4, bool),
+            failed=np.zeros(4, bool),
+            counters={},
+            messages=[],
+        ),
         seconds=0.0,
     )
     return {

@@ -29,7 +29,7 @@ def base(stage: str, size: str, *, steps: int, learning_rate: float, max_new_tok
     config.rollout.epochs = 1  # passes over the completions of a rollout
     config.rollout.num_minibatches = 1  # updates per epoch
     config.rollout.decode_batch_size = 64  # completions decoded at a time
-    config.rollout.mask_truncated = False  # leave completions without a stop token out of the loss
+    config.rollout.mask_truncated = False  # leave out completions without a stop token
     config.rollout.max_resamples = 0  # times groups of equal rewards are resampled, from new prompts (DAPO)
     config.rollout.dtype = config_dict.placeholder(str)  # of sampling; None: model.compute_dtype
     config.rollout.replicate_params = False  # gather weights that mesh.fsdp splits before decoding
@@ -60,7 +60,7 @@ def base(stage: str, size: str, *, steps: int, learning_rate: float, max_new_tok
     config.reward.normalize = True  # standardize its rewards by the statistics stored with it
     config.reward.workers = 1  # processes that call the functions
     config.reward.time_limit = 5.0  # seconds per call of a function
-    config.reward.error_reward = 0.0  # the reward where a call fails
+    config.reward.error_reward = config_dict.placeholder(float)  # where a call fails; None: left out
     config.reward.overlong_buffer = 0  # last tokens over which a penalty falls to -1 (DAPO); 0: none
     config.reward.missing_eos_penalty = 0.0  # added where a completion has no stop token, such as -1
 

@@ -50,7 +50,7 @@ class ScoredCompletions(NamedTuple):
     prompt_lengths: np.ndarray  # int [N]
     lengths: np.ndarray  # int [N], tokens of the completions
     truncated: np.ndarray  # bool [N], completions without a stop token
-    rewards: np.ndarray  # float32 [N]: scores.total, and the penalties for length
+    rewards: np.ndarray  # float32 [N]: scores.total and the penalties for length; NaN where it is not valid
     scores: Scores
     seconds: float  # spent waiting for rewards once all was generated
 
@@ -127,6 +127,7 @@ class Completer(NamedTuple):
         if config.overlong_buffer:
             limit, buffer = sampling.max_new_tokens, config.overlong_buffer
             rewards += np.asarray(overlong_penalty(lengths, limit=limit, buffer=buffer))
+        rewards[~scores.valid] = np.nan
         return ScoredCompletions(
             completions=completions,
             texts=texts,
@@ -227,7 +228,7 @@ def complete_prompts(
         normalize=True,
         workers=1,
         time_limit=5.0,
-        error_reward=0.0,
+        error_reward=None,
         overlong_buffer=0,
         missing_eos_penalty=0.0,
     )
@@ -288,6 +289,8 @@ def completion_metrics(
 
     `reward`, `reward/NAME` of each reward, `length`, `stopped_fraction`, `kl` if it is given; and `pass@k`
     for k of 1, 2, 4, ... if there is a reward function: a completion is correct where the first one gives 1.
+    Completions to which a reward does not apply, or whose call failed, are left out of its means and of
+    `pass@k`, and with them prompts of which fewer than k are left.
     """
     by_name = completions.scores.by_name
     columns: dict[str, np.ndarray] = {}
@@ -301,10 +304,11 @@ def completion_metrics(
     columns = {name: group_means(values.reshape(-1, group_size)) for name, values in columns.items()}
     first = next(iter(by_name), "model")
     if first != "model":
-        correct = by_name[first].reshape(-1, group_size) == 1
+        rewards = by_name[first].reshape(-1, group_size)
         k = 1
         while k <= group_size:
-            columns[f"pass@{k}"] = pass_at_k(correct, k)
+            estimates = pass_at_k(rewards == 1, k, known=~np.isnan(rewards))
+            columns[f"pass@{k}"] = estimates[~np.isnan(estimates)]
             k *= 2
     row = {}
     for name, values in columns.items():
@@ -323,15 +327,17 @@ def group_means(values: np.ndarray) -> np.ndarray:
 def completion_rows(completions: ScoredCompletions, kl: np.ndarray | None = None) -> Iterator[dict[str, Any]]:
     """What is known of each completion, as JSON."""
     for i, text in enumerate(completions.texts):
-        known: Mapping[str, Any] = {} if kl is None else {"kl": float(kl[i])}
+        more: Mapping[str, Any] = {} if kl is None else {"kl": float(kl[i])}
         yield {
-            **known,
+            **more,
             "completion": text,
             "tokens": int(completions.lengths[i]),
             "ended": not completions.truncated[i],
-            "reward": float(completions.rewards[i]),
-            "rewards": {
-                name: None if np.isnan(values[i]) else float(values[i])  # None: does not apply
-                for name, values in completions.scores.by_name.items()
-            },
+            "reward": known(completions.rewards[i]),
+            "rewards": {name: known(x[i]) for name, x in completions.scores.by_name.items()},
         }
+
+
+def known(reward: np.floating) -> float | None:
+    """A reward as JSON: None where it does not apply or failed."""
+    return None if np.isnan(reward) else float(reward)

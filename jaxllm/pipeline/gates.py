@@ -183,7 +183,7 @@ def preference_gate(
 
 def reasoning_gate(gates: GatesConfig, rows: list[dict[str, float]]) -> Gate:
     """pass@1 of sampled completions of held-out problems, before and after GRPO."""
-    rows = [row for row in rows if "eval/sampled_pass@1" in row]
+    rows = [row for row in rows if row.get("eval/sampled_pass@1_se") is not None]  # null: under two prompts
     if len(rows) < 2:
         return unmeasured("reasoning", "set grpo.sample.group_size, the sampled completions of each problem")
     (was, error), (now, error_now) = (

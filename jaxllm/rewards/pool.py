@@ -40,10 +40,17 @@ class Scores(NamedTuple):
     """The rewards of N samples (an example with its completion)."""
 
     total: np.ndarray  # float32 [N]: weighted sum of the rewards that apply
-    by_name: dict[str, np.ndarray]  # float32 [N] each; NaN where the reward does not apply
+    by_name: dict[str, np.ndarray]  # float32 [N] each; NaN where the reward does not apply or the call failed
+    applies: np.ndarray  # bool [N]: a reward of non-zero weight applies
+    failed: np.ndarray  # bool [N]: a call of one failed, and no error_reward stands for it
     counters: dict[str, int]  # of faults, by the names under which they are logged
     messages: list[str]  # the first few distinct faults
     failures: Mapping[str, int] = types.MappingProxyType({})  # calls of each reward that failed
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Bool [N]: whether the total is a reward. Other samples train nothing and are in no statistic."""
+        return self.applies & ~self.failed
 
 
 def gather(parts: Sequence[Scores], rows: Sequence[int] | np.ndarray) -> Scores:
@@ -55,6 +62,8 @@ def gather(parts: Sequence[Scores], rows: Sequence[int] | np.ndarray) -> Scores:
     return Scores(
         pick([part.total for part in parts]),
         {name: pick([part.by_name[name] for part in parts]) for name in parts[0].by_name},
+        pick([part.applies for part in parts]),
+        pick([part.failed for part in parts]),
         {name: sum(part.counters[name] for part in parts) for name in parts[0].counters},
         list(dict.fromkeys(message for part in parts for message in part.messages))[:_MAX_MESSAGES],
         {name: sum(part.failures[name] for part in parts) for name in parts[0].failures},
@@ -96,8 +105,8 @@ class RewardPool:
       weights: name -> weight.
       workers: number of processes; the scores do not depend on it.
       time_limit: seconds after which a call is killed.
-      error_reward: reward of a call that is killed, raises or does not return a finite number, and total of
-        a sample to which no reward applies. These are counted.
+      error_reward: reward of a call that is killed, raises or does not return a finite number; None: its
+        sample has no valid total. Such calls are counted.
     """
 
     def __init__(
@@ -107,7 +116,7 @@ class RewardPool:
         weights: Mapping[str, float],
         workers: int,
         time_limit: float,
-        error_reward: float,
+        error_reward: float | None,
     ):
         _check(rewards, weights, workers, time_limit, error_reward)
         self._rewards, self._error_reward = dict(rewards), error_reward
@@ -160,28 +169,25 @@ class RewardPool:
             if outcome.fault == "length":
                 reward = self._rewards[names[number % len(names)]]
                 raise ConfigError(f"reward {reward!r}: {outcome.message}; it must return one number")
-        values = [
-            self._error_reward if each.fault else math.nan if each.value is None else each.value
-            for each in outcomes
-        ]
+        faults = [outcome.fault for outcome in outcomes]
+        failed = np.array([fault != "" for fault in faults], bool).reshape(-1, len(names))
+        values = [math.nan if each.value is None else each.value for each in outcomes]
         table = np.asarray(values, np.float64).reshape(-1, len(names))
+        if self._error_reward is not None:
+            table[failed], failed = self._error_reward, np.zeros_like(failed)
+        weights = np.asarray(self._weights, np.float64)
         applies = ~np.isnan(table)
-        without_reward = ~applies.any(axis=1)
-        total = np.where(applies, table, 0.0) @ np.asarray(self._weights, np.float64)
         messages = [
             f"reward {names[number % len(names)]!r}: {outcome.message}"
             for number, outcome in enumerate(outcomes)
             if outcome.fault
         ]
-        messages += ["no reward applies to a sample: all returned None"] * bool(without_reward.any())
-        faults = [outcome.fault for outcome in outcomes]
         return Scores(
-            np.where(without_reward, self._error_reward, total).astype(np.float32),
+            (np.where(applies, table, 0.0) @ weights).astype(np.float32),
             {name: table[:, column].astype(np.float32) for column, name in enumerate(names)},
-            {
-                "reward/timeouts": faults.count("timeout"),
-                "reward/errors": faults.count("error") + int(without_reward.sum()),
-            },
+            applies[:, weights != 0].any(axis=1),
+            failed[:, weights != 0].any(axis=1),
+            {"reward/timeouts": faults.count("timeout"), "reward/errors": faults.count("error")},
             list(dict.fromkeys(messages))[:_MAX_MESSAGES],
             {name: sum(map(bool, faults[i :: len(names)])) for i, name in enumerate(names)},
         )
@@ -192,7 +198,7 @@ def _check(
     weights: Mapping[str, float],
     workers: int,
     time_limit: float,
-    error_reward: float,
+    error_reward: float | None,
 ) -> None:
     """ConfigError for an argument that is not valid."""
     if not rewards:
@@ -206,7 +212,7 @@ def _check(
         raise ConfigError(f"workers={workers} must be at least 1")
     if not (time_limit > 0 and math.isfinite(time_limit)):
         raise ConfigError(f"time_limit={time_limit} must be a positive number of seconds")
-    if not math.isfinite(error_reward):
+    if error_reward is not None and not math.isfinite(error_reward):
         raise ConfigError(f"error_reward={error_reward} must be finite")
     for reward in rewards.values():
         load_reward(reward)  # raises before any process is started

@@ -31,7 +31,7 @@ class RewardConfig:
     normalize: bool  # standardize the model's reward by its mean and spread on held-out completions
     workers: int  # processes
     time_limit: float  # seconds for one call
-    error_reward: float  # for a call that fails
+    error_reward: float | None  # for a call that fails; None: its completion is left out
     overlong_buffer: int  # tokens before max_new_tokens over which a penalty falls to -1 (DAPO); 0: none
     missing_eos_penalty: float  # added to the reward of a completion without a stop token; 0 or less
 
@@ -108,7 +108,9 @@ class RewardScorer:
         """Print what went wrong in functions, each thing once."""
         for message in messages:
             if message not in self.shown:
-                tqdm.write(printable(f"{message} (given reward.error_reward={self.config.error_reward})"))
+                given = self.config.error_reward
+                fate = "left out" if given is None else f"given reward.error_reward={given}"
+                tqdm.write(printable(f"{message} ({fate})"))
                 self.shown.add(message)
 
     def try_out(self, examples: Sequence[Mapping[str, Any]]) -> None:
@@ -170,7 +172,8 @@ class Scoring:
         tokens [N, T] and lengths [N] are the prompts with their completions. `check` may raise to leave.
         """
         number = len(self.examples)
-        scores = Scores(np.zeros(number, np.float32), {}, {}, [])
+        none = np.zeros(number, bool)
+        scores = Scores(np.zeros(number, np.float32), {}, none, none, {}, [])
         if self.pending:
             parts = [pending.result(check) for pending in self.pending]
             scores = gather(parts, np.argsort(self.order))
@@ -182,5 +185,7 @@ class Scoring:
         rewards = model(tokens, lengths)
         total = scores.total + self.scorer.config.model_weight * model.normalized(rewards)
         return scores._replace(
-            total=total.astype(np.float32), by_name=scores.by_name | {"model": rewards.astype(np.float32)}
+            total=total.astype(np.float32),
+            by_name=scores.by_name | {"model": rewards.astype(np.float32)},
+            applies=scores.applies | (self.scorer.config.model_weight != 0),
         )

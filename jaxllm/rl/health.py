@@ -35,11 +35,18 @@ class Health:
 
     def completion_faults(self, row: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """Faults of the rewards and the completions: a name and a line for each."""
+        truncated = row["completion/truncated_fraction"]
         if (failed := row.get("reward/failed_fraction", 0.0)) > FRACTION_LIMIT:
             yield (
                 "failing rewards",
-                f"{failed:.0%} of the calls of reward.functions failed or exceeded reward.time_limit, and "
-                f"count as reward.error_reward: fix what the warnings above name",
+                f"{failed:.0%} of the calls of reward.functions failed or exceeded reward.time_limit: fix "
+                f"what the warnings above name",
+            )
+        elif truncated <= FRACTION_LIMIT < (left_out := row.get("completion/left_out_fraction", 0.0)):
+            yield (
+                "no reward",
+                f"{left_out:.0%} of the completions have no reward and train nothing, since all of "
+                f"reward.functions returned None for them, or a call failed: use rows to which one applies",
             )
         elif (fraction := row.get("reward/zero_std_fraction", 0.0)) > FRACTION_LIMIT:
             yield (
@@ -48,11 +55,11 @@ class Health:
                 f"policy solves sometimes but not always, or raise rollout.group_size or "
                 f"rollout.max_resamples",
             )
-        if (fraction := row["completion/truncated_fraction"]) > FRACTION_LIMIT:
+        if truncated > FRACTION_LIMIT:
             yield (
                 "truncated",
-                f"{fraction:.0%} of the completions do not end within rollout.sampling.max_new_tokens: raise "
-                f"it (and data.sequence_length), or lower reward.missing_eos_penalty below 0",
+                f"{truncated:.0%} of the completions do not end within rollout.sampling.max_new_tokens: "
+                f"raise it (and data.sequence_length), or lower reward.missing_eos_penalty below 0",
             )
         length, before = row["completion/mean_length"], self.first["completion/mean_length"]
         if row["reward/mean"] > self.first["reward/mean"] and length > LENGTH_GROWTH * before:

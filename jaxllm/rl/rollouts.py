@@ -51,14 +51,19 @@ class Rollout(NamedTuple):
 
     prompts: list[Prompt]  # N
     tokens: np.ndarray  # int32 [N, T]
-    mask: np.ndarray  # bool [N, T], as in RolloutBatch
+    mask: np.ndarray  # bool [N, T], as in RolloutBatch: nowhere in completions that are not valid
     sampler_log_probs: np.ndarray  # float32 [N, T], at the positions of mask
     lengths: np.ndarray  # int [N], tokens of the completions
     truncated: np.ndarray  # bool [N]
     texts: list[str]
-    rewards: np.ndarray  # float32 [N]
+    rewards: np.ndarray  # float32 [N]; NaN where no reward applies or a call failed
     scores: Scores
     decode_steps: int
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Bool [N]: the completions that train, and that are in the baselines of others."""
+        return self.mask.any(1)
 
 
 class Algorithm(Protocol):
@@ -131,14 +136,14 @@ class RolloutSource(BatchSource):
         )
         scorer.try_out([self.prompts[i].row for i in range(TRIAL_ROWS)])
         self.consumed = 0  # prompts, since the run began
-        self.health = Health(self.config.log_prob_difference_limit)
-        self.rows: dict[int, Metrics] = {}  # by the last step of an iteration, until they are logged
         self.rollout_stream = [ROLLOUT]  # see jaxllm.random_streams
+        self.health = Health(self.config.log_prob_difference_limit)
+        self.sums: dict[str, Weighted] = {}  # see merge
+        self.rows: dict[int, Metrics] = {}  # by the last step of an iteration, until they are logged
         self.last: tuple[Rollout, np.ndarray] | None = None  # with advantages, [N] or [N, T]
         self.fingerprints = {} if scorer.model is None else {"reward model": scorer.model.hash}
 
     def after_step(self, state: TrainState) -> None:
-        self.sums: dict[str, Weighted] = {}  # see merge
         self.state = state
 
     def can_stop_after(self, step: int) -> bool:
@@ -155,17 +160,13 @@ class RolloutSource(BatchSource):
     def restore(self, metadata: Mapping[str, Any]) -> None:
         self.consumed = metadata.get("prompts_consumed", 0)
         self.health.first = metadata.get("health", {})
+        # Rollouts of older runs had no constant of their own: these continue as they began.
+        self.rollout_stream = metadata.get("rollout_stream", [] if metadata else [ROLLOUT])
         self.algorithm.restore(metadata)
 
     def close(self) -> None:
-        # Rollouts of older runs had no constant of their own: these continue as they began.
-        self.rollout_stream = metadata.get("rollout_stream", [] if metadata else [ROLLOUT])
         self.scorer.close()
 
-    def finish_row(self, step: int, row: Metrics) -> Metrics:
-        if (step - 1) % self.config.steps == 0:
-            check_first_update(row)
-        if step not in self.rows:
     def merge(self, step: int, metrics: dict[str, Weighted]) -> dict[str, Weighted]:
         """With `policy/NAME` and `value/NAME` over all updates of the iteration so far."""
         if (step - 1) % self.config.steps == 0:
@@ -174,6 +175,10 @@ class RolloutSource(BatchSource):
         self.sums = {name: self.sums.get(name, 0) + x for name, x in jax.device_get(updates).items()}
         return metrics | self.sums
 
+    def finish_row(self, step: int, row: Metrics) -> Metrics:
+        if (step - 1) % self.config.steps == 0:
+            check_first_update(row)
+        if step not in self.rows:
             return row
         row = row | self.with_update_time(step)
         del self.rows[step]
@@ -243,7 +248,7 @@ class RolloutSource(BatchSource):
                 break
         rollout = join(kept, config)
         timing = {"time/rollout": time.perf_counter() - began - waited, "time/reward": waited}
-        return rollout, timing | rollout_metrics(rollout, config)
+        return rollout, timing | rollout_metrics(rollout, config) | resampling_metrics(kept, config)
 
 
 def make_rollout(prompts: Sequence[Prompt], scored: ScoredCompletions, config: RolloutConfig) -> Rollout:
@@ -253,12 +258,13 @@ def make_rollout(prompts: Sequence[Prompt], scored: ScoredCompletions, config: R
     mask = (positions >= starts) & (positions < starts + scored.lengths[:, None])
     log_probs = np.zeros(mask.shape, np.float32)
     log_probs[mask] = np.concatenate(scored.completions.log_probs)
+    valid = ~np.isnan(scored.rewards)
     if config.mask_truncated:
-        mask = mask & ~scored.truncated[:, None]
+        valid &= ~scored.truncated
     return Rollout(
         prompts=[prompt for prompt in prompts for _ in range(config.group_size)],
         tokens=scored.tokens,
-        mask=mask,
+        mask=mask & valid[:, None],
         sampler_log_probs=log_probs,
         lengths=scored.lengths,
         truncated=scored.truncated,
@@ -281,9 +287,9 @@ def check_first_update(row: Mapping[str, float]) -> None:
 
 
 def has_signal(rollout: Rollout, group_size: int) -> np.ndarray:
-    """Whether the rewards of each group differ: bool [N / group_size]."""
-    groups = rollout.rewards.reshape(-1, group_size)
-    return groups.max(1) > groups.min(1)
+    """Whether the rewards of each group's valid completions differ: bool [N / group_size]."""
+    highest, lowest = (np.where(rollout.valid, rollout.rewards, x) for x in (-np.inf, np.inf))
+    return highest.reshape(-1, group_size).max(1) > lowest.reshape(-1, group_size).min(1)
 
 
 def join(parts: list[Rollout], config: RolloutConfig) -> Rollout:
@@ -307,18 +313,37 @@ def join(parts: list[Rollout], config: RolloutConfig) -> Rollout:
 
 def rollout_metrics(rollout: Rollout, config: RolloutConfig) -> Metrics:
     """Rewards and lengths of a rollout, by the names under which they are logged."""
+    known = rollout.rewards[~np.isnan(rollout.rewards)]
     row = {
-        "reward/mean": float(rollout.rewards.mean()),
-        "reward/std": float(rollout.rewards.std()),
+        "reward/mean": known_mean(rollout.rewards),
+        "reward/std": float(known.std()) if len(known) else float("nan"),
         "completion/mean_length": float(rollout.lengths.mean()),
         "completion/max_length": float(rollout.lengths.max()),
         "completion/truncated_fraction": float(rollout.truncated.mean()),
+        "completion/left_out_fraction": float((~rollout.valid).mean()),
         "rollout/decode_steps": float(rollout.decode_steps),
     }
     if config.group_size > 1:
         row["reward/zero_std_fraction"] = float((~has_signal(rollout, config.group_size)).mean())
-    for name, values in rollout.scores.by_name.items():
-        row[f"reward/{name}"] = float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
-    counters = {name: float(count) for name, count in rollout.scores.counters.items()}
-    calls = max(1, len(rollout.rewards) * len(rollout.scores.by_name))
-    return row | counters | {"reward/failed_fraction": sum(counters.values()) / calls}
+    return row | {f"reward/{name}": known_mean(values) for name, values in rollout.scores.by_name.items()}
+
+
+def resampling_metrics(parts: Sequence[Rollout], config: RolloutConfig) -> Metrics:
+    """Of all that was sampled for a rollout, what was resampled included: failed calls; and with
+    `max_resamples` the rewards, of which `rollout_metrics` has those that are kept."""
+    scores = [part.scores for part in parts]
+    row = {name: float(sum(each.counters[name] for each in scores)) for name in scores[0].counters}
+    calls = sum(len(x) for each in scores for name, x in each.by_name.items() if name != "model")
+    row["reward/failed_fraction"] = sum(row.values()) / max(1, calls)
+    if config.max_resamples:
+        signal = np.concatenate([has_signal(part, config.group_size) for part in parts])
+        row["rollout/sampled_groups"] = float(len(signal))
+        row["rollout/sampled_zero_std_fraction"] = float((~signal).mean())
+        row["rollout/sampled_reward_mean"] = known_mean(np.concatenate([part.rewards for part in parts]))
+    return row
+
+
+def known_mean(rewards: np.ndarray) -> float:
+    """The mean of the rewards that are not NaN; NaN where all are."""
+    known = rewards[~np.isnan(rewards)]
+    return float(known.mean()) if len(known) else float("nan")

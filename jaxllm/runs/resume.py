@@ -31,6 +31,7 @@ FREE = (
     "wandb_project",
     "data.cache_dir",
     "reward.workers",
+    "reward.error_reward",  # was 0.0 by default, and concerns calls that fail alone
 )
 # Memory and speed: the same computation in another order, whose rounding differs.
 ROUNDING = (

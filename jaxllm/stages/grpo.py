@@ -207,13 +207,9 @@ def advantages(config: Config, rollout: Rollout, kl: np.ndarray) -> Any:
         return whiten(discounted_returns(rewards, rollout.mask, discount=1.0), rollout.mask)
     rewards = rollout.rewards - coefficient * kl.sum(1)
     if knobs.advantage == "leave_one_out":
-        return leave_one_out_advantages(rewards, size)
+        return leave_one_out_advantages(rewards, size, valid=rollout.valid)
     return group_relative_advantages(
-        rewards,
-        size,
-        scale=knobs.advantage_scale,
-        epsilon=knobs.advantage_epsilon,
-        valid=np.asarray(rollout.mask.any(1)),
+        rewards, size, scale=knobs.advantage_scale, epsilon=knobs.advantage_epsilon, valid=rollout.valid
     )
 
 

@@ -295,7 +295,7 @@ class PPO:
                     row["kl/reference"],
                     target=knobs.kl_target,
                     horizon=knobs.kl_horizon,
-                    num_samples=self.rollout.rows,
+                    num_samples=int(rollout.valid.sum()),
                 )
             )
         batch = RolloutBatch(

@@ -20,7 +20,7 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     key: jax.Array  # typed PRNG key of the run; a step uses fold_in(key, step)
-    skipped_steps: jax.Array  # steps so far whose loss or gradient was not finite
+    skipped_steps: jax.Array  # steps so far that changed nothing: not finite, or without gradient
     bad_streak: jax.Array  # the latest steps in a row whose loss or gradient was not finite
 
 

@@ -26,6 +26,14 @@ def test_many_answers_do_not_overflow():
     assert pass_at_k(right[None], 10_000) == pytest.approx(0.75, abs=1e-4)  # each is drawn half of the times
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_answers_that_are_not_known_to_be_right_or_wrong_are_left_out(k):
+    known = np.array([True, False, True, False, True, False])
+    of_three = [*pass_at_k(RIGHT[:, known], k), np.nan]
+    rows = np.vstack([RIGHT, RIGHT[-1]]), np.vstack([np.tile(known, (7, 1)), np.arange(6) < k - 1])
+    np.testing.assert_array_equal(pass_at_k(rows[0], k, known=rows[1]), of_three)
+
+
 @pytest.mark.parametrize("k", [0, 7])
 def test_more_draws_than_answers_are_refused(k):
     with pytest.raises(ValueError, match=f"k={k} must be from 1 to the 6 answers there are"):

@@ -484,3 +484,5 @@ def test_a_gate_that_was_not_measured_names_the_reason():
     assert gates.reward_gate(GATES, {}).passed is None
     assert "held-out pairs" in gates.reward_gate(GATES, {}).says
     assert "group_size" in gates.reasoning_gate(GATES, [{"eval/pass@1": 0.5}]).says
+    unknown = {"eval/sampled_pass@1": None, "eval/sampled_pass@1_se": None}  # no reward applied
+    assert gates.reasoning_gate(GATES, [unknown, unknown]).passed is None

@@ -101,10 +101,25 @@ def test_the_total_is_the_weighted_sum_of_the_rewards_that_apply(hostile):
         scores = pool.submit(examples, ["abc", "abc", "None", "raise"]).result()
     np.testing.assert_array_equal(scores.by_name["mine"], np.float32([3, 3, np.nan, -1]))
     np.testing.assert_array_equal(scores.by_name["ten"], np.float32([10, np.nan, np.nan, 10]))
-    np.testing.assert_array_equal(scores.total, np.float32([21.5, 1.5, -1.0, 19.5]))
+    np.testing.assert_array_equal(scores.total, np.float32([21.5, 1.5, 0, 19.5]))
+    assert scores.valid.tolist() == [True, True, False, True]  # no reward applies to the third
     assert scores.total.dtype == scores.by_name["ten"].dtype == np.float32
-    assert scores.counters == {"reward/timeouts": 0, "reward/errors": 2}  # no reward applies to the third
-    assert scores.messages[1] == "no reward applies to a sample: all returned None"
+    assert scores.counters == {"reward/timeouts": 0, "reward/errors": 1}  # to abstain is no error
+    assert len(scores.messages) == 1
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.0])
+def test_without_error_reward_a_failed_call_makes_its_sample_invalid(hostile, weight):
+    rewards = {"mine": hostile, "ten": hostile.replace(":reward", ":ten")}
+    weights = {
+        "mine": weight,
+        "ten": 2.0,
+    }  # one of weight 0 is only logged: whether it fails makes no difference
+    with RewardPool(rewards, weights=weights, workers=1, time_limit=20.0, error_reward=None) as pool:
+        scores = pool.submit([{"ten": True}, {"ten": True}, {"ten": False}], ["raise", "abc", "abc"]).result()
+    np.testing.assert_array_equal(scores.by_name["mine"], np.float32([np.nan, 3, 3]))
+    assert scores.valid.tolist() == [weight == 0, True, weight != 0]
+    assert scores.counters == {"reward/timeouts": 0, "reward/errors": 1}
 
 
 def test_numbers_of_any_kind_are_rewards(pool):
@@ -131,7 +146,8 @@ def test_scores_are_in_the_order_of_the_samples(hostile, workers):
 def scores_of(*total, errors=0, messages=()):
     """Scores of one reward that is half the total."""
     total = np.float32(total)
-    return Scores(total, {"half": total / 2}, {"reward/errors": errors}, list(messages))
+    counters, valid = {"reward/errors": errors}, total > 1
+    return Scores(total, {"half": total / 2}, valid, ~valid, counters, list(messages))
 
 
 def test_rows_of_several_scores_are_gathered_in_the_given_order():
@@ -139,6 +155,7 @@ def test_rows_of_several_scores_are_gathered_in_the_given_order():
     gathered = gather(parts, [2, 0, 0])
     np.testing.assert_array_equal(gathered.total, np.float32([3, 1, 1]))
     np.testing.assert_array_equal(gathered.by_name["half"], np.float32([1.5, 0.5, 0.5]))
+    assert gathered.valid.tolist() == gathered.applies.tolist() == [True, False, False]
     assert gathered.counters == {"reward/errors": 3}  # of all calls, including rows that are left out
     assert gathered.messages == ["a", "b", "c"]
 

@@ -24,6 +24,7 @@ HEALTHY = {
 FAULTS = {
     "failing rewards": ({"reward/failed_fraction": 0.6}, "60% of the calls of reward.functions failed"),
     "equal rewards": ({"reward/zero_std_fraction": 0.6}, "60% of the groups have equal rewards"),
+    "no reward": ({"completion/left_out_fraction": 0.6}, "60% of the completions have no reward"),
     "truncated": (
         {"completion/truncated_fraction": 0.6},
         "60% of the completions do not end within rollout.sampling.max_new_tokens",
@@ -53,6 +54,12 @@ def test_a_fault_is_reported_once_and_again_when_it_returns(health, metrics, mes
     assert health.lines(faulty) == []
     assert health.lines(HEALTHY) == []
     assert health.lines(faulty) == [line]
+
+
+def test_truncated_completions_that_are_left_out_are_reported_as_truncated(health):
+    metrics = dict.fromkeys(("completion/left_out_fraction", "completion/truncated_fraction"), 0.6)
+    (line,) = health.lines(HEALTHY | metrics)
+    assert "do not end" in line
 
 
 def test_failing_rewards_are_not_reported_as_equal_rewards(health):

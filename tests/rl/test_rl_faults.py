@@ -116,11 +116,16 @@ def test_a_reward_that_fails_is_counted_and_replaced_by_error_reward(folder, rew
     assert len(shown) == len(set(shown)) == 4
 
 
-def test_a_completion_where_every_reward_abstains_gets_error_reward(folder, rewards, tmp_path):
-    changes = QUIET | {"reward__error_reward": -2.0, "training__steps": 2}
-    row = rows_of(train_run(folder, tmp_path / "r", f"{rewards}:nothing", **changes))[2]
-    assert row["reward/mean"] == -2
-    assert row["reward/errors"] == 16
+@pytest.mark.parametrize(("name", "errors"), [("nothing", 0), ("raises", 16)])
+def test_completions_without_a_reward_train_nothing(folder, rewards, tmp_path, capsys, name, errors):
+    changes = QUIET | {"optimizer__weight_decay": 0.1, "objective__entropy_coefficient": 0.1}
+    row = rows_of(train_run(folder, tmp_path / "r", f"{rewards}:{name}", **changes, training__steps=2))[2]
+    assert row["reward/mean"] is None
+    assert row["reward/errors"] == errors
+    assert row["completion/left_out_fraction"] == 1
+    assert row["train/skipped_steps"] == 2
+    assert arrays_of(tmp_path / "r", "params/") == arrays_of(folder / "policy", "params/")
+    assert ("(left out)" in capsys.readouterr().out) == bool(errors)
 
 
 def test_a_reward_with_several_values_ends_the_run_and_is_named(folder, rewards, tmp_path):
@@ -196,7 +201,9 @@ def test_masked_truncated_completions_give_no_gradient_and_a_warning(
     changes = QUIET | {"rollout__mask_truncated": True, "training__steps": 4}
     row = rows_of(train_run(folder, tmp_path / "r", f"{folder}/mine.py:vowels", stage, **changes))[4]
     assert row["completion/truncated_fraction"] == 1
-    assert row["train/skipped_steps"] == row["train/grad_norm"] == row["train/loss"] == 0
+    assert row["train/grad_norm"] == row["train/loss"] == 0
+    assert row["completion/left_out_fraction"] == 1
+    assert row["train/skipped_steps"] == 4
     prefix = "params/policy/" if stage == "ppo" else "params/"
     assert arrays_of(tmp_path / "r", prefix) == arrays_of(folder / "policy", "params/")
     assert capsys.readouterr().out.count("100% of the completions do not end") == 1
