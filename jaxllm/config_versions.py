@@ -38,9 +38,11 @@ RENAMED: dict[str, str] = {
 # Values that were renamed, by today's name of their field.
 RENAMED_VALUES: dict[str, dict[Any, Any]] = {"data.overlong": {"cut": "truncate"}}
 
-# Fields that a stage did not always have, with the value by which it trains as it did before.
-ADDED: dict[str, dict[str, Any]] = {
-    "ppo": {"objective.critic_learning_rate": None, "objective.critic_clip_norm": None},
+# A field that was added later: a field that configs with it have always had, and the value by which a run
+# trains as it did before.
+ADDED: dict[str, tuple[str, Any]] = {
+    "objective.critic_learning_rate": ("objective.critic_warmup", None),
+    "objective.critic_clip_norm": ("objective.critic_warmup", None),
 }
 
 
@@ -69,9 +71,10 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
             place = config.get(section, {})
             if name in place:
                 place[name] = values.get(place[name], place[name])
-    for field, value in ADDED.get(config.get("stage", ""), {}).items():
+    for field, (beside, value) in ADDED.items():
         section, _, name = field.rpartition(".")
-        if isinstance(place := config.get(section), dict):
+        place = config.get(section)
+        if isinstance(place, dict) and beside.rpartition(".")[2] in place:
             place.setdefault(name, value)
     return config
 

@@ -185,8 +185,8 @@ class RewardPool:
         return Scores(
             (np.where(applies, table, 0.0) @ weights).astype(np.float32),
             {name: table[:, column].astype(np.float32) for column, name in enumerate(names)},
-            applies[:, weights != 0].any(axis=1),
-            failed[:, weights != 0].any(axis=1),
+            np.asarray(applies[:, weights != 0].any(axis=1)),
+            np.asarray(failed[:, weights != 0].any(axis=1)),
             {"reward/timeouts": faults.count("timeout"), "reward/errors": faults.count("error")},
             list(dict.fromkeys(messages))[:_MAX_MESSAGES],
             {name: sum(map(bool, faults[i :: len(names)])) for i, name in enumerate(names)},

@@ -63,7 +63,7 @@ class Rollout(NamedTuple):
     @property
     def valid(self) -> np.ndarray:
         """Bool [N]: the completions that train, and that are in the baselines of others."""
-        return self.mask.any(1)
+        return np.asarray(self.mask.any(1))
 
 
 class Algorithm(Protocol):

@@ -139,12 +139,11 @@ def test_only_fingerprints_of_synthetic_text_of_version_1_are_not_compared(
 
 
 def test_added_fields_have_the_value_by_which_older_runs_trained():
-    for stage, fields in ADDED.items():
-        for field, value in fields.items():
-            section, _, name = field.rpartition(".")
-            assert upgrade({"stage": stage, section: {}})[section][name] == value
-            assert upgrade({"stage": stage, section: {name: 7}})[section][name] == 7
-            assert upgrade({"stage": "sft", section: {}})[section] == {}
+    for field, (beside, value) in ADDED.items():
+        (section, _, name), old = field.rpartition("."), beside.rpartition(".")[2]
+        assert upgrade({section: {old: 1}})[section][name] == value
+        assert upgrade({section: {old: 1, name: 7}})[section][name] == 7
+        assert upgrade({section: {}})[section] == {}
 
 
 def test_every_renamed_field_is_translated():
