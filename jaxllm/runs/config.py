@@ -78,4 +78,3 @@ class TrainConfig:
     def parameter_group(self) -> ParameterGroup | None:
         """Parameters that are trained otherwise than the rest, if any."""
         return None
-
