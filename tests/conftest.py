@@ -8,6 +8,9 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+# Tests compile many small programs and run each of them little: LLVM's optimizations cost more than they give.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)

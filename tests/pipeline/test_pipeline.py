@@ -62,7 +62,7 @@ def run(config, workdir, *flags, stop_in=None, by=signal.SIGTERM):
         f"--workdir={workdir}",
         *flags,
     ]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     process = subprocess.Popen(
         [*command, *flags],
         cwd=ROOT,
