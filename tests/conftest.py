@@ -8,7 +8,7 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-# Tests compile many small programs and run each of them little: LLVM's optimizations cost more than they give.
+# Tests compile many programs and run each of them little: optimizing them costs more than it gives.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
