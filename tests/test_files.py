@@ -81,7 +81,7 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(("pid", "held"), [(10**7, False), (os.getpid(), True)])
+@pytest.mark.parametrize(("pid", "held"), [(10**7, False), (os.getpid(), True)], ids=["ended", "runs"])
 def test_without_flock_a_process_of_this_host_is_looked_up(tmp_path, monkeypatch, pid, held):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")
