@@ -99,6 +99,8 @@ class Lock:
                 os.utime(self.file.fileno())
 
     def close(self) -> None:
+        if self.closed.is_set():
+            return
         self.closed.set()
         if _is_at(self.file, self.path):
             self.path.unlink()

@@ -307,8 +307,7 @@ def completion_metrics(
         rewards = by_name[first].reshape(-1, group_size)
         k = 1
         while k <= group_size:
-            estimates = pass_at_k(rewards == 1, k, known=~np.isnan(rewards))
-            columns[f"pass@{k}"] = estimates[~np.isnan(estimates)]
+            columns[f"pass@{k}"] = pass_at_k(rewards == 1, k, known=~np.isnan(rewards))
             k *= 2
     row = {}
     for name, values in columns.items():

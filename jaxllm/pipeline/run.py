@@ -242,8 +242,8 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = locked(folder / "lock")
-    except BlockingIOError:
-        raise ConfigError(f"--workdir={folder}: another pipeline is running there") from None
+    except BlockingIOError as error:
+        raise ConfigError(f"--workdir={folder}: another pipeline is running there ({error})") from None
     except OSError as error:
         raise ConfigError(f"--workdir={folder}: {error.strerror}") from None
     with file:

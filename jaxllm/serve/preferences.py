@@ -33,8 +33,10 @@ class PreferenceFile:
             # A separate file, because removing a row replaces the file with the rows.
             self._lock = locked(path.with_name(f".{path.name}.lock"))
             self.cut_off = self._repair()  # the incomplete last line that was removed
-        except BlockingIOError:
-            raise DataError(f"--preferences={path}: another server writes to it; use another file") from None
+        except BlockingIOError as error:
+            raise DataError(
+                f"--preferences={path}: another server writes to it ({error}); use another file"
+            ) from None
         except OSError as error:
             raise DataError(f"--preferences={path}: {error.strerror}") from error
         self.rows = [row for row in map(own_row, self._lines()) if row is not None]

@@ -56,7 +56,7 @@ def examples(name, *questions) -> Examples:
         )
         for each in asked
     ]
-    return Examples(name, rows, SourceCounts(rows=len(rows), documents=len(rows)), "", "hash")
+    return Examples(name, rows, SourceCounts(rows=len(rows), documents=len(rows)), "hash")
 
 
 def apart(train, validation, named=()):

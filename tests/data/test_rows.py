@@ -10,6 +10,7 @@ from jaxllm.data.rows import (
     DataConfig,
     Example,
     Examples,
+    RecordConfig,
     read_examples,
     read_sources,
     write_bad_rows,
@@ -117,7 +118,8 @@ def test_without_bad_rows_there_is_no_file(tmp_path):
 def test_bad_rows_that_stop_the_run_are_in_the_file_too(tmp_path, on_bad_row, lines):
     rows = ["good", "wrong", "long", "wrong"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"word": word}) + "\n" for word in rows))
-    settings = config(train=(str(tmp_path / "rows.jsonl"),), on_bad_row=on_bad_row, max_bad_fraction=0.2)
+    changes = {"train": (str(tmp_path / "rows.jsonl"),), "on_bad_row": on_bad_row, "max_bad_fraction": 0.2}
+    settings = RecordConfig(**vars(config(**changes)), rename=(), template=None)
     with pytest.raises(DataError, match="wrong type"):
         read_sources(settings, lambda row: encode(row["word"]), seed=0, run_folder=tmp_path / "run")
     assert len((tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()) == lines

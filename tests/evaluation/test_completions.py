@@ -44,7 +44,8 @@ class Recorder(RewardScorer):
                 scorer.texts |= dict(zip(numbers, texts, strict=True))
 
             def result(self, tokens, lengths, check):
-                return Scores(np.zeros(len(examples), np.float32), {}, {}, [])
+                known = np.ones(len(examples), bool)
+                return Scores(np.zeros(len(examples), np.float32), {}, known, ~known, {}, [])
 
         return Scoring()
 

@@ -4,6 +4,8 @@ The logits are LEVEL plus multiples of 1/4, which float32 represents exactly; hi
 in bfloat16 too. The expected values are computed in float64.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,13 +76,15 @@ def test_equal_logits_have_log_prob_minus_log_v(level, temperature):
 @temperatures
 @dtypes
 def test_equal_logits_have_log_prob_minus_log_v_with_the_head_inside(dtype, temperature, block_size, softcap):
+    # The last bit of tanh may depend on the place in a vector: 2^-9 for logits of 30,000.
+    near = close if softcap is None else partial(np.testing.assert_allclose, atol=2**-8)
     hidden, head, targets = jnp.ones((1, 2, 1), dtype), jnp.full((1, 11), 3e4, dtype), jnp.array([[0, 10]])
     options = {"block_size": block_size, "softcap": softcap}
     log_probs, entropy = linear_token_log_probs(hidden, head, targets, temperature=temperature, **options)
-    close(log_probs, -np.log(11))
-    close(entropy, np.log(11))
+    near(log_probs, -np.log(11))
+    near(entropy, np.log(11))
     loss, _ = linear_cross_entropy(hidden, head, targets, jnp.ones((1, 2)), label_smoothing=0.5, **options)
-    close(loss.mean, np.log(11))
+    near(loss.mean, np.log(11))
 
 
 @temperatures
@@ -181,7 +185,8 @@ def test_cross_entropy_and_its_terms(block_size):
     ):
         close(metrics["loss"].mean, nll.mean())
         np.testing.assert_allclose(metrics["z_loss"].mean, z.mean(), rtol=1e-6)
-        np.testing.assert_allclose(loss.mean, metrics["z_loss"].mean + 0.7 * nll.mean() - 0.3 * log_p.mean())
+        total = metrics["z_loss"].mean + 0.7 * nll.mean() - 0.3 * log_p.mean()
+        np.testing.assert_allclose(loss.mean, total, rtol=1e-6)
     smoothed, _ = linear_cross_entropy(
         hidden, head, TARGETS, mask, block_size=block_size, label_smoothing=0.3
     )

@@ -103,8 +103,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, whole, tmp_path):
 
 
 def test_no_two_completions_of_a_run_and_no_train_step_have_the_same_key(whole):
-    # Before training, in four rollouts and in evaluations: four prompts once, four times each, and four more.
-    assert [len(keys) for keys in keys_of_whole] == [4, 16, 4, *2 * [16, 16, 4, 16, 4]]
+    # Before training, in four rollouts and in evaluations: four prompts once, four times each, and one more.
+    assert [len(keys) for keys in keys_of_whole] == [4, 16, 1, *2 * [16, 16, 4, 16, 1]]
     root = jax.random.key(0)
     init_key, run_key = jax.random.split(root)
     steps = jax.vmap(partial(jax.random.fold_in, run_key))(np.arange(8))

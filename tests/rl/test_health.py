@@ -133,7 +133,8 @@ def test_a_line_names_fields_that_exist(health, metrics, message):
 )
 def test_a_reward_of_0_for_every_completion_is_said_with_an_example(values, failures, said):
     values = np.array(values, np.float32)
-    scores = Scores(values, {"mine": values}, {}, [], {"mine": failures})
+    known = np.ones(len(values), bool)
+    scores = Scores(values, {"mine": values}, known, ~known, {}, [], {"mine": failures})
     lines = list(unrewarded(scores, "It is\n42.", {"prompt": "What?", "answer": "41"}))
     assert len(lines) == said
     if said:

@@ -116,10 +116,12 @@ def test_a_reward_that_fails_is_counted_and_replaced_by_error_reward(folder, rew
     assert len(shown) == len(set(shown)) == 4
 
 
-@pytest.mark.parametrize(("name", "errors"), [("nothing", 0), ("raises", 16)])
-def test_completions_without_a_reward_train_nothing(folder, rewards, tmp_path, capsys, name, errors):
+@pytest.mark.parametrize(("names", "errors"), [(("nothing",), 0), (("nothing", "raises"), 16)])
+def test_completions_without_a_reward_train_nothing(folder, rewards, tmp_path, capsys, names, errors):
     changes = QUIET | {"optimizer__weight_decay": 0.1, "objective__entropy_coefficient": 0.1}
-    row = rows_of(train_run(folder, tmp_path / "r", f"{rewards}:{name}", **changes, training__steps=2))[2]
+    changes |= {"reward__functions": ",".join(f"{rewards}:{name}" for name in names)}
+    changes |= {"reward__weights": ",".join("1" for _ in names)}
+    row = rows_of(train_run(folder, tmp_path / "r", None, **changes, training__steps=2))[2]
     assert row["reward/mean"] is None
     assert row["reward/errors"] == errors
     assert row["completion/left_out_fraction"] == 1

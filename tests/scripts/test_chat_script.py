@@ -46,7 +46,7 @@ def test_greedy_replies_do_not_depend_on_the_seed(chat_model, run_process):
 def test_a_checkpoint_that_cannot_chat_is_an_error_of_one_line(chat_model, reward_model, capsys):
     for checkpoint, code, line in (
         (reward_model, 78, "is a reward model and cannot generate; pass a policy checkpoint"),
-        (chat_model.with_name("gone"), 1, "gone does not exist"),
+        (chat_model.with_name("gone"), 78, "gone does not exist"),
     ):
         arguments = ["chat.py", f"--checkpoint={checkpoint}"]
         assert run_script(script.main, None, script.define_flags, arguments) == code

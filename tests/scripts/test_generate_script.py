@@ -48,7 +48,7 @@ def test_bad_flags_are_errors_of_one_line(chat_model, reward_model, capsys):
         ((f"--checkpoint={chat_model}", "--temperature=-1"), 78, "temperature"),
         ((), 78, "--checkpoint=RUN_FOLDER is missing"),
         ((f"--checkpoint={reward_model}",), 78, "is a reward model and cannot generate; pass a policy"),
-        ((f"--checkpoint={chat_model}/gone",), 1, "gone does not exist"),
+        ((f"--checkpoint={chat_model}/gone",), 78, "gone does not exist"),
     ):
         arguments = ["generate.py", *flags]
         assert run_script(generate.main, None, generate.define_flags, arguments) == code
