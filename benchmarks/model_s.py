@@ -8,7 +8,7 @@ from configs import pretrain_text
 def get_config() -> ConfigDict:
     """8 layers, width 320, 5 heads, SwiGLU 864, vocabulary 4096, AdamW, float32."""
     config = pretrain_text.get_config("10m")
-    config.model.qk_norm = False
+    config.model.qk_norm = "none"
     config.model.tie_embeddings = False
     config.data.batch_size = 8
     config.optimizer.name = "adamw"

@@ -8,7 +8,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-VERSION = 2
+VERSION = 3
 
 # Dotted name in an older version -> dotted name today. Version 1 wrote no version.
 RENAMED: dict[str, str] = {
@@ -36,13 +36,24 @@ RENAMED: dict[str, str] = {
 }
 
 # Values that were renamed, by today's name of their field.
-RENAMED_VALUES: dict[str, dict[Any, Any]] = {"data.overlong": {"cut": "truncate"}}
+RENAMED_VALUES: dict[str, dict[Any, Any]] = {
+    "data.overlong": {"cut": "truncate"},
+    "model.qk_norm": {True: "head", False: "none"},
+}
 
 # A field that was added later: a field that configs with it have always had, and the value by which a run
 # trains as it did before.
 ADDED: dict[str, tuple[str, Any]] = {
     "objective.critic_learning_rate": ("objective.critic_warmup", None),
     "objective.critic_clip_norm": ("objective.critic_warmup", None),
+    "model.mlp": ("model.mlp_width", "gated"),
+    "model.position_embedding": ("model.rope_theta", "rotary"),
+    "model.local_rope_theta": ("model.rope_theta", None),
+    "model.norm": ("model.norm_epsilon", "rms"),
+    "model.norm_position": ("model.norm_epsilon", "before"),
+    "model.zero_centered_norm": ("model.norm_epsilon", False),
+    "model.attention_scale": ("model.head_dim", None),
+    "model.scale_embeddings": ("model.tie_embeddings", False),
 }
 
 
@@ -66,11 +77,14 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
             place = config.get(section, {}) if section else config
             if name in place:
                 place[new.rpartition(".")[2]] = place.pop(name)
+    if version < VERSION:
         for field, values in RENAMED_VALUES.items():
             section, _, name = field.rpartition(".")
             place = config.get(section, {})
             if name in place:
                 place[name] = values.get(place[name], place[name])
+    if "sliding_window" in (model := config.get("model", {})):  # was for all layers or for none
+        model.setdefault("layer_pattern", ["global"] if model["sliding_window"] is None else ["local"])
     for field, (beside, value) in ADDED.items():
         section, _, name = field.rpartition(".")
         place = config.get(section)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ModelConfig, layer_window
 from jaxllm.models.interface import Array, LayerCache
-from jaxllm.models.layers import Linear, RMSNorm, rotate
+from jaxllm.models.layers import Angles, Linear, RMSNorm, rotate
 
 OUTPUT_NAME = "attention_output"
 MASKED = -1e30  # finite, so that a query whose keys are all masked averages the values; -inf would give NaN
@@ -24,7 +24,7 @@ class Context(NamedTuple):
     """What attention needs to know about a batch of tokens, the same in every layer."""
 
     positions_BT: Array  # int
-    angles: tuple[jax.Array, jax.Array]  # cos and sin at these positions, from `rotary_angles`
+    angles: dict[str, Angles]  # cos and sin at these positions by kind of layer, from `layer_angles`
     segment_ids_BT: Array | None  # int; tokens attend within their own segment
 
 
@@ -41,12 +41,17 @@ def causal_mask(query_positions: Array, key_positions: Array, window: int | None
     return mask if window is None else mask & (query_positions - key_positions < window)
 
 
+def attention_scale(config: ModelConfig) -> float:
+    """What multiplies the product of a query and a key."""
+    return config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+
+
 def attend(q_BKGTh: Array, k_BKSh: Array, v_BKSh: Array, mask: Array, config: ModelConfig) -> jax.Array:
-    """softmax(q k / sqrt(h)) v, softmax in float32; mask broadcasts to [B, K, G, T, S]."""
+    """softmax(scale q k) v, softmax in float32; mask broadcasts to [B, K, G, T, S]."""
     B, K, G, T, h = q_BKGTh.shape
     q_BKRh = q_BKGTh.reshape(B, K, G * T, h)  # queries of a group share their keys: one matrix product
     scores = jnp.einsum("bkrh,bksh->bkrs", q_BKRh, k_BKSh, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, K, G, T, -1) * h**-0.5
+    scores = scores.reshape(B, K, G, T, -1) * attention_scale(config)
     if config.attention_softcap is not None:
         scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
     scores = jnp.where(mask, scores, MASKED)
@@ -58,7 +63,12 @@ def attend(q_BKGTh: Array, k_BKSh: Array, v_BKSh: Array, mask: Array, config: Mo
 
 
 def attend_xla(
-    q_BTHh: Array, k_BTKh: Array, v_BTKh: Array, segment_ids_BT: Array | None, config: ModelConfig
+    q_BTHh: Array,
+    k_BTKh: Array,
+    v_BTKh: Array,
+    segment_ids_BT: Array | None,
+    window: int | None,
+    config: ModelConfig,
 ) -> jax.Array:
     """Attention in blocks of queries, each over only the keys that causality and the window allow.
 
@@ -72,9 +82,9 @@ def attend_xla(
 
     def attend_block(start: int, q: Array, k: Array, v: Array, segment_ids_BT: Array | None) -> jax.Array:
         stop = min(start + block, T)
-        first = 0 if config.sliding_window is None else max(0, start - config.sliding_window + 1)
+        first = 0 if window is None else max(0, start - window + 1)
         queries, keys = jnp.arange(start, stop), jnp.arange(first, stop)
-        mask = causal_mask(queries[:, None], keys[None, :], config.sliding_window)[None, None, None]
+        mask = causal_mask(queries[:, None], keys[None, :], window)[None, None, None]
         if segment_ids_BT is not None:
             same = segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, first:stop]
             mask = mask & same[:, None, None]
@@ -87,20 +97,36 @@ def attend_xla(
 
 
 def attend_cudnn(
-    q_BTHh: Array, k_BTKh: Array, v_BTKh: Array, segment_ids_BT: Array | None, config: ModelConfig
+    q_BTHh: Array,
+    k_BTKh: Array,
+    v_BTKh: Array,
+    segment_ids_BT: Array | None,
+    window: int | None,
+    config: ModelConfig,
 ) -> jax.Array:
     """cuDNN's flash attention on NVIDIA GPUs, in bfloat16 or float16."""
     mask = None
     if segment_ids_BT is not None:
         mask = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
-    window = None if config.sliding_window is None else (config.sliding_window - 1, 0)
     return jax.nn.dot_product_attention(
-        q_BTHh, k_BTKh, v_BTKh, mask=mask, is_causal=True, local_window_size=window, implementation="cudnn"
+        q_BTHh,
+        k_BTKh,
+        v_BTKh,
+        mask=mask,
+        scale=attention_scale(config),
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
     )
 
 
 def attend_splash(
-    q_BTHh: Array, k_BTKh: Array, v_BTKh: Array, segment_ids_BT: Array | None, config: ModelConfig
+    q_BTHh: Array,
+    k_BTKh: Array,
+    v_BTKh: Array,
+    segment_ids_BT: Array | None,
+    window: int | None,
+    config: ModelConfig,
 ) -> jax.Array:
     """The Splash kernel on TPUs: flash attention that skips blocks that are masked entirely.
 
@@ -112,8 +138,8 @@ def attend_splash(
     def attend_shard(
         q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array | None
     ) -> jax.Array:
-        _, T, H, h = q_BTHh.shape
-        left = None if config.sliding_window is None else config.sliding_window - 1
+        _, T, H, _ = q_BTHh.shape
+        left = None if window is None else window - 1
         block = next(size for size in (512, 256, 128) if T % size == 0)
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([splash.LocalMask((T, T), (left, 0), offset=0)] * H),
@@ -130,7 +156,7 @@ def attend_splash(
             attn_logits_soft_cap=config.attention_softcap,
             residual_checkpoint_name=OUTPUT_NAME,
         )
-        q, k, v = (x.swapaxes(1, 2) for x in (q_BTHh * h**-0.5, k_BTKh, v_BTKh))
+        q, k, v = (x.swapaxes(1, 2) for x in (q_BTHh * attention_scale(config), k_BTKh, v_BTKh))
         segments = None if segment_ids_BT is None else splash.SegmentIds(segment_ids_BT, segment_ids_BT)
         return cast(jax.Array, jax.vmap(kernel)(q, k, v, segments)).swapaxes(1, 2)
 
@@ -147,12 +173,14 @@ def attend_splash(
     return attend_shard(*inputs)[:, :T]
 
 
-def attend_cache(q_BTHh: Array, cache: LayerCache, positions_BT: Array, config: ModelConfig) -> jax.Array:
+def attend_cache(
+    q_BTHh: Array, cache: LayerCache, positions_BT: Array, window: int | None, config: ModelConfig
+) -> jax.Array:
     """Attention of queries at given positions [B, T] over the slots of a cache."""
     B, T, H, h = q_BTHh.shape
     _, K, S, _ = cache.keys_BKSh.shape
     q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
-    mask = causal_mask(positions_BT[:, :, None], jnp.arange(S), config.sliding_window)[:, None, None]
+    mask = causal_mask(positions_BT[:, :, None], jnp.arange(S), window)[:, None, None]
     out = attend(q, cache.keys_BKSh.astype(q.dtype), cache.values_BKSh.astype(q.dtype), mask, config)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
@@ -169,9 +197,10 @@ def write_cache(cache: LayerCache, k_BTKh: Array, v_BTKh: Array, positions_BT: A
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), with rotary positions or without."""
 
     config: ModelConfig
+    kind: str  # of the layer
 
     @nn.compact
     def __call__(
@@ -187,22 +216,26 @@ class Attention(nn.Module):
 
         def project(name: str, num_heads: int) -> jax.Array:
             projected = Linear(num_heads * c.head_dim, c.qkv_bias, c.param_dtype, name=name)(x_BTD)
-            return projected.reshape(B, T, num_heads, c.head_dim)
+            norm = RMSNorm(c.norm_epsilon, c.param_dtype, c.zero_centered_norm, name=f"{name}_norm")
+            normed = name != "value"
+            if normed and c.qk_norm == "all_heads":
+                projected = norm(projected)
+            heads = projected.reshape(B, T, num_heads, c.head_dim)
+            return norm(heads) if normed and c.qk_norm == "head" else heads
 
         q_BTHh = project("query", c.num_heads)
         k_BTKh = project("key", c.num_kv_heads)
         v_BTKh = project("value", c.num_kv_heads)
-        if c.qk_norm:
-            q_BTHh = RMSNorm(c.norm_epsilon, c.param_dtype, name="query_norm")(q_BTHh)
-            k_BTKh = RMSNorm(c.norm_epsilon, c.param_dtype, name="key_norm")(k_BTKh)
-        q_BTHh, k_BTKh = rotate(q_BTHh, context.angles), rotate(k_BTKh, context.angles)
+        if (angles := context.angles.get(self.kind)) is not None:
+            q_BTHh, k_BTKh = rotate(q_BTHh, angles), rotate(k_BTKh, angles)
+        window = layer_window(c, self.kind)
 
         if cache is not None:
             cache = write_cache(cache, k_BTKh, v_BTKh, context.positions_BT)
         if cache is not None and attend_to_cache:
-            out_BTHh = attend_cache(q_BTHh, cache, context.positions_BT, c)
+            out_BTHh = attend_cache(q_BTHh, cache, context.positions_BT, window, c)
         else:
             implementation = {"xla": attend_xla, "cudnn": attend_cudnn, "splash": attend_splash}[c.attention]
-            out_BTHh = implementation(q_BTHh, k_BTKh, v_BTKh, context.segment_ids_BT, c)
+            out_BTHh = implementation(q_BTHh, k_BTKh, v_BTKh, context.segment_ids_BT, window, c)
         output = Linear(c.width, c.output_bias, c.param_dtype, scale=0.5 / c.num_layers, name="output")
         return output(out_BTHh.reshape(B, T, -1)), cache

@@ -12,11 +12,12 @@ ATTENTION = {"xla": None, "cudnn": "gpu", "splash": "tpu"}
 class RopeScaling:
     """How rotary frequencies are scaled for contexts beyond the length of pretraining.
 
-    `none` ignores the other fields. `llama3`: Llama 3.1 (Meta, 2024); frequencies whose wavelength is longer
-    than original_length / low_frequency are divided by `factor`, those with one shorter than
-    original_length / high_frequency are kept, and those between are interpolated linearly. `yarn`: Peng et
-    al. 2023 (arXiv:2309.00071); the same in terms of the rotations over original_length (`beta_fast`,
-    `beta_slow`), with cos and sin multiplied by 0.1 ln(factor) + 1.
+    `none` ignores the other fields. `linear`: Chen et al. 2023 (arXiv:2306.15595); all frequencies are
+    divided by `factor`. `llama3`: Llama 3.1 (Meta, 2024); frequencies whose wavelength is longer than
+    original_length / low_frequency are divided by `factor`, those with one shorter than original_length /
+    high_frequency are kept, and those between are interpolated linearly. `yarn`: Peng et al. 2023
+    (arXiv:2309.00071); the same in terms of the rotations over original_length (`beta_fast`, `beta_slow`),
+    with cos and sin multiplied by 0.1 ln(factor) + 1.
     """
 
     kind: str
@@ -39,25 +40,40 @@ class ModelConfig:
     num_kv_heads: int  # fewer than num_heads: grouped-query attention
     head_dim: int
     mlp_width: int
-    activation: str  # of the gated MLP: "silu" (SwiGLU) or "gelu" (GeGLU)
+    mlp: str  # "gated" (SwiGLU, GeGLU) or "plain"
+    activation: str  # "silu", "gelu" (its tanh approximation) or "gelu_exact"
     max_length: int  # the longest sequence, prompt and completion together
+    position_embedding: str  # "rotary" or "learned"
     rope_theta: float
     rope_scaling: RopeScaling
+    local_rope_theta: float | None  # of "local" layers, without scaling; None: as in the other layers
+    layer_pattern: tuple[str, ...]  # kinds of layers, repeated over the depth: see LAYER_KINDS
+    norm: str  # "rms" or "layer"
     norm_epsilon: float
-    qk_norm: bool  # RMSNorm on the queries and keys of each head
+    norm_position: str  # of a block's attention and MLP: "before", "after" or "both"
+    zero_centered_norm: bool  # norms multiply by 1 + scale
+    qk_norm: str  # RMSNorm on queries and keys: "none", "head" (of each head) or "all_heads" (together)
     qkv_bias: bool
     output_bias: bool  # of the attention's output projection
     mlp_bias: bool
+    attention_scale: float | None  # multiplies queries x keys; None: head_dim ** -0.5
     attention_softcap: float | None
     logit_softcap: float | None
-    sliding_window: int | None  # a token attends to itself and to the window - 1 tokens before it
+    sliding_window: int | None  # in "local" layers, a token attends to itself and to window - 1 before it
     tie_embeddings: bool
+    scale_embeddings: bool  # multiply embedded tokens by sqrt(width)
     scan_layers: bool  # one compiled block for all layers; False unrolls them
     remat: str  # what the backward pass recomputes: one of REMAT
     attention: str  # "xla", "cudnn" (NVIDIA GPUs) or "splash" (TPUs)
     compute_dtype: str
     param_dtype: str
 
+
+# The fields that say how a model is computed; all others say what is computed.
+HOW = ("scan_layers", "remat", "attention", "compute_dtype", "param_dtype")
+
+# Attention to all earlier tokens; to those in `sliding_window`; to all, without rotary embedding.
+LAYER_KINDS = ("global", "local", "nope")
 
 # Nothing; all of a block; all but its matrix products; all but the output of its attention.
 REMAT = ("none", "full", "dots", "attention")
@@ -79,7 +95,12 @@ def check_model_config(config: ModelConfig) -> None:
             f"model.head_dim={config.head_dim} must be even: rotary embeddings rotate pairs of elements"
         )
     choices = {
-        "activation": ("silu", "gelu"),
+        "mlp": ("gated", "plain"),
+        "activation": ("silu", "gelu", "gelu_exact"),
+        "position_embedding": ("rotary", "learned"),
+        "norm": ("rms", "layer"),
+        "norm_position": ("before", "after", "both"),
+        "qk_norm": ("none", "head", "all_heads"),
         "remat": REMAT,
         "attention": tuple(ATTENTION),
         "compute_dtype": ("float32", "bfloat16", "float16"),
@@ -88,9 +109,18 @@ def check_model_config(config: ModelConfig) -> None:
     for field, allowed in choices.items():
         if getattr(config, field) not in allowed:
             raise ConfigError(f"model.{field}={getattr(config, field)!r}: choose one of {', '.join(allowed)}")
-    if config.rope_scaling.kind not in ("none", "llama3", "yarn"):
+    if config.rope_scaling.kind not in ("none", "linear", "llama3", "yarn"):
         raise ConfigError(
-            f"model.rope_scaling.kind={config.rope_scaling.kind!r}: choose one of none, llama3, yarn"
+            f"model.rope_scaling.kind={config.rope_scaling.kind!r}: choose one of none, linear, llama3, yarn"
+        )
+    if not config.layer_pattern or not set(config.layer_pattern) <= set(LAYER_KINDS):
+        raise ConfigError(
+            f"model.layer_pattern={config.layer_pattern}: name one or several of {', '.join(LAYER_KINDS)}"
+        )
+    if ("local" in config.layer_pattern) != (config.sliding_window is not None):
+        raise ConfigError(
+            f"model.sliding_window={config.sliding_window} with model.layer_pattern={config.layer_pattern}: "
+            f"layers of the kind local need a window, and only they use it"
         )
     if config.attention == "cudnn" and config.attention_softcap is not None:
         raise ConfigError(
@@ -100,6 +130,17 @@ def check_model_config(config: ModelConfig) -> None:
         raise ConfigError(
             "model.attention=cudnn does not support model.compute_dtype=float32; use bfloat16 or float16"
         )
+
+
+def layer_kinds(config: ModelConfig) -> tuple[str, ...]:
+    """The kind of each layer: the pattern, repeated as often as the depth needs."""
+    pattern = config.layer_pattern
+    return (pattern * -(-config.num_layers // len(pattern)))[: config.num_layers]
+
+
+def layer_window(config: ModelConfig, kind: str) -> int | None:
+    """The sliding window of a kind of layer; None: it attends to all earlier tokens."""
+    return config.sliding_window if kind == "local" else None
 
 
 def runs_on(config: ModelConfig, platform: str) -> bool:
@@ -115,12 +156,14 @@ def for_platform(config: ModelConfig, platform: str) -> ModelConfig:
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of one training step per token, forward and backward, from the sizes.
 
-    6 per parameter in a matrix product (2 forward, 4 backward), plus 12 * num_heads * head_dim for each
-    token attended to, min(T / 2, window) on average. Recomputation (remat) does not count. XLA's own cost
-    analysis counts a scanned layer once, so it cannot be used.
+    6 per parameter in a matrix product (2 forward, 4 backward), plus 12 * num_heads * head_dim a layer for
+    each token attended to, min(T / 2, window) on average. Recomputation (remat) does not count. XLA's own
+    cost analysis counts a scanned layer once, so it cannot be used.
     """
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    block = config.width * (2 * heads + 2 * kv_heads) + 3 * config.width * config.mlp_width
-    attended = min(sequence_length / 2, config.sliding_window or sequence_length)
+    mlp = (3 if config.mlp == "gated" else 2) * config.width * config.mlp_width
+    block = config.width * (2 * heads + 2 * kv_heads) + mlp
+    windows = [layer_window(config, kind) for kind in layer_kinds(config)]
+    attended = sum(min(sequence_length / 2, window or sequence_length) for window in windows)
     matrices = config.num_layers * block + config.width * config.vocab_size
-    return 6.0 * matrices + 12.0 * config.num_layers * heads * attended
+    return 6.0 * matrices + 12.0 * heads * attended

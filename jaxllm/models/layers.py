@@ -4,6 +4,10 @@ Shapes: B sequences, T positions, D width, F hidden width of the MLP, N = B * T.
 Parameters are stored in param_dtype and used in the dtype of the activations; norms are float32.
 """
 
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -38,29 +42,75 @@ class RMSNorm(nn.Module):
 
     epsilon: float
     param_dtype: str
+    zero_centered: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.param_dtype))
+        scale = norm_scale(self, (x.shape[-1],), jnp.dtype(self.param_dtype))
         x32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
         return (x32 * inverse_rms * scale).astype(x.dtype)
 
 
-class GatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)): SwiGLU or GeGLU (Shazeer 2020, arXiv:2002.05202)."""
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / std(x) * scale + bias over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
+
+    epsilon: float
+    param_dtype: str
+    zero_centered: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype, shape = jnp.dtype(self.param_dtype), (x.shape[-1],)
+        scale = norm_scale(self, shape, dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, dtype)
+        x32 = x.astype(jnp.float32)
+        x32 -= jnp.mean(x32, axis=-1, keepdims=True)
+        inverse_std = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return (x32 * inverse_std * scale + bias).astype(x.dtype)
+
+
+def norm_scale(norm: "RMSNorm | LayerNorm", shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """What a norm multiplies by: its parameter or, where that is zero-centered, 1 + its parameter."""
+    if norm.zero_centered:
+        return 1 + norm.param("scale", nn.initializers.zeros, shape, dtype).astype(jnp.float32)
+    return norm.param("scale", nn.initializers.ones, shape, dtype)
+
+
+def make_norm(config: ModelConfig, name: str | None = None) -> RMSNorm | LayerNorm:
+    """The norm of a config, for states of its width."""
+    kind = {"rms": RMSNorm, "layer": LayerNorm}[config.norm]
+    return kind(config.norm_epsilon, config.param_dtype, config.zero_centered_norm, name=name)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+}
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))) or, gated, down(activation(gate(x)) * up(x)).
+
+    Gated with "silu" it is SwiGLU, with "gelu" GeGLU (Shazeer 2020, arXiv:2002.05202).
+    """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
-        activation = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}[c.activation]
-        gate_BTF = Linear(c.mlp_width, c.mlp_bias, c.param_dtype, name="gate")(x_BTD)
-        up_BTF = Linear(c.mlp_width, c.mlp_bias, c.param_dtype, name="up")(x_BTD)
+        activation = ACTIVATIONS[c.activation]
+        if c.mlp == "gated":
+            gate_BTF = Linear(c.mlp_width, c.mlp_bias, c.param_dtype, name="gate")(x_BTD)
+            up_BTF = Linear(c.mlp_width, c.mlp_bias, c.param_dtype, name="up")(x_BTD)
+            hidden_BTF = activation(gate_BTF) * up_BTF
+        else:
+            hidden_BTF = activation(Linear(c.mlp_width, c.mlp_bias, c.param_dtype, name="up")(x_BTD))
         # Each block adds two outputs to the residual stream; this scale keeps its initial size at any depth.
         down = Linear(c.width, c.mlp_bias, c.param_dtype, scale=0.5 / c.num_layers, name="down")
-        return down(activation(gate_BTF) * up_BTF)
+        return down(hidden_BTF)
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
@@ -73,6 +123,8 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tup
     if scaling.kind == "none":
         return frequencies.astype(np.float32), 1.0
     rotations = scaling.original_length * frequencies / (2 * np.pi)  # over the original length
+    if scaling.kind == "linear":
+        return (frequencies / scaling.factor).astype(np.float32), 1.0
     if scaling.kind == "llama3":
         low, high = scaling.low_frequency, scaling.high_frequency
         kept = np.clip((rotations - low) / (high - low), 0.0, 1.0)
@@ -91,15 +143,34 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tup
     return scaled.astype(np.float32), float(attention_factor)
 
 
-def rotary_angles(config: ModelConfig, positions_BT: Array) -> tuple[jax.Array, jax.Array]:
+Angles = tuple[jax.Array, jax.Array]
+
+
+def layer_angles(config: ModelConfig, positions_BT: Array) -> dict[str, Angles]:
+    """`rotary_angles` for each kind of layer that rotates its queries and keys."""
+    if config.position_embedding != "rotary":
+        return {}
+    kinds = set(config.layer_pattern) - {"nope"}
+    if config.local_rope_theta is None or kinds == {"global"}:
+        angles = rotary_angles(config.head_dim, config.rope_theta, config.rope_scaling, positions_BT)
+        return dict.fromkeys(sorted(kinds), angles)
+    unscaled = replace(config.rope_scaling, kind="none")
+    settings = {
+        "global": (config.rope_theta, config.rope_scaling),
+        "local": (config.local_rope_theta, unscaled),
+    }
+    return {kind: rotary_angles(config.head_dim, *settings[kind], positions_BT) for kind in sorted(kinds)}
+
+
+def rotary_angles(head_dim: int, theta: float, scaling: RopeScaling, positions_BT: Array) -> Angles:
     """cos and sin, float32 [B, T, 1, head_dim], as `rotate` takes them: sin negated for the first half."""
-    frequencies, factor = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    frequencies, factor = rotary_frequencies(head_dim, theta, scaling)
     angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = factor * jnp.cos(angles), factor * jnp.sin(angles)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
-def rotate(x_BTHh: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x_BTHh: jax.Array, angles: Angles) -> jax.Array:
     """Rotate each pair (x[i], x[i + head_dim / 2]) by its angle: the half-split form of HF checkpoints."""
     cos, sin = angles
     x32 = x_BTHh.astype(jnp.float32)

@@ -7,6 +7,7 @@ checkpoint does not depend on it.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -17,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxllm.models.attention import Attention, Context, attention_saveable
-from jaxllm.models.config import ModelConfig, check_model_config
+from jaxllm.models.config import ModelConfig, check_model_config, layer_kinds
 from jaxllm.models.interface import Array, Aux, Cache, LayerCache, Model, Output, Params
-from jaxllm.models.layers import GatedMLP, RMSNorm, rotary_angles
+from jaxllm.models.layers import MLP, LayerNorm, RMSNorm, layer_angles, make_norm
 from jaxllm.parallel.sharding import BATCH, constrain
 
 
@@ -32,9 +33,10 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); or with norms on what is added, or with both."""
 
     config: ModelConfig
+    kind: str  # one of LAYER_KINDS
 
     @nn.compact
     def __call__(
@@ -45,13 +47,17 @@ class Block(nn.Module):
         attend_to_cache: bool = False,
     ) -> BlockOutput:
         c = self.config
-        normed_BTD = RMSNorm(c.norm_epsilon, c.param_dtype, name="attention_norm")(x_BTD)
-        attention = Attention(c, name="attention")
+        before, after = c.norm_position != "after", c.norm_position != "before"
+
+        def norm(x_BTD: jax.Array, name: str, wanted: bool) -> jax.Array:
+            return make_norm(c, name)(x_BTD) if wanted else x_BTD
+
+        attention = Attention(c, self.kind, name="attention")
+        normed_BTD = norm(x_BTD, "attention_norm", before)
         attended_BTD, cache = attention(normed_BTD, context, cache, attend_to_cache)
-        x_BTD = x_BTD + attended_BTD
-        x_BTD = x_BTD + GatedMLP(c, name="mlp")(
-            RMSNorm(c.norm_epsilon, c.param_dtype, name="mlp_norm")(x_BTD)
-        )
+        x_BTD = x_BTD + norm(attended_BTD, "attention_output_norm", after)
+        mlp_BTD = MLP(c, name="mlp")(norm(x_BTD, "mlp_norm", before))
+        x_BTD = x_BTD + norm(mlp_BTD, "mlp_output_norm", after)
         return BlockOutput(constrain(x_BTD, BATCH), cache, aux={})
 
 
@@ -64,6 +70,11 @@ def unstack_layers(params: Params) -> Params:
     layers = zip(*(jax.lax.split(leaf, (1,) * leaf.shape[0]) for leaf in leaves), strict=True)
     blocks = tuple(structure.unflatten([leaf[0] for leaf in layer]) for layer in layers)
     return {**params, "blocks": blocks}
+
+
+def layer_of(stacked: Params, i: int) -> Params:
+    """Layer i of stacked parameters."""
+    return jax.tree.map(lambda p: p[i], stacked)
 
 
 def add_aux(total: Aux, layer: Aux) -> Aux:
@@ -96,8 +107,8 @@ class Transformer:
         return jnp.dtype(self.config.compute_dtype)
 
     @property
-    def final_norm(self) -> RMSNorm:
-        return RMSNorm(self.config.norm_epsilon, self.config.param_dtype)
+    def final_norm(self) -> RMSNorm | LayerNorm:
+        return make_norm(self.config)
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, a nested dict."""
@@ -105,14 +116,18 @@ class Transformer:
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
         x = jnp.zeros((1, 1, c.width), self.compute_dtype)
         positions = jnp.zeros((1, 1), jnp.int32)
-        context = Context(positions, rotary_angles(c, positions), segment_ids_BT=None)
-        block, layer_keys = Block(c), jax.random.split(blocks_key, c.num_layers)
+        context = Context(positions, layer_angles(c, positions), segment_ids_BT=None)
+        # The kinds of layers have the same parameters.
+        block, layer_keys = Block(c, c.layer_pattern[0]), jax.random.split(blocks_key, c.num_layers)
         normal = jax.nn.initializers.normal(0.02, jnp.dtype(c.param_dtype))
         params = {
             "embed": {"table": normal(embed_key, (c.vocab_size, c.width))},
             "blocks": jax.vmap(lambda key: block.init(key, x, context)["params"])(layer_keys),
             "final_norm": self.final_norm.init(head_key, x)["params"],
         }
+        if c.position_embedding == "learned":
+            key = jax.random.fold_in(embed_key, 1)
+            params["embed"]["positions"] = normal(key, (c.max_length, c.width))
         if not c.tie_embeddings:
             params["head"] = {"kernel": normal(head_key, (c.width, c.vocab_size))}
         return params
@@ -131,8 +146,10 @@ class Transformer:
         attend_to_cache = cache is not None and positions is not None
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        context = Context(positions, rotary_angles(self.config, positions), segment_ids)
+        context = Context(positions, layer_angles(self.config, positions), segment_ids)
         x = self.embed(params, tokens)
+        if self.config.position_embedding == "learned":
+            x = x + self.embed_positions(params, positions, segment_ids)
         if noise is not None:
             x = x + noise.astype(self.compute_dtype)
         if cache is None:
@@ -146,10 +163,22 @@ class Transformer:
         """The rows [B, T, D] of the embedding table for tokens [B, T]."""
         # Gather whole rows: from a table split along D, XLA would have to reshard the result.
         table = constrain(params["embed"]["table"].astype(self.compute_dtype), P("tensor", None))
-        return constrain(table[tokens], BATCH)
+        x = table[tokens]
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.width**0.5, self.compute_dtype)
+        return constrain(x, BATCH)
+
+    def embed_positions(self, params: Params, positions: Array, segment_ids: Array | None) -> jax.Array:
+        """The rows of the table of learned positions; those of a packed document begin with the first."""
+        if segment_ids is not None:
+            same = segment_ids[:, 1:] == segment_ids[:, :-1]
+            first = jnp.where(jnp.pad(same, [(0, 0), (1, 0)]), 0, positions)
+            positions = positions - jax.lax.cummax(first, axis=1)
+        return params["embed"]["positions"].astype(self.compute_dtype)[positions]
 
     def run_block(
         self,
+        kind: str,
         layer: Params,
         x: jax.Array,
         context: Context,
@@ -157,27 +186,43 @@ class Transformer:
         attend_to_cache: bool = False,
     ) -> BlockOutput:
         """One block with its parameters."""
-        output = Block(self.config).apply({"params": layer}, x, context, cache, attend_to_cache)
+        output = Block(self.config, kind).apply({"params": layer}, x, context, cache, attend_to_cache)
         return cast(BlockOutput, output)
 
     def run_blocks(self, params: Params, x: jax.Array, context: Context) -> tuple[jax.Array, Aux]:
         """All blocks in order, scanned or unrolled; remat says what the backward pass recomputes."""
 
-        def run(x: jax.Array, layer: Params) -> tuple[jax.Array, Aux]:
-            output = self.run_block(layer, x, context)
+        def run(kind: str, x: jax.Array, layer: Params) -> tuple[jax.Array, Aux]:
+            output = self.run_block(kind, layer, x, context)
             return output.hidden, output.aux
 
         if self.config.remat != "none":
-            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.config.remat])
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.config.remat], static_argnums=0)
 
-        if self.config.scan_layers and not isinstance(params["blocks"], tuple):
-            x, aux = jax.lax.scan(run, x, params["blocks"])
-            return x, jax.tree.map(lambda per_layer: per_layer.sum(axis=0), aux)
-        aux: Aux = {}
-        for layer in unstack_layers(params)["blocks"]:
-            x, layer_aux = run(x, layer)
-            aux = add_aux(aux, layer_aux)
-        return x, aux
+        def run_layers(x: jax.Array, kinds: Sequence[str], layers: Sequence[Params]) -> tuple[jax.Array, Aux]:
+            aux: Aux = {}
+            for kind, layer in zip(kinds, layers, strict=True):
+                x, layer_aux = run(kind, x, layer)
+                aux = add_aux(aux, layer_aux)
+            return x, aux
+
+        kinds, pattern = layer_kinds(self.config), self.config.layer_pattern
+        if not self.config.scan_layers or isinstance(params["blocks"], tuple):
+            return run_layers(x, kinds, unstack_layers(params)["blocks"])
+
+        def run_pattern(x: jax.Array, layers: Params) -> tuple[jax.Array, Aux]:
+            return run_layers(x, pattern, [layer_of(layers, i) for i in range(len(pattern))])
+
+        repeats = len(kinds) // len(pattern)
+        whole = repeats * len(pattern)
+        patterns = jax.tree.map(
+            lambda p: p[:whole].reshape(repeats, len(pattern), *p.shape[1:]), params["blocks"]
+        )
+        x, aux = jax.lax.scan(run_pattern, x, patterns)
+        aux = jax.tree.map(lambda per_repeat: per_repeat.sum(axis=0), aux)
+        rest = [layer_of(params["blocks"], i) for i in range(whole, len(kinds))]  # of a pattern cut short
+        x, rest_aux = run_layers(x, kinds[whole:], rest)
+        return x, add_aux(aux, rest_aux)
 
     def run_blocks_with_cache(
         self, params: Params, x: jax.Array, context: Context, cache: Cache, attend_to_cache: bool
@@ -185,8 +230,9 @@ class Transformer:
         """All blocks in order, each with its layer of the cache; unrolled and without remat."""
         updated: list[Any] = []
         aux: Aux = {}
-        for layer, layer_cache in zip(unstack_layers(params)["blocks"], cache, strict=True):
-            x, layer_cache, layer_aux = self.run_block(layer, x, context, layer_cache, attend_to_cache)
+        layers = unstack_layers(params)["blocks"]
+        for kind, layer, layer_cache in zip(layer_kinds(self.config), layers, cache, strict=True):
+            x, layer_cache, layer_aux = self.run_block(kind, layer, x, context, layer_cache, attend_to_cache)
             updated.append(layer_cache)
             aux = add_aux(aux, layer_aux)
         return x, tuple(updated), aux

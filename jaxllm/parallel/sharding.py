@@ -38,6 +38,7 @@ class MeshConfig:
 # state matches exactly one rule.
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed/table$", P("tensor", "fsdp")),
+    (r"embed/positions$", P(None, "fsdp")),
     (r"(^|/)head/kernel$", P("fsdp", "tensor")),
     (r"scalar_head/kernel$", P("fsdp", None)),
     (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor")),
@@ -47,7 +48,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"mlp/(gate|up)/bias$", P(None, "tensor")),
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),
     (r"(attention/output|mlp/down)/bias$", P()),
-    (r"_norm/scale$", P()),
+    (r"_norm/(scale|bias)$", P()),
     (r"(^|/)(step|key|skipped_steps|bad_streak|count|ns_coeffs)$", P()),
 )
 

@@ -61,24 +61,24 @@ def test_blocks_of_queries_equal_plain_attention(tiny, length, options):
     q, k, v = queries_keys_values(config, 2, length)
     segment_ids = np.sort(np.random.default_rng(1).integers(0, 3, (2, length)))
     for segments in (None, segment_ids):
-        out = jax.jit(attend_xla, static_argnums=4)(q, k, v, segments, config)
+        out = jax.jit(attend_xla, static_argnums=(4, 5))(q, k, v, segments, config.sliding_window, config)
         np.testing.assert_allclose(out, plain_attention(q, k, v, segments, config), atol=1e-5)
 
 
 def test_a_window_of_one_is_the_value_itself(tiny):
     q, k, v = queries_keys_values(tiny, 1, 70)
-    out = attend_xla(q, k, v, None, replace(tiny, sliding_window=1))
+    out = attend_xla(q, k, v, None, 1, tiny)
     np.testing.assert_allclose(out, np.repeat(v, tiny.num_heads // tiny.num_kv_heads, axis=2), atol=1e-6)
 
 
 def test_blockwise_gradient_equals_finite_differences(tiny):
-    config = replace(tiny, sliding_window=5, attention_softcap=3.0)
+    config = replace(tiny, sliding_window=5, layer_pattern=("local",), attention_softcap=3.0)
     q, k, v = queries_keys_values(config, 1, 70)
     directions = queries_keys_values(config, 1, 70, seed=1)
     weights = np.random.default_rng(2).normal(size=q.shape)
 
     def loss(q, k, v):
-        return (attend_xla(q, k, v, None, config) * weights).sum()
+        return (attend_xla(q, k, v, None, config.sliding_window, config) * weights).sum()
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
     slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
@@ -93,7 +93,9 @@ def test_blockwise_gradient_equals_finite_differences(tiny):
 
 def test_the_backward_pass_saves_queries_keys_and_values_only(tiny):
     q, k, v = queries_keys_values(tiny, 1, 300)
-    pull_back = jax.eval_shape(lambda *qkv: jax.vjp(lambda *x: attend_xla(*x, None, tiny), *qkv)[1], q, k, v)
+    pull_back = jax.eval_shape(
+        lambda *qkv: jax.vjp(lambda *x: attend_xla(*x, None, None, tiny), *qkv)[1], q, k, v
+    )
     saved = sum(leaf.size for leaf in jax.tree.leaves(pull_back))
     assert saved == q.size + k.size + v.size  # no scores, and no slice of keys per block
 
@@ -101,7 +103,7 @@ def test_the_backward_pass_saves_queries_keys_and_values_only(tiny):
 def test_scores_and_softmax_are_float32_below_bfloat16_inputs(tiny):
     q, k, v = queries_keys_values(tiny, 1, 40)
     half = [jnp.asarray(x, jnp.bfloat16) for x in (8 * q, k, v)]  # sharp: scores of about 8
-    out = jax.jit(attend_xla, static_argnums=4)(*half, None, tiny)
+    out = jax.jit(attend_xla, static_argnums=(4, 5))(*half, None, None, tiny)
     assert out.dtype == jnp.bfloat16
     exact = plain_attention(*(np.asarray(x, np.float32) for x in half), None, tiny)
     # Weights and output are rounded, to 2^-9 each; rounded scores would be off by 2^-6.
@@ -133,11 +135,11 @@ def test_rows_are_written_to_a_cache_at_different_positions(tiny):
 
 
 def test_a_query_over_a_cache_attends_to_its_window_and_to_no_later_slot(tiny):
-    config = replace(tiny, sliding_window=3)
+    config = replace(tiny, sliding_window=3, layer_pattern=("local",))
     q, k, v = queries_keys_values(config, 1, 9)
     cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
     expected = plain_attention(q, k, v, None, config)
-    out = attend_cache(q[:, 5:7], cache, np.array([[5, 6]]), config)
+    out = attend_cache(q[:, 5:7], cache, np.array([[5, 6]]), config.sliding_window, config)
     np.testing.assert_allclose(out, expected[:, 5:7], atol=1e-5)
 
 
@@ -156,9 +158,9 @@ def test_the_arguments_of_cudnn_describe_the_same_attention(tiny, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
     q, k, v = queries_keys_values(tiny, 2, 30)
     segment_ids = np.sort(np.random.default_rng(1).integers(0, 3, (2, 30)))
-    for config in (tiny, replace(tiny, sliding_window=4)):
+    for config in (tiny, replace(tiny, sliding_window=4, layer_pattern=("local",))):
         for segments in (None, segment_ids):
-            out = attend_cudnn(q, k, v, segments, config)
+            out = attend_cudnn(q, k, v, segments, config.sliding_window, config)
             np.testing.assert_allclose(out, plain_attention(q, k, v, segments, config), atol=1e-5)
     assert set(implementations) == {"cudnn"}
 
@@ -170,14 +172,15 @@ def test_splash_equals_xla_on_any_mesh(tiny, mesh, monkeypatch):
     """Interpreted. Four rows over 8 devices, or two key-value heads over 4, do not divide: not sharded."""
     interpreted = partial(splash_attention.make_splash_mha_single_device, interpret=True)
     monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", interpreted)
-    config = replace(tiny, sliding_window=40, attention_softcap=5.0) if mesh is None else tiny
+    window = {"sliding_window": 40, "layer_pattern": ("local",)}
+    config = tiny if mesh else replace(tiny, attention_softcap=5.0, **window)
     q, k, v = queries_keys_values(config, 4, 150)
     weights = np.random.default_rng(2).normal(size=q.shape).astype(np.float32)
     segment_ids = None if mesh is None else np.sort(np.random.default_rng(1).integers(0, 3, (4, 150)))
 
     def value_and_gradient(attend):
         def loss(q, k, v):
-            out = attend(q, k, v, segment_ids, config)
+            out = attend(q, k, v, segment_ids, config.sliding_window, config)
             return (out * weights).sum(), out
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
@@ -204,7 +207,7 @@ def lowered_gradient(config, platform):
 def test_kernels_lower_and_repeat_the_forward_pass_only_where_remat_says_so(
     tiny, remat, forward, monkeypatch
 ):
-    config = replace(tiny, remat=remat, sliding_window=100)
+    config = replace(tiny, remat=remat, sliding_window=100, layer_pattern=("local",))
     splash = lowered_gradient(replace(config, attention="splash"), "tpu")
     assert splash.count("tpu_custom_call") == forward + 2  # gradients of queries; of keys and values
 

@@ -19,7 +19,7 @@ from jaxllm.models import (
     unstack_layers,
 )
 from jaxllm.models.attention import Context
-from jaxllm.models.layers import rotary_angles
+from jaxllm.models.layers import layer_angles
 from jaxllm.models.transformer import add_aux
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9), dtype=np.int32)
@@ -81,10 +81,10 @@ def test_those_of_blocks_are_added_over_layers(tiny, options):
     model = WithPenalty(replace(tiny, **options))
     params = model.init(jax.random.key(0))
     positions = np.tile(np.arange(9), (2, 1))
-    context = Context(positions, rotary_angles(tiny, positions), segment_ids_BT=None)
+    context = Context(positions, layer_angles(tiny, positions), segment_ids_BT=None)
     states, squares = model.embed(params, TOKENS), 0.0
     for layer in unstack_layers(params)["blocks"]:
-        states = build_model(tiny).run_block(layer, states, context).hidden
+        states = build_model(tiny).run_block("global", layer, states, context).hidden
         squares += np.square(states).sum()
     for way, output in outputs(model, params):
         assert set(output.aux) == {"penalty"}, way

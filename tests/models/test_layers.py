@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm.models.config import RopeScaling
-from jaxllm.models.layers import GatedMLP, Linear, RMSNorm, rotary_angles, rotary_frequencies, rotate
+from jaxllm.models.layers import MLP, Linear, RMSNorm, layer_angles, rotary_frequencies, rotate
 
 
 def normal(*shape, seed=0):
@@ -51,7 +51,7 @@ def test_rms_norm_of_zeros_is_zero_with_a_finite_gradient():
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_gated_mlp_gates_with_the_activation(tiny, activation):
     x = normal(1, 3, tiny.width)
-    mlp = GatedMLP(replace(tiny, activation=activation))
+    mlp = MLP(replace(tiny, activation=activation))
     params = mlp.init(jax.random.key(0), x)["params"]
     gate, up = (x @ np.asarray(params[name]["kernel"]) for name in ("gate", "up"))
     gated = {
@@ -134,8 +134,8 @@ def test_rotation_preserves_norms_and_products_depend_on_distance_alone(tiny):
     q, k = normal(1, 1, 2, tiny.head_dim), normal(1, 1, 2, tiny.head_dim, seed=1)
 
     def product(query_position, key_position):
-        rotated_q = rotate(q, rotary_angles(tiny, jnp.full((1, 1), query_position)))
-        rotated_k = rotate(k, rotary_angles(tiny, jnp.full((1, 1), key_position)))
+        rotated_q = rotate(q, layer_angles(tiny, jnp.full((1, 1), query_position))["global"])
+        rotated_k = rotate(k, layer_angles(tiny, jnp.full((1, 1), key_position))["global"])
         np.testing.assert_allclose(np.linalg.norm(rotated_q), np.linalg.norm(q), rtol=1e-5)
         return (rotated_q * rotated_k).sum(axis=-1)
 
@@ -149,12 +149,12 @@ def test_rotation_pairs_the_two_halves_of_a_head(tiny):
     angle = 5 * tiny.rope_theta ** (-2 / tiny.head_dim)  # pair 1 at position 5
     expected = np.zeros(tiny.head_dim)
     expected[[1, 1 + tiny.head_dim // 2]] = np.cos(angle), np.sin(angle)
-    rotated = rotate(jnp.asarray(x), rotary_angles(tiny, jnp.full((1, 1), 5)))
+    rotated = rotate(jnp.asarray(x), layer_angles(tiny, jnp.full((1, 1), 5))["global"])
     np.testing.assert_allclose(rotated[0, 0, 0], expected, atol=1e-6)
 
 
 def test_yarn_scales_queries_and_keys(tiny):
     yarn = replace(tiny, rope_scaling=RopeScaling("yarn", 4.0, 64, 1.0, 4.0, 32.0, 1.0))
     x = jnp.asarray(normal(1, 1, 1, tiny.head_dim))
-    rotated = rotate(x, rotary_angles(yarn, jnp.full((1, 1), 100)))
+    rotated = rotate(x, layer_angles(yarn, jnp.full((1, 1), 100))["global"])
     np.testing.assert_allclose(np.linalg.norm(rotated), np.linalg.norm(x) * (0.1 * np.log(4) + 1), rtol=1e-5)

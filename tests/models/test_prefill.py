@@ -12,7 +12,9 @@ from jaxllm.models import build_model
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_prefill_equals_decoding_at_given_positions(tiny, window):
-    model = build_model(replace(tiny, sliding_window=window))
+    model = build_model(
+        replace(tiny, sliding_window=window, layer_pattern=("local" if window else "global",))
+    )
     params = model.init(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, tiny.vocab_size)
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))

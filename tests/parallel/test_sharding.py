@@ -36,7 +36,8 @@ from jaxllm.training.state import init_state
 def every_leaf() -> ModelConfig:
     """A decoder with every optional parameter."""
     config = parse(ModelConfig, model_size("tiny"))
-    switches = {"qk_norm": True, "qkv_bias": True, "output_bias": True, "mlp_bias": True}
+    switches = {"qk_norm": "head", "qkv_bias": True, "output_bias": True, "mlp_bias": True}
+    switches |= {"norm": "layer", "norm_position": "both", "position_embedding": "learned"}
     return replace(config, tie_embeddings=False, **switches)
 
 

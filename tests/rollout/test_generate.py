@@ -90,7 +90,7 @@ def test_different_keys_give_different_completions_of_one_prompt(model, params, 
 
 
 def test_log_probs_are_those_that_training_computes(tiny, noisy_params, prompts, keys):
-    model = build_model(replace(tiny, logit_softcap=3.0, sliding_window=16))
+    model = build_model(replace(tiny, logit_softcap=3.0, sliding_window=16, layer_pattern=("local",)))
     params = noisy_params(model)
     completions = generate(model, params, prompts, sampling=SAMPLED, stop_ids=(), keys=keys)
     logits, targets, mask = full_pass(model, params, prompts, completions.tokens)
