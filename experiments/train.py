@@ -49,11 +49,12 @@ def main(config: "TrainConfig", flags: "FlagValues") -> None:
     from jaxllm.runs.process import set_up_process
     from jaxllm.runs.program import dry_run
     from jaxllm.runs.train import train
+    from jaxllm.runs.weights import with_model_of
     from jaxllm.stages import build_program, find_stage
 
     if flags.dry_run:
         set_up_process()
-        print(dry_run(build_program(config)))
+        print(dry_run(build_program(with_model_of(config, flags.init_from))))
         return
     if flags.workdir is None:
         raise ConfigError("--workdir=FOLDER is missing")

@@ -62,6 +62,14 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, indent=1).encode()
 
 
+def is_hf_folder(folder: str | Path) -> bool:
+    """Whether a folder is a Hugging Face model: it has a config.json with a model_type."""
+    try:
+        return "model_type" in json.loads((Path(folder).expanduser() / "config.json").read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 # What file systems and file browsers add to any folder, and what a killed `write_file` or `locked` leaves.
 _LEFTOVER = re.compile(
     r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs.*|\.fuse_hidden.*|\..*\.tmp|\.lock\..*"

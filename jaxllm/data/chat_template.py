@@ -89,6 +89,12 @@ class NativeTemplate:
     itself."""
 
     source = clock = None
+    # What it writes, in Jinja, for those who read our checkpoints with other libraries.
+    AS_JINJA = (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
 
     def __init__(self, tokenizer: BaseTokenizer):
         """`tokenizer` must have CHAT_TOKENS as special tokens."""

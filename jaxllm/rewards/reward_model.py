@@ -1,6 +1,5 @@
 """A trained reward model as the reward of completions."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.rollout.score import InBatches
-from jaxllm.runs.checkpoints import check_scores, checkpoint_template, load_folder, read_kind
+from jaxllm.runs.checkpoints import check_scores, checkpoint_template, load_folder, read_kind, read_metadata
 from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint
 
 
@@ -26,7 +25,7 @@ def read_statistics(checkpoint: str, folder: Path, normalize: bool) -> RewardSta
     """Those of a step folder, `checkpoint` to the user; (0, 1) where `normalize` is off."""
     if not normalize:
         return RewardStatistics(0.0, 1.0)
-    metrics = json.loads((folder / "metadata.json").read_bytes())["metrics"] or {}
+    metrics = read_metadata(folder).get("metrics") or {}
     if not metrics.get("eval/reward_std"):
         raise ConfigError(
             f"reward.model={checkpoint} was saved without an evaluation, so that its mean and spread are "

@@ -8,13 +8,17 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 import optax
 
-from jaxllm.config import parse
+from jaxllm.config import as_dict, parse
 from jaxllm.config_versions import upgrade
-from jaxllm.data.chat_template import ChatTemplate, load_template
+from jaxllm.data.base_tokenizer import HF_TOKENIZER_FILE
+from jaxllm.data.chat_template import ChatTemplate, NativeTemplate, load_template
+from jaxllm.data.hf_tokenizer import TEMPLATE_FILE as CHAT_TEMPLATE_FILE
 from jaxllm.data.tokenizer import BaseTokenizer, load_tokenizer
 from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.files import is_hf_folder
 from jaxllm.models import Model, ModelConfig, Params, ScalarModel, build_model, build_scalar_model
 from jaxllm.models.config import for_platform
+from jaxllm.models.hf import fill_hf, is_reward_model, load_hf_config
 from jaxllm.parallel.sharding import placed
 from jaxllm.training.checkpoint import find_checkpoint, read_arrays
 from jaxllm.training.state import init_state
@@ -62,7 +66,10 @@ T = TypeVar("T", LoadedModel, ModelKind)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config of a run or of a step folder, under today's names whichever version wrote it."""
+    """The config of a run or of a step folder, under today's names whichever version wrote it; of a Hugging
+    Face model, that of the model alone."""
+    if is_hf_folder(folder):
+        return {"model": as_dict(load_hf_config(folder)), "seed": 0}
     try:
         return upgrade(json.loads((folder / "config.json").read_bytes()))
     except ValueError as error:
@@ -70,12 +77,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of a step folder."""
-    return json.loads((folder / "metadata.json").read_bytes())
+    """What a run saved with the arrays of a step folder; nothing in a Hugging Face model."""
+    return {} if is_hf_folder(folder) else json.loads((folder / "metadata.json").read_bytes())
 
 
 def read_kind(folder: Path) -> ModelKind:
     """What the parameters of a step folder are."""
+    if is_hf_folder(folder):
+        has_template = (folder / CHAT_TEMPLATE_FILE).exists()
+        conversational = has_template or load_tokenizer(folder).chat_template is not None
+        return ModelKind(not is_reward_model(folder), conversational, policy_prefix="")
     metadata = read_metadata(folder)
     if "model" in metadata:
         return ModelKind(**metadata["model"])
@@ -87,6 +98,8 @@ def read_policy(folder: Path, wanted: Any, optional: Collection[str] = ()) -> Pa
 
     `wanted` and `optional` are as in `read_arrays`.
     """
+    if is_hf_folder(folder):
+        return fill_hf(folder, wanted, optional)
     prefix = "/".join(filter(None, ("params", read_kind(folder).policy_prefix)))
     return cast(Params, read_arrays(folder, wanted, prefix=prefix, optional=optional))
 
@@ -122,8 +135,17 @@ def load_folder(
 
 def checkpoint_template(loaded: LoadedModel) -> ChatTemplate:
     """The template of the conversations that the checkpoint was trained on, with its clock."""
-    file = loaded.folder / TEMPLATE_FILE
-    return load_template(loaded.tokenizer, str(file) if file.exists() else None, loaded.metadata.get("clock"))
+    return load_template(loaded.tokenizer, saved_template(loaded.folder), loaded.metadata.get("clock"))
+
+
+def saved_template(folder: Path) -> str | None:
+    """The file of a folder with its chat template, where that is neither the tokenizer's nor our own."""
+    if (file := folder / TEMPLATE_FILE).exists():
+        return str(file)
+    file = folder / CHAT_TEMPLATE_FILE  # which a tokenizer.json has read already
+    if not file.exists() or (folder / HF_TOKENIZER_FILE).exists():
+        return None
+    return None if file.read_text() == NativeTemplate.AS_JINJA else str(file)
 
 
 def check_generates(loaded: T, flag: str) -> T:

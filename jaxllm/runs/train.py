@@ -19,14 +19,14 @@ from jaxllm.data.tokenizer import BaseTokenizer, build_tokenizer, check_vocabula
 from jaxllm.errors import ConfigError
 from jaxllm.files import to_json
 from jaxllm.parallel.sharding import Device
-from jaxllm.runs.checkpoints import TEMPLATE_FILE, ModelKind, read_metadata
+from jaxllm.runs.checkpoints import TEMPLATE_FILE, ModelKind, read_metadata, saved_template
 from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import InitialWeights, RunContext, RunInputs
 from jaxllm.runs.process import set_up_process
 from jaxllm.runs.program import Program
 from jaxllm.runs.resume import MAY_DIFFER, check_number_of_sources, parent_note, resume_notes
 from jaxllm.runs.stage import Stage
-from jaxllm.runs.weights import initial_weights
+from jaxllm.runs.weights import initial_weights, with_model_of
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.early_stopping import EarlyStopping
 from jaxllm.training.loop import Loop
@@ -50,10 +50,11 @@ def train(
     """Run to config.training.steps, from where `workdir` stands, on these devices (default: all).
 
     Args:
-      resume: as in `open_run`; init_from: a run, whose weights a fresh run starts from.
+      resume: as in `open_run`. init_from: a run or a Hugging Face model, whose weights a fresh run has.
       profile: first and last step to trace. command: the command line, which a stopped run prints to resume.
     """
     set_up_process()
+    config = with_model_of(config, init_from)
     program: Program[Any, Any] = Program(stage, config, devices)
     with lock_run(workdir):
         folder = open_run(workdir, as_dict(config), resume=resume, may_differ=MAY_DIFFER)
@@ -170,8 +171,7 @@ def run_template(
     elif path is None and initial.parent is not None:
         where, clock = initial.parent, read_metadata(initial.parent).get("clock")
     if where is not None:
-        saved = where / TEMPLATE_FILE
-        path = str(saved) if saved.exists() else path
+        path = saved_template(where) or path
     template = load_template(tokenizer, path, clock)
     if folder.resuming and not is_same_file(config.data.template, template):
         print(f"note: data.template={config.data.template} is not used: the run keeps its chat template")

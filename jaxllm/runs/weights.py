@@ -1,14 +1,18 @@
 """The weights at step 0 of a run: random ones, or those of another run."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from jaxllm.config import as_dict
 from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.files import is_hf_folder
 from jaxllm.models import Params
+from jaxllm.models.config import HOW
+from jaxllm.models.hf import load_hf_config
 from jaxllm.runs.checkpoints import check_generates, read_config, read_kind, read_policy
 from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import InitialWeights
@@ -17,6 +21,8 @@ from jaxllm.runs.stage import Stage
 from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint
 from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import merge_params
+
+ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
 SHAPE = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
 
@@ -61,6 +67,16 @@ def initial_params(program: Program[Any, Any], parent: Path, optional: Collectio
     if jax.tree.structure(read) == jax.tree.structure(program.placed_state.params):
         return read
     return merge_params(read, program.fresh_state().params)
+
+
+def with_model_of(config: ConfigT, init_from: str | None) -> ConfigT:
+    """The config, with the model of --init_from where that is one of Hugging Face. How it is computed
+    (dtypes, remat, attention) stays as the config says."""
+    if init_from is None or not is_hf_folder(init_from):
+        return config
+    model = load_hf_config(Path(init_from).expanduser())
+    how = {name: getattr(config.model, name) for name in HOW}
+    return replace(config, model=replace(model, **how))
 
 
 def check_shape(config: TrainConfig, folder: Path, name: str) -> None:

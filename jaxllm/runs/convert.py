@@ -1,0 +1,139 @@
+"""Checkpoints into Hugging Face folders and out of them, and whether both compute the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm.config import as_dict
+from jaxllm.config_versions import stamped
+from jaxllm.data.chat_template import NativeTemplate
+from jaxllm.data.hf_tokenizer import CONFIG_FILE
+from jaxllm.data.hf_tokenizer import TEMPLATE_FILE as CHAT_TEMPLATE_FILE
+from jaxllm.data.tokenizer import TOKENIZER_FILE
+from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.files import is_hf_folder, to_json
+from jaxllm.models.hf import load_hf, save_hf
+from jaxllm.runs.checkpoints import LoadedModel, checkpoint_template, load_checkpoint
+from jaxllm.training.checkpoint import Checkpoints
+
+TOLERANCE = 1e-3  # of logits in float32
+
+
+def export_checkpoint(checkpoint: str, output: Path, *, dtype: str | None, max_shard_bytes: int) -> None:
+    """Write a checkpoint as a Hugging Face model with its tokenizer and chat template."""
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"--output={output} is not empty: name a new folder")
+    loaded = load_checkpoint(checkpoint)
+    save_hf(
+        output,
+        loaded.model.config,
+        loaded.params,
+        tokenizer=tokenizer_files(loaded),
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        generation=generation_config(loaded),
+    )
+    fields = json.loads((output / "config.json").read_bytes())
+    print(f"{checkpoint} as {fields['architectures'][0]} in {output}")
+
+
+def tokenizer_files(loaded: LoadedModel) -> dict[str, bytes]:
+    """The files by which transformers encodes and formats conversations as this checkpoint does."""
+    tokenizer = loaded.tokenizer
+    files = dict(tokenizer.files())
+    template = None
+    if loaded.conversational:
+        template = checkpoint_template(loaded).source or NativeTemplate.AS_JINJA
+    if TOKENIZER_FILE in files and CONFIG_FILE not in files:  # sentencepiece
+        names = {"pad_token": tokenizer.pad_id, "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        config = {
+            "tokenizer_class": "LlamaTokenizer",
+            **{name: tokenizer.pieces[i] for name, i in names.items()},
+            "unk_token": "<unk>",
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "legacy": False,
+            "add_prefix_space": tokenizer.encode("a") != tokenizer.encode_markup("a", after="\n"),
+        }
+        files[CONFIG_FILE] = to_json(config)
+    if template is not None:
+        files[CHAT_TEMPLATE_FILE] = template.encode()
+    return files
+
+
+def generation_config(loaded: LoadedModel) -> dict[str, Any]:
+    """The ids of special tokens: what ends a completion is all that the chat template ends a turn with."""
+    tokenizer = loaded.tokenizer
+    stop_ids = [tokenizer.eos_id]
+    if loaded.conversational and loaded.generates:
+        stop_ids = list(checkpoint_template(loaded).stop_ids)
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0],
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def import_checkpoint(folder: str, output: Path) -> None:
+    """Write a Hugging Face model as a run folder with one checkpoint, that of step 0."""
+    if not is_hf_folder(folder):
+        raise ConfigError(
+            f"--checkpoint={folder} is no Hugging Face model: it lacks a config.json with model_type"
+        )
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"--output={output} is not empty: name a new folder")
+    loaded = load_checkpoint(folder)
+    config = {"model": as_dict(loaded.model.config), "seed": 0}
+    files = {"config.json": to_json(stamped(config)), **loaded.tokenizer.files()}
+    metadata = {
+        "model": loaded.kind._asdict(),
+        "tokenizer": loaded.tokenizer.hash,
+        "metrics": None,
+        "from": folder,
+    }
+    checkpoints = Checkpoints(output / "checkpoints", keep=1)
+    checkpoints.save(0, {"params": loaded.params}, metadata, files)
+    checkpoints.wait()
+    print(f"{folder} as {output / 'checkpoints' / '0'}")
+
+
+def check_checkpoint(folder: str, *, length: int = 64, new_tokens: int = 64) -> None:
+    """Compare a Hugging Face model as transformers and as jaxllm compute it, in float32 on random tokens: the
+    largest difference of logits, and how many greedy tokens agree. CheckpointError where they differ."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        raise ConfigError("check compares with transformers: pip install 'jaxllm[parity]'") from None
+    from jaxllm.models import build_model
+    from jaxllm.rollout.generate import generate
+    from jaxllm.rollout.sampling import SamplingConfig
+
+    config, params = load_hf(folder, dtype="float32")
+    model = build_model(config)
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, min(length, config.max_length)))
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.tensor(tokens)).logits.numpy()
+    logits = np.asarray(jax.jit(model.logits)(params, tokens))
+    difference = float(np.abs(logits - expected).max())
+    prompt, count = tokens[0].tolist(), min(new_tokens, config.max_length - tokens.shape[1])
+    sampling = SamplingConfig(0.0, None, None, None, max_new_tokens=count)
+    keys = jax.random.split(jax.random.key(0), 1)
+    ours = generate(model, params, [prompt], sampling=sampling, stop_ids=(), keys=keys).tokens[0]
+    with torch.no_grad():
+        output = theirs.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    equal = sum(a == b for a, b in zip(ours, output[0, len(prompt) :].tolist(), strict=True))
+    print(f"largest difference of logits {difference:.2g} (they spread by {expected.std():.2g})")
+    print(f"{equal} of {count} greedy tokens are equal")
+    if difference > TOLERANCE:
+        raise CheckpointError(f"{folder}: logits differ from those of transformers by {difference:.2g}")

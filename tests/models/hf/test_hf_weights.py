@@ -1,0 +1,159 @@
+"""Hugging Face folders are read and written exactly; what cannot be is named in one line."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from record import RECORDED, TOKENS, weights_of
+from safetensors.numpy import load_file, save_file
+
+from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.models import build_model
+from jaxllm.models.hf import load_hf, save_hf
+from jaxllm.parallel.sharding import MeshConfig, make_mesh
+
+FAMILIES = json.loads(RECORDED.read_text())
+
+
+def write_folder(folder, name="qwen3", **changes):
+    """The folder that transformers would write for a family; `changes` of its config.json."""
+    recorded = FAMILIES[name]
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(recorded["config"] | changes))
+    weights = weights_of(recorded["tensors"])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_logits_are_those_that_transformers_computed(name, tmp_path):
+    write_folder(tmp_path, name)
+    config, params = load_hf(tmp_path)
+    logits = jax.jit(build_model(config).logits)(params, TOKENS)
+    np.testing.assert_allclose(logits[0, -1, :8], FAMILIES[name]["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_what_is_loaded_and_saved_is_bit_identical(name, tmp_path):
+    weights = write_folder(tmp_path / "theirs", name)
+    save_hf(tmp_path / "ours", *load_hf(tmp_path / "theirs"))
+    saved = load_file(tmp_path / "ours" / "model.safetensors")
+    renamed = to_llama_names(weights) if name.startswith("phi") else weights
+    assert saved.keys() == renamed.keys()
+    for key, value in renamed.items():
+        np.testing.assert_array_equal(saved[key], value)
+    assert load_hf(tmp_path / "ours")[0] == load_hf(tmp_path / "theirs")[0]
+
+
+def to_llama_names(weights):
+    """Phi's tensors as Llama's or Mistral's, as which the same model leaves."""
+    split = {}
+    for key, value in weights.items():
+        if "qkv_proj" in key:
+            parts = np.split(value, [32, 48])
+            split |= {key.replace("qkv", each): part for each, part in zip("qkv", parts, strict=True)}
+        elif "gate_up_proj" in key:
+            gate, up = np.split(value, 2)
+            split |= {key.replace("gate_up", "gate"): gate, key.replace("gate_up", "up"): up}
+        else:
+            split[key] = value
+    return split
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2", "phi3"])
+def test_shards_of_a_mesh_hold_what_one_device_holds(name, tmp_path):
+    write_folder(tmp_path, name)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    config, params = load_hf(tmp_path, mesh=mesh)
+    _, whole = load_hf(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
+    assert config.param_dtype == "float32"
+
+
+def test_large_exports_are_split_and_read_back(tmp_path):
+    write_folder(tmp_path / "theirs")
+    config, params = load_hf(tmp_path / "theirs")
+    save_hf(tmp_path / "ours", config, params, max_shard_bytes=20_000)
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    again = load_hf(tmp_path / "ours")[1]
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    (tmp_path / "ours" / sorted(set(index["weight_map"].values()))[1]).unlink()
+    with pytest.raises(CheckpointError, match=r"index\.json names model-00002-of-.*, which is missing"):
+        load_hf(tmp_path / "ours")
+
+
+def test_bfloat16_stays_bfloat16(tmp_path):
+    weights = {name: value.astype(jnp.bfloat16) for name, value in write_folder(tmp_path / "theirs").items()}
+    save_file(weights, tmp_path / "theirs" / "model.safetensors")
+    config, params = load_hf(tmp_path / "theirs")
+    assert config.param_dtype == "bfloat16"
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    save_hf(tmp_path / "ours", config, params)
+    saved = load_file(tmp_path / "ours" / "model.safetensors")
+    assert all(np.array_equal(saved[name], value) for name, value in weights.items())
+    assert load_hf(tmp_path / "theirs", dtype="float32")[1]["final_norm"]["scale"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, r"model_type='mamba' is not supported \(supported: llama, qwen3"),
+        ({"model_type": "t5"}, "t5 is an encoder-decoder; only decoders are supported"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "type 'dynamic' is not supported"),
+        ({"hidden_act": "relu2"}, "hidden_act='relu2' is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported, only 1.0"),
+        ({"new_trick": True}, "unknown field new_trick=True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported, only None"),
+    ],
+)
+def test_a_config_that_is_not_supported_is_named(changes, message, tmp_path):
+    write_folder(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=message):
+        load_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda w: w.pop("model.norm.weight"), r"tensor model\.norm\.weight is missing"),
+        (lambda w: w.update(extra=np.zeros(3, np.float32)), "extra would be left out"),
+        (
+            lambda w: w.update({"model.norm.weight": np.zeros(3, np.float32)}),
+            r"model\.norm\.weight has shape \(3,\); config\.json needs \(32,\)",
+        ),
+    ],
+    ids=["missing", "extra", "misshaped"],
+)
+def test_tensors_that_do_not_fit_are_named(damage, message, tmp_path):
+    weights = write_folder(tmp_path)
+    damage(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_hf(tmp_path)
+
+
+def test_a_truncated_file_a_pickle_and_an_empty_folder_are_named(tmp_path):
+    write_folder(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        load_hf(tmp_path)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor"):
+        load_hf(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is a pickle.*save_pretrained"):
+        load_hf(tmp_path)
+
+
+def test_a_model_that_no_family_computes_is_not_exported(tmp_path):
+    write_folder(tmp_path / "theirs")
+    config, params = load_hf(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match="no Hugging Face family computes"):
+        save_hf(tmp_path / "ours", replace(config, norm_position="both"), params)
+    assert not (tmp_path / "ours").exists()

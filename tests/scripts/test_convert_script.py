@@ -1,0 +1,122 @@
+"""A trained run leaves as a Hugging Face folder, which every script takes where it takes a run."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.config import run_script
+from jaxllm.models.hf.fields import as_values
+from jaxllm.runs.checkpoints import checkpoint_template, load_checkpoint
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "convert.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("convert", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def convert(script):
+    """(arguments) -> exit code."""
+
+    def run(*arguments):
+        argv = script.action_as_flag(["convert.py", *map(str, arguments)])
+        return run_script(script.main, None, script.define_flags, argv)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(convert, chat_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf") / "chat"
+    assert convert("export", f"--checkpoint={chat_model}", f"--output={folder}") == 0
+    return folder
+
+
+def test_an_exported_run_is_the_same_model(exported, chat_model):
+    ours, theirs = load_checkpoint(str(chat_model)), load_checkpoint(str(exported))
+    assert (theirs.generates, theirs.conversational) == (True, True)
+    assert as_values(theirs.model.config) == as_values(ours.model.config)
+    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+    messages = [{"role": "user", "content": "one and two?"}]
+    before, after = checkpoint_template(ours), checkpoint_template(theirs)
+    assert before.prompt(messages) == after.prompt(messages)
+    assert before.stop_ids == after.stop_ids
+
+
+def test_its_config_names_the_family_and_the_stop_tokens(exported):
+    config, generation = (
+        json.loads((exported / f"{name}.json").read_text()) for name in ("config", "generation_config")
+    )
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert config["eos_token_id"] == generation["eos_token_id"]
+    assert len(generation["eos_token_id"]) == 2
+
+
+def test_a_run_is_initialized_from_it_with_its_model(exported, rows, tmp_path, capsys):
+    from tiny_runs import parse_config
+
+    from jaxllm.runs.train import train
+    from jaxllm.stages import find_stage
+
+    fields = {"data.train": rows / "chats.jsonl", "data.sequence_length": "64", "data.batch_size": "8"}
+    fields |= {"training.steps": "1", "optimizer.warmup_steps": "0", "training.sample_every": "0"}
+    config = parse_config("sft_chat.py:tiny", fields)  # of another size
+    train(
+        find_stage("sft"), config, workdir=str(tmp_path / "run"), init_from=str(exported), command=["train"]
+    )
+    assert f"fresh run with the weights of {exported}" in capsys.readouterr().out
+    trained, parent = load_checkpoint(str(tmp_path / "run")), load_checkpoint(str(exported))
+    assert as_values(trained.model.config) == as_values(parent.model.config) != as_values(config.model)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained.params, parent.params)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1
+    assert trained.tokenizer.hash == parent.tokenizer.hash
+
+
+def test_a_reward_model_comes_back_as_one(convert, reward_model, tmp_path):
+    assert convert("export", f"--checkpoint={reward_model}", f"--output={tmp_path / 'hf'}") == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForSequenceClassification"]
+    before, after = load_checkpoint(str(reward_model)), load_checkpoint(str(tmp_path / "hf"))
+    assert not after.generates
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+
+
+def test_an_import_is_a_checkpoint_of_step_0(convert, exported, tmp_path):
+    assert convert("import", f"--checkpoint={exported}", f"--output={tmp_path / 'run'}") == 0
+    assert (tmp_path / "run" / "checkpoints" / "0" / "manifest.json").exists()
+    before, after = load_checkpoint(str(exported)), load_checkpoint(str(tmp_path / "run"))
+    assert after.kind == before.kind
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ((), "name what to do, one of export, import, check"),
+        (("export", "--output=x"), "--checkpoint=FOLDER is missing"),
+        (("export", "--checkpoint=x"), "--output=FOLDER is missing"),
+        (
+            ("export", "--checkpoint=x", "--output=x", "--dtype=int8"),
+            "--dtype=int8: choose float32 or bfloat16",
+        ),
+        (
+            ("export", "--checkpoint=x", "--output=x", "--max_shard_gb=0"),
+            "--max_shard_gb=0.0 must be above 0",
+        ),
+        (("import", "--checkpoint=.", "--output=new"), "--checkpoint=. is no Hugging Face model"),
+        (("export", "--checkpoint=.", "--output=."), "--output=. is not empty"),
+    ],
+)
+def test_bad_flags_are_errors_of_one_line(convert, arguments, line, capsys):
+    assert convert(*arguments) == 78
+    (message,) = capsys.readouterr().err.splitlines()
+    assert line in message
