@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_ENDLESS = 2**53  # rows; grain computes lengths in float64, in which batches of one of 2**63 rows overflow
 _READ_THREADS, _READ_AHEAD = 2, 4  # batches; building one takes a hundredth of a training step
 
 
@@ -42,7 +43,8 @@ def training_batches(
             f"the data has {rows} rows of data.sequence_length={sources[0].sequence_length}, fewer than "
             f"data.batch_size={batch_size}; lower data.batch_size or add data"
         )
-    return _sharded(shuffled_rows(sources, weights, seed), batch_size, process_index, process_count)
+    endless = shuffled_rows(sources, weights, seed)[:_ENDLESS]
+    return _sharded(endless, batch_size, process_index, process_count)
 
 
 def shuffled_rows(sources: Sequence[Rows[T]], weights: Sequence[float], seed: int) -> "grain.MapDataset[T]":

@@ -41,7 +41,7 @@ def text_documents(config: TextConfig, *, seed: int) -> Iterator[str]:
         elif row is not None:
             first_bad = first_bad or row
     if not usable:
-        why = f"; the first row, {first_bad.where}: {first_bad.problem}" if first_bad else ""
+        why = f"; the first row, {first_bad}; data.text_key names the column" if first_bad else ""
         raise DataError(f"data.train={config.train} has no usable text{why}")
 
 

@@ -36,6 +36,9 @@ class OptimizerConfig:
     trainable: str  # regular expression: only parameters with it in their path are trained; "": all
 
     def __post_init__(self):
+        for name in ("learning_rate", "final_learning_rate", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must not be negative")
         for name in ("decay_pattern", "trainable"):
             try:
                 re.compile(getattr(self, name))

@@ -164,9 +164,11 @@ def _check_same_config(
     ]
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        unsaved = not step_folders(path / "checkpoints")
+        start_anew = ", or delete the folder, in which no step was saved" if unsaved else ""
         raise ConfigError(
             f"{path} holds run {run_id} with another config: {'; '.join(found[:5])}{more}. "
-            f"Choose another --workdir, or set these fields to the values in its config.json"
+            f"Choose another --workdir, or set these fields to the values in its config.json{start_anew}"
         )
 
 

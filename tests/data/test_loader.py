@@ -26,8 +26,9 @@ def rows_of(batch: TokenBatch) -> list[int]:
     return batch.tokens[:, 0].tolist()
 
 
-def test_iterating_from_a_step_gives_the_same_batches_as_indexing():
-    batches = training_batches([windows_of(10)], batch_size=4, seed=3)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_iterating_from_a_step_gives_the_same_batches_as_indexing(batch_size):
+    batches = training_batches([windows_of(10)], batch_size=batch_size, seed=3)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for start in (0, 5):
         iterated = list(islice(device_batches(batches, sharding, start_step=start), 6))

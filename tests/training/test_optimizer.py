@@ -54,6 +54,12 @@ def test_wsd_stays_at_the_peak_and_then_falls_over_the_last_part():
     np.testing.assert_allclose(wsd[24], 0.1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("field", ["learning_rate", "final_learning_rate", "weight_decay"])
+def test_a_negative_rate_would_ascend_and_is_an_error(field):
+    with pytest.raises(ConfigError, match=rf"optimizer\.{field}=-0\.1 must not be negative"):
+        replace(CONFIG, **{field: -0.1})
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
