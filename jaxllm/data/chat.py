@@ -1,6 +1,5 @@
 """Instruction data: conversations in the formats of public datasets, as token rows with a loss mask."""
 
-import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ import xxhash
 from jaxllm.data.chat_template import LOSS_ON, ChatTemplate
 from jaxllm.data.messages import Message, Messages, as_messages, continued, joined, message, system_message
 from jaxllm.data.packing import PackedRows, pack_rows
+from jaxllm.data.records import Record
 from jaxllm.data.rows import (
     TOO_LONG,
     Dataset,
@@ -21,7 +21,7 @@ from jaxllm.data.rows import (
     Examples,
     RecordConfig,
     read_sources,
-    training_records,
+    training_texts,
 )
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow, json_type
@@ -174,12 +174,11 @@ def encode_text(text: Any, tokenizer: BaseTokenizer, sequence_length: int) -> Ex
 
 def chat_texts(config: ChatConfig, *, seed: int) -> Iterator[str]:
     """The texts of the training conversations, to train a tokenizer on."""
-    for record in training_records(config, seed=seed):
-        with contextlib.suppress(BadRow):
-            if is_text(record):
-                yield from contents([{"content": record["text"]}])
-            else:
-                yield from contents(conversation(record)[1])
+
+    def texts(record: Record) -> Iterator[str]:
+        return contents([{"content": record["text"]}] if is_text(record) else conversation(record)[1])
+
+    return training_texts(config, texts, seed=seed)
 
 
 def contents(messages: Messages) -> Iterator[str]:

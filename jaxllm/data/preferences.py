@@ -1,6 +1,5 @@
 """Preference data: pairs of completions of one prompt, in the formats of public datasets."""
 
-import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from jaxllm.data.messages import (
     system_message,
     transcript,
 )
+from jaxllm.data.records import Record
 from jaxllm.data.rows import (
     TOO_LONG,
     Dataset,
@@ -30,7 +30,7 @@ from jaxllm.data.rows import (
     Examples,
     RecordConfig,
     read_sources,
-    training_records,
+    training_texts,
 )
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow, json_type
@@ -246,7 +246,9 @@ def _report(parts: list[Examples], data: Dataset[PairRows], tokenizer: BaseToken
 
 def preference_texts(config: PreferenceConfig, *, seed: int) -> Iterator[str]:
     """The texts of the training pairs, to train a tokenizer on."""
-    for record in training_records(config, seed=seed):
-        with contextlib.suppress(BadRow):
-            _, prompt, chosen, rejected = pair(record)
-            yield from contents([*prompt, chosen, rejected])
+
+    def texts(record: Record) -> Iterator[str]:
+        _, prompt, chosen, rejected = pair(record)
+        return contents([*prompt, chosen, rejected])
+
+    return training_texts(config, texts, seed=seed)

@@ -1,6 +1,5 @@
 """Prompts to generate completions of. Each comes with its row, which the reward functions receive."""
 
-import contextlib
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.messages import Message, Messages, as_messages, joined, message, system_message
 from jaxllm.data.preferences import is_pair, pair
 from jaxllm.data.records import Record
-from jaxllm.data.rows import TOO_LONG, Dataset, Example, RecordConfig, read_sources, training_records
+from jaxllm.data.rows import TOO_LONG, Dataset, Example, RecordConfig, read_sources, training_texts
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -144,6 +143,4 @@ def load_prompts(
 
 def prompt_texts(config: PromptConfig, *, seed: int) -> Iterator[str]:
     """The texts of the training prompts, to train a tokenizer on."""
-    for record in training_records(config, seed=seed):
-        with contextlib.suppress(BadRow):
-            yield from contents(question_messages(record, config)[1])
+    return training_texts(config, lambda record: contents(question_messages(record, config)[1]), seed=seed)

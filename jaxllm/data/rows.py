@@ -4,7 +4,6 @@ The config decides whether a bad row stops the run or is dropped. No row is drop
 by reason and written to `bad_rows.jsonl`.
 """
 
-import contextlib
 import itertools
 import json
 from collections import Counter
@@ -381,16 +380,28 @@ def read_sources(
     return keep_apart(parts, len(config.train), config.held_out_fraction, named)
 
 
-def training_records(config: RecordConfig, *, seed: int) -> Iterator[Record]:
-    """The rows of the train sources, to train a tokenizer on, without those that cannot be read."""
+def training_texts(
+    config: RecordConfig, texts: Callable[[Record], Iterable[str]], *, seed: int
+) -> Iterator[str]:
+    """What `texts` gives of the rows of the train sources, to train a tokenizer on; rows for which it raises
+    BadRow are left out. Raises DataError, with the first problem, where that is all of them."""
     rename = Rename(config.rename)
+    found, problem = False, ""
     for name in config.train:
         for row in config.open(name, "train", text_key=None, seed=seed).rows():
-            if row.value is not None:
-                with contextlib.suppress(BadRow):
-                    yield Record(rename(row.value))
+            try:
+                if row.value is None:
+                    raise BadRow(row.problem, row.detail)
+                made = list(texts(Record(rename(row.value))))
+            except BadRow as error:
+                problem = problem or f"; the first: {row.where}: {error}"
+                continue
+            found = True
+            yield from made
     if not config.validation:  # else an entry may be for those sources alone
         rename.check()
+    if not found:
+        raise DataError(f"no row of data.train can be used{problem}")
 
 
 def keep_apart(parts: list[Examples], num_train: int, fraction: float, named: set[int]) -> list[Examples]:

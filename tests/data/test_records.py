@@ -168,6 +168,13 @@ def test_rows_that_are_bad_for_want_of_a_rename_name_it(tmp_path, load):
         list(preference_texts(config, seed=0))
 
 
+def test_a_tokenizer_without_a_usable_row_names_the_first_problem(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"question_text": "Who?", "resp": "Ada."})
+    config = PreferenceConfig(**RECORDS | {"train": (path,)})
+    with pytest.raises(DataError, match=r"no row of data.train can be used; the first: .*a.jsonl:1: .*chosen"):
+        list(preference_texts(config, seed=0))
+
+
 def test_two_columns_of_one_name_are_a_bad_row_unless_one_is_null(tmp_path, load, sides):
     rename = ("question=prompt",)
     path = write(tmp_path / "a.jsonl", PAIR | {"question": "Where?"})
