@@ -36,9 +36,9 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         rules = {
             "temperature": (0 <= self.temperature < math.inf, "must be 0 (greedy) or more, and finite"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "must be at least 1, or None for no limit"),
-            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "must be in (0, 1], or None for no limit"),
-            "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "must be in [0, 1], or None for no limit"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "must be at least 1, or none for no limit"),
+            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "must be in (0, 1], or none for no limit"),
+            "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "must be in [0, 1], or none for no limit"),
             "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),
         }
         for field, (holds, rule) in rules.items():

@@ -166,7 +166,8 @@ def common_fields(
             min_p=number(body, "min_p", sampling.min_p, high=1),
         )
     except ConfigError as error:
-        raise ApiError(400, str(error), str(error).removeprefix("sampling.").partition("=")[0]) from None
+        message = str(error).removeprefix("sampling.")
+        raise ApiError(400, message, message.partition("=")[0]) from None
     stream, options = flag(body, "stream"), body.get("stream_options")
     if stream and top_logprobs is not None:
         raise ApiError(400, "logprobs are not supported where stream is true", "logprobs")

@@ -232,7 +232,7 @@ class Progress:
             "eval/reward": "held-out reward",
             "eval/pass@1": "pass@1",
             "eval/rewards/accuracies": "accuracy",
-            "eval/stopped_fraction": "finished fraction",
+            "eval/stopped_fraction": "held-out stopped",
         }
         values = {short: f"{row[name]:.4g}" for name, short in names.items() if name in row}
         if "perf/tokens_per_second" in row:

@@ -171,7 +171,7 @@ def test_rows_that_are_bad_for_want_of_a_rename_name_it(tmp_path, load):
 def test_a_tokenizer_without_a_usable_row_names_the_first_problem(tmp_path):
     path = write(tmp_path / "a.jsonl", {"question_text": "Who?", "resp": "Ada."})
     config = PreferenceConfig(**RECORDS | {"train": (path,)})
-    with pytest.raises(DataError, match=r"no row of data.train can be used; the first: .*a.jsonl:1: .*chosen"):
+    with pytest.raises(DataError, match=r"no row .* can be used; the first: .*a.jsonl:1: .*chosen"):
         list(preference_texts(config, seed=0))
 
 

@@ -254,7 +254,7 @@ def test_fine_tuning_reports_its_data_and_lowers_the_loss(chat_run):
         r"chat template: built-in; stop tokens: <\|end\|>, </s>",
         r"example .*: ⟦<s><\|user\|>What did the cat see\? 0<\|end\|><\|assistant\|>⟧The ball\.<\|end\|>\n",
         r"fresh run with the weights of .*/first/checkpoints/8\n",
-        r"step 8/8 .*eval loss .*finished fraction",
+        r"step 8/8 .*eval loss .*held-out stopped",
         r"done: 8 steps \(best eval/loss [\d.]+ at step 8\)",
     ):
         assert re.search(line, printed), line
