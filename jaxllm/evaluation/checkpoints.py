@@ -70,6 +70,8 @@ def evaluate_checkpoint(
             for i, row in enumerate(completion_rows(completions, kl)):
                 file.write(json.dumps({**prompts[i // samples].row, **row}, default=json_value) + "\n")
     print(f"{len(prompts)} prompts, {samples} completions each")
+    if not rewards and reward_model is None:
+        print("not scored: name --rewards, such as math_answer, or --reward_model")
     metrics = completion_metrics(completions, samples, "", kl)
     for name, value in metrics.items():
         if not name.endswith("_se"):

@@ -24,7 +24,7 @@ import jax
 import jaxllm
 from jaxllm.config import differences
 from jaxllm.config_versions import stamped, upgrade
-from jaxllm.errors import CheckpointError, ConfigError, DataError
+from jaxllm.errors import ConfigError, DataError, NoCheckpoint
 from jaxllm.files import is_leftover, locked, to_json, write_file
 from jaxllm.training.checkpoint import MANIFEST, first_process_decides, step_folders
 
@@ -96,7 +96,7 @@ def open_run(
 ) -> RunFolder:
     """Open `workdir` for a run of `config` (as `as_dict` returns it). To be called before anything slow.
 
-    Raises ConfigError where the folder holds another run or anything else, and CheckpointError where the
+    Raises ConfigError where the folder holds another run or anything else, and NoCheckpoint where the
     checkpoint to resume from does not exist. A folder whose run never reached `record_start` may be reused
     with any config.
 
@@ -144,12 +144,12 @@ def _claim(path: Path, config: Mapping[str, Any], resume: str, may_differ: Colle
     # Damaged ones count too: a run whose checkpoints are all damaged must not start from step 0 unnoticed.
     saved = [folder.name for folder in step_folders(path / "checkpoints") if (folder / MANIFEST).exists()]
     if resume == "must" and not saved:
-        raise CheckpointError(
+        raise NoCheckpoint(
             f"--resume=must: {path} holds no checkpoint; use --resume=auto to start the run"
         )
     if resume.isdecimal() and str(int(resume)) not in saved:
         steps = f"only the steps {', '.join(saved)}" if saved else "no checkpoint"
-        raise CheckpointError(f"--resume={resume}: {path} holds {steps}")
+        raise NoCheckpoint(f"--resume={resume}: {path} holds {steps}")
     return bool(saved)
 
 
