@@ -144,9 +144,7 @@ def _claim(path: Path, config: Mapping[str, Any], resume: str, may_differ: Colle
     # Damaged ones count too: a run whose checkpoints are all damaged must not start from step 0 unnoticed.
     saved = [folder.name for folder in step_folders(path / "checkpoints") if (folder / MANIFEST).exists()]
     if resume == "must" and not saved:
-        raise NoCheckpoint(
-            f"--resume=must: {path} holds no checkpoint; use --resume=auto to start the run"
-        )
+        raise NoCheckpoint(f"--resume=must: {path} holds no checkpoint; use --resume=auto to start the run")
     if resume.isdecimal() and str(int(resume)) not in saved:
         steps = f"only the steps {', '.join(saved)}" if saved else "no checkpoint"
         raise NoCheckpoint(f"--resume={resume}: {path} holds {steps}")
