@@ -104,8 +104,8 @@ def check_checkpoint(folder: str, *, length: int = 64, new_tokens: int = 64) -> 
     """Compare a Hugging Face model as transformers and as jaxllm compute it, in float32 on random tokens: the
     largest difference of logits, and how many greedy tokens agree. CheckpointError where they differ."""
     try:
-        import torch
-        import transformers
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError("check compares with transformers: pip install 'jaxllm[parity]'") from None
     from jaxllm.models import build_model
