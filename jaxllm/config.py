@@ -17,7 +17,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NewType, TypeVar, Union, cast
 
@@ -111,6 +111,10 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         return f"{self.path} {json.dumps(self.before)} -> {json.dumps(self.after)}"
 
+    def is_in(self, names: Iterable[str]) -> bool:
+        """Whether it is in one of these fields or sections of fields."""
+        return any(f"{self.path}.".startswith(f"{name}.") for name in names)
+
 
 def differences(before: Any, after: Any, path: str = "") -> list[Difference]:
     """Where two results of `as_dict` differ; a field that one of them lacks counts as None there."""
@@ -121,6 +125,12 @@ def differences(before: Any, after: Any, path: str = "") -> list[Difference]:
         dotted = f"{path}.{name}" if path else name
         found += differences(before.get(name), after.get(name), dotted)
     return found
+
+
+def first_few(found: Sequence[object]) -> str:
+    """The first five as text, and how many more there are."""
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return "; ".join(map(str, found[:5])) + more
 
 
 # What the messages offer

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config import Difference, as_dict, differences
+from jaxllm.config import Difference, as_dict, differences, first_few
 from jaxllm.config_versions import upgrade
 from jaxllm.errors import ConfigError
 from jaxllm.files import to_json, write_file
@@ -117,9 +117,9 @@ class Record:
         found = [
             each
             for each in differences(trained_with, as_dict(getattr(self.config, name)))
-            if not under(each.path, OWN)
+            if not each.is_in(OWN)
         ]
-        harmless = [each for each in found if under(each.path, HARMLESS)]
+        harmless = [each for each in found if each.is_in(HARMLESS)]
         if harmful := [each for each in found if each not in harmless]:
             raise ConfigError(
                 f"{self.folder}: {name} was trained with another config: {listed(name, harmful)}; choose "
@@ -131,13 +131,7 @@ class Record:
 
 def listed(name: str, found: Sequence[Difference]) -> str:
     """The first few differences of a stage, with the names that a command line would use."""
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return "; ".join(f"{name}.{each}" for each in found[:5]) + more
-
-
-def under(path: str, names: Sequence[str]) -> bool:
-    """Whether the dotted path is one of these fields or in one of these sections."""
-    return any(f"{path}.".startswith(f"{name}.") for name in names)
+    return first_few([f"{name}.{each}" for each in found])
 
 
 def rewarded_by_model(section: Any) -> bool:

@@ -115,7 +115,7 @@ def check_number_of_sources(before: Mapping[str, Any], config: TrainConfig) -> N
 
 def among(changed: list[Difference], names: tuple[str, ...]) -> list[Difference]:
     """The differences in these fields and sections."""
-    return [each for each in changed if any(f"{each.path}.".startswith(f"{name}.") for name in names)]
+    return [each for each in changed if each.is_in(names)]
 
 
 def join(changed: list[Difference]) -> str:

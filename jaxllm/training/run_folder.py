@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 import jaxllm
-from jaxllm.config import differences
+from jaxllm.config import differences, first_few
 from jaxllm.config_versions import stamped, upgrade
 from jaxllm.errors import ConfigError, DataError, NoCheckpoint
 from jaxllm.files import is_leftover, locked, to_json, write_file
@@ -155,17 +155,12 @@ def _check_same_config(
     path: Path, run_id: str, config: Mapping[str, Any], may_differ: Collection[str]
 ) -> None:
     """ConfigError where `config` differs from that of the run in a field that is not in `may_differ`."""
-    found = [
-        str(difference)
-        for difference in differences(_stored_config(path), config)
-        if not any(f"{difference.path}.".startswith(f"{name}.") for name in may_differ)
-    ]
+    found = [each for each in differences(_stored_config(path), config) if not each.is_in(may_differ)]
     if found:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         unsaved = not step_folders(path / "checkpoints")
         start_anew = ", or delete the folder, in which no step was saved" if unsaved else ""
         raise ConfigError(
-            f"{path} holds run {run_id} with another config: {'; '.join(found[:5])}{more}. "
+            f"{path} holds run {run_id} with another config: {first_few(found)}. "
             f"Choose another --workdir, or set these fields to the values in its config.json{start_anew}"
         )
 
