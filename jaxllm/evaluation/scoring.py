@@ -93,7 +93,7 @@ def score_rows(loaded: LoadedModel, name: str, *, rename: Sequence[str], output:
     ends = np.cumsum([len(row.sequences) for row in rows])
     by_row = np.split(rewards, ends[:-1])
     if output is not None:
-        metrics = loaded.metadata["metrics"] or {}  # none where an evaluation was interrupted
+        metrics = loaded.metadata.get("metrics") or {}  # none where an evaluation was interrupted
         with naming(output), output.open("w") as file:
             for row, values in zip(rows, by_row, strict=True):
                 file.write(

@@ -44,7 +44,7 @@ from jaxllm.runs.panels import COMPLETION_LENGTH, KL, REWARD, Panel
 from jaxllm.runs.program import Program
 from jaxllm.runs.stage import Headline
 from jaxllm.training.batch_source import BatchSource
-from jaxllm.training.checkpoint import find_checkpoint, read_arrays
+from jaxllm.training.checkpoint import find_checkpoint
 from jaxllm.training.optimizer import ParameterGroup
 from jaxllm.training.state import TrainState
 from jaxllm.training.step import LossFn
@@ -216,7 +216,7 @@ def initial_params(program: Program[Config, ActorCritic], parent: Path) -> Param
     else:
         folder = find_checkpoint(reward.model)
         weights.check_shape(program.config, folder, f"reward.model={reward.model} (initializes the critic)")
-        critic = read_arrays(folder, wanted["critic"], prefix="params")
+        critic = read_policy(folder, wanted["critic"])
         # What turns the reward model's differences into those of the rewards.
         scale = reward.model_weight / read_statistics(reward.model, folder, reward.normalize).std
         critic["scalar_head"] = jax.tree.map(lambda x: (x * scale).astype(x.dtype), critic["scalar_head"])

@@ -7,10 +7,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_runs import parse_config
 
 from jaxllm.config import run_script
+from jaxllm.evaluation.scoring import score_rows
 from jaxllm.models.hf.fields import as_values
 from jaxllm.runs.checkpoints import checkpoint_template, load_checkpoint
+from jaxllm.runs.train import train
+from jaxllm.stages import build_program, find_stage, ppo
+from jaxllm.training.checkpoint import find_checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "convert.py"
 
@@ -62,11 +67,6 @@ def test_its_config_names_the_family_and_the_stop_tokens(exported):
 
 
 def test_a_run_is_initialized_from_it_with_its_model(exported, rows, tmp_path, capsys):
-    from tiny_runs import parse_config
-
-    from jaxllm.runs.train import train
-    from jaxllm.stages import find_stage
-
     fields = {"data.train": rows / "chats.jsonl", "data.sequence_length": "64", "data.batch_size": "8"}
     fields |= {"training.steps": "1", "optimizer.warmup_steps": "0", "training.sample_every": "0"}
     config = parse_config("sft_chat.py:tiny", fields)  # of another size
@@ -88,6 +88,26 @@ def test_a_reward_model_comes_back_as_one(convert, reward_model, tmp_path):
     before, after = load_checkpoint(str(reward_model)), load_checkpoint(str(tmp_path / "hf"))
     assert not after.generates
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+
+
+def test_an_exported_reward_model_scores_and_initializes_a_critic(
+    convert, chat_model, reward_model, rows, tmp_path, capsys
+):
+    folder = tmp_path / "hf"
+    assert convert("export", f"--checkpoint={reward_model}", f"--output={folder}") == 0
+    printed, critics = [], []
+    for path in (reward_model, folder):
+        capsys.readouterr()
+        output = tmp_path / "scores.jsonl"
+        score_rows(load_checkpoint(str(path)), str(rows / "pairs.jsonl"), rename=(), output=output)
+        printed.append(capsys.readouterr().out)
+        small = {"model.num_layers": "1", "model.width": "32", "model.max_length": "64"}
+        small |= {"data.sequence_length": "64", "rollout.sampling.max_new_tokens": "8"}
+        fields = small | {"reward.model": path, "reward.normalize": "false"}
+        program = build_program(parse_config("ppo_preferences.py:tiny", fields))
+        critics.append(ppo.initial_params(program, find_checkpoint(chat_model))["critic"])
+    assert printed[0] == printed[1]
+    jax.tree.map(np.testing.assert_array_equal, *critics)
 
 
 def test_an_import_is_a_checkpoint_of_step_0(convert, exported, tmp_path):
