@@ -168,6 +168,12 @@ def _read_template(files: dict[str, bytes], config: dict[str, Any]) -> str | Non
     return template
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether the files beside a tokenizer.json have a chat template. Builds no tokenizer."""
+    files = {n: (folder / n).read_bytes() for n in (CONFIG_FILE, TEMPLATE_FILE) if (folder / n).is_file()}
+    return _read_template(files, _read_config(files.get(CONFIG_FILE, b"{}"))) is not None
+
+
 def _named_tokens(backend: "tokenizers.Tokenizer", config: dict[str, Any]) -> dict[str, str]:
     """The names of the BOS, EOS and pad tokens, as far as they exist. Raises DataError without an EOS."""
     named = {}

@@ -13,6 +13,7 @@ from jaxllm.config_versions import upgrade
 from jaxllm.data.base_tokenizer import HF_TOKENIZER_FILE
 from jaxllm.data.chat_template import ChatTemplate, NativeTemplate, load_template
 from jaxllm.data.hf_tokenizer import TEMPLATE_FILE as CHAT_TEMPLATE_FILE
+from jaxllm.data.hf_tokenizer import has_chat_template
 from jaxllm.data.tokenizer import BaseTokenizer, load_tokenizer
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder
@@ -84,8 +85,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 def read_kind(folder: Path) -> ModelKind:
     """What the parameters of a step folder are."""
     if is_hf_folder(folder):
-        has_template = (folder / CHAT_TEMPLATE_FILE).exists()
-        conversational = has_template or load_tokenizer(folder).chat_template is not None
+        in_config = (folder / HF_TOKENIZER_FILE).exists() and has_chat_template(folder)
+        conversational = in_config or (folder / CHAT_TEMPLATE_FILE).exists()
         return ModelKind(not is_reward_model(folder), conversational, policy_prefix="")
     metadata = read_metadata(folder)
     if "model" in metadata:

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxllm.config import as_dict
 from jaxllm.config_versions import stamped
 from jaxllm.data.chat_template import NativeTemplate
 from jaxllm.data.hf_tokenizer import CONFIG_FILE
@@ -15,8 +14,18 @@ from jaxllm.data.hf_tokenizer import TEMPLATE_FILE as CHAT_TEMPLATE_FILE
 from jaxllm.data.tokenizer import TOKENIZER_FILE
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder, to_json
+from jaxllm.models import build_model
 from jaxllm.models.hf import load_hf, save_hf
-from jaxllm.runs.checkpoints import LoadedModel, checkpoint_template, load_checkpoint
+from jaxllm.rollout.generate import generate
+from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.runs.checkpoints import (
+    TEMPLATE_FILE,
+    LoadedModel,
+    checkpoint_template,
+    load_checkpoint,
+    read_config,
+    saved_template,
+)
 from jaxllm.training.checkpoint import Checkpoints
 
 TOLERANCE = 1e-3  # of logits in float32
@@ -24,8 +33,7 @@ TOLERANCE = 1e-3  # of logits in float32
 
 def export_checkpoint(checkpoint: str, output: Path, *, dtype: str | None, max_shard_bytes: int) -> None:
     """Write a checkpoint as a Hugging Face model with its tokenizer and chat template."""
-    if output.exists() and any(output.iterdir()):
-        raise ConfigError(f"--output={output} is not empty: name a new folder")
+    check_empty(output)
     loaded = load_checkpoint(checkpoint)
     save_hf(
         output,
@@ -38,6 +46,12 @@ def export_checkpoint(checkpoint: str, output: Path, *, dtype: str | None, max_s
     )
     fields = json.loads((output / "config.json").read_bytes())
     print(f"{checkpoint} as {fields['architectures'][0]} in {output}")
+
+
+def check_empty(output: Path) -> None:
+    """ConfigError where the folder to write holds something."""
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"--output={output} is not empty: name a new folder")
 
 
 def tokenizer_files(loaded: LoadedModel) -> dict[str, bytes]:
@@ -83,11 +97,11 @@ def import_checkpoint(folder: str, output: Path) -> None:
         raise ConfigError(
             f"--checkpoint={folder} is no Hugging Face model: it lacks a config.json with model_type"
         )
-    if output.exists() and any(output.iterdir()):
-        raise ConfigError(f"--output={output} is not empty: name a new folder")
+    check_empty(output)
     loaded = load_checkpoint(folder)
-    config = {"model": as_dict(loaded.model.config), "seed": 0}
-    files = {"config.json": to_json(stamped(config)), **loaded.tokenizer.files()}
+    files = {"config.json": to_json(stamped(read_config(loaded.folder))), **loaded.tokenizer.files()}
+    if (template := saved_template(loaded.folder)) is not None:
+        files[TEMPLATE_FILE] = Path(template).read_bytes()
     metadata = {
         "model": loaded.kind._asdict(),
         "tokenizer": loaded.tokenizer.hash,
@@ -108,10 +122,6 @@ def check_checkpoint(folder: str, *, length: int = 64, new_tokens: int = 64) -> 
         import transformers  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError("check compares with transformers: pip install 'jaxllm[parity]'") from None
-    from jaxllm.models import build_model
-    from jaxllm.rollout.generate import generate
-    from jaxllm.rollout.sampling import SamplingConfig
-
     config, params = load_hf(folder, dtype="float32")
     model = build_model(config)
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -116,6 +117,15 @@ def test_an_import_is_a_checkpoint_of_step_0(convert, exported, tmp_path):
     before, after = load_checkpoint(str(exported)), load_checkpoint(str(tmp_path / "run"))
     assert after.kind == before.kind
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+
+
+def test_an_import_keeps_a_chat_template_of_its_own(convert, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "hf")
+    template = (exported / "chat_template.jinja").read_text() + "{# another #}"
+    (tmp_path / "hf" / "chat_template.jinja").write_text(template)
+    assert convert("import", f"--checkpoint={tmp_path / 'hf'}", f"--output={tmp_path / 'run'}") == 0
+    loaded = load_checkpoint(str(tmp_path / "run"))
+    assert checkpoint_template(loaded).source == template
 
 
 @pytest.mark.parametrize(
