@@ -54,6 +54,17 @@ ADDED: dict[str, tuple[str, Any]] = {
     "model.zero_centered_norm": ("model.norm_epsilon", False),
     "model.attention_scale": ("model.head_dim", None),
     "model.scale_embeddings": ("model.tie_embeddings", False),
+    "model.lora": (
+        "model.param_dtype",
+        {
+            "rank": None,
+            "alpha": 32.0,
+            "rank_stabilized": False,
+            "dropout": 0.0,
+            "targets": "attention/|mlp/",
+            "quantize": "none",
+        },
+    ),
 }
 
 

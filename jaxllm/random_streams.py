@@ -4,7 +4,7 @@
 the same numbers. Each therefore folds in its constant first:
 
     key(seed) -- INIT                                    the parameters
-              -- RUN, which is TrainState.key -- step    the train step: at most 2^31 - 1
+              -- RUN, which is TrainState.key -- step    the train step: at most 2^31 - 1; its DROPOUT
               |                               -- SAMPLES, step
               |                               -- EVALUATION, step
               |                               -- SAMPLED_EVALUATION, step
@@ -20,7 +20,7 @@ import functools
 import jax
 
 INIT, RUN = 0, 1  # the halves of split(key(seed)): checkpoints hold the second
-ROLLOUT, EVALUATION, SAMPLED_EVALUATION, SAMPLES = range(2**31, 2**31 + 4)  # beyond any number of a step
+ROLLOUT, EVALUATION, SAMPLED_EVALUATION, SAMPLES, DROPOUT = range(2**31, 2**31 + 5)  # beyond any step
 
 
 def stream(key: jax.Array, *numbers: int | jax.Array) -> jax.Array:

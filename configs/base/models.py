@@ -69,6 +69,13 @@ def model(size: str) -> ConfigDict:
     config.attention = "xla"  # "xla" everywhere, "cudnn" on NVIDIA, "splash" on TPU
     config.compute_dtype = "float32"  # "bfloat16" on accelerators
     config.param_dtype = "float32"
+    config.lora = ConfigDict()  # train low-rank adapters beside frozen weights (Hu et al. 2021)
+    config.lora.rank = config_dict.placeholder(int)  # such as 16; None: all parameters train
+    config.lora.alpha = 32.0  # the adapters' product is multiplied by alpha / rank
+    config.lora.rank_stabilized = False  # by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)
+    config.lora.dropout = 0.0  # of the adapters' input, while training
+    config.lora.targets = "attention/|mlp/"  # regular expression: layers with it in their path have adapters
+    config.lora.quantize = "none"  # the frozen kernels: "none" (param_dtype), "int8" or "nf4" (QLoRA)
     if layers > 12:
         config.compute_dtype = "bfloat16"
         config.remat = "attention"

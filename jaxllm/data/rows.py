@@ -227,7 +227,8 @@ class Dataset(Generic[RowsT]):
     validation: tuple[RowsT, ...]  # may be ()
     fingerprint: str  # a hash that changes whenever a row or a weight does
     report: str  # the start-up report: rows read, kept and dropped, tokens, an example
-    complete: Callable[[Any], Any] = lambda batch: batch  # adds fields that are computed on the devices
+    # (params, batch) -> batch: adds fields that are computed on the devices.
+    complete: Callable[[Any, Any], Any] = lambda params, batch: batch
 
 
 class Example(NamedTuple):

@@ -215,7 +215,7 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
 
         def project(name: str, num_heads: int) -> jax.Array:
-            projected = Linear(num_heads * c.head_dim, c.qkv_bias, c.param_dtype, name=name)(x_BTD)
+            projected = Linear(c, num_heads * c.head_dim, c.qkv_bias, name=name)(x_BTD)
             norm = RMSNorm(c.norm_epsilon, c.param_dtype, c.zero_centered_norm, name=f"{name}_norm")
             normed = name != "value"
             if normed and c.qk_norm == "all_heads":
@@ -237,5 +237,5 @@ class Attention(nn.Module):
         else:
             implementation = {"xla": attend_xla, "cudnn": attend_cudnn, "splash": attend_splash}[c.attention]
             out_BTHh = implementation(q_BTHh, k_BTKh, v_BTKh, context.segment_ids_BT, window, c)
-        output = Linear(c.width, c.output_bias, c.param_dtype, scale=0.5 / c.num_layers, name="output")
+        output = Linear(c, c.width, c.output_bias, scale=0.5 / c.num_layers, name="output")
         return output(out_BTHh.reshape(B, T, -1)), cache

@@ -1,8 +1,11 @@
 """The sizes and options of a decoder, the checks on them, and the compute cost of a token."""
 
+import re
 from dataclasses import dataclass, replace
 
 from jaxllm.errors import ConfigError
+
+QUANTIZATIONS = ("none", "int8", "nf4")
 
 # Implementations of attention, and the platform that each needs.
 ATTENTION = {"xla": None, "cudnn": "gpu", "splash": "tpu"}
@@ -27,6 +30,48 @@ class RopeScaling:
     high_frequency: float
     beta_fast: float
     beta_slow: float
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters beside frozen kernels: see `jaxllm.models.lora`."""
+
+    rank: int | None  # None: no adapters
+    alpha: float  # the adapters' product is multiplied by alpha / rank
+    rank_stabilized: bool  # by alpha / sqrt(rank) instead (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732)
+    dropout: float  # of the adapters' input, while training
+    targets: str  # regular expression: layers with it in their path have adapters
+    quantize: str  # how the frozen kernels are stored: "none" (param_dtype), "int8" or "nf4"
+
+    def __post_init__(self):
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"model.lora.rank={self.rank} must be at least 1, or none for no adapters")
+        if not self.alpha > 0:
+            raise ConfigError(f"model.lora.alpha={self.alpha} must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.lora.dropout={self.dropout} must be at least 0 and less than 1")
+        if self.quantize not in QUANTIZATIONS:
+            raise ConfigError(
+                f"model.lora.quantize={self.quantize!r}: choose one of {', '.join(QUANTIZATIONS)}"
+            )
+        if self.quantize != "none" and self.rank is None:
+            raise ConfigError(
+                f"model.lora.quantize={self.quantize} freezes the kernels: set model.lora.rank, so that "
+                "adapters train"
+            )
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ConfigError(f"model.lora.targets={self.targets!r}: {error}") from None
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the product of the adapters."""
+        assert self.rank is not None
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+
+NO_LORA = LoRAConfig(None, 32.0, False, 0.0, "attention/|mlp/", "none")
 
 
 @dataclass(frozen=True)
@@ -67,10 +112,11 @@ class ModelConfig:
     attention: str  # "xla", "cudnn" (NVIDIA GPUs) or "splash" (TPUs)
     compute_dtype: str
     param_dtype: str
+    lora: LoRAConfig
 
 
 # The fields that say how a model is computed; all others say what is computed.
-HOW = ("scan_layers", "remat", "attention", "compute_dtype", "param_dtype")
+HOW = ("scan_layers", "remat", "attention", "compute_dtype", "param_dtype", "lora")
 
 # Attention to all earlier tokens; to those in `sliding_window`; to all, without rotary embedding.
 LAYER_KINDS = ("global", "local", "nope")

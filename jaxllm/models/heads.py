@@ -32,7 +32,9 @@ class ScalarTransformer:
         params = self.decoder.init(key)
         params.pop("head", None)
         # Training would first have to remove noise; with zeros all rewards are equal and the loss is log 2.
-        head = {"kernel": jnp.zeros((self.config.width, 1), jnp.dtype(self.config.param_dtype))}
+        # Beside frozen weights it is what trains, like the adapters.
+        dtype = self.config.param_dtype if self.config.lora.rank is None else "float32"
+        head = {"kernel": jnp.zeros((self.config.width, 1), jnp.dtype(dtype))}
         return {**params, "scalar_head": head}
 
     def apply(
@@ -42,16 +44,21 @@ class ScalarTransformer:
         *,
         positions: Array | None = None,
         segment_ids: Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> ScalarOutput:
         """Float32 values [B, T]. See `ScalarModel.apply`."""
-        hidden, _, aux = self.decoder.apply(params, tokens, positions=positions, segment_ids=segment_ids)
+        hidden, _, aux = self.decoder.apply(
+            params, tokens, positions=positions, segment_ids=segment_ids, dropout_key=dropout_key
+        )
         kernel = params["scalar_head"]["kernel"]
         values = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)[..., 0]
         return ScalarOutput(values, aux)
 
-    def rewards(self, params: Params, tokens: Array, lengths: Array) -> ScalarOutput:
+    def rewards(
+        self, params: Params, tokens: Array, lengths: Array, *, dropout_key: jax.Array | None = None
+    ) -> ScalarOutput:
         """The float32 value at the last token of each text. See `ScalarModel.rewards`."""
-        values, aux = self.apply(params, tokens.reshape(-1, tokens.shape[-1]))
+        values, aux = self.apply(params, tokens.reshape(-1, tokens.shape[-1]), dropout_key=dropout_key)
         last = lengths.reshape(-1, 1) - 1
         return ScalarOutput(jnp.take_along_axis(values, last, axis=1).reshape(lengths.shape), aux)
 

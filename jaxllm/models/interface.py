@@ -56,6 +56,7 @@ class Model(Protocol):
         segment_ids: Array | None = None,
         cache: Cache | None = None,
         noise: Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> Output:
         """Hidden states of tokens; each token attends to itself and to earlier ones of its own segment.
 
@@ -69,6 +70,7 @@ class Model(Protocol):
             positions[b] and attend to every slot up to their own. Prompts of different lengths are padded
             on the right; decoding overwrites the slots of the padding before it attends to them.
           noise: [B, T, D], added to the embedded tokens.
+          dropout_key: the PRNG key of the adapters' dropout; None: no dropout.
         """
         ...
 
@@ -114,14 +116,17 @@ class ScalarModel(Protocol):
         *,
         positions: Array | None = None,
         segment_ids: Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> ScalarOutput:
         """Values [B, T] of tokens [B, T]: position t has the value of the text up to and including token t.
 
-        positions and segment_ids: see `Model.apply`.
+        positions, segment_ids and dropout_key: see `Model.apply`.
         """
         ...
 
-    def rewards(self, params: Params, tokens: Array, lengths: Array) -> ScalarOutput:
+    def rewards(
+        self, params: Params, tokens: Array, lengths: Array, *, dropout_key: jax.Array | None = None
+    ) -> ScalarOutput:
         """Rewards [...] of texts tokens [..., T] of lengths [...]: the value at each text's last token.
 
         The lengths locate that token, so neither padding nor an end-of-text token inside a text matters.

@@ -15,25 +15,30 @@ import numpy as np
 
 from jaxllm.models.config import ModelConfig, RopeScaling
 from jaxllm.models.interface import Array
+from jaxllm.models.lora import LoRA, is_adapted
 
 
 class Linear(nn.Module):
-    """x @ kernel (+ bias) on the last axis; kernel is [in, out]."""
+    """x @ kernel (+ bias) on the last axis; kernel is [in, out]. With LoRA, plus the adapters' product."""
 
+    config: ModelConfig
     features: int
     use_bias: bool
-    param_dtype: str
     scale: float = 1.0  # the initial variance, in units of 1 / in
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal")
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.dtype(self.param_dtype))
+        dtype = jnp.dtype(self.config.param_dtype)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
         # One matrix product over all tokens: XLA:CPU runs it 1.3x faster than the same product in 3-D.
-        y_NF = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
+        x_NI = x.reshape(-1, x.shape[-1])
+        y_NF = x_NI @ kernel.astype(x.dtype)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(self.param_dtype))
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
             y_NF += bias.astype(x.dtype)
+        if is_adapted(self.config.lora, "/".join(self.path)):
+            y_NF += LoRA(self.config.lora, self.features, name="lora")(x_NI)
         return y_NF.reshape(*x.shape[:-1], self.features)
 
 
@@ -103,13 +108,13 @@ class MLP(nn.Module):
         c = self.config
         activation = ACTIVATIONS[c.activation]
         if c.mlp == "gated":
-            gate_BTF = Linear(c.mlp_width, c.mlp_bias, c.param_dtype, name="gate")(x_BTD)
-            up_BTF = Linear(c.mlp_width, c.mlp_bias, c.param_dtype, name="up")(x_BTD)
+            gate_BTF = Linear(c, c.mlp_width, c.mlp_bias, name="gate")(x_BTD)
+            up_BTF = Linear(c, c.mlp_width, c.mlp_bias, name="up")(x_BTD)
             hidden_BTF = activation(gate_BTF) * up_BTF
         else:
-            hidden_BTF = activation(Linear(c.mlp_width, c.mlp_bias, c.param_dtype, name="up")(x_BTD))
+            hidden_BTF = activation(Linear(c, c.mlp_width, c.mlp_bias, name="up")(x_BTD))
         # Each block adds two outputs to the residual stream; this scale keeps its initial size at any depth.
-        down = Linear(c.width, c.mlp_bias, c.param_dtype, scale=0.5 / c.num_layers, name="down")
+        down = Linear(c, c.width, c.mlp_bias, scale=0.5 / c.num_layers, name="down")
         return down(hidden_BTF)
 
 

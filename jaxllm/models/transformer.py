@@ -21,6 +21,7 @@ from jaxllm.models.attention import Attention, Context, attention_saveable
 from jaxllm.models.config import ModelConfig, check_model_config, layer_kinds
 from jaxllm.models.interface import Array, Aux, Cache, LayerCache, Model, Output, Params
 from jaxllm.models.layers import MLP, LayerNorm, RMSNorm, layer_angles, make_norm
+from jaxllm.models.lora import check_targets
 from jaxllm.parallel.sharding import BATCH, constrain
 
 
@@ -72,8 +73,8 @@ def unstack_layers(params: Params) -> Params:
     return {**params, "blocks": blocks}
 
 
-def layer_of(stacked: Params, i: int) -> Params:
-    """Layer i of stacked parameters."""
+def layer_of(stacked: Any, i: int) -> Any:
+    """Layer i of a tree of stacked parameters."""
     return jax.tree.map(lambda p: p[i], stacked)
 
 
@@ -130,6 +131,7 @@ class Transformer:
             params["embed"]["positions"] = normal(key, (c.max_length, c.width))
         if not c.tie_embeddings:
             params["head"] = {"kernel": normal(head_key, (c.width, c.vocab_size))}
+        check_targets(c, params)
         return params
 
     def apply(
@@ -141,6 +143,7 @@ class Transformer:
         segment_ids: Array | None = None,
         cache: Cache | None = None,
         noise: Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> Output:
         """Hidden states [B, T, D] of tokens [B, T]. See `Model.apply`."""
         attend_to_cache = cache is not None and positions is not None
@@ -153,7 +156,7 @@ class Transformer:
         if noise is not None:
             x = x + noise.astype(self.compute_dtype)
         if cache is None:
-            x, aux = self.run_blocks(params, x, context)
+            x, aux = self.run_blocks(params, x, context, dropout_key)
         else:
             x, cache, aux = self.run_blocks_with_cache(params, x, context, cache, attend_to_cache)
         hidden = cast(jax.Array, self.final_norm.apply({"params": params["final_norm"]}, x))
@@ -184,45 +187,56 @@ class Transformer:
         context: Context,
         cache: LayerCache | None = None,
         attend_to_cache: bool = False,
+        dropout_key: jax.Array | None = None,
     ) -> BlockOutput:
         """One block with its parameters."""
-        output = Block(self.config, kind).apply({"params": layer}, x, context, cache, attend_to_cache)
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        block = Block(self.config, kind)
+        output = block.apply({"params": layer}, x, context, cache, attend_to_cache, rngs=rngs)
         return cast(BlockOutput, output)
 
-    def run_blocks(self, params: Params, x: jax.Array, context: Context) -> tuple[jax.Array, Aux]:
+    def run_blocks(
+        self, params: Params, x: jax.Array, context: Context, dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, Aux]:
         """All blocks in order, scanned or unrolled; remat says what the backward pass recomputes."""
 
-        def run(kind: str, x: jax.Array, layer: Params) -> tuple[jax.Array, Aux]:
-            output = self.run_block(kind, layer, x, context)
+        def run(kind: str, x: jax.Array, layer: Params, key: jax.Array | None) -> tuple[jax.Array, Aux]:
+            output = self.run_block(kind, layer, x, context, dropout_key=key)
             return output.hidden, output.aux
 
         if self.config.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.config.remat], static_argnums=0)
 
-        def run_layers(x: jax.Array, kinds: Sequence[str], layers: Sequence[Params]) -> tuple[jax.Array, Aux]:
+        def run_layers(
+            x: jax.Array, kinds: Sequence[str], layers: Sequence[Params], keys: Sequence[jax.Array | None]
+        ) -> tuple[jax.Array, Aux]:
             aux: Aux = {}
-            for kind, layer in zip(kinds, layers, strict=True):
-                x, layer_aux = run(kind, x, layer)
+            for kind, layer, key in zip(kinds, layers, keys, strict=True):
+                x, layer_aux = run(kind, x, layer, key)
                 aux = add_aux(aux, layer_aux)
             return x, aux
 
         kinds, pattern = layer_kinds(self.config), self.config.layer_pattern
+        keys = None if dropout_key is None else jax.random.split(dropout_key, len(kinds))
         if not self.config.scan_layers or isinstance(params["blocks"], tuple):
-            return run_layers(x, kinds, unstack_layers(params)["blocks"])
+            layer_keys = [None] * len(kinds) if keys is None else list(keys)
+            return run_layers(x, kinds, unstack_layers(params)["blocks"], layer_keys)
+        blocks = (params["blocks"], keys)
 
-        def run_pattern(x: jax.Array, layers: Params) -> tuple[jax.Array, Aux]:
-            return run_layers(x, pattern, [layer_of(layers, i) for i in range(len(pattern))])
+        def run_pattern(x: jax.Array, layers: Any) -> tuple[jax.Array, Aux]:
+            each = [layer_of(layers, i) for i in range(len(pattern))]
+            return run_layers(x, pattern, *zip(*each, strict=True))
 
         repeats = len(kinds) // len(pattern)
         whole = repeats * len(pattern)
-        patterns = jax.tree.map(
-            lambda p: p[:whole].reshape(repeats, len(pattern), *p.shape[1:]), params["blocks"]
-        )
+        patterns = jax.tree.map(lambda p: p[:whole].reshape(repeats, len(pattern), *p.shape[1:]), blocks)
         x, aux = jax.lax.scan(run_pattern, x, patterns)
         aux = jax.tree.map(lambda per_repeat: per_repeat.sum(axis=0), aux)
-        rest = [layer_of(params["blocks"], i) for i in range(whole, len(kinds))]  # of a pattern cut short
-        x, rest_aux = run_layers(x, kinds[whole:], rest)
-        return x, add_aux(aux, rest_aux)
+        rest = [layer_of(blocks, i) for i in range(whole, len(kinds))]  # of a pattern cut short
+        if rest:
+            x, rest_aux = run_layers(x, kinds[whole:], *zip(*rest, strict=True))
+            aux = add_aux(aux, rest_aux)
+        return x, aux
 
     def run_blocks_with_cache(
         self, params: Params, x: jax.Array, context: Context, cache: Cache, attend_to_cache: bool

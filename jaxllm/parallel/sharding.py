@@ -49,6 +49,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),
     (r"(attention/output|mlp/down)/bias$", P()),
     (r"_norm/(scale|bias)$", P()),
+    (r"(query|key|value|gate|up)/lora/a$", P(None, "fsdp", None)),
+    (r"(query|key|value|gate|up)/lora/b$", P(None, None, "tensor")),
+    (r"(output|down)/lora/a$", P(None, "tensor", None)),
+    (r"(output|down)/lora/b$", P(None, None, "fsdp")),
     (r"(^|/)(step|key|skipped_steps|bad_streak|count|ns_coeffs)$", P()),
 )
 

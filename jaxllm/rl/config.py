@@ -102,6 +102,11 @@ class RolloutTrainConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.model.lora.rank is not None and self.model.lora.dropout:
+            raise ConfigError(
+                f"model.lora.dropout={self.model.lora.dropout} would change the policy between sampling and "
+                "the update: set it to 0"
+            )
         if not self.reward.functions and self.reward.model is None:
             raise ConfigError("reward.functions and reward.model are both empty: name one")
         rollout = self.rollout

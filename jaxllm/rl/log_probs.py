@@ -11,13 +11,15 @@ from jaxllm.rl.config import RolloutConfig
 from jaxllm.rl.rollouts import Metrics, Rollout
 from jaxllm.rollout.score import log_probs_in_batches
 from jaxllm.runs.program import Program
+from jaxllm.training.state import merge_params
 
 
 class LogProbs:
     """Scores rollouts with the policy and, where there is one, its reference."""
 
     def __init__(self, program: Program[Any, Any], model: Model, reference: Params | None):
-        """`reference` is the parameters of the frozen policy; None: no KL is computed."""
+        """`reference` is the trained parameters of the frozen policy (`split_params`), which has the others
+        of the policy; None: no KL is computed."""
         self.config: RolloutConfig = program.config.rollout
         self.reference = reference
         temperature = self.config.sampling.temperature
@@ -38,10 +40,13 @@ class LogProbs:
             "sampler/log_prob_difference_max": float(gaps.max()) if gaps.size else 0.0,
         }
 
-    def kl(self, old_log_probs: np.ndarray, rollout: Rollout, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The reference's log-probs and the k1 estimate of the KL to it of each token, [N, T] both."""
+    def kl(
+        self, params: Params, old_log_probs: np.ndarray, rollout: Rollout, step: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The reference's log-probs and the k1 estimate of the KL of the policy with these `params` to it of
+        each token, [N, T] both."""
         assert self.reference is not None
-        ref_log_probs = self.score(self.reference, rollout.tokens)
+        ref_log_probs = self.score(merge_params(self.reference, params), rollout.tokens)
         kl = np.where(rollout.mask, old_log_probs - ref_log_probs, 0)
         if step == 0 and self.config.recompute_log_probs and kl.any():
             raise NumericsError(

@@ -22,13 +22,18 @@ class TokenScores(NamedTuple):
 
 
 def next_token_log_probs(
-    params: Params, tokens: jax.Array, *, model: Model, temperature: float = 1.0
+    params: Params,
+    tokens: jax.Array,
+    *,
+    model: Model,
+    temperature: float = 1.0,
+    dropout_key: jax.Array | None = None,
 ) -> TokenScores:
     """Scores of tokens[B, T]. The last position is about nothing (it gets the first token, to be masked).
 
-    The temperature divides the logits, as the sampler's does.
+    The temperature divides the logits, as the sampler's does. dropout_key: as in `Model.apply`.
     """
-    output = model.apply(params, tokens)
+    output = model.apply(params, tokens, dropout_key=dropout_key)
     log_probs, entropy = linear_token_log_probs(
         output.hidden,
         model.head(params),

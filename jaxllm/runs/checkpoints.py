@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import tree_map_with_path
 
 from jaxllm.config import as_dict, parse
 from jaxllm.config_versions import upgrade
@@ -20,10 +23,12 @@ from jaxllm.files import is_hf_folder
 from jaxllm.models import Model, ModelConfig, Params, ScalarModel, build_model, build_scalar_model
 from jaxllm.models.config import for_platform
 from jaxllm.models.hf import fill_hf, is_reward_model, load_hf_config
-from jaxllm.parallel.sharding import placed
-from jaxllm.training.checkpoint import find_checkpoint, read_arrays
-from jaxllm.training.state import init_state
+from jaxllm.models.lora import ADAPTERS, merge_lora
+from jaxllm.parallel.sharding import path_name, placed
+from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint, read_arrays, saved_dtypes
+from jaxllm.training.state import init_state, is_none, merge_params, split_params
 
+HEADS = ("head", "scalar_head")  # a language model has the first, and lacks the second
 TEMPLATE_FILE = "template.jinja"  # of a run whose conversations have another template than the tokenizer's
 
 
@@ -94,15 +99,93 @@ def read_kind(folder: Path) -> ModelKind:
     return VERSION_1[read_config(folder)["stage"]]
 
 
+class Base(NamedTuple):
+    """The checkpoint with the frozen weights that adapters belong to."""
+
+    path: Path  # a step folder, or a Hugging Face model
+    hash: str
+
+
+def read_base(folder: Path) -> Base | None:
+    """The base of a step folder that holds adapters alone; None where it holds all parameters."""
+    base = read_metadata(folder).get("base")
+    return None if base is None else Base(Path(base["path"]), base["hash"])
+
+
 def read_policy(folder: Path, wanted: Any, optional: Collection[str] = ()) -> Params:
     """The parameters of the model in a step folder that generates or scores: PPO's hold a critic besides.
 
-    `wanted` and `optional` are as in `read_arrays`.
+    `wanted` and `optional` are as in `read_arrays`, but floats are cast. Wanted adapters that the folder does
+    not have are None; adapters that it has and that are not wanted are merged into their kernels.
     """
+    base, (adapters, rest) = read_base(folder), split_params(wanted, ADAPTERS)
+    if base is None:
+        return read_all(folder, rest, optional)
+    if not jax.tree.leaves(adapters):
+        return read_merged(folder, wanted, optional)
+    return merge_params(
+        read_adapters(folder, wanted, optional), read_base_params(base, folder, rest, optional)
+    )
+
+
+def read_all(folder: Path, wanted: Any, optional: Collection[str] = ()) -> Params:
+    """`read_policy` of a folder that holds all parameters."""
     if is_hf_folder(folder):
         return fill_hf(folder, wanted, optional)
-    prefix = "/".join(filter(None, ("params", read_kind(folder).policy_prefix)))
-    return cast(Params, read_arrays(folder, wanted, prefix=prefix, optional=optional))
+    return read_cast(folder, wanted, policy_name(folder), optional)
+
+
+def policy_name(folder: Path) -> str:
+    """Where in a step folder the parameters stand that `read_policy` reads."""
+    return "/".join(filter(None, ("params", read_kind(folder).policy_prefix)))
+
+
+def read_cast(folder: Path, wanted: Any, prefix: str, optional: Collection[str] = ()) -> Params:
+    """`read_arrays`, with floats cast to the dtypes that are wanted."""
+    saved = saved_dtypes(folder, prefix)
+
+    def as_saved(path: tuple[Any, ...], leaf: Any) -> Any:
+        dtype = jnp.dtype(saved.get(path_name(path), leaf.dtype))
+        floats = jnp.issubdtype(dtype, jnp.floating) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.update(dtype=dtype) if floats else leaf
+
+    read = read_arrays(folder, tree_map_with_path(as_saved, wanted), prefix=prefix, optional=optional)
+    return jax.tree.map(
+        lambda x, leaf: x if x is None else x.astype(leaf.dtype), read, wanted, is_leaf=is_none
+    )
+
+
+def read_adapters(folder: Path, wanted: Any, optional: Collection[str] = ()) -> Params:
+    """What a folder with adapters holds of the wanted parameters, with None in place of the others."""
+    prefix = policy_name(folder)
+    saved = saved_dtypes(folder, prefix)
+    own = tree_map_with_path(lambda path, leaf: leaf if path_name(path) in saved else None, wanted)
+    return read_cast(folder, own, prefix, (*optional, *HEADS))
+
+
+def read_base_params(base: Base, adapters: Path | str, wanted: Any, optional: Collection[str] = ()) -> Params:
+    """The frozen parameters that `adapters` belong to. CheckpointError where they are gone or others."""
+    if not base.path.exists():
+        raise CheckpointError(
+            f"{adapters} holds adapters of {base.path}, which is missing: move it back, or put a link there"
+        )
+    if checkpoint_hash(base.path) != base.hash:
+        raise CheckpointError(
+            f"{adapters} holds adapters of {base.path}, which has changed since: its hash was {base.hash}"
+        )
+    return read_policy(base.path, wanted, (*optional, *HEADS))
+
+
+def read_merged(folder: Path, wanted: Any, optional: Collection[str] = ()) -> Params:
+    """The parameters of a folder with adapters as those of a model without, which computes the same."""
+    config = parse(ModelConfig, read_config(folder)["model"], "model")
+    abstract = jax.eval_shape(build_model(config).init, jax.random.key(0))["blocks"]
+    sharding = jax.tree.leaves(wanted)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        abstract = placed(abstract, cast(Mesh, sharding.mesh))
+    params = read_policy(folder, wanted | {"blocks": abstract}, optional)
+    blocks = merge_lora(config, {"blocks": params["blocks"]})[1]["blocks"]
+    return params | {"blocks": jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), blocks, wanted["blocks"])}
 
 
 def load_checkpoint(

@@ -7,6 +7,7 @@ from jaxllm.data.rows import DataConfig
 from jaxllm.data.tokenizer import TokenizerConfig
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.lora import TRAINED
 from jaxllm.parallel.sharding import MeshConfig
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.training.loop import LoopConfig
@@ -73,6 +74,14 @@ class TrainConfig:
                     f"training.{name}={value} needs a metric to compare: set checkpoint.best_metric, such as "
                     "eval/loss"
                 )
+
+    @property
+    def trainable(self) -> str:
+        """Regular expression: the parameters that are trained. With adapters, these, new heads, and what
+        optimizer.trainable names besides."""
+        if self.model.lora.rank is None:
+            return self.optimizer.trainable
+        return "|".join(filter(None, (TRAINED, self.optimizer.trainable)))
 
     @property
     def parameter_group(self) -> ParameterGroup | None:

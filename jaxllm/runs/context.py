@@ -9,9 +9,11 @@ from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.rows import Dataset
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.models import Params
+from jaxllm.runs.checkpoints import Base
 from jaxllm.runs.program import ConfigT, ModelT, Program
 from jaxllm.training.batch_source import BatchSource
 from jaxllm.training.run_folder import RunFolder
+from jaxllm.training.state import split_params
 
 
 class InitialWeights(NamedTuple):
@@ -20,6 +22,7 @@ class InitialWeights(NamedTuple):
     parent: Path | None  # the step folder they are from; None: they are random
     hash: str
     params: Callable[[], Params]  # the weights themselves, sharded as the run's
+    base: Base | None = None  # with adapters: the checkpoint of the frozen weights
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class RunInputs(Generic[ConfigT, ModelT]):
     template: ChatTemplate  # of conversations; plain text in pretraining
     folder: RunFolder
     initial: InitialWeights
+
+    def reference(self) -> Params:
+        """The initial weights of what trains, and None for the rest: all that a frozen copy of the initial
+        policy keeps, which has the rest of the policy (`merge_params`)."""
+        return split_params(self.initial.params(), self.program.trainable)[0]
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def evaluation_hooks(
     def run(step: int, state: TrainState) -> Metrics:
         del step
         placed = device_batches(batches, context.program.batch_sharding)
-        return measure(state.params, map(data.complete, placed))
+        return measure(state.params, (data.complete(state.params, batch) for batch in placed))
 
     return [Hook(config.training.evaluate_every, run)]
 

@@ -12,11 +12,11 @@ from jaxllm.config import nearest_multiples
 from jaxllm.errors import ConfigError
 from jaxllm.models import Params
 from jaxllm.models.config import ATTENTION, flops_per_token, runs_on
-from jaxllm.parallel.sharding import Device, batch_sharding, make_mesh, matching, placed, shardings
+from jaxllm.parallel.sharding import Device, batch_sharding, make_mesh, placed, shardings
 from jaxllm.runs.config import TrainConfig
 from jaxllm.training.metrics import parameter_count
 from jaxllm.training.optimizer import make_optimizer, make_schedule
-from jaxllm.training.state import TrainState, init_state
+from jaxllm.training.state import TrainState, init_state, is_none, merge_params, split_params
 from jaxllm.training.step import LossFn, train_step
 
 
@@ -80,12 +80,12 @@ class Program(Generic[ConfigT, ModelT]):
         self.batch_shapes = stage.batch_shapes(config)
         self.schedule = make_schedule(config.optimizer, config.training.steps)
         optimizer = make_optimizer(config.optimizer, self.schedule, config.parameter_group)
-        trainable = config.optimizer.trainable
+        self.trainable = trainable = config.trainable
         self.init = functools.partial(init_state, init=model.init, optimizer=optimizer, trainable=trainable)
         self.abstract_state = jax.eval_shape(self.init, jax.random.key(config.seed))
         self.shardings = shardings(self.abstract_state, self.mesh)
         self.batch_sharding = batch_sharding(self.mesh)
-        self.trained = trained_count(self.abstract_state.params, trainable)
+        self.trained_bytes, self.num_trained = trained_size(self.abstract_state.params, trainable)
         self.train_step = functools.partial(
             train_step,
             loss_fn=loss_fn,
@@ -100,7 +100,8 @@ class Program(Generic[ConfigT, ModelT]):
         return placed(self.abstract_state, self.mesh)
 
     def fresh_state(self, params: Any = None) -> TrainState:
-        """The state at step 0, every array made where it belongs: with these weights, or random ones."""
+        """The state at step 0, every array made where it belongs: with these weights, which it takes over
+        (they are donated), or random ones."""
         key = jax.random.key(self.config.seed)
         if params is None:
             return jax.jit(self.init, out_shardings=self.shardings)(key)
@@ -108,7 +109,26 @@ class Program(Generic[ConfigT, ModelT]):
         def with_params(key, params):  # to make random ones as well would take seconds to compile
             return self.init(key, init=lambda _: params)
 
-        return jax.jit(with_params, out_shardings=self.shardings)(key, params)
+        return jax.jit(with_params, out_shardings=self.shardings, donate_argnums=1)(key, params)
+
+    def complete(self, params: Params) -> Params:
+        """The same parameters, with those of `fresh_state` in place of None; no others are made."""
+
+        def missing(tree: Params) -> Params:
+            return jax.tree.map(lambda x, new: new if x is None else None, params, tree, is_leaf=is_none)
+
+        def fresh(key: jax.Array) -> Params:
+            return missing(self.init(key).params)
+
+        key = jax.random.key(self.config.seed)
+        made = jax.jit(fresh, out_shardings=missing(self.shardings.params))(key)
+        return merge_params(params, made)
+
+    def saved(self, state: TrainState) -> TrainState:
+        """What a checkpoint holds of a state, of arrays or shapes: with adapters, only what trains."""
+        if self.config.model.lora.rank is None:
+            return state
+        return state._replace(params=split_params(state.params, self.trainable)[0])
 
     def compile(self) -> jax.stages.Compiled:
         """The train step for just these shapes, which can therefore never compile again."""
@@ -137,6 +157,17 @@ class Program(Generic[ConfigT, ModelT]):
         return [params] if "embed" in params else list(params.values())
 
     @property
+    def state_bytes(self) -> str:
+        """What the state consists of, over all devices."""
+        state = self.abstract_state
+        parameters, optimizer = tree_bytes(state.params), tree_bytes(state.opt_state)
+        frozen = (parameters - self.trained_bytes) / 1e9
+        return (
+            f"{self.trained_bytes / 1e9:.3f} GB trained parameters + {frozen:.3f} GB frozen + "
+            f"{optimizer / 1e9:.3f} GB optimizer"
+        )
+
+    @property
     def flops_per_token(self) -> float:
         """Of training, for all models."""
         return len(self.models) * flops_per_token(self.config.model, self.config.data.sequence_length)
@@ -146,7 +177,7 @@ class Program(Generic[ConfigT, ModelT]):
         config, data, mesh = self.config, self.config.data, dict(self.mesh.shape)
         parameters = parameter_count(self.abstract_state.params)
         table = sum(parameter_count(params["embed"]) for params in self.models)
-        trained = "" if self.trained == parameters else f", {self.trained:,} of them trained"
+        trained = "" if self.num_trained == parameters else f", {self.num_trained:,} of them trained"
         tokens, steps = self.tokens_per_step, config.training.steps
         flops = self.flops_per_token
         rows = data.batch_size // (mesh["data"] * mesh["fsdp"]) // config.training.num_microbatches
@@ -164,13 +195,17 @@ class Program(Generic[ConfigT, ModelT]):
         )
 
 
-def trained_count(params: Any, trainable: str) -> int:
-    """How many numbers are trained; ConfigError where none would be."""
-    found = matching(trainable, params)
-    sizes = jax.tree.map(lambda x, is_trained: x.size * is_trained, params, found)
-    if not any(jax.tree.leaves(sizes)):
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, of arrays or shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def trained_size(params: Any, trainable: str) -> tuple[int, int]:
+    """Bytes and number of the parameters that are trained; ConfigError where none would be."""
+    trained = split_params(params, trainable)[0]
+    if not jax.tree.leaves(trained):
         raise ConfigError(f"optimizer.trainable={trainable!r} is found in the path of no parameter")
-    return sum(jax.tree.leaves(sizes))
+    return tree_bytes(trained), parameter_count(trained)
 
 
 def check_sizes(config: TrainConfig, row_devices: int) -> None:
@@ -203,6 +238,7 @@ def dry_run(program: Program[Any, Any]) -> str:
         [
             program.describe(),
             f"compiled in {time.perf_counter() - start:.1f} s (no data or weights were read)",
+            f"state: {program.state_bytes}",
             f"memory a device: {(state + temporary) / 1e9:.3f} GB = {state / 1e9:.3f} GB state and batch + "
             f"{temporary / 1e9:.3f} GB temporaries",
             "to lower temporaries: training.num_microbatches, model.remat (attention, dots, full), "

@@ -29,7 +29,11 @@ class RowSource(BatchSource):
 
     def batches(self, state: TrainState, check: Callable[[], None]) -> Iterator[Any]:
         placed = device_batches(self.rows, self.program.batch_sharding, start_step=int(state.step))
-        return map(self.data.complete, placed)
+        self.params = state.params
+        return (self.data.complete(self.params, batch) for batch in placed)
+
+    def after_step(self, state: TrainState) -> None:
+        self.params = state.params
 
 
 def row_source(inputs: RunInputs[Any, Any], data: Dataset) -> BatchSource:

@@ -19,14 +19,14 @@ from jaxllm.data.tokenizer import BaseTokenizer, build_tokenizer, check_vocabula
 from jaxllm.errors import ConfigError
 from jaxllm.files import to_json
 from jaxllm.parallel.sharding import Device
-from jaxllm.runs.checkpoints import TEMPLATE_FILE, ModelKind, read_metadata, saved_template
+from jaxllm.runs.checkpoints import TEMPLATE_FILE, Base, ModelKind, read_metadata, saved_template
 from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import InitialWeights, RunContext, RunInputs
 from jaxllm.runs.process import set_up_process
 from jaxllm.runs.program import Program
 from jaxllm.runs.resume import MAY_DIFFER, check_number_of_sources, parent_note, resume_notes
 from jaxllm.runs.stage import Stage
-from jaxllm.runs.weights import initial_weights, with_model_of
+from jaxllm.runs.weights import initial_weights, model_note, run_with_parent, with_frozen, with_model_of
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.early_stopping import EarlyStopping
 from jaxllm.training.loop import Loop
@@ -54,7 +54,9 @@ def train(
       profile: first and last step to trace. command: the command line, which a stopped run prints to resume.
     """
     set_up_process()
-    config = with_model_of(config, init_from)
+    given, config = config, with_model_of(config, run_with_parent(workdir) or init_from)
+    if note := model_note(given, config):
+        print(note, flush=True)
     program: Program[Any, Any] = Program(stage, config, devices)
     with lock_run(workdir):
         folder = open_run(workdir, as_dict(config), resume=resume, may_differ=MAY_DIFFER)
@@ -93,11 +95,11 @@ def train_in(
             as_dict(config),
             command=command,
             fingerprints={"data": data.fingerprint, "tokenizer": tokenizer.hash, **source.fingerprints},
-            parent=None if initial.parent is None else {"path": str(initial.parent), "hash": initial.hash},
+            parent=parent_record(initial),
             files=files,
             clock=template.clock,
         )
-        state, metadata = initial_state(program, folder, checkpoints, initial)
+        state, metadata = initial_state(stage, program, folder, checkpoints, initial)
         if folder.before is not None:
             step, skipped = int(state.step), int(state.skipped_steps)
             notes = resume_notes(folder.before, config, folder.path, step, step - skipped)
@@ -195,12 +197,30 @@ def template_files(tokenizer: BaseTokenizer, template: ChatTemplate) -> dict[str
     return {TEMPLATE_FILE: template.source.encode()}
 
 
+def parent_record(initial: InitialWeights) -> dict[str, Any] | None:
+    """What run.json holds of the checkpoint that a run is initialized from."""
+    if initial.parent is None:
+        return None
+    record = {"path": str(initial.parent), "hash": initial.hash}
+    return record if initial.base is None else record | {"base": base_record(initial.base)}
+
+
+def base_record(base: Base) -> dict[str, str]:
+    """What run.json and the checkpoints of a run with adapters hold of their base."""
+    return {"path": str(base.path), "hash": base.hash}
+
+
 def initial_state(
-    program: Program[Any, Any], folder: RunFolder, checkpoints: Checkpoints, initial: InitialWeights
+    stage: Stage,
+    program: Program[Any, Any],
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    initial: InitialWeights,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state to train from and its checkpoint's metadata: restored, fresh, or fresh with given weights."""
     if folder.resuming:
-        state, metadata = checkpoints.restore(folder.step, program.placed_state)
+        state, metadata = checkpoints.restore(folder.step, program.saved(program.placed_state))
+        state = with_frozen(stage, program, state, initial.base)
         step = int(state.step)
         checkpoints.rewind(step)
         print(f"resumed at step {step}", flush=True)
@@ -254,6 +274,7 @@ def make_save(
     folder, tokenizer = context.folder, context.tokenizer
     files = {"config.json": to_json(stamped(as_dict(context.program.config))), **files}
     kind = ModelKind(stage.generates, stage.conversational, stage.policy_prefix)
+    base = context.initial.base
 
     def save(step: int, state: TrainState, row: dict[str, float], finished: bool) -> None:
         metadata = {
@@ -266,8 +287,10 @@ def make_save(
             "unfinished_row": None if finished else row,
             "best": None if early_stopping is None else asdict(early_stopping),
         }
+        if base is not None:
+            metadata["base"] = base_record(base)
         checkpoints.best_step = None if early_stopping is None else early_stopping.step
-        checkpoints.save(step, state, metadata | context.source.metadata(), files)
+        checkpoints.save(step, context.program.saved(state), metadata | context.source.metadata(), files)
 
     return save
 

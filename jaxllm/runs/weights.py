@@ -1,26 +1,33 @@
 """The weights at step 0 of a run: random ones, or those of another run."""
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
-
-from jaxllm.config import as_dict
+from jaxllm.config import as_dict, differences, first_few, parse
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder
 from jaxllm.models import Params
-from jaxllm.models.config import HOW
+from jaxllm.models.config import HOW, ModelConfig
 from jaxllm.models.hf import load_hf_config
-from jaxllm.runs.checkpoints import check_generates, read_config, read_kind, read_policy
+from jaxllm.runs.checkpoints import (
+    Base,
+    check_generates,
+    read_base,
+    read_base_params,
+    read_config,
+    read_kind,
+    read_policy,
+)
 from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import InitialWeights
 from jaxllm.runs.program import Program
 from jaxllm.runs.stage import Stage
 from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint
 from jaxllm.training.run_folder import RunFolder
-from jaxllm.training.state import merge_params
+from jaxllm.training.state import TrainState, merge_params, split_params
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
@@ -31,7 +38,7 @@ def initial_weights(
     stage: Stage, program: Program[Any, Any], folder: RunFolder, init_from: str | None
 ) -> InitialWeights:
     """From --init_from or, for a run that resumes, from what it recorded at its start."""
-    parent = None
+    parent, base = None, None
     if init_from and not folder.resuming:
         try:
             parent = find_checkpoint(init_from)
@@ -42,41 +49,112 @@ def initial_weights(
         check_shape(program.config, parent, f"--init_from={init_from}")
         if stage.generates:
             check_generates(read_kind(parent), f"--init_from={init_from}")
+        base = base_of(program.config, parent, f"--init_from={init_from}")
     if folder.resuming and (record := folder.record["parent"]):
         parent, digest = Path(record["path"]), record["hash"]
+        base = record_base(record, init_from)
+    if parent is None and (rank := program.config.model.lora.rank) is not None:
+        raise ConfigError(f"model.lora.rank={rank} needs --init_from=RUN: adapters change a trained model")
+
+    def found() -> Path | None:
+        if parent is None or not folder.resuming:
+            return parent
+        # It may have moved to where --init_from says now.
+        found = find_checkpoint(init_from if init_from and not parent.exists() else parent)
+        if checkpoint_hash(found) != digest:
+            raise CheckpointError(
+                f"{found} is not the checkpoint that this run was initialized from: the hash was {digest}"
+            )
+        return found
 
     def params() -> Params:
-        if parent is None:
-            return program.fresh_state().params
-        found = parent
-        if folder.resuming:
-            # It may have moved to where --init_from says now.
-            found = find_checkpoint(init_from if init_from and not parent.exists() else parent)
-            if checkpoint_hash(found) != digest:
-                raise CheckpointError(
-                    f"{found} is not the checkpoint that this run was initialized from: the hash was {digest}"
-                )
-        return stage.initial_params(program, found)
+        here = found()
+        return program.fresh_state().params if here is None else stage.initial_params(program, here)
 
-    return InitialWeights(parent, digest or f"seed {program.config.seed}", params)
+    return InitialWeights(parent, digest or f"seed {program.config.seed}", params, base)
+
+
+def base_of(config: TrainConfig, parent: Path, name: str) -> Base | None:
+    """What the adapters of a run belong to that is initialized from `parent`, `name` to the user: to that or,
+    where that has adapters, with which the run's then begin, to its base. None for a run without adapters."""
+    if config.model.lora.rank is None:
+        return None
+    base = read_base(parent)
+    if base is None:
+        return Base(parent, checkpoint_hash(parent))
+    given, here = read_config(parent)["model"]["lora"], as_dict(config)["model"]["lora"]
+    fields = ("rank", "alpha", "rank_stabilized", "targets")
+    if found := [
+        f"{field} {given[field]} -> {here[field]}" for field in fields if given[field] != here[field]
+    ]:
+        raise ConfigError(
+            f"{name} has adapters that training continues with, and model.lora differs from theirs: "
+            f"{', '.join(found)}; set these fields as there, or merge them first (experiments/convert.py "
+            f"export)"
+        )
+    return base
+
+
+def record_base(record: Mapping[str, Any], init_from: str | None) -> Base | None:
+    """The base of a run that resumes, which may have moved to where --init_from says."""
+    if (base := record.get("base")) is None:
+        return None
+    path = Path(base["path"])
+    if init_from and not path.exists() and base["path"] == record["path"]:
+        path = find_checkpoint(init_from)
+    return Base(path, base["hash"])
+
+
+def with_frozen(stage: Stage, program: Program[Any, Any], state: TrainState, base: Base | None) -> TrainState:
+    """A state as a checkpoint holds it (`Program.saved`), with the frozen parameters of its base."""
+    if base is None:
+        return state
+    frozen, name = split_params(program.placed_state.params, program.trainable)[1], stage.policy_prefix
+    policy = read_base_params(base, "this run", frozen[name] if name else frozen)
+    params = frozen | {name: policy} if name else policy
+    return state._replace(params=merge_params(state.params, params))
 
 
 def initial_params(program: Program[Any, Any], parent: Path, optional: Collection[str] = ()) -> Params:
-    """The weights of a checkpoint. Those under `optional` names may be missing there, and are then fresh."""
-    read = read_policy(parent, program.placed_state.params, optional)
-    if jax.tree.structure(read) == jax.tree.structure(program.placed_state.params):
-        return read
-    return merge_params(read, program.fresh_state().params)
+    """The weights of a checkpoint. Those under `optional` names may be missing there, and are then fresh, as
+    are adapters."""
+    return program.complete(read_policy(parent, program.placed_state.params, optional))
 
 
 def with_model_of(config: ConfigT, init_from: str | None) -> ConfigT:
-    """The config, with the model of --init_from where that is one of Hugging Face. How it is computed
-    (dtypes, remat, attention) stays as the config says."""
-    if init_from is None or not is_hf_folder(init_from):
+    """The config, with the model of --init_from. How it is computed (dtypes, remat, attention, adapters)
+    stays as the config says."""
+    if init_from is None or (folder := folder_with_config(Path(init_from).expanduser())) is None:
         return config
-    model = load_hf_config(Path(init_from).expanduser())
-    how = {name: getattr(config.model, name) for name in HOW}
-    return replace(config, model=replace(model, **how))
+    model = load_hf_config(folder) if is_hf_folder(folder) else parent_model(folder)
+    model = replace(model, **{name: getattr(config.model, name) for name in HOW})
+    return replace(config, model=model)
+
+
+def run_with_parent(workdir: str) -> str | None:
+    """The run folder itself, where it holds a run that was initialized from a checkpoint."""
+    file = Path(workdir).expanduser() / "run.json"
+    try:
+        return workdir if json.loads(file.read_bytes())["parent"] else None
+    except (OSError, ValueError, KeyError):  # no run yet; or one that `open_run` has more to say about
+        return None
+
+
+def model_note(config: TrainConfig, used: TrainConfig) -> str | None:
+    """What of config.model is not used because --init_from has a model; None where nothing differs."""
+    found = list(differences(as_dict(config)["model"], as_dict(used)["model"], "model"))
+    return f"note: the model is that of --init_from: {first_few(found)}" if found else None
+
+
+def parent_model(folder: Path) -> ModelConfig:
+    """The model of a run folder or of a step folder."""
+    return parse(ModelConfig, read_config(folder)["model"], "model")
+
+
+def folder_with_config(path: Path) -> Path | None:
+    """Where a run, RUN/best, a step folder or a Hugging Face model has its config; None: nowhere."""
+    places = (path, path.parent) if path.name == "best" else (path,)
+    return next((place for place in places if (place / "config.json").exists()), None)
 
 
 def check_shape(config: TrainConfig, folder: Path, name: str) -> None:

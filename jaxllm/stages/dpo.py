@@ -26,6 +26,7 @@ from jaxllm.files import naming
 from jaxllm.losses import Weighted, add_auxiliary, dpo_loss
 from jaxllm.losses.dpo import check_dpo_options
 from jaxllm.models import Model, Params, build_model
+from jaxllm.models.lora import dropout_key
 from jaxllm.rollout.score import next_token_log_probs
 from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import RunContext, RunInputs
@@ -38,6 +39,7 @@ from jaxllm.runs.weights import initial_params as initial_params
 from jaxllm.stages import reward_model
 from jaxllm.stages.reward_model import LossAndMetrics, weighted_pairs
 from jaxllm.training.loop import Hook
+from jaxllm.training.state import merge_params
 from jaxllm.training.step import LossFn
 
 headline = Headline("eval/rewards/accuracies", highest=True)
@@ -117,8 +119,8 @@ def loss_fn(
 ) -> LossAndMetrics:
     """The variant's loss a pair; `options` are the fields of ObjectiveConfig. The reference's log-probs come
     with the batch."""
-    del key  # nothing here is random
-    log_probs, aux = completion_log_probs(params, batch, model=model)
+    dropout = dropout_key(model.config, key)
+    log_probs, aux = completion_log_probs(params, batch, model=model, dropout_key=dropout)
     return add_auxiliary(*pair_loss(log_probs, batch, **options), aux)
 
 
@@ -135,12 +137,13 @@ def pair_loss(
 
 
 def completion_log_probs(
-    params: Params, batch: PairBatch, *, model: Model
+    params: Params, batch: PairBatch, *, model: Model, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, Weighted]]:
     """Log-probs [B, 2] in nats of the completions given the prompt, end-of-turn token included; and the
     model's auxiliary losses. One function for policy and reference."""
     length = batch.tokens.shape[-1]
-    scores = next_token_log_probs(params, batch.tokens.reshape(-1, length), model=model)
+    tokens = batch.tokens.reshape(-1, length)
+    scores = next_token_log_probs(params, tokens, model=model, dropout_key=dropout_key)
     positions = jnp.arange(length) + 1  # of the predicted tokens
     mask = (positions >= batch.prompt_lengths[:, None, None]) & (positions < batch.lengths[:, :, None])
     return jnp.where(mask, scores.log_probs.reshape(batch.tokens.shape), 0).sum(-1), scores.aux
@@ -167,8 +170,12 @@ def load(inputs: RunInputs[Config, Model]) -> Dataset:
     data = reward_model.load(inputs)
     score = functools.partial(score_batch, model=program.model)
     if config.data.reference == "on_the_fly":
-        params = initial.params()
-        return replace(data, complete=lambda batch: batch._replace(ref_log_probs=score(params, batch)))
+        reference = inputs.reference()
+
+        def complete(params: Params, batch: PairBatch) -> PairBatch:
+            return batch._replace(ref_log_probs=score(merge_params(reference, params), batch))
+
+        return replace(data, complete=complete)
     sources = (*data.train, *data.validation)
     lengths = [
         len(rows) for rows in sources

@@ -166,7 +166,7 @@ class GRPO:
     """The algorithm: a completion's advantage is its reward relative to its group."""
 
     def __init__(self, program: Program[Config, Model], reference: Params | None):
-        """`reference` is None where objective.kl_coefficient is 0."""
+        """`reference` is as in `LogProbs`; None where objective.kl_coefficient is 0."""
         self.config = program.config
         self.log_probs = LogProbs(program, program.model, reference)
 
@@ -185,7 +185,7 @@ class GRPO:
         old_log_probs, row = self.log_probs.old(state.params, rollout, step)
         ref_log_probs, kl = None, np.zeros_like(old_log_probs)
         if self.log_probs.reference is not None:
-            ref_log_probs, kl = self.log_probs.kl(old_log_probs, rollout, step)
+            ref_log_probs, kl = self.log_probs.kl(state.params, old_log_probs, rollout, step)
             row |= kl_metrics(kl, rollout.mask)
         batch = RolloutBatch(
             tokens=rollout.tokens,
@@ -217,6 +217,6 @@ def make_source(run: RunInputs[Config, Model], data: Dataset) -> BatchSource:
     """Rollouts, rewarded by what the config names."""
     program = run.program
     scorer = inputs.make_scorer(run)
-    reference = run.initial.params() if program.config.objective.kl_coefficient else None
+    reference = run.reference() if program.config.objective.kl_coefficient else None
     algorithm = GRPO(program, reference)
     return RolloutSource(run, data, policy=program.model, scorer=scorer, algorithm=algorithm)

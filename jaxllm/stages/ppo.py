@@ -31,6 +31,7 @@ from jaxllm.losses import (
     whiten,
 )
 from jaxllm.models import Model, Params, ScalarModel, build_model, build_scalar_model
+from jaxllm.models.lora import TRAINED
 from jaxllm.rewards.reward_model import read_statistics
 from jaxllm.rl import hooks, inputs
 from jaxllm.rl.config import RolloutTrainConfig
@@ -38,7 +39,7 @@ from jaxllm.rl.log_probs import LogProbs, kl_metrics
 from jaxllm.rl.rollouts import Metrics, Rollout, RolloutSource
 from jaxllm.rollout.score import InBatches, next_token_log_probs
 from jaxllm.runs import weights
-from jaxllm.runs.checkpoints import read_policy
+from jaxllm.runs.checkpoints import read_adapters, read_base, read_policy
 from jaxllm.runs.context import RunInputs
 from jaxllm.runs.panels import COMPLETION_LENGTH, KL, REWARD, Panel
 from jaxllm.runs.program import Program
@@ -46,7 +47,7 @@ from jaxllm.runs.stage import Headline
 from jaxllm.training.batch_source import BatchSource
 from jaxllm.training.checkpoint import find_checkpoint
 from jaxllm.training.optimizer import ParameterGroup
-from jaxllm.training.state import TrainState
+from jaxllm.training.state import TrainState, is_none, merge_params, split_params
 from jaxllm.training.step import LossFn
 
 headline = Headline("eval/reward/model", highest=True)
@@ -142,7 +143,7 @@ def loss_fn(
     """
     del key  # nothing here is random
     scores = next_token_log_probs(params["policy"], batch.tokens, model=model, temperature=temperature)
-    values, value_aux = critic.apply(params["critic"], batch.tokens)
+    values, value_aux = critic.apply(critic_params(params), batch.tokens)
     policy, policy_metrics = ppo_policy_loss(
         scores.log_probs,
         batch.old_log_probs,
@@ -167,14 +168,24 @@ def loss_fn(
 
 
 class ActorCritic(NamedTuple):
-    """Two models in one tree of parameters, {"policy", "critic"}."""
+    """Two models in one tree of parameters, {"policy", "critic"}. With adapters, the critic has adapters and
+    a head of its own on the policy's frozen weights, and None in their place."""
 
     policy: Model
     critic: ScalarModel
 
     def init(self, key: jax.Array) -> Params:
         policy_key, critic_key = jax.random.split(key)
-        return {"policy": self.policy.init(policy_key), "critic": self.critic.init(critic_key)}
+        critic = self.critic.init(critic_key)
+        if self.policy.config.lora.rank is not None:
+            critic = split_params(critic, TRAINED)[0]
+        return {"policy": self.policy.init(policy_key), "critic": critic}
+
+
+def critic_params(params: Params) -> Params:
+    """All parameters of the critic, those that it shares with the policy included."""
+    critic, policy = params["critic"], params["policy"]
+    return {name: merge_params(x, policy[name]) if name in policy else x for name, x in critic.items()}
 
 
 def build(config: Config) -> tuple[ActorCritic, LossFn]:
@@ -210,17 +221,42 @@ def initial_params(program: Program[Config, ActorCritic], parent: Path) -> Param
     policy with a head of zeros where there is none."""
     wanted, reward = program.placed_state.params, program.config.reward
     policy = read_policy(parent, wanted["policy"])
-    if reward.model is None:
-        critic = program.fresh_state().params["critic"]
-        critic |= {name: jax.tree.map(jnp.copy, policy[name]) for name in critic.keys() & policy.keys()}
+    folder = critic_folder(program.config, parent)
+    if folder is None:
+
+        def own(name: str, x: Any) -> Any:
+            """The critic's copy of what it does not share; None for the head, which is fresh: zeros."""
+            there = policy.get(name, jax.tree.map(lambda _: None, x))
+            return jax.tree.map(
+                lambda leaf, read: None if leaf is None or read is None else jnp.copy(read),
+                x,
+                there,
+                is_leaf=is_none,
+            )
+
+        critic = {name: own(name, x) for name, x in wanted["critic"].items()}
     else:
-        folder = find_checkpoint(reward.model)
-        weights.check_shape(program.config, folder, f"reward.model={reward.model} (initializes the critic)")
-        critic = read_policy(folder, wanted["critic"])
+        read = read_policy if program.config.model.lora.rank is None else read_adapters
+        critic = read(folder, wanted["critic"])
         # What turns the reward model's differences into those of the rewards.
-        scale = reward.model_weight / read_statistics(reward.model, folder, reward.normalize).std
+        scale = reward.model_weight / read_statistics(str(reward.model), folder, reward.normalize).std
         critic["scalar_head"] = jax.tree.map(lambda x: (x * scale).astype(x.dtype), critic["scalar_head"])
-    return {"policy": policy, "critic": critic}
+    return program.complete({"policy": policy, "critic": critic})
+
+
+def critic_folder(config: Config, parent: Path) -> Path | None:
+    """The reward model that the critic begins as; None: it begins as the policy, with a head of zeros."""
+    if config.reward.model is None:
+        return None
+    folder, name = find_checkpoint(config.reward.model), f"reward.model={config.reward.model}"
+    weights.check_shape(config, folder, f"{name} (initializes the critic)")
+    if config.model.lora.rank is None:
+        return folder
+    if read_base(folder) != weights.base_of(config, parent, "--init_from"):
+        print(f"note: the critic begins as the policy, whose frozen weights it shares: {name} has others")
+        return None
+    weights.base_of(config, folder, f"{name} (initializes the critic)")
+    return folder
 
 
 @functools.partial(jax.jit, static_argnames=("discount", "gae_lambda", "whitened"))
@@ -270,8 +306,8 @@ class PPO:
         """Log-probs and values before the first update, KL penalty, GAE."""
         step, knobs = int(state.step), self.knobs
         old_log_probs, row = self.log_probs.old(state.params["policy"], rollout, step)
-        values = self.values(state.params["critic"], rollout.tokens)
-        _, kl = self.log_probs.kl(old_log_probs, rollout, step)
+        values = self.values(critic_params(state.params), rollout.tokens)
+        _, kl = self.log_probs.kl(state.params["policy"], old_log_probs, rollout, step)
         advantages, returns = jax.device_get(
             advantages_and_returns(
                 rollout.rewards,
@@ -323,5 +359,5 @@ def make_source(run: RunInputs[Config, ActorCritic], data: Dataset) -> BatchSour
     """Rollouts, rewarded by what the config names."""
     program = run.program
     scorer = inputs.make_scorer(run)
-    algorithm = PPO(program, run.initial.params()["policy"])
+    algorithm = PPO(program, run.reference()["policy"])
     return RolloutSource(run, data, policy=program.model.policy, scorer=scorer, algorithm=algorithm)

@@ -15,6 +15,7 @@ from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.evaluation.perplexity import evaluate, row_sums
 from jaxllm.losses import Weighted, add_auxiliary, linear_cross_entropy
 from jaxllm.models import Model, Params, build_model
+from jaxllm.models.lora import dropout_key
 from jaxllm.runs.config import SampleConfig, TrainConfig
 from jaxllm.runs.context import RunContext, RunInputs
 from jaxllm.runs.hooks import complete, evaluation_hooks, write_samples
@@ -59,8 +60,13 @@ def loss_fn(
     params: Params, batch: TokenBatch, key: jax.Array, *, model: Model, z_loss: float
 ) -> tuple[Weighted, dict[str, Weighted]]:
     """Cross-entropy in nats a token."""
-    del key  # nothing here is random
-    output = model.apply(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+    output = model.apply(
+        params,
+        batch.tokens,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+        dropout_key=dropout_key(model.config, key),
+    )
     loss, metrics = linear_cross_entropy(
         output.hidden,
         model.head(params),

@@ -18,6 +18,7 @@ from jaxllm.data.rows import Dataset
 from jaxllm.evaluation.preference import reward_metrics, score_pairs
 from jaxllm.losses import Weighted, add_auxiliary, bradley_terry_loss
 from jaxllm.models import Params, ScalarModel, build_scalar_model
+from jaxllm.models.lora import dropout_key
 from jaxllm.runs import weights
 from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import RunContext, RunInputs
@@ -69,8 +70,8 @@ def loss_fn(
     params: Params, batch: PairBatch, key: jax.Array, *, model: ScalarModel, center_coefficient: float
 ) -> LossAndMetrics:
     """Bradley-Terry with margins, in nats a pair."""
-    del key  # nothing here is random
-    rewards, aux = model.rewards(params, batch.tokens, batch.lengths)
+    dropout = dropout_key(model.config, key)
+    rewards, aux = model.rewards(params, batch.tokens, batch.lengths, dropout_key=dropout)
     loss = functools.partial(bradley_terry_loss, center_coefficient=center_coefficient)
     weighted = weighted_pairs(loss, batch.weight, rewards[:, 0], rewards[:, 1], margin=batch.margin)
     return add_auxiliary(*weighted, aux)

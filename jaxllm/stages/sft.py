@@ -15,6 +15,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.evaluation.preference import fraction, numbered
 from jaxllm.losses import Weighted, add_auxiliary, aggregate, linear_cross_entropy, linear_token_log_probs
 from jaxllm.models import Model, Params, build_model
+from jaxllm.models.lora import dropout_key
 from jaxllm.runs.config import SampleConfig, TrainConfig
 from jaxllm.runs.context import RunContext, RunInputs
 from jaxllm.runs.hooks import complete, write_samples
@@ -93,7 +94,12 @@ def loss_fn(
         shape = (*batch.tokens.shape, model.config.width)
         noise = jax.random.uniform(key, shape, minval=-1) * neftune_alpha / (shape[1] * shape[2]) ** 0.5
     output = model.apply(
-        params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids, noise=noise
+        params,
+        batch.tokens,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+        noise=noise,
+        dropout_key=dropout_key(model.config, key),
     )
     hidden, head, softcap = output.hidden, model.head(params), model.config.logit_softcap
     if dft:

@@ -255,6 +255,13 @@ def read_arrays(folder: Path, abstract: PyTree, prefix: str = "", optional: Coll
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays.get(name) for name in names])
 
 
+def saved_dtypes(folder: Path, prefix: str) -> dict[str, str]:
+    """The dtype of each array saved under a name, by the rest of its name."""
+    described = json.loads((folder / "arrays.json").read_bytes())
+    inside = {name: text for name, text in described.items() if name.startswith(f"{prefix}/")}
+    return {name.removeprefix(f"{prefix}/"): text.partition("[")[0] for name, text in inside.items()}
+
+
 def _check_match(folder: Path, saved: Mapping[str, str], wanted: Mapping[str, Any]) -> None:
     """CheckpointError naming the first arrays that differ between a checkpoint and what is expected of it."""
     problems = []

@@ -38,7 +38,12 @@ def split_params(params: Params, trainable: str) -> tuple[Params, Params]:
 
 def merge_params(trained: Params, frozen: Params) -> Params:
     """The inverse of `split_params`."""
-    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=is_none)
+
+
+def is_none(x: object) -> bool:
+    """As `is_leaf`: makes the leaves that belong to another tree visible to `jax.tree.map`."""
+    return x is None
 
 
 def init_state(

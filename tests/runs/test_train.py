@@ -22,7 +22,7 @@ from jaxllm.runs.checkpoints import checkpoint_template, load_checkpoint, read_m
 from jaxllm.runs.context import InitialWeights
 from jaxllm.runs.program import dry_run
 from jaxllm.runs.train import run_tokenizer, train
-from jaxllm.runs.weights import initial_weights
+from jaxllm.runs.weights import initial_weights, model_note, with_model_of
 from jaxllm.stages import build_program, find_stage, pretrain
 from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint, read_arrays
 from jaxllm.training.metrics import read_metrics
@@ -442,15 +442,18 @@ def test_both_kinds_of_reference_start_at_log_2_and_train_the_same(chat_run, tex
         np.testing.assert_allclose(cached, on_the_fly, rtol=1e-5, atol=1e-6)
 
 
+def test_a_run_has_the_model_of_its_parent_but_for_how_it_is_computed(finished, text):
+    config = make_config(text, "sft", model__num_layers="3", model__remat="full")
+    used = with_model_of(config, str(finished))
+    assert (used.model.num_layers, used.model.remat) == (1, "full")
+    assert model_note(config, used) == "note: the model is that of --init_from: model.num_layers 3 -> 1"
+    assert model_note(used, with_model_of(used, str(finished))) is None
+    assert with_model_of(config, str(text / "nowhere")) == config  # which `initial_weights` reports
+
+
 @pytest.mark.parametrize(
     ("stage", "parent", "changes", "message"),
     [
-        (
-            "sft",
-            "pretrain",
-            {"model__num_layers": "3"},
-            r"of another size: num_layers \d -> 3; give the config",
-        ),
         ("sft", "reward_model", {}, "is a reward model and cannot generate; pass a policy checkpoint"),
         ("sft", "nowhere", {}, "^--init_from: .*nowhere does not exist"),
         ("dpo", None, {}, "--init_from=RUN is missing: it initializes DPO's policy"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxllm.errors import ConfigError
-from jaxllm.models.config import HOW, ModelConfig, RopeScaling
+from jaxllm.models.config import HOW, NO_LORA, ModelConfig, RopeScaling
 from jaxllm.models.hf.fields import (
     ALTERNATING,
     HEADS,
@@ -383,7 +383,7 @@ def family_of(config: ModelConfig) -> Family:
 def make_config(values: Json, like: ModelConfig | None = None) -> ModelConfig:
     """A ModelConfig of these fields; how it is computed is that of `like`, or the plainest."""
     how = {"scan_layers": True, "remat": "none", "attention": "xla", "compute_dtype": "float32"}
-    how["param_dtype"] = "float32"
+    how |= {"param_dtype": "float32", "lora": NO_LORA}
     if like is not None:
         how = {name: getattr(like, name) for name in HOW}
     values = {**values, "rope_scaling": RopeScaling(**values["rope_scaling"])}
