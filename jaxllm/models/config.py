@@ -64,6 +64,10 @@ class LoRAConfig:
         except re.error as error:
             raise ConfigError(f"model.lora.targets={self.targets!r}: {error}") from None
 
+    def applies_to(self, path: str) -> bool:
+        """Whether the layer at a path in its block (`attention/query`) has adapters."""
+        return self.rank is not None and re.search(self.targets, f"blocks/{path}") is not None
+
     @property
     def scale(self) -> float:
         """What multiplies the product of the adapters."""
@@ -168,6 +172,7 @@ def check_model_config(config: ModelConfig) -> None:
             f"model.sliding_window={config.sliding_window} with model.layer_pattern={config.layer_pattern}: "
             f"layers of the kind local need a window, and only they use it"
         )
+    check_lora(config)
     if config.attention == "cudnn" and config.attention_softcap is not None:
         raise ConfigError(
             "model.attention=cudnn does not support model.attention_softcap; use model.attention=xla"
@@ -175,6 +180,15 @@ def check_model_config(config: ModelConfig) -> None:
     if config.attention == "cudnn" and config.compute_dtype == "float32":
         raise ConfigError(
             "model.attention=cudnn does not support model.compute_dtype=float32; use bfloat16 or float16"
+        )
+
+
+def check_lora(config: ModelConfig) -> None:
+    """ConfigError where no layer of this model would have adapters although the config asks for them."""
+    layers = layer_shapes(config)
+    if config.lora.rank is not None and not any(map(config.lora.applies_to, layers)):
+        raise ConfigError(
+            f"model.lora.targets={config.lora.targets!r} matches no layer: they are {', '.join(layers)}"
         )
 
 
@@ -202,14 +216,32 @@ def for_platform(config: ModelConfig, platform: str) -> ModelConfig:
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of one training step per token, forward and backward, from the sizes.
 
-    6 per parameter in a matrix product (2 forward, 4 backward), plus 12 * num_heads * head_dim a layer for
-    each token attended to, min(T / 2, window) on average. Recomputation (remat) does not count. XLA's own
-    cost analysis counts a scanned layer once, so it cannot be used.
+    6 per parameter in a matrix product (2 forward, 4 backward; 2 of these where adapters train and it is
+    frozen), plus 12 * num_heads * head_dim a layer for each token attended to, min(T / 2, window) on average.
+    Recomputation (remat) does not count. XLA's own cost analysis counts a scanned layer once, so it cannot be
+    used.
     """
-    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    mlp = (3 if config.mlp == "gated" else 2) * config.width * config.mlp_width
-    block = config.width * (2 * heads + 2 * kv_heads) + mlp
+    heads, layers = config.num_heads * config.head_dim, layer_shapes(config)
+    block = sum(rows * columns for rows, columns in layers.values())
     windows = [layer_window(config, kind) for kind in layer_kinds(config)]
     attended = sum(min(sequence_length / 2, window or sequence_length) for window in windows)
     matrices = config.num_layers * block + config.width * config.vocab_size
-    return 6.0 * matrices + 12.0 * heads * attended
+    if config.lora.rank is None:
+        return 6.0 * matrices + 12.0 * heads * attended
+    shapes = [shape for path, shape in layers.items() if config.lora.applies_to(path)]
+    adapters = config.num_layers * config.lora.rank * sum(map(sum, shapes))
+    return 4.0 * matrices + 6.0 * adapters + 12.0 * heads * attended
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Input and output width of the matrix of each layer of a block, by its path."""
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    up = dict.fromkeys(("gate", "up") if config.mlp == "gated" else ("up",), (config.width, config.mlp_width))
+    return {
+        "attention/query": (config.width, heads),
+        "attention/key": (config.width, kv_heads),
+        "attention/value": (config.width, kv_heads),
+        "attention/output": (heads, config.width),
+        **{f"mlp/{name}": shape for name, shape in up.items()},
+        "mlp/down": (config.mlp_width, config.width),
+    }

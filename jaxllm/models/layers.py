@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxllm.models.config import ModelConfig, RopeScaling
 from jaxllm.models.interface import Array
-from jaxllm.models.lora import LoRA, is_adapted
+from jaxllm.models.lora import LoRA
 
 
 class Linear(nn.Module):
@@ -37,7 +37,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
             y_NF += bias.astype(x.dtype)
-        if is_adapted(self.config.lora, "/".join(self.path)):
+        if self.config.lora.applies_to("/".join(self.path)):
             y_NF += LoRA(self.config.lora, self.features, name="lora")(x_NI)
         return y_NF.reshape(*x.shape[:-1], self.features)
 

@@ -4,15 +4,12 @@ A layer x @ kernel becomes x @ kernel + scale * (x @ a) @ b, with a [in, rank] a
 train. b begins as zeros, so that a model with fresh adapters computes what it computed without them.
 """
 
-import re
 from dataclasses import replace
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxllm.errors import ConfigError
 from jaxllm.models.config import NO_LORA, LoRAConfig, ModelConfig
 from jaxllm.models.interface import Params
 from jaxllm.random_streams import DROPOUT, stream
@@ -20,11 +17,6 @@ from jaxllm.random_streams import DROPOUT, stream
 # Regular expression of the parameters that train beside frozen ones: adapters, and heads that are new.
 TRAINED = r"/lora/[ab]$|(^|/)scalar_head/"
 ADAPTERS = r"/lora/[ab]$"
-
-
-def is_adapted(config: LoRAConfig, path: str) -> bool:
-    """Whether the layer at a path in its block (`attention/query`) has adapters."""
-    return config.rank is not None and re.search(config.targets, f"blocks/{path}") is not None
 
 
 class LoRA(nn.Module):
@@ -48,16 +40,6 @@ def dropout_key(config: ModelConfig, key: jax.Array) -> jax.Array | None:
     """The key of a step's dropout, for `Model.apply`, from the step's key; None where there is no dropout."""
     lora = config.lora
     return None if lora.rank is None or not lora.dropout else stream(key, DROPOUT)
-
-
-def check_targets(config: ModelConfig, params: Any) -> None:
-    """ConfigError where `params` (arrays or shapes) has no adapters although the config asks for them."""
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if config.lora.rank is not None and not any("'lora'" in path for path in paths):
-        raise ConfigError(
-            f"model.lora.targets={config.lora.targets!r} matches no layer: they are attention/query, "
-            "attention/key, attention/value, attention/output, mlp/gate, mlp/up, mlp/down"
-        )
 
 
 def merge_lora(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:

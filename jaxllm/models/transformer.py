@@ -21,7 +21,6 @@ from jaxllm.models.attention import Attention, Context, attention_saveable
 from jaxllm.models.config import ModelConfig, check_model_config, layer_kinds
 from jaxllm.models.interface import Array, Aux, Cache, LayerCache, Model, Output, Params
 from jaxllm.models.layers import MLP, LayerNorm, RMSNorm, layer_angles, make_norm
-from jaxllm.models.lora import check_targets
 from jaxllm.parallel.sharding import BATCH, constrain
 
 
@@ -131,7 +130,6 @@ class Transformer:
             params["embed"]["positions"] = normal(key, (c.max_length, c.width))
         if not c.tie_embeddings:
             params["head"] = {"kernel": normal(head_key, (c.width, c.vocab_size))}
-        check_targets(c, params)
         return params
 
     def apply(
