@@ -169,7 +169,7 @@ def read_base_params(base: Base, adapters: Path | str, wanted: Any, optional: Co
         raise CheckpointError(
             f"{adapters} holds adapters of {base.path}, which is missing: move it back, or put a link there"
         )
-    if checkpoint_hash(base.path) != base.hash:
+    if checkpoint_hash(find_checkpoint(base.path)) != base.hash:  # and none of its files is damaged
         raise CheckpointError(
             f"{adapters} holds adapters of {base.path}, which has changed since: its hash was {base.hash}"
         )
