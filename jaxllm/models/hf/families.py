@@ -150,15 +150,6 @@ BIASES = biases(attention_bias=("qkv_bias", "output_bias"), mlp_bias=("mlp_bias"
 SOFTCAPS = same(attn_logit_softcapping="attention_softcap", final_logit_softcapping="logit_softcap")
 
 
-def _ignore_original_length(fields: Fields) -> Json:
-    """It is for the scaling of long-context variants, which is not supported."""
-    fields.get("original_max_position_embeddings")
-    return {}
-
-
-ORIGINAL_LENGTH = Field(
-    _ignore_original_length, lambda config: {"original_max_position_embeddings": config.max_length}
-)
 OLD_DEFAULTS: Json = {
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
@@ -258,7 +249,7 @@ FAMILIES = (
     Family(
         "phi3",
         "Phi3",
-        (*COMMON, activation(), WINDOW, ORIGINAL_LENGTH),
+        (*COMMON, activation(), WINDOW),
         (*OUTSIDE, *NORMS_BEFORE, *FUSED),
         OLD_DEFAULTS | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None},
     ),
@@ -298,7 +289,9 @@ FAMILIES = (
         | {"max_position_embeddings": 131072, "attention_bias": False, "head_dim": 256, "rope_theta": 1e6}
         | {"sliding_window": 4096, "query_pre_attn_scalar": 256, "rope_local_base_freq": 1e4}
         | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "num_key_value_heads": 4}
-        | {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "vocab_size": 262208},
+        | {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "vocab_size": 262208}
+        # A text_config inside another config.json lacks the fields that are as transformers has them.
+        | {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8},
         {
             "norm_position": "both",
             "zero_centered_norm": True,
@@ -364,9 +357,15 @@ def find_family(raw: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if family.model_type == kind:
             return family
-    hint = "; of a model that sees images, give its text model" if kind == "gemma3" else ""
     known = ", ".join(family.model_type for family in FAMILIES)
-    raise ConfigError(f"config.json: model_type={kind!r} is not supported{hint} (supported: {known})")
+    raise ConfigError(f"config.json: model_type={kind!r} is not supported (supported: {known})")
+
+
+def text_model(raw: Json) -> Json:
+    """The fields of the decoder: of a Gemma 3 that sees images, those of its text model."""
+    if raw.get("model_type") != "gemma3" or not isinstance(raw.get("text_config"), dict):
+        return raw
+    return {"architectures": raw.get("architectures"), "model_type": "gemma3_text", **raw["text_config"]}
 
 
 def family_of(config: ModelConfig) -> Family:

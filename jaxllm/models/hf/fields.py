@@ -4,8 +4,9 @@ Both dialects are read: that of transformers 4 (`rope_theta`, `rope_scaling`) an
 (`rope_parameters`, `layer_types`). The first is written, because every reader understands it.
 """
 
+import dataclasses
+import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from jaxllm.errors import ConfigError
@@ -15,65 +16,19 @@ Json = dict[str, Any]
 
 # Fields that change nothing about the function that the model computes.
 IGNORED = frozenset(
-    {
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "_name_or_path",
-        "name_or_path",
-        "initializer_range",
-        "initializer_factor",
-        "attention_dropout",
-        "attn_pdrop",
-        "embd_pdrop",
-        "resid_pdrop",
-        "hidden_dropout",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "cls_token_id",
-        "_attn_implementation",
-        "attn_implementation",
-        "_attn_implementation_autoset",
-        "cache_implementation",
-        "auto_map",
-        "pretraining_tp",
-        "is_llama_config",
-        "transformers.js_config",
-        "task_specific_params",
-        "summary_type",
-        "summary_use_proj",
-        "summary_activation",
-        "summary_proj_to_labels",
-        "summary_first_dropout",
-        "n_ctx",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "problem_type",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "return_dict_in_generate",
-        "chunk_size_feed_forward",
-        "reorder_and_upcast_attn",
-        "gradient_checkpointing",
-        "max_window_layers",
-        "tokenizer_class",
-        "classifier_dropout",
-        "base_model_tp_plan",
-        "base_model_pp_plan",
-        "finetuning_task",
-        "prefix",
-        "torchscript",
-        "unsloth_fixed",
-        "unsloth_version",
-    }
+    """
+    architectures model_type transformers_version torch_dtype dtype use_cache _name_or_path name_or_path
+    initializer_range initializer_factor attention_dropout attn_pdrop embd_pdrop resid_pdrop
+    hidden_dropout bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+    cls_token_id _attn_implementation attn_implementation _attn_implementation_autoset
+    cache_implementation auto_map pretraining_tp is_llama_config transformers.js_config
+    task_specific_params summary_type summary_use_proj summary_activation summary_proj_to_labels
+    summary_first_dropout n_ctx id2label label2id num_labels problem_type output_attentions
+    output_hidden_states return_dict return_dict_in_generate chunk_size_feed_forward
+    reorder_and_upcast_attn gradient_checkpointing max_window_layers tokenizer_class classifier_dropout
+    base_model_tp_plan base_model_pp_plan finetuning_task prefix torchscript model_name
+    sliding_window_size unsloth_fixed unsloth_version
+    """.split()  # noqa: SIM905  (one a line would hide the rest of the file)
 )
 
 # Fields of which one value only is supported: what transformers assumes where they are missing.
@@ -85,6 +40,11 @@ SUPPORTED_VALUE = {
     "use_bidirectional_attention": False,
     "use_mrope": False,
     "partial_rotary_factor": 1.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "lm_head_bias": False,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
     "is_encoder_decoder": False,
     "is_decoder": False,
     "tie_encoder_decoder": False,
@@ -100,6 +60,14 @@ ACTIVATIONS = {
     "gelu_new": "gelu",
     "gelu_fast": "gelu",
     "gelu": "gelu_exact",
+}
+
+
+VALUES = {
+    int: "a positive integer",
+    float: "a number",
+    bool: "true or false",
+    float | None: "a number or null",
 }
 
 
@@ -120,6 +88,16 @@ class Fields:
         """None where the field is missing."""
         self.read.add(name)
         return self.raw.get(name, self.defaults.get(name))
+
+    def checked(self, name: str, kind: Any) -> Any:
+        """A field of a type in VALUES; ConfigError where its value is another."""
+        value = self[name]
+        fits = isinstance(value, kind)
+        if kind is not bool:  # JSON writes 1.0 as 1, and Python takes True for an integer
+            fits = (fits or isinstance(value, int)) and not isinstance(value, bool)
+        if not fits or (kind is int and value < 1):
+            raise ConfigError(f"config.json: {name}={value!r} must be {VALUES[kind]}")
+        return value
 
     def check(self) -> None:
         """ConfigError for a field that is unknown, or whose value is not supported."""
@@ -145,8 +123,9 @@ class Field(NamedTuple):
 
 def same(**names: str) -> Field:
     """Fields with another name and the same value: theirs=ours."""
+    kinds = typing.get_type_hints(ModelConfig)
     return Field(
-        lambda fields: {ours: fields[theirs] for theirs, ours in names.items()},
+        lambda fields: {ours: fields.checked(theirs, kinds[ours]) for theirs, ours in names.items()},
         lambda config: {theirs: getattr(config, ours) for theirs, ours in names.items()},
     )
 
@@ -172,12 +151,12 @@ def activation(name: str = "hidden_act", also: str | None = None) -> Field:
 
 
 def _read_heads(fields: Fields) -> Json:
-    heads, width = fields["num_attention_heads"], fields["hidden_size"]
-    return {
-        "num_heads": heads,
-        "num_kv_heads": fields.get("num_key_value_heads") or heads,
-        "head_dim": fields.get("head_dim") or width // heads,
-    }
+    heads, width = (fields.checked(name, int) for name in ("num_attention_heads", "hidden_size"))
+    optional = {"num_key_value_heads": heads, "head_dim": width // heads}
+    kv_heads, head_dim = (
+        value if fields.get(name) is None else fields.checked(name, int) for name, value in optional.items()
+    )
+    return {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
 
 
 HEADS = Field(
@@ -206,8 +185,8 @@ NO_SCALING = {
 def read_scaling(given: Mapping[str, Any] | None, max_length: int) -> Json:
     """Our `rope_scaling` of theirs; ConfigError for a kind or a field that is not supported."""
     given = dict(given or {})
-    kind = given.pop("rope_type", given.pop("type", "default")) or "default"
-    given.pop("type", None)
+    kind = given.pop("type", None)
+    kind = given.pop("rope_type", None) or kind or "default"
     given.pop("rope_theta", None)
     if (fraction := given.pop("partial_rotary_factor", 1.0)) != 1.0:
         raise ConfigError(f"config.json: partial_rotary_factor={fraction} is not supported, only 1.0")
@@ -223,7 +202,9 @@ def read_scaling(given: Mapping[str, Any] | None, max_length: int) -> Json:
         raise ConfigError(
             f"config.json: rope_scaling of type {kind!r} is not supported, only {', '.join(names)}"
         )
-    scaling |= {"kind": kind, "factor": float(given.pop("factor"))}
+    if not isinstance(factor := given.pop("factor", None), int | float):
+        raise ConfigError(f"config.json: rope_scaling of type {kind!r} needs a factor, not {factor!r}")
+    scaling |= {"kind": kind, "factor": float(factor)}
     scaling["original_length"] = int(given.pop("original_max_position_embeddings", None) or max_length)
     for theirs, ours in names[kind].items():
         if (value := given.pop(theirs, None)) is not None:
@@ -252,11 +233,17 @@ def write_scaling(config: ModelConfig) -> Json | None:
 
 def _read_rope(fields: Fields) -> Json:
     length = fields["max_position_embeddings"]
-    new, old = fields.get("rope_parameters"), fields.get("rope_scaling")
-    theta = (new or {}).get("rope_theta") or fields.get("rope_theta")
+    new, old, theta = (fields.get(name) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
+    theta = (new or {}).get("rope_theta") or theta
     if theta is None:
         raise ConfigError("config.json: rope_theta is missing")
-    return {"rope_theta": float(theta), "rope_scaling": read_scaling(new or old, length)}
+    scaling, original = read_scaling(new or old, length), fields.get("original_max_position_embeddings")
+    if scaling["kind"] in ("llama3", "yarn") and original not in (None, scaling["original_length"]):
+        raise ConfigError(
+            f"config.json: original_max_position_embeddings={original} contradicts rope_scaling, "
+            f"which says {scaling['original_length']}"
+        )
+    return {"rope_theta": float(theta), "rope_scaling": scaling}
 
 
 def _write_rope(config: ModelConfig) -> Json:
@@ -276,6 +263,8 @@ def _read_local_rope(fields: Fields) -> Json:
                 f"config.json: rope_parameters.sliding_attention of type {kind!r} is not supported"
             )
         theta, local_theta, scaling = whole["rope_theta"], local["rope_theta"], read_scaling(whole, length)
+        for name in ("rope_theta", "rope_local_base_freq", "rope_scaling"):  # some files say it in both ways
+            fields.get(name)
     else:
         theta, local_theta = fields["rope_theta"], fields["rope_local_base_freq"]
         scaling = read_scaling(fields.get("rope_scaling"), length)
@@ -304,7 +293,13 @@ def layers(default: Callable[[Fields, int], list[str]], write: Callable[[ModelCo
     """The kinds of layers: `layer_types` where it is given, else `default(fields, number of layers)`."""
 
     def read(fields: Fields) -> Json:
-        given, fallback = fields.get("layer_types"), default(fields, fields["num_hidden_layers"])
+        count = fields.checked("num_hidden_layers", int)
+        given, fallback = fields.get("layer_types"), default(fields, count)
+        for name, kinds in (("layer_types", given), ("no_rope_layers", fallback)):
+            if kinds and len(kinds) != count:
+                raise ConfigError(
+                    f"config.json: {name} has {len(kinds)} entries for num_hidden_layers={count}"
+                )
         if unknown := set(given or ()) - set(KINDS):
             raise ConfigError(f"config.json: layer_types with {min(unknown)!r} are not supported")
         kinds = [KINDS[each] for each in given] if given else fallback
@@ -332,12 +327,14 @@ def _window_of_last(fields: Fields, count: int) -> list[str]:
 
 
 def _alternating(fields: Fields, count: int) -> list[str]:
+    fields.get("sliding_window")
     return ["global" if i % 2 else "local" for i in range(count)]
 
 
 def _one_in_six(fields: Fields, count: int) -> list[str]:
     every = fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern") or 6
-    fields.get("_sliding_window_pattern")
+    for name in ("_sliding_window_pattern", "sliding_window"):
+        fields.get(name)
     return ["local" if (i + 1) % every else "global" for i in range(count)]
 
 
@@ -396,7 +393,7 @@ def biases(**names: tuple[str, ...]) -> Field:
 
 def as_values(config: ModelConfig) -> Json:
     """The fields of a config that say what is computed, and not how."""
-    values = asdict(config)
+    values = dataclasses.asdict(config)
     if values["rope_scaling"]["kind"] == "none":
         values["rope_scaling"] = None
     if values["position_embedding"] != "rotary":

@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import to_json, write_file
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ModelConfig, check_model_config
 from jaxllm.models.heads import build_scalar_model
-from jaxllm.models.hf.families import Family, Row, family_of, find_family, make_config
+from jaxllm.models.hf.families import Family, Row, family_of, find_family, make_config, text_model
 from jaxllm.models.interface import Params
 from jaxllm.models.transformer import build_model
 from jaxllm.parallel.sharding import path_name, placed
@@ -28,7 +28,11 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
 # Buffers that some checkpoints hold beside their weights.
 BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Of a model that sees images, whose text model alone is read.
+IMAGES = tuple(
+    f"{prefix}{name}." for prefix in ("", "model.") for name in ("vision_tower", "multi_modal_projector")
+)
+DTYPES = ("F32", "F16", "BF16")
 
 
 def read_hf_config(folder: str | Path) -> tuple[Family, dict[str, Any]]:
@@ -40,7 +44,10 @@ def read_hf_config(folder: str | Path) -> tuple[Family, dict[str, Any]]:
         raise CheckpointError(f"{file}: {error.strerror}") from None
     except ValueError as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} cannot be read: it holds no JSON object")
     try:
+        raw = text_model(raw)
         return find_family(raw), raw
     except ConfigError as error:
         raise ConfigError(f"{file.parent}: {error}") from None
@@ -50,9 +57,13 @@ def load_hf_config(folder: str | Path) -> ModelConfig:
     """The config of a folder's model; how it is computed (remat, attention, dtypes) is the plainest."""
     family, raw = read_hf_config(folder)
     try:
-        return make_config(family.read(raw))
+        config = make_config(family.read(raw))
+        check_model_config(config)
+        return config
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
+    except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
+        raise ConfigError(f"{folder}: config.json has a field of a wrong type: {error}") from None
 
 
 def is_reward_model(folder: str | Path) -> bool:
@@ -78,7 +89,7 @@ class TensorFiles:
             try:
                 opened = self.stack.enter_context(safe_open(str(file), framework="np"))
             except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{file} cannot be read: {error}") from None
+                raise CheckpointError(f"{file} cannot be read: {reason(file, error)}") from None
             for name in opened.keys():  # noqa: SIM118  (it is no dict)
                 self.slices[name] = opened.get_slice(name)
 
@@ -89,23 +100,41 @@ class TensorFiles:
         self.stack.close()
 
     @property
+    def weights(self) -> set[str]:
+        """The names of the tensors that are no buffers."""
+        return {name for name in self.slices if not name.endswith(BUFFERS)}
+
+    @property
     def dtype(self) -> str:
         """The parameters' dtype that holds every tensor exactly."""
-        kinds = {value.get_dtype() for name, value in self.slices.items() if not is_buffer(name)}
+        kinds = {self.slices[name].get_dtype() for name in self.weights}
         if unknown := kinds - set(DTYPES):
             raise ConfigError(
-                f"{self.folder}: tensors of type {min(unknown)} are not supported, only {set(DTYPES)}"
+                f"{self.folder}: tensors of type {min(unknown)} are not supported, only {', '.join(DTYPES)}"
             )
         return "bfloat16" if kinds == {"BF16"} else "float32"
+
+
+def reason(file: Path, error: Exception) -> str:
+    """Why a file cannot be read, in one line."""
+    with file.open("rb") as opened:
+        is_pointer = opened.read(23) == b"version https://git-lfs"
+    return (
+        "it is a Git LFS pointer to the file; run git lfs pull"
+        if is_pointer
+        else str(error).partition("\n")[0]
+    )
 
 
 def tensor_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder; an error, with the way out, where none or not all are there."""
     if (index := folder / INDEX).exists():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} cannot be read: {error}") from None
+            names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(
+                f"{index} cannot be read: it holds no weight_map of files by tensor"
+            ) from None
         if missing := [name for name in names if not (folder / name).exists()]:
             raise CheckpointError(f"{folder}: {INDEX} names {missing[0]}, which is missing")
         return [folder / name for name in names]
@@ -120,11 +149,6 @@ def tensor_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
 
-def is_buffer(name: str) -> bool:
-    """Whether a tensor is no weight."""
-    return name.endswith(BUFFERS)
-
-
 def load_hf(
     folder: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None
 ) -> tuple[ModelConfig, Params]:
@@ -135,7 +159,8 @@ def load_hf(
     time.
 
     Args:
-      dtype: of the parameters; None keeps that of the tensors (float16 becomes float32).
+      dtype: of the parameters; None keeps that of the tensors. float16 and a mixture become float32, which
+        holds them exactly; `save_hf(dtype="float16")` writes the same float16 again.
       mesh: the devices to shard over; None: JAX's default device.
 
     Raises ConfigError for a model that is not supported, CheckpointError for tensors that are missing, left
@@ -143,27 +168,35 @@ def load_hf(
     """
     folder = Path(folder).expanduser()
     config = load_hf_config(folder)
+    build = build_scalar_model if is_reward_model(folder) else build_model
     with TensorFiles(folder) as files:
         config = replace(config, param_dtype=dtype or files.dtype)
-    build = build_scalar_model if is_reward_model(folder) else build_model
-    abstract = jax.eval_shape(build(config).init, jax.random.key(0))
-    return config, fill_hf(folder, abstract if mesh is None else placed(abstract, mesh))
+        abstract = jax.eval_shape(build(config).init, jax.random.key(0))
+        return config, fill(files, abstract if mesh is None else placed(abstract, mesh))
 
 
 def fill_hf(folder: str | Path, wanted: Params, optional: Collection[str] = ()) -> Params:
     """The parameters of a folder as a tree like `wanted`, of `jax.ShapeDtypeStruct`s: in their dtypes, where
     their shardings say (default: the first device). Those under `optional` names may be missing on either
     side, and are None where the folder has none. Raises as `load_hf` does."""
-    folder = Path(folder).expanduser()
-    family, _ = read_hf_config(folder)
-    with TensorFiles(folder) as files:
-        loaders = match(family, wanted, files, optional)
+    with TensorFiles(Path(folder).expanduser()) as files:
+        return fill(files, wanted, optional)
 
-        def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array | None:
-            loader = loaders[path_name(path)]
-            return None if loader is None else loader(leaf)
 
-        return jax.tree_util.tree_map_with_path(load, wanted)
+def fill(files: TensorFiles, wanted: Params, optional: Collection[str] = ()) -> Params:
+    """`fill_hf` of open files."""
+    family, _ = read_hf_config(files.folder)
+    loaders = match(family, wanted, files, optional)
+    if images := sum(name.startswith(IMAGES) for name in files.slices):
+        print(
+            f"note: {files.folder}: {images} tensors of the image encoder are not read; the model reads text"
+        )
+
+    def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array | None:
+        loader = loaders[path_name(path)]
+        return None if loader is None else loader(leaf)
+
+    return jax.tree_util.tree_map_with_path(load, wanted)
 
 
 Loader = Callable[[jax.ShapeDtypeStruct], jax.Array]
@@ -174,7 +207,7 @@ def match(
 ) -> dict[str, Loader | None]:
     """What loads each of our arrays, by its path; CheckpointError where tensors and arrays do not match."""
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)}
-    rename = prefix_of(family, files)
+    rename = renaming(family, files)
     used: set[str] = set()
     loaders: dict[str, Loader | None] = {}
     for row in rows_of(family, leaves):
@@ -197,7 +230,7 @@ def match(
         tied = row.ours == ("head/kernel",) and "head/kernel" not in leaves
         if tied or row.ours[0].startswith(tuple(optional)):
             used.add(row.theirs)
-    if left := [name for name in files.slices if name not in used and not is_buffer(name)]:
+    if left := [name for name in files.weights - used if not name.startswith(IMAGES)]:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise CheckpointError(
             f"{files.folder}: {min(left)}{more} would be left out: config.json has no place for it"
@@ -205,11 +238,17 @@ def match(
     return loaders
 
 
-def prefix_of(family: Family, files: TensorFiles) -> Callable[[str], str]:
-    """Their names as in these files: some were saved from the model without its head, and lack the prefix."""
-    prefix = family.tensors[0].theirs.partition(".")[0] + "."
-    bare = family.tensors[0].theirs.removeprefix(prefix) in files.slices
-    return lambda name: name.removeprefix(prefix) if bare else name
+def renaming(family: Family, files: TensorFiles) -> Callable[[str], str]:
+    """Their names as in these files: without the prefix where a model was saved without its head, with a
+    longer one where the model sees images."""
+    first = family.tensors[0].theirs
+    prefix = first.partition(".")[0] + "."
+    for other in ("", f"language_model.{prefix}", f"{prefix}language_model."):
+        if other + first.removeprefix(prefix) in files.slices:
+            return lambda name, other=other: (
+                other + name.removeprefix(prefix) if name.startswith(prefix) else name
+            )
+    return lambda name: name
 
 
 def rows_of(family: Family, leaves: Mapping[str, Any]) -> Iterator[Row]:
