@@ -63,11 +63,21 @@ def to_json(value: Any) -> bytes:
 
 
 def is_hf_folder(folder: str | Path) -> bool:
-    """Whether a folder is a Hugging Face model: it has a config.json with a model_type."""
+    """Whether a folder is a Hugging Face model: its config.json has a model_type, or it holds the weights of
+    one and its config.json is damaged, which reading it then says."""
+    folder = Path(folder).expanduser()
     try:
-        return "model_type" in json.loads((Path(folder).expanduser() / "config.json").read_bytes())
+        if "model_type" in json.loads((folder / "config.json").read_bytes()):
+            return True
     except (OSError, ValueError, TypeError):
-        return False
+        pass
+    names = (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    )
+    return any((folder / name).exists() for name in names)
 
 
 # What file systems and file browsers add to any folder, and what a killed `write_file` or `locked` leaves.

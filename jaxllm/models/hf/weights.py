@@ -108,10 +108,6 @@ class TensorFiles:
     def dtype(self) -> str:
         """The parameters' dtype that holds every tensor exactly."""
         kinds = {self.slices[name].get_dtype() for name in self.weights}
-        if unknown := kinds - set(DTYPES):
-            raise ConfigError(
-                f"{self.folder}: tensors of type {min(unknown)} are not supported, only {', '.join(DTYPES)}"
-            )
         return "bfloat16" if kinds == {"BF16"} else "float32"
 
 
@@ -257,9 +253,14 @@ def rows_of(family: Family, leaves: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def check_tensor(files: TensorFiles, name: str, shape: tuple[int, ...]) -> None:
-    """CheckpointError where a tensor is missing or has another shape."""
+    """CheckpointError where a tensor is missing or has another shape, ConfigError for another type."""
     if name not in files.slices:
         raise CheckpointError(f"{files.folder}: tensor {name} is missing")
+    if (kind := files.slices[name].get_dtype()) not in DTYPES:
+        raise ConfigError(
+            f"{files.folder}: tensor {name} is of type {kind}; only {', '.join(DTYPES)} are supported: save "
+            f"the model unquantized"
+        )
     if (found := tuple(files.slices[name].get_shape())) != shape:
         raise CheckpointError(f"{files.folder}: tensor {name} has shape {found}; config.json needs {shape}")
 

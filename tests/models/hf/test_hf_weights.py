@@ -11,6 +11,7 @@ from record import RECORDED, TOKENS, weights_of
 from safetensors.numpy import load_file, save_file
 
 from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.files import is_hf_folder
 from jaxllm.models import build_model
 from jaxllm.models.hf import load_hf, save_hf
 from jaxllm.models.hf.weights import INDEX
@@ -129,14 +130,19 @@ def test_bfloat16_stays_bfloat16(tmp_path):
             lambda w: w.update({"model.norm.weight": np.zeros(3, np.float32)}),
             r"model\.norm\.weight has shape \(3,\); config\.json needs \(32,\)",
         ),
+        (lambda w: w.update({"model.norm.weight": np.ones(32)}), "is of type F64; only F32, F16, BF16 are"),
+        (
+            lambda w: w.update({"model.norm.weight": np.ones(32, np.int8)}),
+            "is of type I8; only F32.* unquant",
+        ),
     ],
-    ids=["missing", "extra", "misshaped"],
+    ids=["missing", "extra", "misshaped", "float64", "int8"],
 )
 def test_tensors_that_do_not_fit_are_named(damage, message, tmp_path):
     weights = write_folder(tmp_path)
     damage(weights)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises((CheckpointError, ConfigError), match=message):
         load_hf(tmp_path)
 
 
@@ -178,9 +184,19 @@ def only(folder, name, content=b""):
 def test_files_that_cannot_be_read_are_named(damage, message, tmp_path):
     write_folder(tmp_path)
     damage(tmp_path)
+    assert is_hf_folder(tmp_path)
     with pytest.raises((CheckpointError, ConfigError), match=message) as error:
         load_hf(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_with_weights_and_a_damaged_config_is_a_hugging_face_model(tmp_path):
+    assert not is_hf_folder(tmp_path)
+    write_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_ty')
+    assert is_hf_folder(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        load_hf(tmp_path)
 
 
 def test_a_model_that_no_family_computes_is_not_exported(tmp_path):
