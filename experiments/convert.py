@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from absl.flags import FlagValues
 
 ACTIONS = ("export", "import", "check")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def define_flags(flag_values: "FlagValues") -> None:
@@ -32,7 +33,9 @@ def define_flags(flag_values: "FlagValues") -> None:
         "checkpoint", None, "run folder, RUN/best, step folder or Hugging Face folder", **where
     )
     flags.DEFINE_string("output", None, "new folder to write", **where)
-    flags.DEFINE_string("dtype", None, "of exported tensors: float32 or bfloat16; as trained", **where)
+    flags.DEFINE_string(
+        "dtype", None, "of exported tensors: float32, bfloat16 or float16; as trained", **where
+    )
     flags.DEFINE_float("max_shard_gb", 5.0, "size of an exported file, in GB", **where)
 
 
@@ -46,8 +49,8 @@ def main(_: None, flags: "FlagValues") -> None:
         raise ConfigError("--checkpoint=FOLDER is missing")
     if flags.output is None and flags.action != "check":
         raise ConfigError("--output=FOLDER is missing")
-    if flags.dtype not in (None, "float32", "bfloat16"):
-        raise ConfigError(f"--dtype={flags.dtype}: choose float32 or bfloat16")
+    if flags.dtype not in (None, *DTYPES):
+        raise ConfigError(f"--dtype={flags.dtype}: choose one of {', '.join(DTYPES)}")
     if flags.max_shard_gb <= 0:
         raise ConfigError(f"--max_shard_gb={flags.max_shard_gb} must be above 0")
 

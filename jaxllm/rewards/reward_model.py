@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.files import is_hf_folder
 from jaxllm.rollout.score import InBatches
 from jaxllm.runs.checkpoints import check_scores, checkpoint_template, load_folder, read_kind, read_metadata
 from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint
@@ -25,11 +26,15 @@ def read_statistics(checkpoint: str, folder: Path, normalize: bool) -> RewardSta
     """Those of a step folder, `checkpoint` to the user; (0, 1) where `normalize` is off."""
     if not normalize:
         return RewardStatistics(0.0, 1.0)
-    metrics = read_metadata(folder).get("metrics") or {}
+    metadata = read_metadata(folder)
+    metrics = metadata.get("metrics") or {}
     if not metrics.get("eval/reward_std"):
+        found = "was saved without an evaluation: give a step that has one (RUN/best), or set"
+        if is_hf_folder(folder) or "from" in metadata:  # imported
+            found = "comes from Hugging Face, whose checkpoints record no mean and spread of rewards: set"
         raise ConfigError(
-            f"reward.model={checkpoint} was saved without an evaluation, so that its mean and spread are "
-            f"unknown: give a step that has one (RUN/best), or set reward.normalize=False"
+            f"reward.normalize needs the mean and spread of rewards, but reward.model={checkpoint} {found} "
+            f"reward.normalize=false"
         )
     return RewardStatistics(metrics["eval/reward_mean"], metrics["eval/reward_std"])
 

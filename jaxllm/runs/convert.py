@@ -26,8 +26,9 @@ from jaxllm.runs.checkpoints import (
     read_config,
     saved_template,
 )
-from jaxllm.training.checkpoint import Checkpoints
+from jaxllm.training.checkpoint import Checkpoints, checkpoint_hash
 
+GENERATION_FILE = "generation_config.json"
 TOLERANCE = 1e-3  # of logits in float32
 
 
@@ -79,12 +80,14 @@ def tokenizer_files(loaded: LoadedModel) -> dict[str, bytes]:
 
 
 def generation_config(loaded: LoadedModel) -> dict[str, Any]:
-    """The ids of special tokens: what ends a completion is all that the chat template ends a turn with."""
-    tokenizer = loaded.tokenizer
+    """That of the model it was initialized from, with its own ids of special tokens: what ends a completion
+    is all that the chat template ends a turn with."""
+    tokenizer, source = loaded.tokenizer, loaded.folder / GENERATION_FILE
+    kept = json.loads(source.read_bytes()) if source.exists() else {}
     stop_ids = [tokenizer.eos_id]
     if loaded.conversational and loaded.generates:
         stop_ids = list(checkpoint_template(loaded).stop_ids)
-    return {
+    return kept | {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0],
         "pad_token_id": tokenizer.pad_id,
@@ -106,7 +109,7 @@ def import_checkpoint(folder: str, output: Path) -> None:
         "model": loaded.kind._asdict(),
         "tokenizer": loaded.tokenizer.hash,
         "metrics": None,
-        "from": folder,
+        "from": {"path": str(loaded.folder), "hash": checkpoint_hash(loaded.folder)},
     }
     checkpoints = Checkpoints(output / "checkpoints", keep=1)
     checkpoints.save(0, {"params": loaded.params}, metadata, files)

@@ -11,12 +11,14 @@ import pytest
 from tiny_runs import parse_config
 
 from jaxllm.config import run_script
+from jaxllm.errors import ConfigError
 from jaxllm.evaluation.scoring import score_rows
 from jaxllm.models.hf.fields import as_values
+from jaxllm.rewards.reward_model import read_statistics
 from jaxllm.runs.checkpoints import checkpoint_template, load_checkpoint
 from jaxllm.runs.train import train
 from jaxllm.stages import build_program, find_stage, ppo
-from jaxllm.training.checkpoint import find_checkpoint
+from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "convert.py"
 
@@ -91,6 +93,17 @@ def test_a_reward_model_comes_back_as_one(convert, reward_model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
 
 
+def test_a_reward_model_without_statistics_cannot_be_normalized(convert, reward_model, tmp_path):
+    folder, imported = tmp_path / "hf", tmp_path / "imported"
+    assert convert("export", f"--checkpoint={reward_model}", f"--output={folder}") == 0
+    assert convert("import", f"--checkpoint={folder}", f"--output={imported}") == 0
+    for path in (folder, imported):
+        name = f"reward.normalize needs.*reward.model={path} comes from Hugging Face.*reward.normalize=false"
+        with pytest.raises(ConfigError, match=name):
+            read_statistics(str(path), find_checkpoint(path), normalize=True)
+        assert read_statistics(str(path), find_checkpoint(path), normalize=False) == (0.0, 1.0)
+
+
 def test_an_exported_reward_model_scores_and_initializes_a_critic(
     convert, chat_model, reward_model, rows, tmp_path, capsys
 ):
@@ -111,12 +124,25 @@ def test_an_exported_reward_model_scores_and_initializes_a_critic(
     jax.tree.map(np.testing.assert_array_equal, *critics)
 
 
+def test_an_export_keeps_what_generation_config_says_of_its_source(convert, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "hf")
+    ids = json.loads((exported / "generation_config.json").read_text())
+    kept = {"temperature": 0.6, "do_sample": True, "transformers_version": "4.51.0"}
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(kept | {"eos_token_id": 1}))
+    assert convert("export", f"--checkpoint={tmp_path / 'hf'}", f"--output={tmp_path / 'again'}") == 0
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == kept | ids
+    for file in exported.iterdir():
+        if file.name != "generation_config.json":
+            assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def test_an_import_is_a_checkpoint_of_step_0(convert, exported, tmp_path):
     assert convert("import", f"--checkpoint={exported}", f"--output={tmp_path / 'run'}") == 0
     assert (tmp_path / "run" / "checkpoints" / "0" / "manifest.json").exists()
     before, after = load_checkpoint(str(exported)), load_checkpoint(str(tmp_path / "run"))
     assert after.kind == before.kind
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    assert after.metadata["from"] == {"path": str(exported), "hash": checkpoint_hash(exported)}
 
 
 def test_an_import_keeps_a_chat_template_of_its_own(convert, exported, tmp_path):
@@ -136,7 +162,7 @@ def test_an_import_keeps_a_chat_template_of_its_own(convert, exported, tmp_path)
         (("export", "--checkpoint=x"), "--output=FOLDER is missing"),
         (
             ("export", "--checkpoint=x", "--output=x", "--dtype=int8"),
-            "--dtype=int8: choose float32 or bfloat16",
+            "--dtype=int8: choose one of float32, bfloat16, float16",
         ),
         (
             ("export", "--checkpoint=x", "--output=x", "--max_shard_gb=0"),

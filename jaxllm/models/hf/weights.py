@@ -334,7 +334,9 @@ def save_hf(
     fields["torch_dtype"] = dtype or config.param_dtype
     if scalar:
         fields |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    fields |= {name: value for name, value in (generation or {}).items() if name.endswith("_token_id")}
+    fields |= {
+        name: value for name, value in sorted((generation or {}).items()) if name.endswith("_token_id")
+    }
     folder.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(family, config, params, dtype, max_shard_bytes)
     names, total = {}, 0

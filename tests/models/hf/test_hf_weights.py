@@ -1,5 +1,6 @@
 """Hugging Face folders are read and written exactly; what cannot be is named in one line."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from record import RECORDED, TOKENS, weights_of
+from record import NEW_TOKENS, PROMPTS, RECORDED, weights_of
 from safetensors.numpy import load_file, save_file
 
 from jaxllm.errors import CheckpointError, ConfigError
@@ -16,6 +17,8 @@ from jaxllm.models import build_model
 from jaxllm.models.hf import load_hf, save_hf
 from jaxllm.models.hf.weights import INDEX
 from jaxllm.parallel.sharding import MeshConfig, make_mesh
+from jaxllm.rollout.generate import generate
+from jaxllm.rollout.sampling import SamplingConfig
 
 FAMILIES = json.loads(RECORDED.read_text())
 
@@ -30,12 +33,53 @@ def write_folder(folder, name="qwen3"):
     return weights
 
 
+LENGTHS = np.array([len(prompt) for prompt in PROMPTS])
+TOTAL = LENGTHS.max() + NEW_TOKENS
+HALF = TOTAL // 2  # what two packed documents have of a row
+
+
+def all_logits(model, params, tokens):
+    """Logits of rows padded on the right and, last, of their beginnings packed into one row; and those of the
+    tokens after the prompts, decoded with a cache after a prefill of padded prompts."""
+    rows = jnp.concatenate([tokens, tokens[:, :HALF].reshape(1, TOTAL)])
+    segment_ids = jnp.zeros_like(rows).at[-1, HALF:].set(1)
+    prompts = jnp.where(jnp.arange(LENGTHS.max()) < LENGTHS[:, None], tokens[:, : LENGTHS.max()], 0)
+    cache = model.apply(params, prompts, cache=model.init_cache(*tokens.shape)).cache
+    positions = LENGTHS[:, None] + jnp.arange(NEW_TOKENS)
+    new = jnp.take_along_axis(tokens, positions, axis=1)
+    decoded = model.logits(params, new, positions=positions, cache=cache)
+    return model.logits(params, rows, segment_ids=segment_ids), decoded
+
+
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_logits_are_those_that_transformers_computed(name, tmp_path):
+def test_greedy_tokens_and_logits_are_those_of_transformers(name, tmp_path):
     write_folder(tmp_path, name)
     config, params = load_hf(tmp_path)
-    logits = jax.jit(build_model(config).logits)(params, TOKENS)
-    np.testing.assert_allclose(logits[0, -1, :8], FAMILIES[name]["logits"], atol=1e-4)
+    recorded = FAMILIES[name]
+    if config.sliding_window is not None:
+        assert config.sliding_window < LENGTHS.min()
+    tokens = np.zeros((2, TOTAL), np.int32)
+    for row, prompt, greedy in zip(tokens, PROMPTS, recorded["greedy"], strict=True):
+        row[: len(prompt) + NEW_TOKENS] = prompt + greedy
+    logits, decoded = jax.jit(functools.partial(all_logits, build_model(config)))(params, tokens)
+    for row, start in enumerate(LENGTHS):
+        end = start + NEW_TOKENS
+        np.testing.assert_array_equal(logits[row, start - 1 : end - 1].argmax(-1), recorded["greedy"][row])
+        np.testing.assert_allclose(logits[row, end - 1, :8], recorded["logits"][row], atol=1e-4)
+        np.testing.assert_allclose(decoded[row, -1, :8], recorded["logits"][row], atol=1e-4)
+        np.testing.assert_allclose(decoded[row], logits[row, start:end], atol=2e-4)  # each 1e-4 off at most
+        packed = logits[-1, row * HALF : (row + 1) * HALF]
+        np.testing.assert_allclose(packed, logits[row, :HALF], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2"])
+def test_generated_tokens_are_those_of_transformers(name, tmp_path):
+    write_folder(tmp_path, name)
+    config, params = load_hf(tmp_path)
+    sampling = SamplingConfig(0.0, None, None, None, max_new_tokens=NEW_TOKENS)
+    keys = jax.random.split(jax.random.key(0), 2)
+    found = generate(build_model(config), params, PROMPTS, sampling=sampling, stop_ids=(), keys=keys)
+    assert [list(tokens) for tokens in found.tokens] == FAMILIES[name]["greedy"]
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
