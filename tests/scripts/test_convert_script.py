@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_runs import parse_config
 
 from jaxllm.config import run_script
@@ -134,6 +135,24 @@ def test_an_export_keeps_what_generation_config_says_of_its_source(convert, expo
     for file in exported.iterdir():
         if file.name != "generation_config.json":
             assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_rows_of_the_embedding_beyond_the_tokenizer_are_kept(convert, exported, tmp_path):
+    padded, again = tmp_path / "padded", tmp_path / "again"
+    shutil.copytree(exported, padded)
+    config = json.loads((exported / "config.json").read_text())
+    weights = load_file(exported / "model.safetensors")
+    rows = np.random.default_rng(0).normal(size=(24, config["hidden_size"])).astype(np.float32)
+    weights["model.embed_tokens.weight"] = np.concatenate([weights["model.embed_tokens.weight"], rows])
+    save_file(weights, padded / "model.safetensors")
+    config["vocab_size"] += len(rows)
+    (padded / "config.json").write_text(json.dumps(config))
+    assert convert("import", f"--checkpoint={padded}", f"--output={tmp_path / 'run'}") == 0
+    assert convert("export", f"--checkpoint={tmp_path / 'run'}", f"--output={again}") == 0
+    assert json.loads((again / "config.json").read_text())["vocab_size"] == config["vocab_size"]
+    saved = load_file(again / "model.safetensors")
+    assert saved.keys() == weights.keys()
+    assert all(np.array_equal(saved[name], value) for name, value in weights.items())
 
 
 def test_an_import_is_a_checkpoint_of_step_0(convert, exported, tmp_path):

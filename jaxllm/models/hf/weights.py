@@ -225,7 +225,7 @@ def match(
     for row in family.tensors:  # what is not wanted: a tied head, which is a copy, and what is optional
         tied = row.ours == ("head/kernel",) and "head/kernel" not in leaves
         if tied or row.ours[0].startswith(tuple(optional)):
-            used.add(row.theirs)
+            used |= {row.theirs, f"language_model.{row.theirs}"}
     if left := [name for name in files.weights - used if not name.startswith(IMAGES)]:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise CheckpointError(

@@ -75,10 +75,11 @@ def test_an_export_has_the_same_tensors_and_the_same_logits_in_transformers(fold
 
 
 def test_the_text_model_of_gemma_3_with_images_is_that_of_transformers(tmp_path):
-    text = settings("gemma3") | {"num_hidden_layers": 3, "layer_types": None}
+    text = settings("gemma3") | {"num_hidden_layers": 3}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
     config = transformers.Gemma3Config(
-        text, vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, attn_implementation="eager"
     )
     torch.manual_seed(0)
     hf_model = transformers.Gemma3ForConditionalGeneration(config).eval()

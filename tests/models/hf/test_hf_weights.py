@@ -243,6 +243,30 @@ def test_a_folder_with_weights_and_a_damaged_config_is_a_hugging_face_model(tmp_
         load_hf(tmp_path)
 
 
+def test_float16_is_read_exactly_and_written_again(tmp_path):
+    weights = {name: value.astype(np.float16) for name, value in write_folder(tmp_path / "theirs").items()}
+    save_file(weights, tmp_path / "theirs" / "model.safetensors")
+    config, params = load_hf(tmp_path / "theirs")
+    assert config.param_dtype == "float32"  # in which float16 is exact; training in it would overflow
+    save_hf(tmp_path / "ours", config, params, dtype="float16")
+    saved = load_file(tmp_path / "ours" / "model.safetensors")
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["torch_dtype"] == "float16"
+    assert {value.dtype for value in saved.values()} == {np.dtype("float16")}
+    assert all(np.array_equal(saved[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("copy", ["lm_head.weight", "language_model.lm_head.weight"])
+def test_a_stored_copy_of_a_tied_head_is_not_left_over_and_not_written(copy, tmp_path):
+    weights = write_folder(tmp_path / "theirs", "llama3.2")
+    copied = {**weights, copy: weights["model.embed_tokens.weight"]}
+    save_file(copied, tmp_path / "theirs" / "model.safetensors")
+    config, params = load_hf(tmp_path / "theirs")
+    assert config.tie_embeddings
+    assert "head" not in params
+    save_hf(tmp_path / "ours", config, params)
+    assert load_file(tmp_path / "ours" / "model.safetensors").keys() == weights.keys()
+
+
 def test_a_model_that_no_family_computes_is_not_exported(tmp_path):
     write_folder(tmp_path / "theirs")
     config, params = load_hf(tmp_path / "theirs")
