@@ -163,12 +163,19 @@ class Family:
     """How one model_type is read and written."""
 
     model_type: str
-    architecture: str  # without its ending: ForCausalLM, ForSequenceClassification, LMHeadModel
+    architecture: str  # without its ending
     fields: tuple[Field, ...]
     tensors: tuple[Row, ...]
     defaults: Json = field(default_factory=dict)  # theirs, where config.json lacks the field
     fixed: Json = field(default_factory=dict)  # ours, in every model of the family
     causal_ending: str = "ForCausalLM"
+    scalar_prefix: str = ""  # of the architecture with a scalar head, where it is another
+
+    def architecture_of(self, *, scalar: bool) -> str:
+        """The name of transformers' class, with a scalar head or that of a language model."""
+        if scalar:
+            return f"{self.scalar_prefix or self.architecture}ForSequenceClassification"
+        return self.architecture + self.causal_ending
 
     def read(self, raw: Mapping[str, Any]) -> Json:
         """Our fields of a config.json; ConfigError, which names the field, for what is not supported."""
@@ -298,6 +305,7 @@ FAMILIES = (
             "scale_embeddings": True,
             "qk_norm": "head",
         },
+        scalar_prefix="Gemma3Text",
     ),
     Family(
         "gpt2",
@@ -365,7 +373,7 @@ def text_model(raw: Json) -> Json:
     """The fields of the decoder: of a Gemma 3 that sees images, those of its text model."""
     if raw.get("model_type") != "gemma3" or not isinstance(raw.get("text_config"), dict):
         return raw
-    return {"architectures": raw.get("architectures"), "model_type": "gemma3_text", **raw["text_config"]}
+    return {"model_type": "gemma3_text", **raw["text_config"], "architectures": raw.get("architectures")}
 
 
 def family_of(config: ModelConfig) -> Family:

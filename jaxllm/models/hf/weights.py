@@ -328,9 +328,7 @@ def save_hf(
     family = family_of(config)
     scalar = "scalar_head" in params
     fields = family.write(config)
-    fields["architectures"] = [
-        family.architecture + ("ForSequenceClassification" if scalar else family.causal_ending)
-    ]
+    fields["architectures"] = [family.architecture_of(scalar=scalar)]
     fields["torch_dtype"] = dtype or config.param_dtype
     if scalar:
         fields |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}

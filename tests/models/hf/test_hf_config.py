@@ -6,10 +6,13 @@ import math
 import jax
 import pytest
 from published import LLAMA3_ROPE, PUBLISHED
+from tiny_runs import parse_config
 
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.models import build_model
 from jaxllm.models.hf import load_hf_config
+from jaxllm.runs.weights import with_model_of
+from jaxllm.stages import build_program
 
 
 def write_config(folder, raw):
@@ -24,6 +27,14 @@ def test_a_published_model_has_the_published_number_of_parameters(name, tmp_path
     model = build_model(load_hf_config(write_config(tmp_path, raw)))
     leaves = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
     assert sum(math.prod(leaf.shape) for leaf in leaves) == published
+
+
+def test_a_run_is_planned_from_a_config_alone(tmp_path):
+    """`train.py --dry_run --init_from=FOLDER`, but for the compiler: the weights need not be there."""
+    folder = write_config(tmp_path, PUBLISHED["Llama-3.1-8B"][0])
+    config = parse_config("sft_chat.py:tiny", {"data.batch_size": "8", "mesh.fsdp": "8", "mesh.data": "1"})
+    program = build_program(with_model_of(config, str(folder)))
+    assert "model: 8,030,261,248 parameters" in program.describe()
 
 
 def config_of(tmp_path, raw):
