@@ -15,7 +15,7 @@ from jaxllm.data.tokenizer import TOKENIZER_FILE
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder, to_json
 from jaxllm.models import build_model
-from jaxllm.models.hf import load_hf, save_hf
+from jaxllm.models.hf import is_reward_model, load_hf, save_hf
 from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.runs.checkpoints import (
@@ -47,6 +47,14 @@ def export_checkpoint(checkpoint: str, output: Path, *, dtype: str | None, max_s
     )
     fields = json.loads((output / "config.json").read_bytes())
     print(f"{checkpoint} as {fields['architectures'][0]} in {output}")
+
+
+def check_is_hf(folder: str) -> None:
+    """ConfigError where a folder is no Hugging Face model."""
+    if not is_hf_folder(folder):
+        raise ConfigError(
+            f"--checkpoint={folder} is no Hugging Face model: it lacks a config.json with model_type"
+        )
 
 
 def check_empty(output: Path) -> None:
@@ -96,10 +104,7 @@ def generation_config(loaded: LoadedModel) -> dict[str, Any]:
 
 def import_checkpoint(folder: str, output: Path) -> None:
     """Write a Hugging Face model as a run folder with one checkpoint, that of step 0."""
-    if not is_hf_folder(folder):
-        raise ConfigError(
-            f"--checkpoint={folder} is no Hugging Face model: it lacks a config.json with model_type"
-        )
+    check_is_hf(folder)
     check_empty(output)
     loaded = load_checkpoint(folder)
     files = {"config.json": to_json(stamped(read_config(loaded.folder))), **loaded.tokenizer.files()}
@@ -120,6 +125,9 @@ def import_checkpoint(folder: str, output: Path) -> None:
 def check_checkpoint(folder: str, *, length: int = 64, new_tokens: int = 64) -> None:
     """Compare a Hugging Face model as transformers and as jaxllm compute it, in float32 on random tokens: the
     largest difference of logits, and how many greedy tokens agree. CheckpointError where they differ."""
+    check_is_hf(folder)
+    if is_reward_model(folder):
+        raise ConfigError(f"--checkpoint={folder} is a reward model; check compares language models")
     try:
         import torch  # pyright: ignore[reportMissingImports]
         import transformers  # pyright: ignore[reportMissingImports]
@@ -128,12 +136,13 @@ def check_checkpoint(folder: str, *, length: int = 64, new_tokens: int = 64) -> 
     config, params = load_hf(folder, dtype="float32")
     model = build_model(config)
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, min(length, config.max_length)))
+    length = min(length, config.max_length // 2)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, length))
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor(tokens)).logits.numpy()
     logits = np.asarray(jax.jit(model.logits)(params, tokens))
     difference = float(np.abs(logits - expected).max())
-    prompt, count = tokens[0].tolist(), min(new_tokens, config.max_length - tokens.shape[1])
+    prompt, count = tokens[0].tolist(), min(new_tokens, config.max_length - length)
     sampling = SamplingConfig(0.0, None, None, None, max_new_tokens=count)
     keys = jax.random.split(jax.random.key(0), 1)
     ours = generate(model, params, [prompt], sampling=sampling, stop_ids=(), keys=keys).tokens[0]

@@ -14,8 +14,10 @@ from tiny_runs import parse_config
 from jaxllm.config import run_script
 from jaxllm.errors import ConfigError
 from jaxllm.evaluation.scoring import score_rows
+from jaxllm.models.hf import load_hf
 from jaxllm.models.hf.fields import as_values
 from jaxllm.rewards.reward_model import read_statistics
+from jaxllm.runs import convert as convert_module
 from jaxllm.runs.checkpoints import checkpoint_template, load_checkpoint
 from jaxllm.runs.train import train
 from jaxllm.stages import build_program, find_stage, ppo
@@ -85,11 +87,13 @@ def test_a_run_is_initialized_from_it_with_its_model(exported, rows, tmp_path, c
     assert trained.tokenizer.hash == parent.tokenizer.hash
 
 
-def test_a_reward_model_comes_back_as_one(convert, reward_model, tmp_path):
+def test_a_reward_model_comes_back_as_one(convert, reward_model, tmp_path, capsys):
     assert convert("export", f"--checkpoint={reward_model}", f"--output={tmp_path / 'hf'}") == 0
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForSequenceClassification"]
     before, after = load_checkpoint(str(reward_model)), load_checkpoint(str(tmp_path / "hf"))
+    assert convert("check", f"--checkpoint={tmp_path / 'hf'}") == 78
+    assert "is a reward model; check compares language models" in capsys.readouterr().err
     assert not after.generates
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
 
@@ -123,6 +127,22 @@ def test_an_exported_reward_model_scores_and_initializes_a_critic(
         critics.append(ppo.initial_params(program, find_checkpoint(chat_model))["critic"])
     assert printed[0] == printed[1]
     jax.tree.map(np.testing.assert_array_equal, *critics)
+
+
+def test_check_finds_an_export_equal_in_transformers_and_a_changed_one_different(
+    convert, exported, capsys, monkeypatch
+):
+    pytest.importorskip("torch", reason="check needs torch: pip install 'jaxllm[parity]'")
+    pytest.importorskip("transformers", reason="check needs transformers: pip install 'jaxllm[parity]'")
+    assert convert("check", f"--checkpoint={exported}") == 0
+    assert "32 of 32 greedy tokens are equal" in capsys.readouterr().out
+    monkeypatch.setattr(convert_module, "load_hf", lambda *args, **kwargs: changed(*load_hf(*args, **kwargs)))
+    assert convert("check", f"--checkpoint={exported}") == 1
+    assert "logits differ from those of transformers by" in capsys.readouterr().err
+
+
+def changed(config, params):
+    return config, jax.tree.map(lambda leaf: 1.01 * leaf, params)
 
 
 def test_an_export_keeps_what_generation_config_says_of_its_source(convert, exported, tmp_path):
@@ -188,6 +208,7 @@ def test_an_import_keeps_a_chat_template_of_its_own(convert, exported, tmp_path)
             "--max_shard_gb=0.0 must be above 0",
         ),
         (("import", "--checkpoint=.", "--output=new"), "--checkpoint=. is no Hugging Face model"),
+        (("check", "--checkpoint=."), "--checkpoint=. is no Hugging Face model"),
         (("export", "--checkpoint=.", "--output=."), "--output=. is not empty"),
     ],
 )
