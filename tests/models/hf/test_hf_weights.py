@@ -16,7 +16,7 @@ from jaxllm.files import is_hf_folder
 from jaxllm.models import build_model
 from jaxllm.models.hf import load_hf, save_hf
 from jaxllm.models.hf.weights import INDEX
-from jaxllm.parallel.sharding import MeshConfig, make_mesh
+from jaxllm.parallel.sharding import MeshConfig, batch_sharding, make_mesh
 from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig
 
@@ -109,15 +109,23 @@ def to_llama_names(weights):
     return split
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2", "phi3"])
-def test_shards_of_a_mesh_hold_what_one_device_holds(name, tmp_path):
+ONE_OF_EACH = {FAMILIES[name]["config"]["model_type"]: name for name in reversed(FAMILIES)}
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH.values())
+def test_on_a_mesh_parameters_and_logits_are_those_of_one_device(name, tmp_path):
     write_folder(tmp_path, name)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     config, params = load_hf(tmp_path, mesh=mesh)
     _, whole = load_hf(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, params, whole)
     assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
-    assert config.param_dtype == "float32"
+    greedy, expected = (FAMILIES[name][key][0] for key in ("greedy", "logits"))
+    tokens = jax.device_put(np.array([PROMPTS[0] + greedy] * 4), batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        logits = jax.jit(build_model(config).logits)(params, tokens)[-1, LENGTHS[0] - 1 :]
+    np.testing.assert_array_equal(logits[:-1].argmax(-1), greedy)
+    np.testing.assert_allclose(logits[-1, :8], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", ""])
