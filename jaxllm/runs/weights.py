@@ -11,7 +11,7 @@ from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder
 from jaxllm.models import Params
 from jaxllm.models.config import HOW, ModelConfig
-from jaxllm.models.hf import load_hf_config
+from jaxllm.models.hf import check_hf, load_hf_config
 from jaxllm.runs.checkpoints import (
     Base,
     check_generates,
@@ -44,6 +44,8 @@ def initial_weights(
             parent = find_checkpoint(init_from)
         except CheckpointError as error:
             raise ConfigError(f"--init_from: {error}") from None
+        if is_hf_folder(parent):
+            check_hf(parent)  # before its hash and the data are read
     digest = None if parent is None else checkpoint_hash(parent)
     if parent is not None:
         check_shape(program.config, parent, f"--init_from={init_from}")

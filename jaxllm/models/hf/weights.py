@@ -32,6 +32,7 @@ BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 IMAGES = tuple(
     f"{prefix}{name}." for prefix in ("", "model.") for name in ("vision_tower", "multi_modal_projector")
 )
+HEADS = ("head/", "scalar_head/")
 DTYPES = ("F32", "F16", "BF16")
 
 
@@ -169,6 +170,15 @@ def load_hf(
         config = replace(config, param_dtype=dtype or files.dtype)
         abstract = jax.eval_shape(build(config).init, jax.random.key(0))
         return config, fill(files, abstract if mesh is None else placed(abstract, mesh))
+
+
+def check_hf(folder: str | Path) -> None:
+    """Raise what `load_hf` would, from the headers of the files alone. A head may be missing, because not
+    every use of a folder needs it."""
+    folder = Path(folder).expanduser()
+    config, (family, _) = load_hf_config(folder), read_hf_config(folder)
+    with TensorFiles(folder) as files:
+        match(family, jax.eval_shape(build_model(config).init, jax.random.key(0)), files, HEADS)
 
 
 def fill_hf(folder: str | Path, wanted: Params, optional: Collection[str] = ()) -> Params:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder
 from jaxllm.models import build_model
-from jaxllm.models.hf import load_hf, save_hf
+from jaxllm.models.hf import check_hf, load_hf, save_hf
 from jaxllm.models.hf.weights import INDEX
 from jaxllm.parallel.sharding import MeshConfig, batch_sharding, make_mesh
 from jaxllm.rollout.generate import generate
@@ -80,6 +80,15 @@ def test_generated_tokens_are_those_of_transformers(name, tmp_path):
     keys = jax.random.split(jax.random.key(0), 2)
     found = generate(build_model(config), params, PROMPTS, sampling=sampling, stop_ids=(), keys=keys)
     assert [list(tokens) for tokens in found.tokens] == FAMILIES[name]["greedy"]
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_the_check_of_a_folder_passes_with_and_without_a_head(name, tmp_path):
+    weights = write_folder(tmp_path, name)
+    check_hf(tmp_path)
+    weights.pop("lm_head.weight", None)
+    save_file(weights, tmp_path / "model.safetensors")
+    check_hf(tmp_path)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -194,8 +203,9 @@ def test_tensors_that_do_not_fit_are_named(damage, message, tmp_path):
     weights = write_folder(tmp_path)
     damage(weights)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises((CheckpointError, ConfigError), match=message):
-        load_hf(tmp_path)
+    for read in (check_hf, load_hf):
+        with pytest.raises((CheckpointError, ConfigError), match=message):
+            read(tmp_path)
 
 
 def truncate(folder):
@@ -237,9 +247,10 @@ def test_files_that_cannot_be_read_are_named(damage, message, tmp_path):
     write_folder(tmp_path)
     damage(tmp_path)
     assert is_hf_folder(tmp_path)
-    with pytest.raises((CheckpointError, ConfigError), match=message) as error:
-        load_hf(tmp_path)
-    assert "\n" not in str(error.value)
+    for read in (check_hf, load_hf):
+        with pytest.raises((CheckpointError, ConfigError), match=message) as error:
+            read(tmp_path)
+        assert "\n" not in str(error.value)
 
 
 def test_a_folder_with_weights_and_a_damaged_config_is_a_hugging_face_model(tmp_path):
