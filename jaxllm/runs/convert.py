@@ -15,7 +15,7 @@ from jaxllm.data.tokenizer import TOKENIZER_FILE
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder, to_json
 from jaxllm.models import build_model
-from jaxllm.models.hf import is_reward_model, load_hf, save_hf
+from jaxllm.models.hf import is_reward_model, load_hf, save_hf, saved_dtype
 from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.runs.checkpoints import (
@@ -36,6 +36,8 @@ def export_checkpoint(checkpoint: str, output: Path, *, dtype: str | None, max_s
     """Write a checkpoint as a Hugging Face model with its tokenizer and chat template."""
     check_empty(output)
     loaded = load_checkpoint(checkpoint)
+    if dtype is None and is_hf_folder(loaded.folder):  # whose float32 parameters hold bfloat16 exactly
+        dtype = saved_dtype(loaded.folder)
     save_hf(
         output,
         loaded.model.config,
@@ -107,7 +109,10 @@ def import_checkpoint(folder: str, output: Path) -> None:
     check_is_hf(folder)
     check_empty(output)
     loaded = load_checkpoint(folder)
-    files = {"config.json": to_json(stamped(read_config(loaded.folder))), **loaded.tokenizer.files()}
+    config, dtype = read_config(loaded.folder), saved_dtype(loaded.folder)
+    config["model"]["param_dtype"] = dtype
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), loaded.params)
+    files = {"config.json": to_json(stamped(config)), **loaded.tokenizer.files()}
     if (template := saved_template(loaded.folder)) is not None:
         files[TEMPLATE_FILE] = Path(template).read_bytes()
     metadata = {
@@ -117,7 +122,7 @@ def import_checkpoint(folder: str, output: Path) -> None:
         "from": {"path": str(loaded.folder), "hash": checkpoint_hash(loaded.folder)},
     }
     checkpoints = Checkpoints(output / "checkpoints", keep=1)
-    checkpoints.save(0, {"params": loaded.params}, metadata, files)
+    checkpoints.save(0, {"params": params}, metadata, files)
     checkpoints.wait()
     print(f"{folder} as {output / 'checkpoints' / '0'}")
 

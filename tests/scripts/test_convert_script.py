@@ -157,6 +157,22 @@ def test_an_export_keeps_what_generation_config_says_of_its_source(convert, expo
             assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+def test_bfloat16_stays_bfloat16_through_import_and_export(convert, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "hf")
+    weights = {
+        name: value.astype("bfloat16") for name, value in load_file(exported / "model.safetensors").items()
+    }
+    save_file(weights, tmp_path / "hf" / "model.safetensors")
+    assert convert("import", f"--checkpoint={tmp_path / 'hf'}", f"--output={tmp_path / 'run'}") == 0
+    for source in ("hf", "run"):
+        output = tmp_path / f"from_{source}"
+        assert convert("export", f"--checkpoint={tmp_path / source}", f"--output={output}") == 0
+        assert json.loads((output / "config.json").read_text())["torch_dtype"] == "bfloat16"
+        saved = load_file(output / "model.safetensors")
+        assert all(np.array_equal(saved[name], value) for name, value in weights.items())
+        assert {value.dtype for value in saved.values()} == {np.dtype("bfloat16")}
+
+
 def test_rows_of_the_embedding_beyond_the_tokenizer_are_kept(convert, exported, tmp_path):
     padded, again = tmp_path / "padded", tmp_path / "again"
     shutil.copytree(exported, padded)

@@ -115,12 +115,9 @@ class TensorFiles:
 def reason(file: Path, error: Exception) -> str:
     """Why a file cannot be read, in one line."""
     with file.open("rb") as opened:
-        is_pointer = opened.read(23) == b"version https://git-lfs"
-    return (
-        "it is a Git LFS pointer to the file; run git lfs pull"
-        if is_pointer
-        else str(error).partition("\n")[0]
-    )
+        if opened.read(23) == b"version https://git-lfs":
+            return "it is a Git LFS pointer to the file; run git lfs pull"
+    return str(error).partition("\n")[0]
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -179,6 +176,12 @@ def check_hf(folder: str | Path) -> None:
     config, (family, _) = load_hf_config(folder), read_hf_config(folder)
     with TensorFiles(folder) as files:
         match(family, jax.eval_shape(build_model(config).init, jax.random.key(0)), files, HEADS)
+
+
+def saved_dtype(folder: str | Path) -> str:
+    """What `load_hf` takes for the parameters' dtype unless it is given one."""
+    with TensorFiles(Path(folder).expanduser()) as files:
+        return files.dtype
 
 
 def fill_hf(folder: str | Path, wanted: Params, optional: Collection[str] = ()) -> Params:
