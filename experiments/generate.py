@@ -51,7 +51,7 @@ def main(_: None, flags: "FlagValues") -> None:
         loaded.params,
         [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts],
         sampling=sampling,
-        stop_ids=(tokenizer.eos_id,),
+        stop_ids=tokenizer.stop_ids,
         keys=jax.random.split(jax.random.key(flags.seed), len(texts)),
     )
     for number, (text, tokens) in enumerate(zip(texts, completions.tokens, strict=True)):

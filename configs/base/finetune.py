@@ -27,6 +27,7 @@ def base(stage: str, size: str, *, steps: int, batch_size: int, learning_rate: f
     config.data.held_out = config_dict.placeholder(tuple)  # benchmarks: rows with their questions are dropped
     config.data.rename = ()  # "THEIRS=OURS" for each column with another name, such as "question=prompt"
     config.data.template = config_dict.placeholder(str)  # a Jinja file; None: the tokenizer's own
+    config.data.template_options = ()  # "NAME=VALUE" for its variables, such as "enable_thinking=false"
     config.data.synthetic_rows = 20_000  # training rows of a synthetic source
     config.data.sequence_length = 256  # tokens
     config.data.batch_size = batch_size  # rows per optimizer step, over all devices

@@ -2,10 +2,14 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
+
+from jaxllm.data.tokenizer_files import GENERATION_FILE, Files, generation_ids
+from jaxllm.errors import DataError
 
 HF_TOKENIZER_FILE = "tokenizer.json"
 
@@ -21,7 +25,9 @@ class BaseTokenizer:
     bos_id: int
     eos_id: int
     pad_id: int
+    stop_ids: tuple[int, ...]  # EOS, and what else generation_config.json lets a text end with
     chat_template: str | None = None  # the Jinja source that came with it
+    chat_templates: Mapping[str, str] = MappingProxyType({})  # all that came with it, by name
     _prefix: str  # the space that some tokenizers put before each text, or ""
 
     def files(self) -> dict[str, bytes]:
@@ -84,8 +90,18 @@ class BaseTokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """The SHA-256 of its files, in the order of their names."""
-        return hashlib.sha256(b"".join(content for _, content in sorted(self.files().items()))).hexdigest()
+        """The SHA-256 of its files, in the order of their names, without what only concerns generation."""
+        files = sorted(self.files().items())
+        return hashlib.sha256(b"".join(x for name, x in files if name != GENERATION_FILE)).hexdigest()
+
+    def _stop_ids(self, files: Files) -> tuple[int, ...]:
+        """EOS and the EOS ids of generation_config.json. Raises DataError for one that is no token."""
+        ids = [self.eos_id, *generation_ids(files, "eos_token_id")]
+        if (largest := max(ids)) >= self.vocab_size:
+            raise DataError(
+                f"{GENERATION_FILE}: eos_token_id={largest} is not in the vocabulary of {self.vocab_size} tokens"
+            )
+        return tuple(dict.fromkeys(ids))
 
 
 def without_lone_surrogates(text: str) -> str:

@@ -10,8 +10,17 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from jaxllm.data.chat_template import LOSS_ON, ChatTemplate
-from jaxllm.data.messages import Message, Messages, as_messages, continued, joined, message, system_message
+from jaxllm.data.chat_template import ChatTemplate, row_tools
+from jaxllm.data.loss_mask import LOSS_ON
+from jaxllm.data.messages import (
+    Message,
+    Messages,
+    as_messages,
+    continued,
+    joined,
+    message,
+    system_message,
+)
 from jaxllm.data.packing import PackedRows, pack_rows
 from jaxllm.data.records import Record
 from jaxllm.data.rows import (
@@ -126,10 +135,11 @@ def encoder(
         if is_text(record):
             return encode_text(record["text"], tokenizer, config.sequence_length)
         kind, messages = conversation(record)
-        ids, loss_mask = template.encode(messages, loss_on=config.loss_on)
+        tools = row_tools(record, template)
+        ids, loss_mask = template.encode(messages, loss_on=config.loss_on, tools=tools)
         by_assistant = loss_mask
         if config.loss_on == "all":
-            by_assistant = template.encode(messages, loss_on="assistant").loss_mask
+            by_assistant = template.encode(messages, loss_on="assistant", tools=tools).loss_mask
         weights = turn_weights(messages, by_assistant)
         if not weights.any():
             raise BadRow("no assistant turn of weight 1", fault=False)

@@ -6,45 +6,52 @@ the library: sentencepiece-like files write a space as U+2581 and would read a r
 encoded as its three bytes, as in tokenizer.py.
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxllm.data.base_tokenizer import HF_TOKENIZER_FILE, BaseTokenizer, without_lone_surrogates
+from jaxllm.data.byte_level import byte_of_character
+from jaxllm.data.tokenizer_files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    Files,
+    default_template,
+    generation_ids,
+    json_object,
+    named_token,
+    read_beside,
+    read_templates,
+)
 from jaxllm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import tokenizers
-
-CONFIG_FILE = "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
 
 _SPACE_MARK = "\u2581"  # how sentencepiece writes a space
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode promises never to use them
 
 
 def read_hf_tokenizer(file: Path) -> "HFTokenizer":
-    """The tokenizer of a tokenizer.json, with its config and chat template where they lie beside it."""
-    files = {name: file.parent / name for name in (CONFIG_FILE, TEMPLATE_FILE)} | {HF_TOKENIZER_FILE: file}
-    return HFTokenizer({name: path.read_bytes() for name, path in files.items() if path.is_file()})
+    """The tokenizer of a tokenizer.json, with the files that lie beside it."""
+    return HFTokenizer(read_beside(file.parent) | {HF_TOKENIZER_FILE: file.read_bytes()})
 
 
 class HFTokenizer(BaseTokenizer):
     """The tokenizer of a tokenizer.json, byte-level or sentencepiece-like with byte fallback."""
 
-    def __init__(self, files: dict[str, bytes]):
-        """`files`: tokenizer.json and, where they exist, CONFIG_FILE and TEMPLATE_FILE, by name.
+    def __init__(self, files: Files):
+        """`files`: tokenizer.json and, where they exist, those of `tokenizer_files.BESIDE`, by name.
 
         Raises DataError for files that cannot be read or a tokenizer that would lose text.
         """
         self._files = dict(files)
-        config = _read_config(files.get(CONFIG_FILE, b"{}"))
-        self.chat_template = _read_template(files, config)
+        self.chat_templates = read_templates(files)
+        self.chat_template = default_template(self.chat_templates)
         self._backend = backend = _backend(files[HF_TOKENIZER_FILE])
-        self.special_tokens_map = _named_tokens(backend, config)
+        self.special_tokens_map = _named_tokens(backend, files)
         backend.encode_special_tokens = True  # in the library's terms: treat their names as ordinary text
         self._markup_backend = _backend(files[HF_TOKENIZER_FILE])
         for each in (backend, self._markup_backend):
@@ -58,8 +65,11 @@ class HFTokenizer(BaseTokenizer):
         self.token_bytes = self._all_token_bytes()
         eos = self.special_tokens_map["eos_token"]
         self.eos_id = ids[eos]
-        self.bos_id = ids[self.special_tokens_map.get("bos_token", eos)]
+        # Qwen's have no BOS; their generation_config.json names the token that begins a document.
+        bos = next(iter(generation_ids(files, "bos_token_id")), self.eos_id)
+        self.bos_id = ids[self.special_tokens_map["bos_token"]] if "bos_token" in self.special_tokens_map else bos
         self.pad_id = ids[self.special_tokens_map.get("pad_token", eos)]
+        self.stop_ids = self._stop_ids(files)
         first = [self.token_bytes[i] for i in self.encode("a")[:1]]
         self._prefix = " " if first and first[0].startswith(b" ") else ""
 
@@ -108,7 +118,7 @@ class HFTokenizer(BaseTokenizer):
     def _all_token_bytes(self) -> list[bytes]:
         special = set(self.special_ids.values())
         if "ByteLevel" in f"{self._backend.pre_tokenizer} {self._backend.decoder}":
-            byte_of = _byte_of_character()
+            byte_of = byte_of_character()
 
             def bytes_of(i: int, piece: str) -> bytes:
                 # Added tokens are stored as plain text.
@@ -145,41 +155,11 @@ def _backend(content: bytes) -> "tokenizers.Tokenizer":
     return backend
 
 
-def _read_config(content: bytes) -> dict[str, Any]:
-    try:
-        config = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{CONFIG_FILE} beside it is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{CONFIG_FILE} beside it is not a JSON object")
-    return config
-
-
-def _read_template(files: dict[str, bytes], config: dict[str, Any]) -> str | None:
-    """The chat template: that of its own file, else the config's, which may name several: its "default"."""
-    if TEMPLATE_FILE in files:
-        try:
-            return files[TEMPLATE_FILE].decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{TEMPLATE_FILE} beside it is not UTF-8 ({error})") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {each["name"]: each["template"] for each in template}.get("default")
-    return template
-
-
-def has_chat_template(folder: Path) -> bool:
-    """Whether the files beside a tokenizer.json have a chat template. Builds no tokenizer."""
-    files = {n: (folder / n).read_bytes() for n in (CONFIG_FILE, TEMPLATE_FILE) if (folder / n).is_file()}
-    return _read_template(files, _read_config(files.get(CONFIG_FILE, b"{}"))) is not None
-
-
-def _named_tokens(backend: "tokenizers.Tokenizer", config: dict[str, Any]) -> dict[str, str]:
+def _named_tokens(backend: "tokenizers.Tokenizer", files: Files) -> dict[str, str]:
     """The names of the BOS, EOS and pad tokens, as far as they exist. Raises DataError without an EOS."""
-    named = {}
+    named, config = {}, json_object(files, CONFIG_FILE)
     for name in ("bos_token", "eos_token", "pad_token"):
-        token = config.get(name)
-        token = token["content"] if isinstance(token, dict) else token
+        token = named_token(config, name)
         if token is not None:
             if backend.token_to_id(token) is None:
                 raise DataError(f"{CONFIG_FILE}: {name}={token!r} is not in the vocabulary")
@@ -196,10 +176,3 @@ def _mark_special(backend: "tokenizers.Tokenizer", tokens: Iterable[str]) -> Non
     """Make `tokens` special, which the tokenizer.json may not declare them to be."""
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     backend.add_special_tokens([token for token in tokens if token not in special])
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 as it is, the other bytes as characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -1,9 +1,11 @@
 """The messages of conversations, in the one form that chat templates take, from rows and from clients.
 
-A message is `{"role": one of ROLES, "content": a text}`, and `"weight": 0` where it is not to be trained on.
+A message is `{"role": one of ROLES, "content": a text}`, and where it has them `"weight": 0` (not to be trained
+on), `"reasoning_content"` (a text), `"tool_calls"`, `"tool_call_id"` and `"name"`.
 """
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +16,11 @@ Message = dict[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 
 ROLES = ("system", "user", "assistant", "tool")
-FIELDS = ("role", "content", "from", "value", "weight")  # that are read
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names of the same field
+FIELDS = (  # that are read
+    *("role", "content", "from", "value", "weight", "tool_calls", "tool_call_id"),
+    *REASONING,
+)
 
 _OTHER_ROLES = {
     "human": "user",  # ShareGPT's names
@@ -25,11 +31,7 @@ _OTHER_ROLES = {
 }
 # Leaving these out would change what the message is.
 _UNSUPPORTED = (
-    "tool_calls",
     "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
     "refusal",
     "audio",
     "images",
@@ -58,7 +60,55 @@ def message(value: Any) -> Message:
     if weight not in (0, 1):
         raise BadRow("wrong type", f"a message's weight is {weight!r}, not 0 or 1")
     content = _text(given.get("content", given.get("value")))
-    return {"role": _OTHER_ROLES.get(role, role), "content": content} | ({} if weight else {"weight": 0})
+    found: Message = {"role": _OTHER_ROLES.get(role, role), "content": content}
+    if reasoning := next((given[name] for name in REASONING if given.get(name)), None):
+        found["reasoning_content"] = _text(reasoning)
+    if given.get("tool_calls"):
+        found |= {"content": content or "", "tool_calls": _tool_calls(given["tool_calls"])}
+    if role == "tool":
+        found |= {name: given[name] for name in ("tool_call_id", "name") if isinstance(given.get(name), str)}
+    return found | ({} if weight else {"weight": 0})
+
+
+def _tool_calls(calls: Any) -> list[dict[str, Any]]:
+    """OpenAI's `tool_calls`, whose arguments are JSON in a string, with the object that templates take."""
+    found = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        name, arguments = function.get("name"), function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError as error:
+                raise BadRow("wrong type", f"the arguments of a tool call are not JSON ({error})") from None
+        if not isinstance(name, str) or not isinstance(arguments, Mapping):
+            raise BadRow("wrong type", "a tool call needs a function with a name and an object of arguments")
+        also = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        found.append(also | {"type": "function", "function": {"name": name, "arguments": dict(arguments)}})
+    return found
+
+
+def read_tools(record: Mapping[str, Any]) -> list[Any] | None:
+    """The `tools` of a row or a request: a list of JSON schemas, or that list as JSON in a string; None where
+    there are none. Raises BadRow."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools or "[]")
+        except ValueError as error:
+            raise BadRow("wrong type", f"'tools' is a string, but not JSON ({error})") from None
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise BadRow("wrong type", "'tools' must be a list of objects")
+    return tools or None
+
+
+def texts_in(value: Any) -> list[str]:
+    """All strings in a value of nested lists and objects, the names of fields too."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for each in pair for text in texts_in(each)]
+    return [text for each in value for text in texts_in(each)] if isinstance(value, list | tuple) else []
 
 
 def _text(content: Any) -> str | None:
@@ -169,7 +219,8 @@ def check_messages(messages: Messages, *, is_prompt: bool) -> None:
             raise BadRow("unknown role", f"message {i}: {role!r}; {hint}")
         if not isinstance(content, str):
             raise BadRow("wrong type", f"message {i}: the content is {json_type(content)}, not a string")
-        if not content.strip() and (role == "user" or (role == "assistant" and not is_prompt)):
+        may_be_empty = role != "user" and (role != "assistant" or is_prompt or message.get("tool_calls"))
+        if not content.strip() and not may_be_empty:
             raise BadRow("empty text", f"message {i}, role {role}")
         before = messages[i - 2]["role"] if i > 1 else None
         if role == "system" and before is not None:

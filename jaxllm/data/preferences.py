@@ -12,7 +12,8 @@ import xxhash
 
 from jaxllm.batches import PairBatch
 from jaxllm.data.chat import alpaca_prompt, contents, last_span_start, opening, user_turns
-from jaxllm.data.chat_template import ChatTemplate, Encoded
+from jaxllm.data.chat_template import ChatTemplate, Tools, row_tools
+from jaxllm.data.loss_mask import Encoded
 from jaxllm.data.messages import (
     Message,
     Messages,
@@ -162,7 +163,8 @@ def encoder(config: PreferenceConfig, template: ChatTemplate) -> Callable[[Mappi
         kind, prompt, *completions = pair(record)
         if prompt[-1]["role"] != "user" or any(turn["role"] != "assistant" for turn in completions):
             raise BadRow("wrong role order", "the completions must be assistant turns after a user turn")
-        sides = [encode_completion(template, prompt, completion) for completion in completions]
+        tools = row_tools(record, template)
+        sides = [encode_completion(template, prompt, completion, tools) for completion in completions]
         longest = max(len(side.ids) for side in sides)
         if longest > config.sequence_length:
             raise BadRow(TOO_LONG, f"{longest} tokens", fault=False)
@@ -181,10 +183,12 @@ def encoder(config: PreferenceConfig, template: ChatTemplate) -> Callable[[Mappi
     return encode
 
 
-def encode_completion(template: ChatTemplate, prompt: Messages, completion: Mapping[str, Any]) -> Encoded:
+def encode_completion(
+    template: ChatTemplate, prompt: Messages, completion: Mapping[str, Any], tools: Tools | None
+) -> Encoded:
     """A prompt and its completion up to the stop token, where a policy would stop too. Some templates write a
     newline after it."""
-    ids, loss_mask = template.encode([*prompt, completion], loss_on="last")
+    ids, loss_mask = template.encode([*prompt, completion], loss_on="last", tools=tools)
     end = len(loss_mask) - loss_mask[::-1].index(True)
     return Encoded(ids[:end], loss_mask[:end])
 

@@ -10,8 +10,15 @@ import numpy as np
 import xxhash
 
 from jaxllm.data.chat import contents, list_of, opening, user_turns
-from jaxllm.data.chat_template import ChatTemplate
-from jaxllm.data.messages import Message, Messages, as_messages, joined, message, system_message
+from jaxllm.data.chat_template import ChatTemplate, Tools, row_tools
+from jaxllm.data.messages import (
+    Message,
+    Messages,
+    as_messages,
+    joined,
+    message,
+    system_message,
+)
 from jaxllm.data.preferences import is_pair, pair
 from jaxllm.data.records import Record
 from jaxllm.data.rows import TOO_LONG, Dataset, Example, RecordConfig, read_sources, training_texts
@@ -86,6 +93,11 @@ def question_messages(record: Mapping[str, Any], config: PromptOptions) -> tuple
     )
 
 
+def question_tools(record: Mapping[str, Any], config: PromptOptions, template: ChatTemplate) -> Tools | None:
+    """The tools that a prompt offers; none where `prompt_format` says all that is read."""
+    return None if config.prompt_format is not None else row_tools(record, template)
+
+
 def question(record: Mapping[str, Any], messages: Messages, config: PromptOptions) -> str:
     """What a prompt asks, by which it is held out: the columns that `prompt_format` fills in, since the text
     around them makes no other question of it; else the first user message."""
@@ -101,7 +113,7 @@ def encoder(config: PromptConfig, template: ChatTemplate, max_new_tokens: int) -
 
     def encode(record: Record) -> Example:
         kind, messages = question_messages(record, config)
-        ids = np.array(template.prompt(messages), np.int32)
+        ids = np.array(template.prompt(messages, tools=question_tools(record, config, template)), np.int32)
         if len(ids) > longest:
             raise BadRow(too_long, f"{len(ids)} tokens", fault=False)
         group, turns = question(record, messages, config), user_turns(messages)

@@ -39,7 +39,7 @@ class Record(dict[str, Any]):
                     f"{name}.{key}": None
                     for items in fields
                     for key, field in items
-                    if key not in FIELDS and not is_empty(field)
+                    if key not in FIELDS and not is_empty(field) and (key, items.mapping.get("role")) != ("name", "tool")
                 }
         return tuple(found)
 

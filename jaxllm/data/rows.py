@@ -134,6 +134,7 @@ class RecordConfig(DataConfig):
 
     rename: tuple[str, ...]  # "THEIRS=OURS" for each column with another name, such as "question=prompt"
     template: str | None  # path of a Jinja chat template; None: the tokenizer's own
+    template_options: tuple[str, ...] = field(default=(), kw_only=True)  # "NAME=VALUE", as `load_template`
 
     def __post_init__(self):
         super().__post_init__()

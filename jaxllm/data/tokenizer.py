@@ -6,6 +6,7 @@ character, becomes U+FFFD. Characters outside the vocabulary are encoded as thei
 special token in a text ("<|user|>", "</s>") is encoded like any other characters.
 """
 
+import hashlib
 import io
 import re
 from collections import Counter
@@ -14,8 +15,26 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 from jaxllm.data.base_tokenizer import HF_TOKENIZER_FILE, BaseTokenizer, without_lone_surrogates
+from jaxllm.data.byte_level import (
+    MERGES_FILE,
+    VOCABULARY_FILE,
+    from_tiktoken,
+    from_vocabulary_and_merges,
+    is_tiktoken,
+)
+from jaxllm.data.tokenizer_files import (
+    CONFIG_FILE,
+    Files,
+    added_tokens,
+    default_template,
+    json_object,
+    named_token,
+    read_beside,
+    read_templates,
+)
 from jaxllm.errors import ConfigError, DataError
 
 TOKENIZER_FILE = "tokenizer.model"
@@ -43,7 +62,7 @@ _CHUNK = 20_000  # characters encoded at a time; the time per character grows wi
 class TokenizerConfig:
     """Where the tokenizer comes from."""
 
-    path: str | None  # a sentencepiece .model, a tokenizer.json, or a folder with either; None: train one
+    path: str | None  # a sentencepiece .model, a tokenizer.json, or a folder; None: train one
     vocab_size: int  # tokens of a trained one; fewer where the text is too small for so many
     train_bytes: int  # how many bytes of the run's text to train it on
 
@@ -51,8 +70,9 @@ class TokenizerConfig:
 class Tokenizer(BaseTokenizer):
     """A sentencepiece model whose `encode` and `decode` lose nothing."""
 
-    def __init__(self, model: bytes):
-        """`model`: the bytes of a sentencepiece model with a token for every byte."""
+    def __init__(self, model: bytes, files: Files = MappingProxyType({})):
+        """`model`: the bytes of a sentencepiece model with a token for every byte. `files`: those of
+        `tokenizer_files.BESIDE` that lie beside it, by name."""
         from sentencepiece import SentencePieceProcessor
 
         try:
@@ -64,34 +84,66 @@ class Tokenizer(BaseTokenizer):
             raise DataError("not a sentencepiece model") from error
         if processor.normalize(_PROBE) != _PROBE.replace(" ", _SPACE_MARK):
             raise DataError("this sentencepiece model normalizes text before encoding, so it would lose some")
-        self._model = model
+        self._model, self._files = model, dict(files)
+        self.chat_templates = read_templates(files)
+        self.chat_template = default_template(self.chat_templates)
         self.pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
         self.special_ids = {
             piece: i
             for i, piece in enumerate(self.pieces)
             if processor.is_control(i) or processor.is_unknown(i)
         }
+        self._added = self._add_tokens()
         self.token_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
-        byte_ids = {self.token_bytes[i]: i for i in range(self.vocab_size) if processor.is_byte(i)}
+        byte_ids = {self.token_bytes[i]: i for i in range(processor.vocab_size()) if processor.is_byte(i)}
         if len(byte_ids) < 256 or _SPACE_MARK not in self.pieces:
             raise DataError(
                 "this sentencepiece model lacks tokens for single bytes or the space, so it would lose text"
             )
-        self._space_mark_ids = [byte_ids[bytes([byte])] for byte in _SPACE_MARK.encode()]
-        self.bos_id = processor.bos_id()
-        self.eos_id = processor.eos_id()
+        # What is encoded by itself, and how.
+        self._apart = {_SPACE_MARK: [byte_ids[bytes([byte])] for byte in _SPACE_MARK.encode()]}
+        self._apart |= {name: [i] for name, i in self._added.items() if name not in self.special_ids}
+        self.bos_id = self._named_id("bos_token", processor.bos_id())
+        self.eos_id = self._named_id("eos_token", processor.eos_id())
         if self.bos_id < 0 or self.eos_id < 0:
             raise DataError("this sentencepiece model has no BOS token or no EOS token")
         # Masks hide padding, so any valid id will do where a model has no pad id (-1).
-        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        pad_id = self._named_id("pad_token", processor.pad_id())
+        self.pad_id = pad_id if pad_id >= 0 else self.eos_id
+        self.stop_ids = self._stop_ids(files)
         self.special_tokens_map = {
             "bos_token": self.pieces[self.bos_id],
             "eos_token": self.pieces[self.eos_id],
         }
 
+    def _add_tokens(self) -> dict[str, int]:
+        """Adds the tokens that the files beside the model add to its vocabulary; returns their ids."""
+        added = {}
+        for i, token in sorted(added_tokens(self._files).items()):
+            if i < len(self.pieces):
+                continue  # a piece of the model
+            if i > len(self.pieces):
+                raise DataError(f"the added token {token['content']!r} has id {i}, not {len(self.pieces)}")
+            self.pieces.append(token["content"])
+            added[token["content"]] = i
+            if token.get("special"):
+                self.special_ids[token["content"]] = i
+        return added
+
+    def _named_id(self, name: str, default: int) -> int:
+        """The id of `eos_token`, say, by the config beside the model, else the model's own."""
+        token = named_token(json_object(self._files, CONFIG_FILE), name)
+        if token is None:
+            return default
+        if token not in self.special_ids:
+            raise DataError(f"{CONFIG_FILE}: {name}={token!r} is no special token of the vocabulary")
+        return self.special_ids[token]
+
     def _bytes_of(self, i: int) -> bytes:
         if self.pieces[i] in self.special_ids:
             return b""
+        if i >= self._processor.vocab_size():
+            return self.pieces[i].encode()
         if self._processor.is_byte(i):
             return bytes([int(self.pieces[i][3:-1], 16)])  # <0x0A>
         return self.pieces[i].replace(_SPACE_MARK, " ").encode()
@@ -107,18 +159,23 @@ class Tokenizer(BaseTokenizer):
             [
                 i
                 for chunk, ids in zip(text_parts, encoded, strict=False)
-                for i in (self._space_mark_ids if chunk == _SPACE_MARK else ids)
+                for i in self._apart.get(chunk, ids)
             ]
             for text_parts in parts
         ]
 
     def files(self) -> dict[str, bytes]:
-        return {TOKENIZER_FILE: self._model}
+        return {TOKENIZER_FILE: self._model, **self._files}
+
+    @cached_property
+    def hash(self) -> str:
+        """The SHA-256 of the model, and of the tokens that the files beside it add."""
+        return hashlib.sha256(self._model + (repr(self._added).encode() if self._added else b"")).hexdigest()
 
     def _parts(self, text: str) -> Iterator[str]:
-        """`text` in chunks that can be encoded separately; each U+2581 is a chunk of its own."""
+        """`text` in chunks that can be encoded separately; what is encoded apart is a chunk of its own."""
         text = without_lone_surrogates(text)
-        for part in re.split(f"({_SPACE_MARK})", self._prefix + text if text else ""):
+        for part in re.split(f"({'|'.join(map(re.escape, self._apart))})", self._prefix + text if text else ""):
             start = 0
             while len(part) - start > _CHUNK:
                 end = self._safe_cut(part, start + _CHUNK)
@@ -148,37 +205,46 @@ def build_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> BaseTo
 
 
 def load_tokenizer(path: str | Path) -> BaseTokenizer:
-    """Read a sentencepiece .model file, a Hugging Face tokenizer.json, or a folder with either.
+    """Read a sentencepiece .model file, a Hugging Face tokenizer.json, or a folder with either, with tiktoken's
+    ranks as tokenizer.model (Llama 3's), or with vocab.json and merges.txt (GPT-2's, Qwen's).
 
     A folder with both (Llama 2's) is read as Hugging Face's if it also has a tokenizer_config.json, which
     names the special tokens and often includes a chat template. Raises DataError.
     """
     path = Path(path).expanduser()
     model, hf_model = path / TOKENIZER_FILE, path / HF_TOKENIZER_FILE
+    beside = read_beside(path)
     if not path.is_dir():
         file = path
-    elif hf_model.is_file() and ((path / "tokenizer_config.json").is_file() or not model.is_file()):
+    elif hf_model.is_file() and (CONFIG_FILE in beside or not model.is_file()):
         file = hf_model
-    elif not model.is_file() and (path / "merges.txt").is_file():
-        raise DataError(
-            f"tokenizer: {path} has only vocab.json and merges.txt, which do not define how text is split; "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes a tokenizer.json"
-        )
+    elif not model.is_file() and (path / MERGES_FILE).is_file():
+        file = path / MERGES_FILE
     else:
         file = model
     if not file.is_file():
         raise DataError(
-            f"tokenizer: {file} does not exist; "
-            "give a sentencepiece .model, a tokenizer.json or a folder with one"
+            f"tokenizer: {file} does not exist; give a sentencepiece .model, a tokenizer.json, or a folder with "
+            f"one or with {VOCABULARY_FILE} and {MERGES_FILE}"
         )
     try:
-        if file.suffix == ".json":
-            from jaxllm.data.hf_tokenizer import read_hf_tokenizer
-
-            return read_hf_tokenizer(file)
-        return Tokenizer(file.read_bytes())
+        return _read_tokenizer(file, beside)
     except DataError as error:
         raise DataError(f"tokenizer {file}: {error}") from error
+
+
+def _read_tokenizer(file: Path, beside: Files) -> BaseTokenizer:
+    """`beside`: the files beside it, where they belong to it. A tokenizer.json always has them."""
+    from jaxllm.data.hf_tokenizer import HFTokenizer, read_hf_tokenizer
+
+    if file.suffix == ".json":
+        return read_hf_tokenizer(file)
+    if file.name == MERGES_FILE:
+        return HFTokenizer({**beside, HF_TOKENIZER_FILE: from_vocabulary_and_merges(file.parent, beside)})
+    content = file.read_bytes()
+    if is_tiktoken(content):
+        return HFTokenizer({**beside, HF_TOKENIZER_FILE: from_tiktoken(content, beside)})
+    return Tokenizer(content, beside)
 
 
 def train_tokenizer(documents: Iterable[str], *, vocab_size: int, max_bytes: int) -> Tokenizer:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxllm.data.chat_template import ChatTemplate
-from jaxllm.data.prompts import Prompt, PromptOptions, question_messages
+from jaxllm.data.prompts import Prompt, PromptOptions, question_messages, question_tools
 from jaxllm.data.records import Record, Rename
 from jaxllm.data.sources import BadRow, open_source
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -167,7 +167,7 @@ def read_prompts(
     """The first prompts of at most `longest` tokens of a source; rows left out are named on stderr."""
 
     def prompt(record: dict, messages: list[dict[str, str]]) -> Prompt:
-        ids = template.prompt(messages)
+        ids = template.prompt(messages, tools=question_tools(record, options, template))
         if len(ids) > longest:
             raise BadRow("prompt that leaves no room for --max_new_tokens", f"{len(ids)} tokens")
         return Prompt(ids, record)

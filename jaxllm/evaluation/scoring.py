@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxllm.data.chat import conversation, last_span_start
-from jaxllm.data.chat_template import ChatTemplate
+from jaxllm.data.chat_template import ChatTemplate, row_tools
 from jaxllm.data.preferences import encode_completion, is_pair, pair
 from jaxllm.data.records import Record, Rename
 from jaxllm.data.sources import BadRow, open_source
@@ -65,7 +65,8 @@ def encode(record: Record, row: dict[str, Any], template: ChatTemplate) -> Row:
     else:
         *prompt, completion = conversation(record)[1]
         completions = [completion]
-    encoded = [encode_completion(template, prompt, completion) for completion in completions]
+    tools = row_tools(record, template)
+    encoded = [encode_completion(template, prompt, completion, tools) for completion in completions]
     return Row(row, [each.ids for each in encoded], last_span_start(encoded[0].loss_mask))
 
 

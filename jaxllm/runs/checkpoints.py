@@ -1,7 +1,7 @@
 """A trained model from its checkpoint: weights, tokenizer, chat template."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -13,11 +13,9 @@ from jax.tree_util import tree_map_with_path
 
 from jaxllm.config import as_dict, parse
 from jaxllm.config_versions import upgrade
-from jaxllm.data.base_tokenizer import HF_TOKENIZER_FILE
-from jaxllm.data.chat_template import ChatTemplate, NativeTemplate, load_template
-from jaxllm.data.hf_tokenizer import TEMPLATE_FILE as CHAT_TEMPLATE_FILE
-from jaxllm.data.hf_tokenizer import has_chat_template
-from jaxllm.data.tokenizer import BaseTokenizer, load_tokenizer
+from jaxllm.data.chat_template import ChatTemplate, load_template
+from jaxllm.data.tokenizer import BaseTokenizer, check_vocabulary, load_tokenizer
+from jaxllm.data.tokenizer_files import has_chat_template
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder
 from jaxllm.models import Model, ModelConfig, Params, ScalarModel, build_model, build_scalar_model
@@ -90,9 +88,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 def read_kind(folder: Path) -> ModelKind:
     """What the parameters of a step folder are."""
     if is_hf_folder(folder):
-        in_config = (folder / HF_TOKENIZER_FILE).exists() and has_chat_template(folder)
-        conversational = in_config or (folder / CHAT_TEMPLATE_FILE).exists()
-        return ModelKind(not is_reward_model(folder), conversational, policy_prefix="")
+        return ModelKind(not is_reward_model(folder), has_chat_template(folder), policy_prefix="")
     metadata = read_metadata(folder)
     if "model" in metadata:
         return ModelKind(**metadata["model"])
@@ -207,6 +203,8 @@ def load_folder(
     """`load_checkpoint` of a step folder that `find_checkpoint` has found to be whole."""
     config, kind = read_config(folder), read_kind(folder)
     trained = for_platform(parse(ModelConfig, config["model"], "model"), jax.default_backend())
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, trained.vocab_size)
     model: Model | ScalarModel = build_model(trained) if kind.generates else build_scalar_model(trained)
     wanted = jax.eval_shape(model.init, jax.random.key(0))
     if untrained:
@@ -214,22 +212,20 @@ def load_folder(
         params = init_state(key, init=jax.jit(model.init), optimizer=optax.identity()).params
     else:
         params = read_policy(folder, wanted if mesh is None else placed(wanted, mesh))
-    return LoadedModel(folder, kind, model, params, load_tokenizer(folder), read_metadata(folder))
+    return LoadedModel(folder, kind, model, params, tokenizer, read_metadata(folder))
 
 
-def checkpoint_template(loaded: LoadedModel) -> ChatTemplate:
-    """The template of the conversations that the checkpoint was trained on, with its clock."""
-    return load_template(loaded.tokenizer, saved_template(loaded.folder), loaded.metadata.get("clock"))
+def checkpoint_template(loaded: LoadedModel, options: Sequence[str] = ()) -> ChatTemplate:
+    """The template of the conversations that the checkpoint was trained on, with its clock. `options` are
+    NAME=VALUE, as in `load_template`."""
+    clock = loaded.metadata.get("clock")
+    return load_template(loaded.tokenizer, saved_template(loaded.folder), clock, options)
 
 
 def saved_template(folder: Path) -> str | None:
     """The file of a folder with its chat template, where that is neither the tokenizer's nor our own."""
-    if (file := folder / TEMPLATE_FILE).exists():
-        return str(file)
-    file = folder / CHAT_TEMPLATE_FILE  # which a tokenizer.json has read already
-    if not file.exists() or (folder / HF_TOKENIZER_FILE).exists():
-        return None
-    return None if file.read_text() == NativeTemplate.AS_JINJA else str(file)
+    file = folder / TEMPLATE_FILE
+    return str(file) if file.exists() else None
 
 
 def check_generates(loaded: T, flag: str) -> T:

@@ -9,9 +9,9 @@ import numpy as np
 
 from jaxllm.config_versions import stamped
 from jaxllm.data.chat_template import NativeTemplate
-from jaxllm.data.hf_tokenizer import CONFIG_FILE
-from jaxllm.data.hf_tokenizer import TEMPLATE_FILE as CHAT_TEMPLATE_FILE
 from jaxllm.data.tokenizer import TOKENIZER_FILE
+from jaxllm.data.tokenizer_files import CONFIG_FILE, GENERATION_FILE, json_object
+from jaxllm.data.tokenizer_files import TEMPLATE_FILE as CHAT_TEMPLATE_FILE
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder, to_json
 from jaxllm.models import build_model
@@ -28,7 +28,6 @@ from jaxllm.runs.checkpoints import (
 )
 from jaxllm.training.checkpoint import Checkpoints, checkpoint_hash
 
-GENERATION_FILE = "generation_config.json"
 TOLERANCE = 1e-3  # of logits in float32
 
 
@@ -90,14 +89,13 @@ def tokenizer_files(loaded: LoadedModel) -> dict[str, bytes]:
 
 
 def generation_config(loaded: LoadedModel) -> dict[str, Any]:
-    """That of the model it was initialized from, with its own ids of special tokens: what ends a completion
-    is all that the chat template ends a turn with."""
-    tokenizer, source = loaded.tokenizer, loaded.folder / GENERATION_FILE
-    kept = json.loads(source.read_bytes()) if source.exists() else {}
-    stop_ids = [tokenizer.eos_id]
+    """The ids of special tokens: what ends a completion is all that the chat template ends a turn with. The
+    rest is that of the model that it was trained from."""
+    tokenizer = loaded.tokenizer
+    stop_ids = list(tokenizer.stop_ids)
     if loaded.conversational and loaded.generates:
         stop_ids = list(checkpoint_template(loaded).stop_ids)
-    return kept | {
+    return json_object(tokenizer.files(), GENERATION_FILE) | {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0],
         "pad_token_id": tokenizer.pad_id,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from jaxllm.config import as_dict
 from jaxllm.config_versions import stamped
 from jaxllm.data.chat_template import ChatTemplate, PlainTextTemplate, load_template
-from jaxllm.data.rows import Dataset
+from jaxllm.data.rows import Dataset, RecordConfig
 from jaxllm.data.tokenizer import BaseTokenizer, build_tokenizer, check_vocabulary, load_tokenizer
 from jaxllm.errors import ConfigError
 from jaxllm.files import to_json
@@ -167,25 +167,26 @@ def run_template(
     it is, his is its clock."""
     if not stage.conversational:
         return PlainTextTemplate(tokenizer)
-    path, clock, where = config.data.template, None, None
+    path, clock, where, options = config.data.template, None, None, config.data.template_options
     if folder.resuming:
-        where, clock = folder.path, folder.record.get("clock")
+        where, clock, options = folder.path, folder.record.get("clock"), ()  # its template has them
     elif path is None and initial.parent is not None:
         where, clock = initial.parent, read_metadata(initial.parent).get("clock")
     if where is not None:
         path = saved_template(where) or path
-    template = load_template(tokenizer, path, clock)
-    if folder.resuming and not is_same_file(config.data.template, template):
+    template = load_template(tokenizer, path, clock, options)
+    if folder.resuming and not is_same_file(config.data, template):
         print(f"note: data.template={config.data.template} is not used: the run keeps its chat template")
     if template.clock is not None:
         print(f"the chat template is told that it is {template.clock}, in this run and with its checkpoints")
     return template
 
 
-def is_same_file(path: str | None, template: ChatTemplate) -> bool:
+def is_same_file(config: RecordConfig, template: ChatTemplate) -> bool:
     """Whether the config names no other template than this; a file that is gone is none."""
     try:
-        return path is None or Path(path).expanduser().read_text(encoding="utf-8") == template.source
+        named = config.template and Path(config.template).expanduser().read_text(encoding="utf-8-sig")
+        return named is None or (template.source or "").endswith(named)  # options stand before it
     except (OSError, UnicodeDecodeError):
         return True
 

@@ -143,12 +143,12 @@ A_PAIR = (
             "wrong type (a message's role is a list, not a string)",
         ),
         (
-            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "find"}]}]},
-            "unsupported part of a message (tool_calls)",
+            {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "find"}}]},
+            "unsupported part of a message (function_call)",
         ),
         (
-            {"messages": [{"role": "assistant", "content": "1", "reasoning_content": "0 + 1"}]},
-            "unsupported part of a message (reasoning_content)",
+            {"messages": [{"role": "assistant", "content": "1", "tool_calls": [{"id": "x"}]}]},
+            "wrong type (a tool call needs a function with a name and an object of arguments)",
         ),
         (
             {"instruction": ["Who?"], "output": "Ada."},

@@ -188,7 +188,9 @@ def test_the_template_file_precedes_the_template_of_the_config(documents, byte_l
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     assert byte_level.chat_template is None
     assert make(content, CONFIG | {"chat_template": "C"}).chat_template == "C"
-    assert make(content, CONFIG | {"chat_template": named}).chat_template == "D"
+    several = make(content, CONFIG | {"chat_template": named})
+    assert several.chat_templates == {"tool_use": "T", "default": "D"}
+    assert several.chat_template == "{% if tools %}\nT{% else %}\nD{% endif %}"  # as transformers chooses
     beside = {"chat_template.jinja": b"J"}
     assert make(content, CONFIG | {"chat_template": "C"}, **beside).chat_template == "J"
 
@@ -223,7 +225,7 @@ def test_a_folder_with_two_tokenizers_is_hugging_faces_if_it_has_its_config(toke
 
 def test_a_file_that_is_not_a_tokenizer_is_named_in_the_error(documents, tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(DataError, match=r"only vocab.json and merges.txt.*save_pretrained"):
+    with pytest.raises(DataError, match=r"do not define how text is split.*=None.*save_pretrained"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer.json: not a tokenizer.json"):

@@ -87,6 +87,8 @@ def read(request):
     return request.param
 
 
+REASONED = {"role": "assistant", "content": "a", "reasoning_content": "b"}
+CALL = {"id": "x", "type": "function", "function": {"name": "find", "arguments": {"q": 1}}}
 ARROW = dict.fromkeys(("from", "value", "name", "tool_calls", "function_call", "thinking", "weight"))
 
 
@@ -114,7 +116,19 @@ ARROW = dict.fromkeys(("from", "value", "name", "tool_calls", "function_call", "
         # a tool's result is a turn
         (
             [*conversation("a"), {"role": "tool", "content": "1", "tool_call_id": "x"}],
-            [*conversation("a"), {"role": "tool", "content": "1"}],
+            [*conversation("a"), {"role": "tool", "content": "1", "tool_call_id": "x"}],
+        ),
+        # reasoning has three names; a tool call's arguments are JSON in a string or an object
+        *(
+            ([{"role": "assistant", "content": "a", name: "b"}], [REASONED])
+            for name in ("reasoning_content", "reasoning", "thinking")
+        ),
+        *(
+            (
+                [{"role": "assistant", "content": None, "tool_calls": [{"id": "x", "function": function}]}],
+                [{"role": "assistant", "content": "", "tool_calls": [CALL]}],
+            )
+            for function in ({"name": "find", "arguments": '{"q": 1}'}, {"name": "find", "arguments": {"q": 1}})
         ),
     ],
 )
@@ -125,11 +139,7 @@ def test_every_form_of_a_message_is_read_as_the_same(read, messages, expected):
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        ({"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}, "(tool_calls)"),
         ({"role": "assistant", "content": None, "function_call": {"name": "x"}}, "(function_call)"),
-        ({"role": "assistant", "content": "a", "thinking": "b"}, "(thinking)"),
-        ({"role": "assistant", "content": "a", "reasoning": "b"}, "(reasoning)"),
-        ({"role": "assistant", "content": "a", "reasoning_content": "b"}, "(reasoning_content)"),
         ({"role": "assistant", "content": None, "refusal": "No."}, "(refusal)"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "(content of type image_url)"),
         ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "audio"}]}, "of type audio)"),

@@ -322,9 +322,9 @@ def test_completions_must_be_assistant_turns_after_a_user_turn(tokenizer, record
 
 def test_completions_with_the_same_tokens_are_identical(tokenizer):
     class Trimming(NativeTemplate):
-        def encode(self, messages, *, loss_on):
+        def encode(self, messages, **options):
             return super().encode(
-                [each | {"content": each["content"].strip()} for each in messages], loss_on=loss_on
+                [each | {"content": each["content"].strip()} for each in messages], **options
             )
 
     encode = encoder(config(), Trimming(tokenizer))

@@ -232,7 +232,7 @@ def test_a_config_without_a_path_trains(documents, tokenizer):
 def test_a_file_that_is_not_a_tokenizer_is_named_in_the_error(tmp_path):
     with pytest.raises(DataError, match=r"tokenizer.model does not exist"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # a tiktoken file, like Llama 3's
+    (tmp_path / "tokenizer.model").write_text("a model\n")
     with pytest.raises(DataError, match=r"tokenizer.model: not a sentencepiece model"):
         load_tokenizer(tmp_path)
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxllm.config import load_config, override, parse
 from jaxllm.data import chat, preferences, prompts
-from jaxllm.data.chat_template import Encoded
+from jaxllm.data.loss_mask import Encoded
 from jaxllm.data.held_out import text_key
 from jaxllm.data.rows import read_sources
 from jaxllm.errors import DataError
