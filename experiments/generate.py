@@ -53,6 +53,7 @@ def main(_: None, flags: "FlagValues") -> None:
         sampling=sampling,
         stop_ids=tokenizer.stop_ids,
         keys=jax.random.split(jax.random.key(flags.seed), len(texts)),
+        vocab_size=tokenizer.vocab_size,
     )
     for number, (text, tokens) in enumerate(zip(texts, completions.tokens, strict=True)):
         print("" if number == 0 else "-" * 20)

@@ -67,6 +67,7 @@ class Sample(Protocol):
         sampling: SamplingConfig,
         stop_ids: Sequence[int],
         keys: jax.Array,
+        vocab_size: int,
         check: Callable[[], None],
         on_done: Callable[[list[int], list[list[int]]], None],
     ) -> Completions: ...
@@ -109,6 +110,7 @@ class Completer(NamedTuple):
             sampling=sampling,
             stop_ids=self.stop_ids,
             keys=keys,
+            vocab_size=self.tokenizer.vocab_size,
             check=check,
             on_done=score,
         )

@@ -89,6 +89,7 @@ def samples_hook(context: RunContext[Any, Any], source: RolloutSource) -> Hook:
                 sampling=config.sample.sampling,
                 stop_ids=template.stop_ids,
                 keys=jax.random.split(stream(state.key, SAMPLES, step), len(prompts)),
+                vocab_size=tokenizer.vocab_size,
                 check=context.check,
                 on_done=lambda numbers, tokens: None,
             )

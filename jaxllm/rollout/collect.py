@@ -112,6 +112,7 @@ def decode_chunks(
     stop_ids: Sequence[int],
     keys: jax.Array,
     decode_batch_size: int,
+    vocab_size: int | None,
 ) -> Iterator[tuple[DecodeState, np.ndarray]]:
     """Decode all completions. Yields the state, and which completion each row holds (-1: none), whenever rows
     can be refilled, the cache must grow or CHUNK_STEPS steps are done.
@@ -148,7 +149,16 @@ def decode_chunks(
             min_rows = B - R
         else:
             min_rows = tail if len(owners) > tail else 0
-        state = decode(model, params, state, stop_tokens, CHUNK_STEPS, min_rows, sampling=sampling)
+        state = decode(
+            model,
+            params,
+            state,
+            stop_tokens,
+            CHUNK_STEPS,
+            min_rows,
+            sampling=sampling,
+            vocab_size=vocab_size,
+        )
         yield state, owners
         done, lengths = jax.device_get((state.done, state.lengths))
         owners[done] = -1
@@ -166,6 +176,7 @@ def collect(
     stop_ids: Sequence[int],
     keys: jax.Array,
     decode_batch_size: int,
+    vocab_size: int | None = None,
     check: Callable[[], None] = lambda: None,
     on_done: Callable[[list[int], list[list[int]]], None] = lambda indices, tokens: None,
 ) -> Completions:
@@ -176,6 +187,7 @@ def collect(
 
     Args:
       decode_batch_size: number of completions decoded together, at most.
+      vocab_size: as in `generate`.
       check: called between chunks of decoding; may raise to leave.
       on_done: called with the indices and the tokens of the completions that have just finished.
     """
@@ -193,6 +205,7 @@ def collect(
         stop_ids=stop_ids,
         keys=keys,
         decode_batch_size=decode_batch_size,
+        vocab_size=vocab_size,
     ):
         check()
         rows = np.flatnonzero((owners >= 0) & np.asarray(state.done))

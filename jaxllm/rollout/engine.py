@@ -82,22 +82,22 @@ class ScoreRequest:
         self.canceled = True
 
 
-@partial(jax.jit, static_argnames="model")
-def score_tokens(model: Model, params: Params, tokens: jax.Array) -> tuple[jax.Array, ...]:
-    """The fields of the `Scores` of tokens[T]."""
+@partial(jax.jit, static_argnames=("model", "vocab_size"))
+def score_tokens(model: Model, params: Params, tokens: jax.Array, vocab_size: int) -> tuple[jax.Array, ...]:
+    """The fields of the `Scores` of tokens[T]. Only ids below `vocab_size` are among the most likely ones."""
     hidden = model.apply(params, tokens[None]).hidden[0]
 
     def score(position: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         hidden, token = position
         log_probs = jax.nn.log_softmax(model.unembed(params, hidden))
-        values, ids = jax.lax.top_k(log_probs, min(TOP_SCORES, model.config.vocab_size))
+        values, ids = jax.lax.top_k(log_probs[:vocab_size], min(TOP_SCORES, vocab_size))
         return log_probs[token], ids, values
 
     scored = jax.lax.map(score, (hidden, jnp.roll(tokens, -1)), batch_size=SCORED_TOGETHER)
     return tuple(jnp.roll(each, 1, axis=0) for each in scored)
 
 
-@partial(jax.jit, static_argnames="model", donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "vocab_size"), donate_argnames="state")
 def decode_rows(
     model: Model,
     params: Params,
@@ -105,11 +105,12 @@ def decode_rows(
     active: np.ndarray,
     sampling: RowSampling,
     stop_ids: jax.Array,
+    vocab_size: int,
 ) -> DecodeState:
     """At most CHUNK_STEPS decode steps of the active rows, each with its own sampling."""
 
     def draw(logits: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tokens = sample_rows(logits, keys, sampling)
+        tokens = sample_rows(logits, keys, sampling, vocab_size)
         return tokens, jnp.zeros(tokens.shape, jnp.float32)  # log-probs are not used here
 
     # Steps count from 0 in each chunk: in a server that runs for long they would overflow an int32.
@@ -129,11 +130,14 @@ class Engine:
         rows: int = 16,
         max_waiting: int = 64,
         max_length: int | None = None,
+        vocab_size: int | None = None,
     ):
         """Starts a thread. At most `max_waiting` requests wait while all `rows` are in use. `max_length` is
-        the largest number of tokens of a prompt and its completion; None: the model's."""
+        the largest number of tokens of a prompt and its completion; None: the model's. `vocab_size` is as in
+        `generate`."""
         self.model, self.stop_ids, self.max_waiting = model, tuple(stop_ids), max_waiting
         self.max_length = min(max_length or model.config.max_length, model.config.max_length)
+        self.vocab_size = vocab_size or model.config.vocab_size
         self._params, self._rows = unstack(params), rows
         self._first_slots = self._size(GROWTH * MIN_SLOTS)
         self._state = free_rows(model, jax.random.split(jax.random.key(0), rows), self._first_slots)
@@ -277,7 +281,10 @@ class Engine:
         sampling = row_sampling(
             [owner.sampling if owner else IDLE for owner in self._owners], config.vocab_size
         )
-        state = decode_rows(self.model, self._params, self._state, active, sampling, jnp.array(self.stop_ids))
+        stop_ids = jnp.array(self.stop_ids)
+        state = decode_rows(
+            self.model, self._params, self._state, active, sampling, stop_ids, self.vocab_size
+        )
         tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
         self._state, longest = state, 0
         for row, request in enumerate(self._owners):
@@ -306,7 +313,7 @@ class Engine:
         count = len(request.tokens)
         tokens = np.zeros(self._size(max(count, MIN_SLOTS)), np.int32)
         tokens[:count] = request.tokens
-        scores = jax.device_get(score_tokens(self.model, self._params, tokens))
+        scores = jax.device_get(score_tokens(self.model, self._params, tokens, self.vocab_size))
         with self._changed:
             self._to_score.popleft()  # only now: an error above is delivered to it too
         request.on_scores(Scores(*(each[:count] for each in scores)))

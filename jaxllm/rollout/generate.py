@@ -142,7 +142,7 @@ def decode_steps(
     return jax.lax.while_loop(keep_decoding, decode_step, state)
 
 
-@partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "sampling", "vocab_size"), donate_argnames="state")
 def decode(
     model: Model,
     params: Params,
@@ -152,9 +152,10 @@ def decode(
     min_rows: jax.Array | int,
     *,
     sampling: SamplingConfig,
+    vocab_size: int | None = None,
 ) -> DecodeState:
-    """`decode_steps` with the same sampling for all rows."""
-    draw = partial(sample, config=sampling)
+    """`decode_steps` with the same sampling for all rows. `vocab_size` is as in `within_vocabulary`."""
+    draw = partial(sample, config=sampling, vocab_size=vocab_size)
     return decode_steps(model, params, state, stop_ids, max_steps, min_rows, draw)
 
 
@@ -224,6 +225,7 @@ def decode_chunks(
     stop_ids: Sequence[int],
     keys: jax.Array,
     max_steps: int | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[DecodeState]:
     """Decode until all rows are done, and yield the state whenever the cache must grow or max_steps are done.
 
@@ -236,7 +238,9 @@ def decode_chunks(
     params = unstack(params)
     max_steps = model.config.max_length if max_steps is None else max_steps
     while True:
-        state = decode(model, params, state, stop_tokens, max_steps, 0, sampling=sampling)
+        state = decode(
+            model, params, state, stop_tokens, max_steps, 0, sampling=sampling, vocab_size=vocab_size
+        )
         yield state
         done, slots = np.asarray(state.done), state.tokens.shape[1]
         if done.all():
@@ -268,12 +272,16 @@ def generate(
     sampling: SamplingConfig,
     stop_ids: Sequence[int],
     keys: jax.Array,
+    vocab_size: int | None = None,
 ) -> Completions:
     """Complete each prompt with its own key of keys[N].
 
-    A completion ends with the first of stop_ids, after sampling.max_new_tokens, or at model.max_length.
+    A completion ends with the first of stop_ids, after sampling.max_new_tokens, or at model.max_length. Ids
+    from `vocab_size` on, the size of the tokenizer's vocabulary, are never generated; None: the model's.
     """
-    *_, state = decode_chunks(model, params, prompts, sampling=sampling, stop_ids=stop_ids, keys=keys)
+    *_, state = decode_chunks(
+        model, params, prompts, sampling=sampling, stop_ids=stop_ids, keys=keys, vocab_size=vocab_size
+    )
     tokens, log_probs = zip(*completions(state, range(len(prompts))), strict=True)
     return Completions(list(tokens), list(log_probs), stop_reasons(tokens, stop_ids), int(state.steps))
 
@@ -287,11 +295,20 @@ def stream(
     stop_ids: Sequence[int],
     key: jax.Array,
     max_steps: int,
+    vocab_size: int | None = None,
 ) -> Iterator[list[int]]:
-    """The completion of one prompt while it is generated, at most max_steps tokens at a time."""
+    """The completion of one prompt while it is generated, at most max_steps tokens at a time. `vocab_size` is
+    as in `generate`."""
     end = len(prompt)
     for state in decode_chunks(
-        model, params, [prompt], sampling=sampling, stop_ids=stop_ids, keys=key[None], max_steps=max_steps
+        model,
+        params,
+        [prompt],
+        sampling=sampling,
+        stop_ids=stop_ids,
+        keys=key[None],
+        max_steps=max_steps,
+        vocab_size=vocab_size,
     ):
         start, end = end, int(state.lengths[0])
         yield np.asarray(state.tokens)[0, start:end].tolist()

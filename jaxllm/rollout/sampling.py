@@ -97,17 +97,30 @@ def min_p(logits: jax.Array, p: ArrayLike) -> jax.Array:
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> tuple[jax.Array, jax.Array]:
+def within_vocabulary(logits: jax.Array, vocab_size: int | None) -> jax.Array:
+    """-inf for the logits [B, V] of rows that pad an embedding beyond the vocab_size tokens of the tokenizer.
+
+    None: there are none. Only what is drawn depends on it, never a log-prob: see docs/algorithms.md.
+    """
+    if vocab_size is None or vocab_size >= logits.shape[-1]:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+
+
+def sample(
+    logits: jax.Array, keys: jax.Array, config: SamplingConfig, vocab_size: int | None = None
+) -> tuple[jax.Array, jax.Array]:
     """A token for each row of logits [B, V] with its own key of keys [B], and its log-prob.
 
     The log-prob is log_softmax(logits / temperature) in float32, BEFORE any filter, as training at this
     temperature computes it: the KL of a policy to itself is 0. Greedy tokens have their log-prob at
-    temperature 1.
+    temperature 1. `vocab_size` is as in `within_vocabulary`.
     """
+    drawn = within_vocabulary(logits, vocab_size)
     if config.greedy:
-        tokens = jnp.argmax(logits, axis=-1)
+        tokens = jnp.argmax(drawn, axis=-1)
     else:
-        kept = logits.astype(jnp.float32) / config.temperature
+        kept = drawn.astype(jnp.float32) / config.temperature
         if config.top_k is not None:
             kept = top_k(kept, config.top_k)
         if config.top_p is not None:
@@ -139,9 +152,12 @@ def row_sampling(configs: Sequence[SamplingConfig], vocab_size: int) -> RowSampl
     )
 
 
-def sample_rows(logits: jax.Array, keys: jax.Array, rows: RowSampling) -> jax.Array:
+def sample_rows(
+    logits: jax.Array, keys: jax.Array, rows: RowSampling, vocab_size: int | None = None
+) -> jax.Array:
     """The token that `sample` takes for each row, with the sampling of that row. Filters that no row uses are
     skipped."""
+    logits = within_vocabulary(logits, vocab_size)
     greedy = rows.temperature == 0
     temperature, k, tail, share = (x[:, None] for x in (jnp.where(greedy, 1.0, rows.temperature), *rows[1:]))
     kept = logits.astype(jnp.float32) / temperature

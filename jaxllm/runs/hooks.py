@@ -73,6 +73,7 @@ def complete(
             sampling=sampling,
             stop_ids=context.template.stop_ids,
             keys=keys[rows],
+            vocab_size=context.tokenizer.vocab_size,
         )
         parts.append(part)
     return Completions(

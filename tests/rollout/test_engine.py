@@ -223,6 +223,17 @@ def test_scores_are_the_log_probs_of_given_tokens(start, model, params):
     assert busy.all()
 
 
+def test_ids_beyond_the_tokenizer_are_neither_generated_nor_among_the_most_likely(start, model, params):
+    engine, scored = start(stop_ids=(), vocab_size=40), queue.Queue()
+    tokens, _ = submit(engine, [5, 7]).all()
+    key = jax.random.key(0)[None]
+    made = generate(model, params, [[5, 7]], sampling=PLAIN, stop_ids=(), keys=key, vocab_size=40)
+    assert tokens == made.tokens[0]
+    assert max(tokens) < 40
+    engine.score([5, 7, 9], scored.put)
+    assert scored.get(timeout=60).top_ids.max() < 40
+
+
 @pytest.mark.parametrize("tokens", [[], [-1], [10**6], [1] * 65])
 def test_tokens_that_cannot_be_scored_are_an_error_at_once(start, tokens):
     with pytest.raises(DataError):

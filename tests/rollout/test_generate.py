@@ -12,6 +12,7 @@ from jaxllm.errors import DataError
 from jaxllm.losses.language_model import token_log_probs
 from jaxllm.models import build_model
 from jaxllm.parallel.sharding import MeshConfig, make_mesh, shardings
+from jaxllm.rollout.collect import collect
 from jaxllm.rollout.generate import bucket, decode, generate, prefill_prompts, stream
 from jaxllm.rollout.sampling import SamplingConfig, sample
 
@@ -96,6 +97,18 @@ def test_log_probs_are_those_that_training_computes(tiny, noisy_params, prompts,
     logits, targets, mask = full_pass(model, params, prompts, completions.tokens)
     expected = token_log_probs(logits, targets, temperature=SAMPLED.temperature)
     np.testing.assert_allclose(np.concatenate(completions.log_probs), expected[mask], rtol=1e-3, atol=1e-4)
+
+
+def test_ids_beyond_the_tokenizer_are_never_generated(model, params, prompts, keys):
+    """As many as 40 of the model's rows have a token; log-probs are those of training, over all rows."""
+    options = {"sampling": replace(SAMPLED, top_k=None), "stop_ids": (), "vocab_size": 40}
+    completions = generate(model, params, prompts, keys=keys, **options)
+    assert max(map(max, completions.tokens)) < 40
+    logits, targets, mask = full_pass(model, params, prompts, completions.tokens)
+    expected = token_log_probs(logits, targets, temperature=SAMPLED.temperature)
+    np.testing.assert_allclose(np.concatenate(completions.log_probs), expected[mask], rtol=1e-3, atol=1e-4)
+    collected = collect(model, params, prompts, keys=keys, group_size=1, decode_batch_size=8, **options)
+    assert collected.tokens == completions.tokens
 
 
 def test_a_mesh_does_not_change_the_tokens(model, params, prompts, keys, sampled):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm.errors import ConfigError
+from jaxllm.losses.language_model import token_log_probs
 from jaxllm.rollout.sampling import (
     SamplingConfig,
     min_p,
@@ -180,3 +181,40 @@ def test_the_log_prob_includes_the_temperature_but_not_the_filters():
 def test_an_invalid_value_is_named(field, value):
     with pytest.raises(ConfigError, match=rf"sampling\.{field}={value} must be"):
         replace(PLAIN, **{field: value})
+
+
+# Embeddings with more rows than the tokenizer has tokens
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PLAIN,
+        replace(PLAIN, temperature=0.0),
+        replace(PLAIN, temperature=0.7, top_k=5),
+        replace(PLAIN, top_p=0.9),
+        replace(PLAIN, min_p=0.05),
+    ],
+)
+def test_rows_beyond_the_tokenizer_are_never_drawn_and_change_no_log_prob(config):
+    """The log-prob has the normalizer of all rows, as the trainer's, the reference's and the loss's have."""
+    logits = jnp.tile(random_logits(), (50, 1)).at[:, 30:].add(20.0)  # the padding is what would be drawn
+    keys = jax.random.split(jax.random.key(0), len(logits))
+    tokens, log_probs = sample(logits, keys, config, vocab_size=30)
+    assert tokens.max() < 30
+    assert len(set(tokens.tolist())) > 5
+    expected = token_log_probs(logits[:, None], tokens[:, None], temperature=config.temperature or 1.0)
+    np.testing.assert_array_equal(log_probs, expected[:, 0])
+    rows = row_sampling([config] * len(logits), logits.shape[-1])
+    np.testing.assert_array_equal(sample_rows(logits, keys, rows, vocab_size=30), tokens)
+
+
+def test_without_such_rows_nothing_changes():
+    logits, keys = random_logits(), jax.random.split(jax.random.key(0), 6)
+    for vocab_size in (41, 60):
+        np.testing.assert_array_equal(sample(logits, keys, PLAIN, vocab_size), sample(logits, keys, PLAIN))
+        programs = {
+            jax.jit(sample, static_argnums=(2, 3)).lower(logits, keys, PLAIN, size).as_text()
+            for size in (None, vocab_size)
+        }
+        assert len(programs) == 1
