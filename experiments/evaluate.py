@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from jaxllm.command_line import define_sampling_flags, named_as_flags, read_sampling
+from jaxllm.command_line import (
+    define_sampling_flags,
+    define_template_options,
+    named_as_flags,
+    read_sampling,
+)
 from jaxllm.config import run_script
 from jaxllm.errors import ConfigError
 
@@ -44,6 +49,7 @@ def define_flags(flag_values: "FlagValues") -> None:
     flags.DEFINE_bool("untrained", False, "use random weights, by --checkpoint's config and seed", **where)
     flags.DEFINE_integer("samples", 1, "completions of each prompt", **where)
     flags.DEFINE_integer("max_rows", 256, "number of prompts, from the first", **where)
+    define_template_options(flag_values)
     define_sampling_flags(flag_values)
 
 
@@ -56,6 +62,8 @@ def check_flags(flags: "FlagValues", sampling: "SamplingConfig") -> None:
     for name in ("samples", "max_rows"):
         if getattr(flags, name) < 1:
             raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
+    if flags.plain and flags.template_options:
+        raise ConfigError("--template_options has no effect with --plain: remove one of them")
     if sampling.greedy and flags.samples > 1:
         raise ConfigError(
             f"--samples={flags.samples} with --temperature={flags.temperature:g} would generate the same "
@@ -81,7 +89,7 @@ def main(_: None, flags: "FlagValues") -> None:
 
     check_rename(flags.rename)
     set_up_process()
-    with named_as_flags({"reward.model": "--reward_model"}):
+    with named_as_flags({"reward.model": "--reward_model", "data.template_options": "--template_options"}):
         evaluate_checkpoint(
             flags.checkpoint,
             flags.input,
@@ -90,6 +98,7 @@ def main(_: None, flags: "FlagValues") -> None:
             reward_model=flags.reward_model,
             reference=flags.reference,
             plain=flags.plain,
+            template_options=flags.template_options,
             untrained=flags.untrained,
             samples=flags.samples,
             max_rows=flags.max_rows,

@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from jaxllm.command_line import define_sampling_flags, read_sampling
+from jaxllm.command_line import (
+    define_sampling_flags,
+    define_template_options,
+    named_as_flags,
+    read_sampling,
+)
 from jaxllm.config import run_script
 
 if TYPE_CHECKING:
@@ -58,6 +63,7 @@ def define_flags(flag_values: "FlagValues") -> None:
     flags.DEFINE_integer(
         "max_length", None, "tokens of a prompt and its completion; default: as many as fit", **where
     )
+    define_template_options(flag_values)
     define_sampling_flags(flag_values)
 
 
@@ -67,7 +73,9 @@ def main(_: None, flags: "FlagValues") -> None:
 
     options = {name: flags[name].value for name in ServerOptions.__dataclass_fields__}
     options["token"] = read_token(flags.token, flags.token_file)
-    serve(ServerOptions(**options), read_sampling(flags))
+    sampling = read_sampling(flags)
+    with named_as_flags({"data.template_options": "--template_options"}):
+        serve(ServerOptions(**options), sampling)
 
 
 if __name__ == "__main__":

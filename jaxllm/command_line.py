@@ -29,6 +29,18 @@ def define_sampling_flags(flag_values: "FlagValues") -> None:
         flags.DEFINE_float(name, default, meaning, flag_values=flag_values)
 
 
+def define_template_options(flag_values: "FlagValues") -> None:
+    """--template_options."""
+    from absl import flags
+
+    flags.DEFINE_list(
+        "template_options",
+        [],
+        "NAME=VALUE for variables of the chat template, such as enable_thinking=false",
+        flag_values=flag_values,
+    )
+
+
 def read_sampling(flags: "FlagValues") -> "SamplingConfig":
     """The SamplingConfig that the flags describe; ConfigError where a value is out of range."""
     from jaxllm.rollout.sampling import SamplingConfig

@@ -99,7 +99,7 @@ class BaseTokenizer:
         ids = [self.eos_id, *generation_ids(files, "eos_token_id")]
         if (largest := max(ids)) >= self.vocab_size:
             raise DataError(
-                f"{GENERATION_FILE}: eos_token_id={largest} is not in the vocabulary of {self.vocab_size} tokens"
+                f"{GENERATION_FILE}: eos_token_id={largest} is not one of the {self.vocab_size} tokens"
             )
         return tuple(dict.fromkeys(ids))
 

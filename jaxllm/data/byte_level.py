@@ -47,8 +47,8 @@ def from_vocabulary_and_merges(folder: Path, files: Files) -> bytes:
     splitting = _CLASSES.get(str(name).removesuffix("Fast"))
     if splitting is None:
         raise DataError(
-            f"{VOCABULARY_FILE} and {MERGES_FILE} do not define how text is split, and tokenizer_class={name} "
-            f"in {CONFIG_FILE} is none of {', '.join(_CLASSES)}; "
+            f"{VOCABULARY_FILE} and {MERGES_FILE} do not say how text is split, and tokenizer_class={name} "
+            f"of {CONFIG_FILE} is none of {', '.join(_CLASSES)}; "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes a tokenizer.json"
         )
     try:
@@ -64,7 +64,7 @@ def _class_of_model(folder: Path) -> str | None:
     """The class of tokenizer by the model_type of config.json, where tokenizer_config.json names none."""
     config = folder / "config.json"
     model_type = json.loads(config.read_bytes()).get("model_type") if config.is_file() else None
-    return _CLASS_OF_MODEL.get(model_type)
+    return _CLASS_OF_MODEL.get(str(model_type))
 
 
 def is_tiktoken(content: bytes) -> bool:

@@ -12,14 +12,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from jaxllm.data.jinja_template import JinjaTemplate, with_defaults
+from jaxllm.data.jinja_template import UNKNOWN_OPTION, JinjaTemplate, Tools, with_defaults
 from jaxllm.data.loss_mask import Encoded, joined
 from jaxllm.data.messages import ROLES, Messages, check_messages, read_tools
 from jaxllm.data.sources import BadRow
 from jaxllm.data.tokenizer import CHAT_TOKENS, BaseTokenizer
 from jaxllm.errors import ConfigError
-
-Tools = Sequence[Mapping[str, Any]]  # the JSON schemas of the functions that a model may call
 
 
 class ChatTemplate(Protocol):
@@ -62,8 +60,8 @@ class ChatTemplate(Protocol):
     ) -> list[int]:
         """The prompt from which the assistant's next turn is generated.
 
-        `options`: values of the template's variables, such as `enable_thinking`. Raises BadRow, also for tools
-        and options that the template does not read.
+        `options`: values of the template's variables, such as `enable_thinking`. Raises BadRow, also for
+        tools and options that the template does not read.
         """
         ...
 
@@ -147,10 +145,13 @@ def check_plain(
 ) -> None:
     """Raise BadRow for what only Jinja templates render."""
     names = [name for name in ("reasoning_content", "tool_calls") if any(name in each for each in messages)]
-    names += ["tools"] * bool(tools) + list(options)
+    names += ["tools"] * bool(tools)
+    if options:
+        raise BadRow(UNKNOWN_OPTION, f"{', '.join(options)}; the built-in chat template has none")
     if names:
         raise BadRow(
-            "not rendered by the built-in chat template", f"{', '.join(names)}; a Jinja template may render it"
+            "not rendered by the built-in chat template",
+            f"{', '.join(names)}; a Jinja template may do so",
         )
 
 
@@ -172,7 +173,7 @@ def load_template(
     does not give others. Raises ConfigError where there is no template or it cannot be used.
     """
     source, name = tokenizer.chat_template, "the tokenizer's chat template"
-    if path in tokenizer.chat_templates:
+    if path is not None and path in tokenizer.chat_templates:
         source, name = tokenizer.chat_templates[path], f"the tokenizer's chat template {path!r}"
     elif path is not None:
         try:

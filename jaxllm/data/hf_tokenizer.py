@@ -16,7 +16,6 @@ from jaxllm.data.base_tokenizer import HF_TOKENIZER_FILE, BaseTokenizer, without
 from jaxllm.data.byte_level import byte_of_character
 from jaxllm.data.tokenizer_files import (
     CONFIG_FILE,
-    GENERATION_FILE,
     Files,
     default_template,
     generation_ids,
@@ -63,12 +62,12 @@ class HFTokenizer(BaseTokenizer):
         self.special_ids = {token.content: i for i, token in self._added.items() if token.special}
         self._writes_spaces_as_marks = False
         self.token_bytes = self._all_token_bytes()
-        eos = self.special_tokens_map["eos_token"]
-        self.eos_id = ids[eos]
+        named = {name: ids[token] for name, token in self.special_tokens_map.items()}
+        self.eos_id = named["eos_token"]
         # Qwen's have no BOS; their generation_config.json names the token that begins a document.
         bos = next(iter(generation_ids(files, "bos_token_id")), self.eos_id)
-        self.bos_id = ids[self.special_tokens_map["bos_token"]] if "bos_token" in self.special_tokens_map else bos
-        self.pad_id = ids[self.special_tokens_map.get("pad_token", eos)]
+        self.bos_id = named.get("bos_token", bos)
+        self.pad_id = named.get("pad_token", self.eos_id)
         self.stop_ids = self._stop_ids(files)
         first = [self.token_bytes[i] for i in self.encode("a")[:1]]
         self._prefix = " " if first and first[0].startswith(b" ") else ""

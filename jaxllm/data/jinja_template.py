@@ -1,8 +1,8 @@
 """Chat templates in Jinja, as Hugging Face tokenizers have them, with an exact loss mask.
 
-The rendering of the messages before an assistant's turn, with `add_generation_prompt`, is the prompt. The text
-that the rendering with that turn adds is the completion, which is in the loss up to its last special token.
-Prompts and completions are encoded separately, since that is how generation produces them.
+The rendering of the messages before an assistant's turn, with `add_generation_prompt`, is the prompt. The
+text that the rendering with that turn adds is the completion, which is in the loss up to its last special
+token. Prompts and completions are encoded separately, since that is how generation produces them.
 """
 
 import json
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
+UNKNOWN_OPTION = "unknown option"  # the problem of a BadRow
+
 _NO_STOP_TOKEN = "its completions do not end in a special token, so a model could not learn to stop"
 _THOUGHT = re.compile(r"<think>\s*(?P<end></think>\s*)?\Z")  # opened by a prompt, and maybe closed again
 _QUESTION, _REPLY, _PROBE = "What is this?", "It is a probe.", "probe"
 _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
-Tools = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]  # the JSON schemas of the functions that a model may call
 
 
 class JinjaTemplate:
@@ -58,6 +60,7 @@ class JinjaTemplate:
         self._special = frozenset(tokenizer.special_ids.values())
         self._template = self._compiled(source)
         self.stop_ids: tuple[int, ...] = self._probed_stop_ids()
+        self.renders_tools: bool = self._probe_tools()
         self._dropped_roles = {role for role in ("system", "tool") if self._drops(role)}
 
     def encode(self, messages: Messages, *, loss_on: str, tools: Tools | None = None) -> Encoded:
@@ -82,7 +85,7 @@ class JinjaTemplate:
         self._check(messages, tools)
         if unknown := options.keys() - self.options:
             known = ", ".join(sorted(self.options)) or "none"
-            raise BadRow("unknown option", f"{', '.join(sorted(unknown))}; {self._name} reads {known}")
+            raise BadRow(UNKNOWN_OPTION, f"{', '.join(sorted(unknown))}; {self._name} reads {known}")
         pieces = self._prompt_pieces(messages, {"tools": tools, **options}, allow_rewriting=True)
         self._check_tool_calls(messages, pieces)
         return [i for ids in self._encoded(pieces) for i in ids]
@@ -186,12 +189,11 @@ class JinjaTemplate:
             for call in message.get("tool_calls", ()):
                 if (name := call["function"]["name"]) not in rendered:
                     raise BadRow(
-                        "tool calls that are not rendered", f"message {i}: {self._name} drops that of {name!r}"
+                        "tool calls that are not rendered",
+                        f"message {i}: {self._name} drops that of {name!r}",
                     )
 
-    @cached_property
-    def renders_tools(self) -> bool:
-        """As in `ChatTemplate`."""
+    def _probe_tools(self) -> bool:
         function = {"name": _PROBE, "description": "", "parameters": {"type": "object", "properties": {}}}
         tools = [{"type": "function", "function": function}]
         try:
@@ -306,6 +308,11 @@ def with_defaults(source: str, options: Mapping[str, Any]) -> str:
         f"{{% set {name} = {name} if {name} is defined else {value} %}}\n" for name, value in values.items()
     ]
     return "".join(lines) + source
+
+
+def without_defaults(source: str | None) -> str | None:
+    """What `with_defaults` was given."""
+    return source and re.sub(r"\A(\{% set (\w+) = \2 if \2 is defined else .* %\}\n)+", "", source)
 
 
 def _user_turn() -> list[dict[str, Any]]:

@@ -28,5 +28,3 @@ def joined(pieces: Sequence[tuple[list[int], bool]], loss_on: str) -> Encoded:
         loss_mask += [in_loss] * len(piece)
     loss_mask[0] = False  # the first token is never a target
     return Encoded(ids, loss_mask)
-
-

@@ -1,7 +1,7 @@
 """The messages of conversations, in the one form that chat templates take, from rows and from clients.
 
-A message is `{"role": one of ROLES, "content": a text}`, and where it has them `"weight": 0` (not to be trained
-on), `"reasoning_content"` (a text), `"tool_calls"`, `"tool_call_id"` and `"name"`.
+A message is `{"role": one of ROLES, "content": a text}`, and where it has them `"weight": 0` (not to be
+trained on), `"reasoning_content"` (a text), `"tool_calls"`, `"tool_call_id"` and `"name"`.
 """
 
 import difflib

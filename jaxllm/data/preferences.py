@@ -184,7 +184,7 @@ def encoder(config: PreferenceConfig, template: ChatTemplate) -> Callable[[Mappi
 
 
 def encode_completion(
-    template: ChatTemplate, prompt: Messages, completion: Mapping[str, Any], tools: Tools | None
+    template: ChatTemplate, prompt: Messages, completion: Mapping[str, Any], tools: Tools | None = None
 ) -> Encoded:
     """A prompt and its completion up to the stop token, where a policy would stop too. Some templates write a
     newline after it."""

@@ -34,14 +34,19 @@ class Record(dict[str, Any]):
             if name not in self._read:
                 found |= {} if is_empty(value) else {name: None}
             elif name in _MESSAGE_COLUMNS and isinstance(value, list):
-                fields = [each.items() for each in value if isinstance(each, Mapping)]
                 found |= {
                     f"{name}.{key}": None
-                    for items in fields
-                    for key, field in items
-                    if key not in FIELDS and not is_empty(field) and (key, items.mapping.get("role")) != ("name", "tool")
+                    for each in value
+                    if isinstance(each, Mapping)
+                    for key, field in each.items()
+                    if key not in FIELDS and not is_empty(field) and not is_tool_name(key, each)
                 }
         return tuple(found)
+
+
+def is_tool_name(key: str, message: Mapping[str, Any]) -> bool:
+    """Whether a field says which tool a message is the result of; of other messages a name is not read."""
+    return key == "name" and message.get("role") == "tool"
 
 
 class Rename:

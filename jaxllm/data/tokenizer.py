@@ -150,17 +150,13 @@ class Tokenizer(BaseTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         parts = [list(self._parts(text)) for text in texts]
-        chunks = [chunk for text_parts in parts for chunk in text_parts]
+        chunks: list[str] = [chunk for text_parts in parts for chunk in text_parts]
         # For a single chunk, starting threads would take longer than encoding it.
-        encoded = iter(
+        encoded: Iterator[list[int]] = iter(
             self._processor.encode(chunks) if len(chunks) > 1 else map(self._processor.encode, chunks)
         )
         return [
-            [
-                i
-                for chunk, ids in zip(text_parts, encoded, strict=False)
-                for i in self._apart.get(chunk, ids)
-            ]
+            [i for chunk, ids in zip(text_parts, encoded, strict=False) for i in self._apart.get(chunk, ids)]
             for text_parts in parts
         ]
 
@@ -175,7 +171,8 @@ class Tokenizer(BaseTokenizer):
     def _parts(self, text: str) -> Iterator[str]:
         """`text` in chunks that can be encoded separately; what is encoded apart is a chunk of its own."""
         text = without_lone_surrogates(text)
-        for part in re.split(f"({'|'.join(map(re.escape, self._apart))})", self._prefix + text if text else ""):
+        apart = "|".join(map(re.escape, self._apart))
+        for part in re.split(f"({apart})", self._prefix + text if text else ""):
             start = 0
             while len(part) - start > _CHUNK:
                 end = self._safe_cut(part, start + _CHUNK)
@@ -205,8 +202,8 @@ def build_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> BaseTo
 
 
 def load_tokenizer(path: str | Path) -> BaseTokenizer:
-    """Read a sentencepiece .model file, a Hugging Face tokenizer.json, or a folder with either, with tiktoken's
-    ranks as tokenizer.model (Llama 3's), or with vocab.json and merges.txt (GPT-2's, Qwen's).
+    """Read a sentencepiece .model file, a Hugging Face tokenizer.json, or a folder with either, with
+    tiktoken's ranks as tokenizer.model (Llama 3's), or with vocab.json and merges.txt (GPT-2's, Qwen's).
 
     A folder with both (Llama 2's) is read as Hugging Face's if it also has a tokenizer_config.json, which
     names the special tokens and often includes a chat template. Raises DataError.
@@ -224,8 +221,8 @@ def load_tokenizer(path: str | Path) -> BaseTokenizer:
         file = model
     if not file.is_file():
         raise DataError(
-            f"tokenizer: {file} does not exist; give a sentencepiece .model, a tokenizer.json, or a folder with "
-            f"one or with {VOCABULARY_FILE} and {MERGES_FILE}"
+            f"tokenizer: {file} does not exist; give a sentencepiece .model, a tokenizer.json, or a folder "
+            f"with one or with {VOCABULARY_FILE} and {MERGES_FILE}"
         )
     try:
         return _read_tokenizer(file, beside)

@@ -31,6 +31,7 @@ def evaluate_checkpoint(
     reward_model: str | None,
     reference: str | None,
     plain: bool,
+    template_options: Sequence[str],
     untrained: bool,
     samples: int,
     max_rows: int,
@@ -51,7 +52,10 @@ def evaluate_checkpoint(
         reference_model = check_generates(load_checkpoint(reference), f"--reference={reference}")
         if reference_model.tokenizer.hash != loaded.tokenizer.hash:
             raise ConfigError(f"--reference={reference} has another tokenizer than --checkpoint")
-    template = PlainTextTemplate(loaded.tokenizer) if plain else checkpoint_template(loaded)
+    if plain:
+        template = PlainTextTemplate(loaded.tokenizer)
+    else:
+        template = checkpoint_template(loaded, template_options)
     longest = loaded.model.config.max_length - sampling.max_new_tokens
     prompts = read_prompts(source, options, template, longest=longest, max_rows=max_rows, seed=seed)
     completions = complete_prompts(

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxllm.data.chat_template import ChatTemplate
+from jaxllm.data.jinja_template import without_defaults
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder
@@ -69,10 +70,12 @@ class RewardModel:
         loaded = load_folder(check_reward_model(checkpoint), mesh)
         if loaded.tokenizer.hash != tokenizer.hash:
             raise ConfigError(f"{name} has another tokenizer than the policy: train it from the same model")
-        if checkpoint_template(loaded).source != template.source:
-            raise ConfigError(
-                f"{name} has another chat template than the policy: train it from the same model"
-            )
+        if (source := checkpoint_template(loaded).source) != template.source:
+            if without_defaults(source) != without_defaults(template.source):
+                raise ConfigError(
+                    f"{name} has another chat template than the policy: train it from the same model"
+                )
+            print(f"note: {name} was trained with other data.template_options than the policy's")
         clock = loaded.metadata.get("clock")
         if clock != template.clock and None not in (clock, template.clock):
             print(f"note: {name} was trained with another date in its prompts: {clock}, not {template.clock}")

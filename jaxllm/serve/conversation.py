@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -25,9 +25,16 @@ Messages = list[dict[str, str]]
 class Conversation:
     """The messages so far; each reply is sampled with a key of its own."""
 
-    def __init__(self, loaded: LoadedModel, sampling: SamplingConfig, system: str | None, seed: int):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        sampling: SamplingConfig,
+        system: str | None,
+        seed: int,
+        template_options: Sequence[str] = (),
+    ):
         self.loaded, self.sampling, self.key = loaded, sampling, jax.random.key(seed)
-        self.template = checkpoint_template(loaded)
+        self.template = checkpoint_template(loaded, template_options)
         self.system: Messages = [{"role": "system", "content": system}] if system else []
         self.messages: Messages = []  # without the system message
         self.replies = 0
@@ -57,6 +64,7 @@ class Conversation:
                 stop_ids=self.template.stop_ids,
                 key=jax.random.fold_in(self.key, self.replies),
                 max_steps=CHUNK,
+                vocab_size=self.loaded.tokenizer.vocab_size,
             ):
                 tokens += new
                 whole = printable(self.loaded.tokenizer.decode(tokens, from_start=False)).lstrip()
@@ -96,12 +104,17 @@ class Conversation:
 
 
 def chat_in_terminal(
-    checkpoint: str | None, sampling: SamplingConfig, *, system: str | None, seed: int
+    checkpoint: str | None,
+    sampling: SamplingConfig,
+    *,
+    system: str | None,
+    template_options: Sequence[str],
+    seed: int,
 ) -> None:
     """Reads lines from stdin and replies until /exit or the end of the input."""
     set_up_process()
     loaded = check_generates(load_checkpoint(checkpoint), f"--checkpoint={checkpoint}")
-    conversation = Conversation(loaded, sampling, system, seed)
+    conversation = Conversation(loaded, sampling, system, seed, template_options)
     if not loaded.conversational:
         print("note: this model was only pretrained and not trained on conversations", file=sys.stderr)
     if isinstance(sys.stdin, io.TextIOWrapper):

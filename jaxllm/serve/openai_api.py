@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxllm.data.messages import client_messages
+from jaxllm.data.messages import client_messages, read_tools
 from jaxllm.data.sources import BadRow
 from jaxllm.errors import ConfigError
 from jaxllm.rollout.engine import TOP_SCORES
@@ -36,6 +36,7 @@ COMMON = {
     "stream_options",
 }
 CHAT = COMMON | {"messages", "max_completion_tokens", "logprobs", "top_logprobs"}
+CHAT |= {"tools", "chat_template_kwargs"}
 TEXT = COMMON | {"prompt", "logprobs", "echo"}
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 NEUTRAL = {
@@ -103,7 +104,9 @@ def read_chat(
     elif body.get("top_logprobs"):
         raise ApiError(400, "top_logprobs requires logprobs: true", "top_logprobs")
     fields = common_fields(body, sampling, max_tokens, top)
-    prompts = [model.encode(read_messages(body.get("messages")), max_tokens)]
+    tools, options = chat_tools(body, model), chat_options(body)
+    messages = read_messages(body.get("messages"))
+    prompts = [model.encode(messages, max_tokens, tools=tools, options=options)]
     return CompletionRequest(chat=True, model=model, prompts=prompts, **fields)
 
 
@@ -238,6 +241,33 @@ def read_messages(value: Any) -> list[dict[str, Any]]:
         return client_messages(value)
     except BadRow as error:
         raise ApiError(400, str(error), "messages") from None
+
+
+def chat_tools(body: Mapping[str, Any], model: ServedModel) -> list[Any] | None:
+    """The functions that the model may call; ApiError where its chat template has no place for them."""
+    try:
+        tools = read_tools(body)
+    except BadRow as error:
+        raise ApiError(400, str(error), "tools") from None
+    if tools is None or body.get("tool_choice") == "none":
+        return None
+    if not model.template.renders_tools:
+        raise ApiError(
+            400,
+            "Unsupported parameter: 'tools' is not supported with this model: its chat template has no place "
+            "for them.",
+            "tools",
+            "unsupported_parameter",
+        )
+    return tools
+
+
+def chat_options(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values of the chat template's variables, such as {"enable_thinking": false}."""
+    options = body.get("chat_template_kwargs")
+    if not isinstance(options, Mapping | None):
+        raise ApiError(400, "chat_template_kwargs must be an object", "chat_template_kwargs")
+    return options or {}
 
 
 def read_stop(value: Any) -> tuple[str, ...]:

@@ -1,11 +1,12 @@
 """A checkpoint that is served: conversations in, completions out while they are generated."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-from jaxllm.data.chat_template import ChatTemplate
+from jaxllm.data.chat_template import UNKNOWN_OPTION, ChatTemplate, Tools
 from jaxllm.data.sources import BadRow
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import ConfigError, DataError, RunError
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 RESERVED_TOKENS = 64  # left for the completion; fewer where max_new_tokens or the model's context is small
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[dict[str, Any]]
 
 
 class Chunk(NamedTuple):
@@ -57,8 +58,16 @@ class ServedModel(NamedTuple):
             )
         return tokens
 
-    def encode(self, messages: Messages, max_new_tokens: int) -> list[int]:
-        """The prompt's tokens. ApiError where the conversation is malformed or too long."""
+    def encode(
+        self,
+        messages: Messages,
+        max_new_tokens: int,
+        *,
+        tools: Tools | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
+        """The prompt's tokens; `tools` and `options` are as in `ChatTemplate.prompt`. ApiError where the
+        conversation is malformed or too long, or where the chat template cannot render it."""
         reserved = min(max_new_tokens, RESERVED_TOKENS, max(1, self.max_length // 4))
 
         def check(length: int, unit: str) -> None:
@@ -74,9 +83,11 @@ class ServedModel(NamedTuple):
         # A message takes at least one token, and rendering many with a Jinja template is slow.
         check(len(messages), "messages")
         try:
-            tokens = self.template.prompt(messages)
+            tokens = self.template.prompt(messages, tools=tools, options=options)
         except (BadRow, ConfigError) as error:
-            raise ApiError(400, str(error), "messages") from None
+            of_options = isinstance(error, BadRow) and error.problem == UNKNOWN_OPTION
+            param = "chat_template_kwargs" if of_options else "messages"
+            raise ApiError(400, str(error), param) from None
         check(len(tokens), "tokens")
         return tokens
 

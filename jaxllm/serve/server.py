@@ -62,6 +62,7 @@ class ServerOptions:
     raters_per_pair: int
     rows: int  # completions that each model decodes at a time
     max_length: int | None  # tokens of a prompt and its completion; None: as many as fit the memory
+    template_options: Sequence[str]  # NAME=VALUE for the chat templates, where a request gives no others
     seed: int
 
     def check(self, sampling: SamplingConfig) -> None:
@@ -121,7 +122,9 @@ def serve(options: ServerOptions, sampling: SamplingConfig) -> None:
         planned = plan_memory(folders, options.rows, options.max_length)
         models = {}
         for name, folder in folders.items():
-            models[name] = load_model(name, folder, options.rows, planned.max_length)
+            models[name] = load_model(
+                name, folder, options.rows, planned.max_length, options.template_options
+            )
             stack.callback(models[name].engine.close)
             warm_up(models[name])
         bound.listen()  # connections are accepted from here on
@@ -181,13 +184,26 @@ def plan_memory(folders: Mapping[str, Path], rows: int, max_length: int | None) 
     return planned
 
 
-def load_model(name: str, folder: Path, rows: int, max_length: int | None = None) -> ServedModel:
+def load_model(
+    name: str,
+    folder: Path,
+    rows: int,
+    max_length: int | None = None,
+    template_options: Sequence[str] = (),
+) -> ServedModel:
     """A checkpoint with its engine running; the caller closes the engine."""
     loaded = check_generates(load_folder(folder), f"--checkpoint={name}")
     if not loaded.conversational:
         print(f"note: {name} was only pretrained and not trained on conversations", file=sys.stderr)
-    template = checkpoint_template(loaded)
-    engine = Engine(loaded.model, loaded.params, stop_ids=template.stop_ids, rows=rows, max_length=max_length)
+    template = checkpoint_template(loaded, template_options)
+    engine = Engine(
+        loaded.model,
+        loaded.params,
+        stop_ids=template.stop_ids,
+        rows=rows,
+        max_length=max_length,
+        vocab_size=loaded.tokenizer.vocab_size,
+    )
     return ServedModel(
         name,
         {"path": str(loaded.folder), "hash": checkpoint_hash(loaded.folder)},

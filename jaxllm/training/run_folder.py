@@ -31,8 +31,16 @@ from jaxllm.training.checkpoint import MANIFEST, first_process_decides, step_fol
 LOCK = "lock"  # held by the process that uses the folder, and removed by it
 # What a start may leave in a run folder besides config.json: tokenizer and chat template.
 START_FILES = frozenset(
-    ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
-    + ("generation_config.json", "chat_template.jinja", "chat_template.json", "template.jinja")
+    (
+        "tokenizer.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "added_tokens.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "template.jinja",
+    )
 )
 _NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]+")
 

@@ -225,7 +225,7 @@ def test_a_folder_with_two_tokenizers_is_hugging_faces_if_it_has_its_config(toke
 
 def test_a_file_that_is_not_a_tokenizer_is_named_in_the_error(documents, tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(DataError, match=r"do not define how text is split.*=None.*save_pretrained"):
+    with pytest.raises(DataError, match=r"do not say how text is split.*=None.*save_pretrained"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer.json: not a tokenizer.json"):

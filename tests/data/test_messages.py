@@ -128,7 +128,10 @@ ARROW = dict.fromkeys(("from", "value", "name", "tool_calls", "function_call", "
                 [{"role": "assistant", "content": None, "tool_calls": [{"id": "x", "function": function}]}],
                 [{"role": "assistant", "content": "", "tool_calls": [CALL]}],
             )
-            for function in ({"name": "find", "arguments": '{"q": 1}'}, {"name": "find", "arguments": {"q": 1}})
+            for function in (
+                {"name": "find", "arguments": '{"q": 1}'},
+                {"name": "find", "arguments": {"q": 1}},
+            )
         ),
     ],
 )

@@ -11,8 +11,8 @@ import pytest
 
 from jaxllm.config import load_config, override, parse
 from jaxllm.data import chat, preferences, prompts
-from jaxllm.data.loss_mask import Encoded
 from jaxllm.data.held_out import text_key
+from jaxllm.data.loss_mask import Encoded
 from jaxllm.data.rows import read_sources
 from jaxllm.errors import DataError
 from jaxllm.pipeline.completions import HELD_OUT, PipelineCompletions
@@ -26,10 +26,12 @@ STAGES = [name for name in PARENTS if name != "pretrain"]
 class OneToken:
     """A chat template that encodes every text as one token, since these tests are about the questions."""
 
-    def prompt(self, messages):
+    renders_tools = False
+
+    def prompt(self, messages, **_):
         return [zlib.crc32(repr(messages).encode()) >> 1]
 
-    def encode(self, messages, loss_on):
+    def encode(self, messages, loss_on, tools):
         return Encoded([0, *self.prompt(messages)], [False, True])
 
 

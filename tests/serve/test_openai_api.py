@@ -24,7 +24,13 @@ def test_a_completion_equals_that_of_generate_streamed_or_not(client, model, cha
     template = checkpoint_template(loaded)
     prompt, key = template.prompt(REQUEST["messages"]), jax.random.key(7)[None]
     expected = generate(
-        loaded.model, loaded.params, [prompt], sampling=SAMPLING, stop_ids=template.stop_ids, keys=key
+        loaded.model,
+        loaded.params,
+        [prompt],
+        sampling=SAMPLING,
+        stop_ids=template.stop_ids,
+        keys=key,
+        vocab_size=loaded.tokenizer.vocab_size,
     )
     text = loaded.tokenizer.decode(expected.tokens[0], from_start=False).lstrip()
     status, whole = client.chat()
@@ -185,7 +191,9 @@ def test_json_mode_is_declined_in_openais_words(client, kind):
         "code": "unsupported_value",
     }
     _, body = client.chat(tools=[{"type": "function"}])
-    assert body["error"]["message"] == "Unsupported parameter: 'tools' is not supported with this model."
+    assert body["error"]["message"].startswith(
+        "Unsupported parameter: 'tools' is not supported with this model: its chat template has no place"
+    )
     assert body["error"]["code"] == "unsupported_parameter"
 
 
@@ -246,7 +254,7 @@ class SlowTemplate:
     def __init__(self):
         self.paused, self.resume = threading.Event(), threading.Event()
 
-    def prompt(self, messages):
+    def prompt(self, messages, **_):
         self.paused.set()
         self.resume.wait(60)
         return [1] * len(messages)
