@@ -73,7 +73,7 @@ class JinjaTemplate:
         self._check(messages, tools)
         given = {"tools": tools}
         pieces = self._prompt_pieces(messages[:-1], given, allow_rewriting=loss_on == "last")
-        pieces += self._completion(messages, "".join(pieces), given)
+        pieces += self._completion(messages, "".join(pieces), given, is_last=True)
         self._check_tool_calls(messages, pieces)
         return joined([(ids, i % 2 == 1) for i, ids in enumerate(self._encoded(pieces))], loss_on)
 
@@ -111,24 +111,38 @@ class JinjaTemplate:
                     pieces.append(self._added(pieces, prompt))
                     pieces.append(self._completion(messages[: k + 1], "".join(pieces), given)[0])
             return [*pieces, self._added(pieces, self._render(messages, given, add_generation_prompt=True))]
-        except _Rewritten:
+        except (_Rewritten, _ClosedThought):
             if not allow_rewriting:
                 raise
             return [self._render(messages, given, add_generation_prompt=True)]
 
-    def _completion(self, messages: Messages, prompt: str, given: Mapping[str, Any]) -> tuple[str, str]:
-        """The last message as rendered after `prompt`, split after its last special token."""
+    def _completion(
+        self, messages: Messages, prompt: str, given: Mapping[str, Any], *, is_last: bool = False
+    ) -> tuple[str, str]:
+        """The last message as rendered after `prompt`, split after its last special token.
+
+        `is_last`: no turn follows it, and so it does not matter whether the prompt is rendered as before.
+        """
         whole = self._render(messages, given)
         thought = _THOUGHT.search(prompt)
         if thought and not whole.startswith(prompt) and whole.startswith(prompt[: thought.start()]):
             # The prompt opens a thought, and finished turns are rendered without it.
             added = self._after_thought(messages[-1], bool(thought["end"]), whole[thought.start() :])
+        elif is_last and not whole.startswith(prompt) and (header := self._header(prompt)) in whole:
+            # Mistral's put the system message into the last user turn, but only where no answer follows.
+            added = whole.rpartition(header)[2]
         else:
             added = self._added([prompt], whole)
         ends = [match.end() for match in self._tokenizer.special_pattern.finditer(added)]
         if not ends:
             raise self._fault(_NO_STOP_TOKEN)
         return added[: ends[-1]], added[ends[-1] :]
+
+    def _header(self, prompt: str) -> str:
+        """The end of a prompt, from its last special token on. No content has one, and so the last place of
+        the header in a conversation is before its last turn."""
+        starts = [match.start() for match in self._tokenizer.special_pattern.finditer(prompt)]
+        return prompt[starts[-1] :] if starts else prompt
 
     def _after_thought(self, message: Mapping[str, Any], closed: bool, turn: str) -> str:
         """What a model generates after a prompt that has opened a thought, and maybe `closed` it: the rest of
@@ -137,7 +151,7 @@ class JinjaTemplate:
         thought = f"{reasoning}\n" if reasoning else content.rpartition("</think>")[0]
         if closed:
             if thought.removeprefix("<think>").strip():
-                raise BadRow("reasoning where the prompt closes the thought", self._name)
+                raise _ClosedThought("reasoning where the prompt closes the thought", self._name)
             return turn.rpartition("</think>")[2].lstrip("\n")
         if "</think>" in turn:
             return turn.removeprefix("<think>").lstrip("\n")
@@ -270,10 +284,12 @@ class JinjaTemplate:
         probe = {"role": role, "content": _PROBE}
         exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            text = self._render([probe, *exchange] if role == "system" else [*exchange, probe], {})
+            if role == "tool":
+                return _PROBE not in self._render([*exchange, probe], {})
+            prompt = self._render([probe, exchange[0]], {}, add_generation_prompt=True)
+            return _PROBE not in prompt + self._render([probe, *exchange], {})
         except (BadRow, ConfigError):
             return False
-        return _PROBE not in text
 
     def _fault(self, what: str) -> ConfigError:
         return ConfigError(f"{self._name}: {' '.join(what.split())}")
@@ -283,13 +299,22 @@ class _Rewritten(ConfigError):
     """The rendering of a conversation does not start with the rendering of its first turns."""
 
 
+class _ClosedThought(BadRow):
+    """A turn has reasoning, and the prompt before it has an empty thought."""
+
+
 def options_of(source: str) -> frozenset[str]:
-    """The variables that a template reads and is not given."""
-    from jinja2 import meta
+    """The variables that the template reads and is not given: those that it never sets, and those that it
+    asks whether they are defined."""
+    from jinja2 import meta, nodes
 
     environment = _environment()
-    names = meta.find_undeclared_variables(environment.parse(source))
-    return frozenset(names) - {*GIVEN, *TOKENS, *environment.globals, "strftime_now"}
+    tree = environment.parse(source)
+    given = {*GIVEN, *TOKENS, *environment.globals, "strftime_now"}
+    read = meta.find_undeclared_variables(tree) - given
+    is_set = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    tests = [test.node for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined")]
+    return frozenset(read - is_set | read & {node.name for node in tests if isinstance(node, nodes.Name)})
 
 
 def with_defaults(source: str, options: Mapping[str, Any]) -> str:

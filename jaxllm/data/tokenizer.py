@@ -10,12 +10,13 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from jaxllm.data.base_tokenizer import HF_TOKENIZER_FILE, BaseTokenizer, without_lone_surrogates
 from jaxllm.data.byte_level import (
@@ -101,7 +102,9 @@ class Tokenizer(BaseTokenizer):
                 "this sentencepiece model lacks tokens for single bytes or the space, so it would lose text"
             )
         # What is encoded by itself, and how.
-        self._apart = {_SPACE_MARK: [byte_ids[bytes([byte])] for byte in _SPACE_MARK.encode()]}
+        self._apart: dict[str, list[int]] = {
+            _SPACE_MARK: [byte_ids[bytes([byte])] for byte in _SPACE_MARK.encode()]
+        }
         self._apart |= {name: [i] for name, i in self._added.items() if name not in self.special_ids}
         self.bos_id = self._named_id("bos_token", processor.bos_id())
         self.eos_id = self._named_id("eos_token", processor.eos_id())
@@ -150,13 +153,12 @@ class Tokenizer(BaseTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         parts = [list(self._parts(text)) for text in texts]
-        chunks: list[str] = [chunk for text_parts in parts for chunk in text_parts]
+        chunks = [chunk for text_parts in parts for chunk in text_parts]
         # For a single chunk, starting threads would take longer than encoding it.
-        encoded: Iterator[list[int]] = iter(
-            self._processor.encode(chunks) if len(chunks) > 1 else map(self._processor.encode, chunks)
-        )
+        encode: Callable[[Any], Any] = self._processor.encode
+        encoded = iter(encode(chunks) if len(chunks) > 1 else map(encode, chunks))
         return [
-            [i for chunk, ids in zip(text_parts, encoded, strict=False) for i in self._apart.get(chunk, ids)]
+            [i for chunk in text_parts for i in self._apart.get(chunk, list(next(encoded)))]
             for text_parts in parts
         ]
 
