@@ -2,52 +2,23 @@
 in silence."""
 
 import pytest
-from chat_templates import CHATML, conversation, hf_tokenizer
+from chat_templates import (
+    CALLED,
+    CHATML,
+    FIND,
+    OPENED,
+    OPENS_THOUGHT,
+    SYSTEM_LAST,
+    THINKS,
+    TOOLS,
+    conversation,
+    hf_tokenizer,
+)
 
 from jaxllm.data.chat_template import load_template
 from jaxllm.data.jinja_template import JinjaTemplate, options_of, with_defaults, without_defaults
 from jaxllm.data.sources import BadRow
 from jaxllm.errors import ConfigError
-
-OPENED = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
-TURNS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
-)
-# As DeepSeek-R1's: the prompt opens a thought, and finished turns are rendered without theirs.
-OPENS_THOUGHT = TURNS + OPENED
-# As Qwen3's: `enable_thinking`, and the last turn alone with its thought.
-THINKS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}"
-    "{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{% endif %}"
-)
-# As Mistral's: the system message is part of the last user turn, until an answer follows.
-SYSTEM_LAST = (
-    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
-    "{% set messages = messages[1:] %}{% endif %}"
-    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>"
-    "{% if loop.last and system is defined %}{{ system + '\n\n' }}{% endif %}{{ m.content }}<|im_end|>"
-    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
-)
-TOOLS = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-FIND = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
-CALL = {"type": "function", "function": {"name": "find", "arguments": {"q": "Ada"}}}
-CALLED = [
-    {"role": "user", "content": "Who?"},
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "content": "[1]"},
-    {"role": "assistant", "content": "Ada."},
-]
 
 
 def template(source: str, **options) -> JinjaTemplate:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,13 +13,15 @@ from safetensors.numpy import load_file, save_file
 from tiny_runs import parse_config
 
 from jaxllm.config import run_script
-from jaxllm.errors import ConfigError
+from jaxllm.errors import ConfigError, DataError
 from jaxllm.evaluation.scoring import score_rows
 from jaxllm.models.hf import load_hf
 from jaxllm.models.hf.fields import as_values
 from jaxllm.rewards.reward_model import read_statistics
+from jaxllm.runs import checkpoints
 from jaxllm.runs import convert as convert_module
 from jaxllm.runs.checkpoints import checkpoint_template, load_checkpoint
+from jaxllm.runs.convert import generation_config
 from jaxllm.runs.train import train
 from jaxllm.stages import build_program, find_stage, ppo
 from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint
@@ -70,6 +73,31 @@ def test_its_config_names_the_family_and_the_stop_tokens(exported):
     assert config["architectures"] == ["Qwen3ForCausalLM"]
     assert config["eos_token_id"] == generation["eos_token_id"]
     assert len(generation["eos_token_id"]) == 2
+
+
+def test_rows_of_the_embedding_beyond_the_tokenizer_are_kept(exported):
+    """`test_an_exported_run_is_the_same_model` compares them: there are some."""
+    loaded = load_checkpoint(str(exported))
+    assert loaded.tokenizer.vocab_size < loaded.model.config.vocab_size
+
+
+def test_a_model_with_fewer_rows_than_the_tokenizer_has_tokens_is_an_error(exported, monkeypatch):
+    monkeypatch.setattr(checkpoints, "load_tokenizer", lambda folder: SimpleNamespace(vocab_size=10**6))
+    with pytest.raises(DataError, match=r"the tokenizer has 1000000 tokens, but model.vocab_size=\d+;"):
+        load_checkpoint(str(exported))
+
+
+def test_a_generation_config_says_what_ends_a_completion_and_is_exported_again(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    file = folder / "generation_config.json"
+    fields = json.loads(file.read_text())
+    fields |= {"eos_token_id": [*fields["eos_token_id"], 7], "temperature": 0.6}
+    file.write_text(json.dumps(fields))
+    loaded = load_checkpoint(str(folder))
+    assert checkpoint_template(loaded).stop_ids[-1] == loaded.tokenizer.stop_ids[-1] == 7
+    again = generation_config(loaded)
+    assert set(again.pop("eos_token_id")) == set(fields.pop("eos_token_id"))
+    assert again == fields
 
 
 def test_a_run_is_initialized_from_it_with_its_model(exported, rows, tmp_path, capsys):
