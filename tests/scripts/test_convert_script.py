@@ -75,12 +75,6 @@ def test_its_config_names_the_family_and_the_stop_tokens(exported):
     assert len(generation["eos_token_id"]) == 2
 
 
-def test_rows_of_the_embedding_beyond_the_tokenizer_are_kept(exported):
-    """`test_an_exported_run_is_the_same_model` compares them: there are some."""
-    loaded = load_checkpoint(str(exported))
-    assert loaded.tokenizer.vocab_size < loaded.model.config.vocab_size
-
-
 def test_a_model_with_fewer_rows_than_the_tokenizer_has_tokens_is_an_error(exported, monkeypatch):
     monkeypatch.setattr(checkpoints, "load_tokenizer", lambda folder: SimpleNamespace(vocab_size=10**6))
     with pytest.raises(DataError, match=r"the tokenizer has 1000000 tokens, but model.vocab_size=\d+;"):
