@@ -111,7 +111,7 @@ class NativeTemplate:
         self._tokenizer = tokenizer
         self._header = {role: tokenizer.special_ids[f"<|{role}|>"] for role in ROLES}
         self._end = tokenizer.special_ids["<|end|>"]
-        self.stop_ids: tuple[int, ...] = (self._end, *tokenizer.stop_ids)
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self._end, *tokenizer.stop_ids]))
 
     def encode(self, messages: Messages, *, loss_on: str, tools: Tools | None = None) -> Encoded:
         """As in `ChatTemplate`."""
