@@ -377,7 +377,7 @@ def test_a_custom_chat_template_is_saved_with_the_weights(finished, text, tmp_pa
         def now(cls, tz=None):
             return cls(2100, 1, 1)
 
-    monkeypatch.setattr("jaxllm.data.chat_template.datetime", Later)  # the run's time does not pass
+    monkeypatch.setattr("jaxllm.data.jinja_template.datetime", Later)  # the run's time does not pass
     assert checkpoint_template(load_checkpoint(tmp_path / "sft")).clock == clock
     template.write_bytes(source + b"{# edited #}")
     run(make_config(text, "sft", data__template=str(template), training__steps="4"), tmp_path / "sft")
