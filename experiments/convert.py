@@ -1,6 +1,7 @@
 """Hugging Face models: take a checkpoint out, bring one in, or compare with transformers.
 
     python experiments/convert.py export --checkpoint=runs/sft --output=exported
+    python experiments/convert.py export --checkpoint=runs/lora --output=adapters --adapters
     python experiments/convert.py import --checkpoint=SmolLM2-135M --output=runs/smollm2
     python experiments/convert.py check --checkpoint=exported
 
@@ -33,6 +34,7 @@ def define_flags(flag_values: "FlagValues") -> None:
         "checkpoint", None, "run folder, RUN/best, step folder or Hugging Face folder", **where
     )
     flags.DEFINE_string("output", None, "new folder to write", **where)
+    flags.DEFINE_bool("adapters", False, "export a LoRA run's adapters alone, for PEFT; else merged", **where)
     flags.DEFINE_string(
         "dtype", None, "of exported tensors: float32, bfloat16 or float16; as trained", **where
     )
@@ -54,7 +56,7 @@ def main(_: None, flags: "FlagValues") -> None:
     if flags.max_shard_gb <= 0:
         raise ConfigError(f"--max_shard_gb={flags.max_shard_gb} must be above 0")
 
-    from jaxllm.runs.convert import check_checkpoint, export_checkpoint, import_checkpoint
+    from jaxllm.runs.convert import check_checkpoint, export_adapters, export_checkpoint, import_checkpoint
     from jaxllm.runs.process import set_up_process
 
     set_up_process()
@@ -64,6 +66,8 @@ def main(_: None, flags: "FlagValues") -> None:
     output = Path(flags.output).expanduser()
     if flags.action == "import":
         import_checkpoint(flags.checkpoint, output)
+    elif flags.adapters:
+        export_adapters(flags.checkpoint, output)
     else:
         size = int(flags.max_shard_gb * 10**9)
         export_checkpoint(flags.checkpoint, output, dtype=flags.dtype, max_shard_bytes=size)

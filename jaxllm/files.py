@@ -62,10 +62,20 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, indent=1).encode()
 
 
+PEFT_CONFIG = "adapter_config.json"
+
+
+def is_peft_folder(folder: str | Path) -> bool:
+    """Whether a folder holds adapters in PEFT's files, as transformers decides it."""
+    return (Path(folder).expanduser() / PEFT_CONFIG).is_file()
+
+
 def is_hf_folder(folder: str | Path) -> bool:
     """Whether a folder is a Hugging Face model: its config.json has a model_type, or it holds the weights of
     one and its config.json is damaged, which reading it then says."""
     folder = Path(folder).expanduser()
+    if is_peft_folder(folder):
+        return False
     try:
         if "model_type" in json.loads((folder / "config.json").read_bytes()):
             return True

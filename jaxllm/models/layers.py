@@ -16,10 +16,12 @@ import numpy as np
 from jaxllm.models.config import ModelConfig, RopeScaling
 from jaxllm.models.interface import Array
 from jaxllm.models.lora import LoRA
+from jaxllm.models.quantize import Quantized, quantize, quantized_product
 
 
 class Linear(nn.Module):
-    """x @ kernel (+ bias) on the last axis; kernel is [in, out]. With LoRA, plus the adapters' product."""
+    """x @ kernel (+ bias) on the last axis; kernel is [in, out]. With LoRA, plus the adapters' product,
+    and the kernel may be `Quantized`."""
 
     config: ModelConfig
     features: int
@@ -30,10 +32,20 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal")
         dtype = jnp.dtype(self.config.param_dtype)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), dtype)
+        shape, quantization = (x.shape[-1], self.features), self.config.lora.quantize
+
+        def make_kernel(key: jax.Array) -> jax.Array | Quantized:
+            kernel = init(key, shape, dtype)
+            return kernel if quantization == "none" else quantize(kernel, quantization)
+
+        kernel = self.param("kernel", make_kernel)
         # One matrix product over all tokens: XLA:CPU runs it 1.3x faster than the same product in 3-D.
         x_NI = x.reshape(-1, x.shape[-1])
-        y_NF = x_NI @ kernel.astype(x.dtype)
+        y_NF = (
+            quantized_product(x_NI, kernel)
+            if isinstance(kernel, Quantized)
+            else x_NI @ kernel.astype(x.dtype)
+        )
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
             y_NF += bias.astype(x.dtype)

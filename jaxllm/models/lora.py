@@ -10,13 +10,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxllm.models.config import NO_LORA, LoRAConfig, ModelConfig
+from jaxllm.models.config import NO_LORA, LoRAConfig, ModelConfig, layer_shapes
 from jaxllm.models.interface import Params
+from jaxllm.models.quantize import Quantized, dequantize
 from jaxllm.random_streams import DROPOUT, stream
 
 # Regular expression of the parameters that train beside frozen ones: adapters, and heads that are new.
 TRAINED = r"/lora/[ab]$|(^|/)scalar_head/"
 ADAPTERS = r"/lora/[ab]$"
+
+
+def adapted_layers(lora: LoRAConfig, config: ModelConfig) -> list[str]:
+    """The layers of a model that have these adapters."""
+    return [path for path in layer_shapes(config) if lora.applies_to(path)]
 
 
 class LoRA(nn.Module):
@@ -46,10 +52,13 @@ def merge_lora(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params
     """The model without adapters that computes the same: its kernels are kernel + scale * a @ b.
 
     params: from `Model.init` or `ScalarModel.init` of this config, blocks stacked. The sum is rounded to the
-    kernel's dtype. Without adapters, both are returned as they are.
+    kernel's dtype; kernels that are quantized, beside which the adapters were trained, become float32.
+    Without adapters, both are returned as they are.
     """
 
     def merged(layer: Params) -> Params:
+        if isinstance(kernel := layer.get("kernel"), Quantized):
+            return merged(layer | {"kernel": dequantize(kernel)})
         if "lora" not in layer:
             return {name: merged(x) if isinstance(x, dict) else x for name, x in layer.items()}
         kernel, (a, b) = layer["kernel"], (layer["lora"]["a"], layer["lora"]["b"])

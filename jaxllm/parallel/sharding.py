@@ -49,6 +49,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),
     (r"(attention/output|mlp/down)/bias$", P()),
     (r"_norm/(scale|bias)$", P()),
+    (r"(query|key|value|gate|up)/kernel/(codes|scales)$", P(None, "fsdp", None, "tensor")),
+    (r"(output|down)/kernel/(codes|scales)$", P(None, "tensor", None, "fsdp")),
     (r"(query|key|value|gate|up)/lora/a$", P(None, "fsdp", None)),
     (r"(query|key|value|gate|up)/lora/b$", P(None, None, "tensor")),
     (r"(output|down)/lora/a$", P(None, "tensor", None)),

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -99,7 +100,7 @@ class Sampler:
             )
         if config.dtype is not None or config.replicate_params:
             self.place = jax.jit(
-                lambda params: jax.tree.map(lambda x: x.astype(config.dtype or x.dtype), params),
+                lambda params: params if config.dtype is None else cast_floats(params, config.dtype),
                 out_shardings=whole(params, program.mesh) if config.replicate_params else None,
             )
 
@@ -108,6 +109,11 @@ class Sampler:
         if self.place is not None:
             params = self.place(params)
         return collect(self.model, params, prompts, decode_batch_size=self.rows, **options)
+
+
+def cast_floats(params: Params, dtype: str) -> Params:
+    """Parameters in another dtype, but for the codes of quantized kernels."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
 
 
 class RolloutSource(BatchSource):

@@ -14,14 +14,16 @@ from jax.tree_util import tree_map_with_path
 from jaxllm.config import as_dict, parse
 from jaxllm.config_versions import upgrade
 from jaxllm.data.chat_template import ChatTemplate, load_template
-from jaxllm.data.tokenizer import BaseTokenizer, check_vocabulary, load_tokenizer
+from jaxllm.data.tokenizer import TOKENIZER_FILE, BaseTokenizer, check_vocabulary, load_tokenizer
 from jaxllm.data.tokenizer_files import has_chat_template
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.files import is_hf_folder
+from jaxllm.files import is_hf_folder, is_peft_folder
 from jaxllm.models import Model, ModelConfig, Params, ScalarModel, build_model, build_scalar_model
 from jaxllm.models.config import for_platform
 from jaxllm.models.hf import fill_hf, is_reward_model, load_hf_config
+from jaxllm.models.hf.peft import fill_adapters, load_peft_config, read_peft
 from jaxllm.models.lora import ADAPTERS, merge_lora
+from jaxllm.models.quantize import is_quantized, quantize, unquantized
 from jaxllm.parallel.sharding import path_name, placed
 from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint, read_arrays, saved_dtypes
 from jaxllm.training.state import init_state, is_none, merge_params, split_params
@@ -74,6 +76,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Face model, that of the model alone."""
     if is_hf_folder(folder):
         return {"model": as_dict(load_hf_config(folder)), "seed": 0}
+    if is_peft_folder(folder):
+        return {"model": as_dict(load_peft_config(folder)), "seed": 0}
     try:
         return upgrade(json.loads((folder / "config.json").read_bytes()))
     except ValueError as error:
@@ -81,18 +85,29 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """What a run saved with the arrays of a step folder; nothing in a Hugging Face model."""
-    return {} if is_hf_folder(folder) else json.loads((folder / "metadata.json").read_bytes())
+    """What a run saved with the arrays of a step folder; nothing in a Hugging Face model or adapters."""
+    return (
+        {}
+        if is_hf_folder(folder) or is_peft_folder(folder)
+        else json.loads((folder / "metadata.json").read_bytes())
+    )
 
 
 def read_kind(folder: Path) -> ModelKind:
     """What the parameters of a step folder are."""
-    if is_hf_folder(folder):
-        return ModelKind(not is_reward_model(folder), has_chat_template(folder), policy_prefix="")
+    if (adapters := is_peft_folder(folder)) or is_hf_folder(folder):
+        scalar = read_peft(folder).scalar if adapters else is_reward_model(folder)
+        return ModelKind(not scalar, has_chat_template(tokenizer_folder(folder)), policy_prefix="")
     metadata = read_metadata(folder)
     if "model" in metadata:
         return ModelKind(**metadata["model"])
     return VERSION_1[read_config(folder)["stage"]]
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer and the chat template of a checkpoint are: adapters may have their base's."""
+    own = any((folder / name).exists() for name in (HF_TOKENIZER_FILE, TOKENIZER_FILE))
+    return read_peft(folder).base if is_peft_folder(folder) and not own else folder
 
 
 class Base(NamedTuple):
@@ -103,7 +118,10 @@ class Base(NamedTuple):
 
 
 def read_base(folder: Path) -> Base | None:
-    """The base of a step folder that holds adapters alone; None where it holds all parameters."""
+    """The base of a folder that holds adapters alone; None where it holds all parameters."""
+    if is_peft_folder(folder):
+        path = read_peft(folder).base
+        return Base(path, checkpoint_hash(path))
     base = read_metadata(folder).get("base")
     return None if base is None else Base(Path(base["path"]), base["hash"])
 
@@ -137,22 +155,36 @@ def policy_name(folder: Path) -> str:
 
 
 def read_cast(folder: Path, wanted: Any, prefix: str, optional: Collection[str] = ()) -> Params:
-    """`read_arrays`, with floats cast to the dtypes that are wanted."""
+    """`read_arrays`, with floats cast to the dtypes that are wanted, and kernels quantized that are wanted
+    so, one after the other."""
     saved = saved_dtypes(folder, prefix)
+    kernels = jax.tree_util.tree_leaves_with_path(wanted, is_leaf=is_quantized)
+    optional = (*optional, *(path_name(path) for path, leaf in kernels if is_quantized(leaf)))
 
     def as_saved(path: tuple[Any, ...], leaf: Any) -> Any:
         dtype = jnp.dtype(saved.get(path_name(path), leaf.dtype))
         floats = jnp.issubdtype(dtype, jnp.floating) and jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.update(dtype=dtype) if floats else leaf
 
-    read = read_arrays(folder, tree_map_with_path(as_saved, wanted), prefix=prefix, optional=optional)
-    return jax.tree.map(
-        lambda x, leaf: x if x is None else x.astype(leaf.dtype), read, wanted, is_leaf=is_none
-    )
+    def read_quantized(path: tuple[Any, ...], leaf: Any) -> Any:
+        if not is_quantized(leaf):
+            return None
+        name = path_name(path)
+        kernel = read_arrays(folder, unquantized(leaf, saved.get(name, "float32")), prefix=f"{prefix}/{name}")
+        places = jax.tree.map(lambda x: x.sharding or kernel.sharding, leaf)
+        return jax.jit(quantize, static_argnums=1, out_shardings=places)(kernel, leaf.kind)
+
+    rest = jax.tree.map(lambda x: None if is_quantized(x) else x, wanted, is_leaf=is_quantized)
+    read = read_arrays(folder, tree_map_with_path(as_saved, rest), prefix=prefix, optional=optional)
+    read = jax.tree.map(lambda x, leaf: x if x is None else x.astype(leaf.dtype), read, rest, is_leaf=is_none)
+    quantized = tree_map_with_path(read_quantized, wanted, is_leaf=is_quantized)
+    return jax.tree.map(lambda x, y: y if x is None else x, read, quantized, is_leaf=is_none)
 
 
 def read_adapters(folder: Path, wanted: Any, optional: Collection[str] = ()) -> Params:
     """What a folder with adapters holds of the wanted parameters, with None in place of the others."""
+    if is_peft_folder(folder):
+        return fill_adapters(folder, wanted)
     prefix = policy_name(folder)
     saved = saved_dtypes(folder, prefix)
     own = tree_map_with_path(lambda path, leaf: leaf if path_name(path) in saved else None, wanted)
@@ -203,7 +235,7 @@ def load_folder(
     """`load_checkpoint` of a step folder that `find_checkpoint` has found to be whole."""
     config, kind = read_config(folder), read_kind(folder)
     trained = for_platform(parse(ModelConfig, config["model"], "model"), jax.default_backend())
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     check_vocabulary(tokenizer, trained.vocab_size)
     model: Model | ScalarModel = build_model(trained) if kind.generates else build_scalar_model(trained)
     wanted = jax.eval_shape(model.init, jax.random.key(0))
@@ -215,6 +247,11 @@ def load_folder(
     return LoadedModel(folder, kind, model, params, tokenizer, read_metadata(folder))
 
 
+def read_tokenizer(folder: Path) -> BaseTokenizer:
+    """The tokenizer of a checkpoint."""
+    return load_tokenizer(tokenizer_folder(folder))
+
+
 def checkpoint_template(loaded: LoadedModel, options: Sequence[str] = ()) -> ChatTemplate:
     """The template of the conversations that the checkpoint was trained on, with its clock. `options` are
     NAME=VALUE, as in `load_template`."""
@@ -224,7 +261,7 @@ def checkpoint_template(loaded: LoadedModel, options: Sequence[str] = ()) -> Cha
 
 def saved_template(folder: Path) -> str | None:
     """The file of a folder with its chat template, where that is neither the tokenizer's nor our own."""
-    file = folder / TEMPLATE_FILE
+    file = tokenizer_folder(folder) / TEMPLATE_FILE
     return str(file) if file.exists() else None
 
 

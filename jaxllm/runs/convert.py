@@ -16,6 +16,9 @@ from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder, to_json
 from jaxllm.models import build_model
 from jaxllm.models.hf import is_reward_model, load_hf, save_hf, saved_dtype
+from jaxllm.models.hf.peft import save_peft
+from jaxllm.models.hf.weights import MAX_SHARD_BYTES
+from jaxllm.models.lora import merge_lora
 from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.runs.checkpoints import (
@@ -23,10 +26,13 @@ from jaxllm.runs.checkpoints import (
     LoadedModel,
     checkpoint_template,
     load_checkpoint,
+    load_folder,
+    read_adapters,
+    read_base,
     read_config,
     saved_template,
 )
-from jaxllm.training.checkpoint import Checkpoints, checkpoint_hash
+from jaxllm.training.checkpoint import Checkpoints, checkpoint_hash, find_checkpoint
 
 TOLERANCE = 1e-3  # of logits in float32
 
@@ -37,17 +43,44 @@ def export_checkpoint(checkpoint: str, output: Path, *, dtype: str | None, max_s
     loaded = load_checkpoint(checkpoint)
     if dtype is None and is_hf_folder(loaded.folder):  # whose float32 parameters hold bfloat16 exactly
         dtype = saved_dtype(loaded.folder)
+    config, params = merge_lora(loaded.model.config, loaded.params)
     save_hf(
         output,
-        loaded.model.config,
-        loaded.params,
+        config,
+        params,
         tokenizer=tokenizer_files(loaded),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         generation=generation_config(loaded),
     )
     fields = json.loads((output / "config.json").read_bytes())
-    print(f"{checkpoint} as {fields['architectures'][0]} in {output}")
+    lora = loaded.model.config.lora
+    merged = "" if lora.rank is None else ", its adapters merged"
+    print(f"{checkpoint} as {fields['architectures'][0]} in {output}{merged}")
+    if lora.quantize != "none":
+        print(
+            f"note: the frozen kernels as {lora.quantize} rounded them, with which the adapters were trained"
+        )
+
+
+def export_adapters(checkpoint: str, output: Path) -> None:
+    """Write the adapters of a checkpoint in the files of PEFT, with its tokenizer and chat template. A base
+    that is a run is written beside as a Hugging Face model, OUTPUT/base."""
+    check_empty(output)
+    folder = find_checkpoint(checkpoint)
+    base = read_base(folder)
+    if base is None:
+        raise ConfigError(f"--checkpoint={checkpoint} has no adapters: leave out --adapters")
+    loaded = load_folder(folder)
+    lora, path = loaded.model.config.lora, base.path
+    if not is_hf_folder(path):
+        path = output.absolute() / "base"
+        export_checkpoint(str(base.path), path, dtype=None, max_shard_bytes=MAX_SHARD_BYTES)
+    trained = read_adapters(folder, jax.eval_shape(lambda: loaded.params))
+    save_peft(output, lora, trained, path, tokenizer_files(loaded))
+    print(f"adapters of {checkpoint} in {output}, of rank {lora.rank}, for {path}")
+    if lora.quantize != "none":
+        print(f"note: the adapters were trained beside kernels in {lora.quantize}, which are not in {path}")
 
 
 def check_is_hf(folder: str) -> None:

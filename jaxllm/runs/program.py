@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.config import nearest_multiples
 from jaxllm.errors import ConfigError
 from jaxllm.models import Params
 from jaxllm.models.config import ATTENTION, flops_per_token, runs_on
+from jaxllm.models.quantize import is_quantized
 from jaxllm.parallel.sharding import Device, batch_sharding, make_mesh, placed, shardings
 from jaxllm.runs.config import TrainConfig
 from jaxllm.training.metrics import parameter_count
@@ -175,8 +177,12 @@ class Program(Generic[ConfigT, ModelT]):
     def describe(self) -> str:
         """Devices, mesh, parameters and batch arithmetic, in a few lines."""
         config, data, mesh = self.config, self.config.data, dict(self.mesh.shape)
-        parameters = parameter_count(self.abstract_state.params)
+        parameters = parameter_count(kernels(self.abstract_state.params))
         table = sum(parameter_count(params["embed"]) for params in self.models)
+        quantize = config.model.lora.quantize
+        stored = config.model.param_dtype + (
+            "" if quantize == "none" else f" and {quantize} (frozen kernels)"
+        )
         trained = "" if self.num_trained == parameters else f", {self.num_trained:,} of them trained"
         tokens, steps = self.tokens_per_step, config.training.steps
         flops = self.flops_per_token
@@ -186,7 +192,7 @@ class Program(Generic[ConfigT, ModelT]):
                 f"devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), "
                 f"mesh {' x '.join(f'{axis}={size}' for axis, size in mesh.items())}",
                 f"model: {parameters:,} parameters ({parameters - table:,} outside the embedding{trained}), "
-                f"{config.model.compute_dtype} over {config.model.param_dtype}",
+                f"{config.model.compute_dtype} over {stored}",
                 f"batch: {data.batch_size} rows, {tokens:,} tokens of {data.sequence_length} a sequence; "
                 f"{rows} rows a device at a time",
                 f"run: {steps:,} steps, {steps * tokens:,} tokens, "
@@ -200,11 +206,22 @@ def tree_bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def kernels(params: Any) -> Any:
+    """The shapes of parameters, those of the kernels themselves where they are quantized."""
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype="float32")
+    return jax.tree.map(lambda x: shape(x.shape), params, is_leaf=is_quantized)
+
+
 def trained_size(params: Any, trainable: str) -> tuple[int, int]:
     """Bytes and number of the parameters that are trained; ConfigError where none would be."""
     trained = split_params(params, trainable)[0]
     if not jax.tree.leaves(trained):
         raise ConfigError(f"optimizer.trainable={trainable!r} is found in the path of no parameter")
+    if any(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(trained)):
+        raise ConfigError(
+            "optimizer.trainable is found in the path of quantized kernels, which cannot train: narrow it, "
+            "or set model.lora.quantize=none"
+        )
     return tree_bytes(trained), parameter_count(trained)
 
 

@@ -15,11 +15,18 @@ from jaxllm.config import as_dict
 from jaxllm.config_versions import stamped
 from jaxllm.data.chat_template import ChatTemplate, PlainTextTemplate, load_template
 from jaxllm.data.rows import Dataset, RecordConfig
-from jaxllm.data.tokenizer import BaseTokenizer, build_tokenizer, check_vocabulary, load_tokenizer
+from jaxllm.data.tokenizer import BaseTokenizer, build_tokenizer, check_vocabulary
 from jaxllm.errors import ConfigError
 from jaxllm.files import to_json
 from jaxllm.parallel.sharding import Device
-from jaxllm.runs.checkpoints import TEMPLATE_FILE, Base, ModelKind, read_metadata, saved_template
+from jaxllm.runs.checkpoints import (
+    TEMPLATE_FILE,
+    Base,
+    ModelKind,
+    read_metadata,
+    read_tokenizer,
+    saved_template,
+)
 from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import InitialWeights, RunContext, RunInputs
 from jaxllm.runs.process import set_up_process
@@ -151,7 +158,7 @@ def run_tokenizer(
     """The run's if it resumes, else its parent checkpoint's if it has one, else the config's."""
     saved = folder.path if folder.resuming else initial.parent
     if saved is not None:
-        tokenizer = load_tokenizer(saved)
+        tokenizer = read_tokenizer(saved)
         if config.tokenizer.path is not None and not folder.resuming:
             print(f"note: tokenizer.path={config.tokenizer.path} is not used: --init_from has a tokenizer")
     else:

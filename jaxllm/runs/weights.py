@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 from jaxllm.config import as_dict, differences, first_few, parse
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.files import is_hf_folder
+from jaxllm.files import is_hf_folder, is_peft_folder
 from jaxllm.models import Params
 from jaxllm.models.config import HOW, ModelConfig
 from jaxllm.models.hf import check_hf, load_hf_config
+from jaxllm.models.lora import adapted_layers
 from jaxllm.runs.checkpoints import (
     Base,
     check_generates,
@@ -84,11 +85,12 @@ def base_of(config: TrainConfig, parent: Path, name: str) -> Base | None:
     base = read_base(parent)
     if base is None:
         return Base(parent, checkpoint_hash(parent))
-    given, here = read_config(parent)["model"]["lora"], as_dict(config)["model"]["lora"]
-    fields = ("rank", "alpha", "rank_stabilized", "targets")
-    if found := [
-        f"{field} {given[field]} -> {here[field]}" for field in fields if given[field] != here[field]
-    ]:
+    given, here = parent_model(parent).lora, config.model.lora
+    fields = ["rank", "alpha", "rank_stabilized"]
+    differ = [field for field in fields if getattr(given, field) != getattr(here, field)]
+    if adapted_layers(given, config.model) != adapted_layers(here, config.model):
+        differ.append("targets")
+    if found := [f"{field} {getattr(given, field)} -> {getattr(here, field)}" for field in differ]:
         raise ConfigError(
             f"{name} has adapters that training continues with, and model.lora differs from theirs: "
             f"{', '.join(found)}; set these fields as there, or merge them first (experiments/convert.py "
@@ -154,9 +156,9 @@ def parent_model(folder: Path) -> ModelConfig:
 
 
 def folder_with_config(path: Path) -> Path | None:
-    """Where a run, RUN/best, a step folder or a Hugging Face model has its config; None: nowhere."""
+    """Where a run, RUN/best, a step folder, a Hugging Face model or adapters have a config; None: nowhere."""
     places = (path, path.parent) if path.name == "best" else (path,)
-    return next((place for place in places if (place / "config.json").exists()), None)
+    return next((x for x in places if (x / "config.json").exists() or is_peft_folder(x)), None)
 
 
 def check_shape(config: TrainConfig, folder: Path, name: str) -> None:

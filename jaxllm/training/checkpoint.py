@@ -30,7 +30,7 @@ from jax.experimental import multihost_utils
 
 from jaxllm.config import did_you_mean
 from jaxllm.errors import CheckpointError, ConfigError, NoCheckpoint, RunError
-from jaxllm.files import is_hf_folder, is_leftover, to_json, write_file
+from jaxllm.files import is_hf_folder, is_leftover, is_peft_folder, to_json, write_file
 from jaxllm.parallel.sharding import path_name
 
 PyTree = Any  # of jax.Arrays, or of their shapes
@@ -175,12 +175,12 @@ class Checkpoints:
 def find_checkpoint(path: str | Path) -> Path:
     """The newest valid step folder in a run folder or in a folder of checkpoints; or a step folder itself.
 
-    A folder with a Hugging Face model is one too. RUN/best stands for the best step, as recorded in the
-    newest one. Damaged and unfinished step folders are named on stderr and skipped. Raises CheckpointError
-    where no valid one is found.
+    A folder with a Hugging Face model, or with adapters in PEFT's files, is one too. RUN/best stands for the
+    best step, as recorded in the newest one. Damaged and unfinished step folders are named on stderr and
+    skipped. Raises CheckpointError where no valid one is found.
     """
     path = Path(path).expanduser().absolute()
-    if is_hf_folder(path):
+    if is_hf_folder(path) or is_peft_folder(path):
         return path
     if path.name == "best" and not path.exists() and (path.parent / "checkpoints").is_dir():
         newest = find_checkpoint(path.parent)
@@ -322,8 +322,9 @@ def damage(folder: Path, *, hashes: bool = True) -> str | None:
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """One hash of all files of a valid step folder, as they were saved first, or of a Hugging Face model."""
-    if is_hf_folder(folder):
+    """One hash of all files of a valid step folder, as they were saved first, or of a Hugging Face model or
+    adapters."""
+    if is_hf_folder(folder) or is_peft_folder(folder):
         found = [path for path in sorted(folder.iterdir()) if path.is_file() and not is_leftover(path.name)]
         return xxhash.xxh3_128_hexdigest(to_json(_hash_all({path.name: path for path in found})))
     content = (folder / MANIFEST).read_bytes()

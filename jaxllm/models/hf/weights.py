@@ -21,6 +21,7 @@ from jaxllm.models.config import ModelConfig, check_model_config
 from jaxllm.models.heads import build_scalar_model
 from jaxllm.models.hf.families import Family, Row, family_of, find_family, make_config, text_model
 from jaxllm.models.interface import Params
+from jaxllm.models.quantize import Quantized, is_quantized, quantize, unquantized
 from jaxllm.models.transformer import build_model
 from jaxllm.parallel.sharding import path_name, placed
 
@@ -186,8 +187,9 @@ def saved_dtype(folder: str | Path) -> str:
 
 def fill_hf(folder: str | Path, wanted: Params, optional: Collection[str] = ()) -> Params:
     """The parameters of a folder as a tree like `wanted`, of `jax.ShapeDtypeStruct`s: in their dtypes, where
-    their shardings say (default: the first device). Those under `optional` names may be missing on either
-    side, and are None where the folder has none. Raises as `load_hf` does."""
+    their shardings say (default: the first device). Kernels that are wanted `Quantized` are quantized layer
+    by layer. Those under `optional` names may be missing on either side, and are None where the folder has
+    none. Raises as `load_hf` does."""
     with TensorFiles(Path(folder).expanduser()) as files:
         return fill(files, wanted, optional)
 
@@ -201,21 +203,23 @@ def fill(files: TensorFiles, wanted: Params, optional: Collection[str] = ()) -> 
             f"note: {files.folder}: {images} tensors of the image encoder are not read; the model reads text"
         )
 
-    def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array | None:
+    def load(path: tuple[Any, ...], leaf: Leaf) -> Any:
         loader = loaders[path_name(path)]
         return None if loader is None else loader(leaf)
 
-    return jax.tree_util.tree_map_with_path(load, wanted)
+    return jax.tree_util.tree_map_with_path(load, wanted, is_leaf=is_quantized)
 
 
-Loader = Callable[[jax.ShapeDtypeStruct], jax.Array]
+Leaf = jax.ShapeDtypeStruct | Quantized
+Loader = Callable[[Leaf], Any]
 
 
 def match(
     family: Family, wanted: Params, files: TensorFiles, optional: Collection[str]
 ) -> dict[str, Loader | None]:
     """What loads each of our arrays, by its path; CheckpointError where tensors and arrays do not match."""
-    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)}
+    found = jax.tree_util.tree_leaves_with_path(wanted, is_leaf=is_quantized)
+    leaves = {path_name(path): leaf for path, leaf in found}
     rename = renaming(family, files)
     used: set[str] = set()
     loaders: dict[str, Loader | None] = {}
@@ -281,9 +285,11 @@ def check_tensor(files: TensorFiles, name: str, shape: tuple[int, ...]) -> None:
 def make_loader(files: TensorFiles, names: list[str], transposed: bool, start: int, stacked: bool) -> Loader:
     """Loads an array from the tensor of each layer: the part of its last axis that begins at `start`."""
 
-    def load(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        shape = leaf.shape[int(stacked) :]
-        sharding: Any = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
+    def load(leaf: Leaf) -> Any:
+        kernel = unquantized(leaf, "float32") if isinstance(leaf, Quantized) else leaf
+        shape, dtype = kernel.shape[int(stacked) :], kernel.dtype
+        first_device = SingleDeviceSharding(jax.devices()[0])
+        sharding: Any = kernel.sharding or first_device
         place = sharding  # of one layer
         if stacked and isinstance(sharding, NamedSharding):
             place = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
@@ -294,13 +300,15 @@ def make_loader(files: TensorFiles, names: list[str], transposed: bool, start: i
                 parts = [slice(each.start, each.stop) for each in ranges]
                 parts[-1] = slice(parts[-1].start + start, parts[-1].stop + start)
                 part = files.slices[name][tuple(reversed(parts)) if transposed else tuple(parts)]
-                return np.asarray(part.T if transposed else part, leaf.dtype)
+                return np.asarray(part.T if transposed else part, dtype)
 
             return jax.make_array_from_callback(shape, place, read)
 
         if not stacked:
             return layer(names[0])
-        array = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
+        places = jax.tree.map(lambda x: x.sharding or first_device, leaf)
+        zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), leaf)  # noqa: E731
+        array = jax.jit(zeros, out_shardings=places)()
         for i, name in enumerate(names):
             array = write_layer(array, layer(name), i)
         return array
@@ -308,8 +316,9 @@ def make_loader(files: TensorFiles, names: list[str], transposed: bool, start: i
     return load
 
 
-def _write_layer(array: jax.Array, layer: jax.Array, i: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(array, layer, i, 0)
+def _write_layer(array: Any, layer: jax.Array, i: int) -> Any:
+    written = quantize(layer, array.kind) if isinstance(array, Quantized) else layer
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), array, written)
 
 
 write_layer = jax.jit(_write_layer, donate_argnums=0)
