@@ -51,6 +51,8 @@ def main(_: None, flags: "FlagValues") -> None:
         raise ConfigError("--checkpoint=FOLDER is missing")
     if flags.output is None and flags.action != "check":
         raise ConfigError("--output=FOLDER is missing")
+    if flags.adapters and (flags.action != "export" or flags.dtype is not None):
+        raise ConfigError("--adapters is for export, and writes float32: leave out --dtype")
     if flags.dtype not in (None, *DTYPES):
         raise ConfigError(f"--dtype={flags.dtype}: choose one of {', '.join(DTYPES)}")
     if flags.max_shard_gb <= 0:

@@ -13,6 +13,7 @@ from jax.tree_util import tree_map_with_path
 
 from jaxllm.config import as_dict, parse
 from jaxllm.config_versions import upgrade
+from jaxllm.data.base_tokenizer import HF_TOKENIZER_FILE
 from jaxllm.data.chat_template import ChatTemplate, load_template
 from jaxllm.data.tokenizer import TOKENIZER_FILE, BaseTokenizer, check_vocabulary, load_tokenizer
 from jaxllm.data.tokenizer_files import has_chat_template

@@ -16,6 +16,7 @@ from configs.base.models import model as model_size
 from jaxllm.config import parse
 from jaxllm.errors import ConfigError
 from jaxllm.models import ModelConfig, build_model, build_scalar_model
+from jaxllm.models.config import LoRAConfig
 from jaxllm.parallel import sharding
 from jaxllm.parallel.sharding import (
     BATCH,
@@ -128,9 +129,11 @@ def test_every_leaf_of_a_state_matches_one_rule(every_leaf, optimizer_name):
 
 def test_every_rule_is_used(every_leaf):
     gpt2 = replace(every_leaf, norm="layer", position_embedding="learned")
+    qlora = replace(every_leaf, lora=LoRAConfig(2, 4.0, False, 0.0, "", "nf4"))
+    states = ((every_leaf, "adamw"), (every_leaf, "muon"), (gpt2, "adamw"), (qlora, "adamw"))
     paths = [
         sharding.path_name(path)
-        for config, optimizer_name in ((every_leaf, "adamw"), (every_leaf, "muon"), (gpt2, "adamw"))
+        for config, optimizer_name in states
         for path, _ in jax.tree_util.tree_leaves_with_path(abstract_state(config, optimizer_name))
     ]
     unused = [pattern for pattern, _ in sharding.RULES if not any(re.search(pattern, path) for path in paths)]

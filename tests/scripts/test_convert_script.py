@@ -245,6 +245,8 @@ def test_an_import_keeps_a_chat_template_of_its_own(convert, exported, tmp_path)
             ("export", "--checkpoint=x", "--output=x", "--max_shard_gb=0"),
             "--max_shard_gb=0.0 must be above 0",
         ),
+        (("import", "--checkpoint=x", "--output=x", "--adapters"), "--adapters is for export"),
+        (("export", "--checkpoint=x", "--output=x", "--adapters", "--dtype=bfloat16"), "leave out --dtype"),
         (("import", "--checkpoint=.", "--output=new"), "--checkpoint=. is no Hugging Face model"),
         (("check", "--checkpoint=."), "--checkpoint=. is no Hugging Face model"),
         (("export", "--checkpoint=.", "--output=."), "--output=. is not empty"),
