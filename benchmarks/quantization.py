@@ -46,7 +46,9 @@ def load(config: ModelConfig, checkpoint: str | None) -> Params:
         return params if config.param_dtype == "float32" else jax.tree.map(jnp.bfloat16, params)
     shapes = jax.eval_shape(model.init, key)
     read = read_policy(find_checkpoint(checkpoint), shapes)
-    return jax.tree.map(lambda x, s: jnp.zeros(s.shape, s.dtype) if x is None else x, read, shapes, is_leaf=is_none)
+    return jax.tree.map(
+        lambda x, s: jnp.zeros(s.shape, s.dtype) if x is None else x, read, shapes, is_leaf=is_none
+    )
 
 
 def documents(checkpoint: str, text: str, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -70,7 +70,12 @@ def test_training_continues_with_them(adapters, rows, tmp_path):
     np.testing.assert_allclose(logits(tmp_path / "run"), logits(adapters), atol=1e-5)
     assert read_base(find_checkpoint(tmp_path / "run")) == read_base(adapters)
     with pytest.raises(ConfigError, match=r"--init_from=.* has adapters .*: rank 2 -> 3, targets"):
-        train_stage("sft_chat", tmp_path / "x", str(adapters), **fields | {"model.lora.rank": "3", "model.lora.targets": ""})
+        train_stage(
+            "sft_chat",
+            tmp_path / "x",
+            str(adapters),
+            **fields | {"model.lora.rank": "3", "model.lora.targets": ""},
+        )
 
 
 def test_a_run_without_adapters_has_none_to_export(chat_model, tmp_path):

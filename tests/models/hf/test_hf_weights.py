@@ -14,11 +14,15 @@ from safetensors.numpy import load_file, save_file
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder
 from jaxllm.models import build_model
-from jaxllm.models.hf import check_hf, load_hf, save_hf
+from jaxllm.models.config import LoRAConfig
+from jaxllm.models.hf import check_hf, fill_hf, load_hf, save_hf
 from jaxllm.models.hf.weights import INDEX
-from jaxllm.parallel.sharding import MeshConfig, batch_sharding, make_mesh
+from jaxllm.models.lora import ADAPTERS
+from jaxllm.models.quantize import quantize
+from jaxllm.parallel.sharding import MeshConfig, batch_sharding, make_mesh, placed
 from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.training.state import split_params
 
 FAMILIES = json.loads(RECORDED.read_text())
 
@@ -155,6 +159,22 @@ def test_the_text_model_of_one_that_sees_images_is_read(prefix, tmp_path, capsys
     expected, arrays = load_hf(tmp_path / "text")
     assert config == expected
     jax.tree.map(np.testing.assert_array_equal, params, arrays)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3"])
+def test_kernels_are_quantized_while_they_are_read(name, tmp_path):
+    write_folder(tmp_path, name)
+    config, params = load_hf(tmp_path)
+    lora = LoRAConfig(2, 4.0, False, 0.0, "", "nf4")
+    shapes = jax.eval_shape(build_model(replace(config, lora=lora)).init, jax.random.key(0))
+    wanted = split_params(shapes, ADAPTERS)[1]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    for read in (fill_hf(tmp_path, wanted), fill_hf(tmp_path, placed(wanted, mesh))):
+        for layer, part in (("attention", "value"), ("mlp", "up"), ("mlp", "down")):
+            kernel = read["blocks"][layer][part]["kernel"]
+            whole = quantize(params["blocks"][layer][part]["kernel"], "nf4")
+            jax.tree.map(np.testing.assert_array_equal, kernel, whole)
+        np.testing.assert_array_equal(read["embed"]["table"], params["embed"]["table"])
 
 
 def test_large_exports_are_split_and_read_back(tmp_path):
