@@ -87,11 +87,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """What a run saved with the arrays of a step folder; nothing in a Hugging Face model or adapters."""
-    return (
-        {}
-        if is_hf_folder(folder) or is_peft_folder(folder)
-        else json.loads((folder / "metadata.json").read_bytes())
-    )
+    if is_hf_folder(folder) or is_peft_folder(folder):
+        return {}
+    return json.loads((folder / "metadata.json").read_bytes())
 
 
 def read_kind(folder: Path) -> ModelKind:

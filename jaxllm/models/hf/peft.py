@@ -31,7 +31,7 @@ SCORE = "score"  # what transformers calls that head
 # Fields that change nothing about what the saved adapters compute.
 IGNORED = frozenset(
     {
-        *("peft_version", "auto_mapping", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out"),
+        *("peft_version", "auto_mapping", "revision", "inference_mode", "fan_in_fan_out"),
         *(
             "target_modules",
             "exclude_modules",
@@ -45,7 +45,15 @@ IGNORED = frozenset(
 )
 READ = frozenset(
     {
-        *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora"),
+        *(
+            "peft_type",
+            "task_type",
+            "base_model_name_or_path",
+            "r",
+            "lora_alpha",
+            "use_rslora",
+            "lora_dropout",
+        ),
         *("modules_to_save", "init_lora_weights"),
     }
 )
@@ -83,7 +91,12 @@ def read_peft(folder: str | Path) -> Adapters:
         raise ConfigError(f"{folder}: {PEFT_CONFIG}: {error.args[0]} is missing") from None
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
-    return Adapters(lora, base, TASKS[raw["task_type"]])
+    scalar = TASKS[raw["task_type"]]
+    if scalar and f"{PREFIX}{SCORE}.weight" not in tensor_names(folder):
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: {PREFIX}{SCORE}.weight, a reward model's head, is missing"
+        )
+    return Adapters(lora, base, scalar)
 
 
 def check_fields(raw: Mapping[str, Any]) -> None:

@@ -157,6 +157,13 @@ def test_tensors_that_do_not_fit_are_named(damage, message, base, tmp_path):
         read_peft(tmp_path / "a")
 
 
+def test_a_reward_model_without_its_head_is_named(base, tmp_path):
+    write_adapters(tmp_path / "a", base)
+    change(tmp_path / "a", task_type="SEQ_CLS")
+    with pytest.raises(CheckpointError, match=r"score\.weight, a reward model's head, is missing"):
+        read_peft(tmp_path / "a")
+
+
 def test_adapters_of_another_rank_and_pickles_are_named(base, tmp_path):
     write_adapters(tmp_path / "a", base)
     change(tmp_path / "a", r=8)
