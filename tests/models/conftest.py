@@ -3,6 +3,7 @@
 import pytest
 
 from jaxllm.models import ModelConfig, RopeScaling
+from jaxllm.models.config import NO_LORA
 
 
 @pytest.fixture(scope="session")
@@ -50,4 +51,5 @@ def tiny() -> ModelConfig:
         attention="xla",
         compute_dtype="float32",
         param_dtype="float32",
+        lora=NO_LORA,
     )

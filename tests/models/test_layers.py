@@ -16,16 +16,16 @@ def normal(*shape, seed=0):
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3)])
-def test_linear_is_a_product_on_the_last_axis_plus_bias(leading):
+def test_linear_is_a_product_on_the_last_axis_plus_bias(tiny, leading):
     x, kernel, bias = normal(*leading, 4), normal(4, 6, seed=1), normal(6, seed=2)
-    layer = Linear(6, use_bias=True, param_dtype="float32")
+    layer = Linear(tiny, 6, use_bias=True)
     y = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
     np.testing.assert_allclose(y, x @ kernel + bias, atol=1e-5)
 
 
-def test_linear_works_in_the_dtype_of_its_input():
+def test_linear_works_in_the_dtype_of_its_input(tiny):
     x = jnp.ones((2, 4), jnp.bfloat16)
-    layer = Linear(6, use_bias=True, param_dtype="float32")
+    layer = Linear(tiny, 6, use_bias=True)
     params = layer.init(jax.random.key(0), x)
     assert layer.apply(params, x).dtype == jnp.bfloat16
 
