@@ -84,6 +84,7 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.mesh.data = -1  # data parallelism: copies of the model
     config.mesh.fsdp = 1  # parameters split, and gathered where they are used
     config.mesh.tensor = 1  # attention heads and hidden units split
+    config.mesh.sequence = 1  # tokens of each row split, for sequences that are long
 
     config.training.evaluate_at_start = True  # evaluate and sample the initial weights too, as step 0
     config.training.num_microbatches = 1  # parts of a batch; more use less memory, the gradient is the same

@@ -55,6 +55,7 @@ ADDED: dict[str, tuple[str, Any]] = {
     "model.zero_centered_norm": ("model.norm_epsilon", False),
     "model.attention_scale": ("model.head_dim", None),
     "model.scale_embeddings": ("model.tie_embeddings", False),
+    "mesh.sequence": ("mesh.tensor", 1),
     "model.lora": (
         "model.param_dtype",
         {

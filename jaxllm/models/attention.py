@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxllm.models.config import ModelConfig, layer_window
 from jaxllm.models.interface import Array, LayerCache
 from jaxllm.models.layers import Angles, Linear, RMSNorm, rotate
+from jaxllm.parallel import sequence
 
 OUTPUT_NAME = "attention_output"
 MASKED = -1e30  # finite, so that a query whose keys are all masked averages the values; -inf would give NaN
@@ -92,6 +93,40 @@ def attend_xla(
 
     attend_block = jax.checkpoint(attend_block, static_argnums=0)  # saves q, k, v and not their slices
     blocks = [attend_block(start, q, k, v, segment_ids_BT) for start in range(0, T, block)]
+    out = jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+    return checkpoint_name(out, OUTPUT_NAME)
+
+
+def attend_split(
+    q_BTHh: Array,
+    k_BTKh: Array,
+    v_BTKh: Array,
+    segment_ids_BT: Array | None,
+    window: int | None,
+    config: ModelConfig,
+) -> jax.Array:
+    """Attention where each device has a part of every row's tokens: its queries to the keys of all parts.
+
+    The mask makes it causal. Which keys are later is not known when it compiles, so that they are computed.
+    """
+    B, T, H, h = q_BTHh.shape
+    K = k_BTKh.shape[2]
+    first, block = sequence.first_position(T), max(64, -(-T // 8))
+    q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
+    k, v = (sequence.gathered(jnp.asarray(x)).transpose(0, 2, 1, 3) for x in (k_BTKh, v_BTKh))
+    segments_BS = None if segment_ids_BT is None else sequence.gathered(jnp.asarray(segment_ids_BT))
+    keys = jnp.arange(k.shape[2])
+
+    def attend_block(start: int, q: Array, k: Array, v: Array) -> jax.Array:
+        stop = min(start + block, T)
+        mask = causal_mask(first + jnp.arange(start, stop)[:, None], keys[None, :], window)[None, None, None]
+        if segment_ids_BT is not None and segments_BS is not None:
+            same = segment_ids_BT[:, start:stop, None] == segments_BS[:, None]
+            mask = mask & same[:, None, None]
+        return attend(q[..., start:stop, :], k, v, mask, config)
+
+    attend_block = jax.checkpoint(attend_block, static_argnums=0)  # saves q, k, v and not the scores
+    blocks = [attend_block(start, q, k, v) for start in range(0, T, block)]
     out = jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
     return checkpoint_name(out, OUTPUT_NAME)
 
@@ -236,6 +271,8 @@ class Attention(nn.Module):
             out_BTHh = attend_cache(q_BTHh, cache, context.positions_BT, window, c)
         else:
             implementation = {"xla": attend_xla, "cudnn": attend_cudnn, "splash": attend_splash}[c.attention]
+            if sequence.is_split():
+                implementation = attend_split
             out_BTHh = implementation(q_BTHh, k_BTKh, v_BTKh, context.segment_ids_BT, window, c)
         output = Linear(c, c.width, c.output_bias, scale=0.5 / c.num_layers, name="output")
         return output(out_BTHh.reshape(B, T, -1)), cache

@@ -21,6 +21,7 @@ from jaxllm.models.attention import Attention, Context, attention_saveable
 from jaxllm.models.config import ModelConfig, check_model_config, layer_kinds
 from jaxllm.models.interface import Array, Aux, Cache, LayerCache, Model, Output, Params
 from jaxllm.models.layers import MLP, LayerNorm, RMSNorm, layer_angles, make_norm
+from jaxllm.parallel import sequence
 from jaxllm.parallel.sharding import BATCH, constrain
 
 
@@ -154,7 +155,7 @@ class Transformer:
         if noise is not None:
             x = x + noise.astype(self.compute_dtype)
         if cache is None:
-            x, aux = self.run_blocks(params, x, context, dropout_key)
+            x, aux = self.run_split_blocks(params, x, context, dropout_key)
         else:
             x, cache, aux = self.run_blocks_with_cache(params, x, context, cache, attend_to_cache)
         hidden = cast(jax.Array, self.final_norm.apply({"params": params["final_norm"]}, x))
@@ -192,6 +193,25 @@ class Transformer:
         block = Block(self.config, kind)
         output = block.apply({"params": layer}, x, context, cache, attend_to_cache, rngs=rngs)
         return cast(BlockOutput, output)
+
+    def run_split_blocks(
+        self, params: Params, x: jax.Array, context: Context, dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, Aux]:
+        """`run_blocks`, with the tokens of each row split where the mesh says so."""
+        if sequence.num_shards(x.shape[1]) == 1:
+            return self.run_blocks(params, x, context, dropout_key)
+
+        def run(
+            blocks: Params, x: jax.Array, context: Context, key: jax.Array | None
+        ) -> tuple[jax.Array, Aux]:
+            if key is not None:
+                key = jax.random.fold_in(key, jax.lax.axis_index(sequence.AXIS))
+            x, aux = self.run_blocks({"blocks": blocks}, x, context, key)
+            return x, jax.lax.psum(aux, sequence.AXIS)
+
+        tokens = sequence.TOKENS
+        run = sequence.split(run, (P(), tokens, jax.tree.map(lambda _: tokens, context), P()), (tokens, P()))
+        return run(params["blocks"], x, context, dropout_key)
 
     def run_blocks(
         self, params: Params, x: jax.Array, context: Context, dropout_key: jax.Array | None

@@ -1,7 +1,8 @@
 """The device mesh, and the table of rules that shards every array of a run over it.
 
-Three axes: `data` replicates the model; `fsdp` shards parameters, which are gathered when they are used;
-`tensor` shards attention heads and the hidden units of MLPs. Batches are sharded over `data` and `fsdp`.
+Four axes: `data` replicates the model; `fsdp` shards parameters, which are gathered when they are used;
+`sequence` splits the tokens of each row (jaxllm/parallel/sequence.py); `tensor` shards attention heads and
+the hidden units of MLPs. Batches are sharded over `data` and `fsdp`.
 """
 
 import logging
@@ -19,7 +20,7 @@ from jaxllm.errors import ConfigError
 
 Device = Any  # a jax.Device, which is no type to type checkers
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH = P(("data", "fsdp"))
 
 
@@ -30,6 +31,7 @@ class MeshConfig:
     data: int
     fsdp: int
     tensor: int
+    sequence: int = 1
 
 
 # Pattern -> mesh axis of each dimension. The pattern is searched for in the path of a leaf, such as

@@ -1,5 +1,6 @@
 """One function for the log-probs of a text: of the policy, the old policy and the reference alike."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxllm.losses import Weighted, linear_token_log_probs
 from jaxllm.models import Model, Params
+from jaxllm.parallel.sequence import by_token
 from jaxllm.parallel.sharding import batch_sharding
 
 
@@ -34,13 +36,11 @@ def next_token_log_probs(
     The temperature divides the logits, as the sampler's does. dropout_key: as in `Model.apply`.
     """
     output = model.apply(params, tokens, dropout_key=dropout_key)
-    log_probs, entropy = linear_token_log_probs(
-        output.hidden,
-        model.head(params),
-        jnp.roll(tokens, -1, axis=1),
-        temperature=temperature,
-        softcap=model.config.logit_softcap,
+    scores = functools.partial(
+        linear_token_log_probs, temperature=temperature, softcap=model.config.logit_softcap
     )
+    targets = jnp.roll(tokens, -1, axis=1)
+    log_probs, entropy = by_token(scores, sums=False)(output.hidden, model.head(params), targets)
     return TokenScores(log_probs, entropy, output.aux)
 
 

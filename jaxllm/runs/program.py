@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxllm.config import nearest_multiples
 from jaxllm.errors import ConfigError
@@ -76,7 +77,7 @@ class Program(Generic[ConfigT, ModelT]):
                 f"model.attention={attention} needs a {ATTENTION[attention]}, this is a {platform}: "
                 "set model.attention=xla"
             )
-        check_sizes(config, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        check_sizes(config, self.mesh)
         model, loss_fn = stage.build(config)
         self.model = cast(ModelT, model)
         self.batch_shapes = stage.batch_shapes(config)
@@ -225,9 +226,10 @@ def trained_size(params: Any, trainable: str) -> tuple[int, int]:
     return tree_bytes(trained), parameter_count(trained)
 
 
-def check_sizes(config: TrainConfig, row_devices: int) -> None:
+def check_sizes(config: TrainConfig, mesh: Mesh) -> None:
     """ConfigError, with the nearest values that work, where batch, mesh and lengths do not go together."""
     data, pieces = config.data, config.training.num_microbatches
+    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     for name in ("steps", "num_microbatches", "max_bad_steps"):
         if getattr(config.training, name) < 1:
             raise ConfigError(f"training.{name}={getattr(config.training, name)} must be at least 1")
@@ -236,6 +238,16 @@ def check_sizes(config: TrainConfig, row_devices: int) -> None:
         raise ConfigError(
             f"data.batch_size={data.batch_size} does not divide over {row_devices} devices (mesh data x "
             f"fsdp) times training.num_microbatches={pieces}: use {sizes}"
+        )
+    if data.sequence_length % (shards := mesh.shape["sequence"]):
+        lengths = " or ".join(map(str, nearest_multiples(data.sequence_length, shards)))
+        raise ConfigError(
+            f"data.sequence_length={data.sequence_length} does not divide over mesh.sequence={shards}: use "
+            f"{lengths}"
+        )
+    if shards > 1 and config.model.attention != "xla":
+        raise ConfigError(
+            f"mesh.sequence={shards} is not supported with model.attention={config.model.attention}: use xla"
         )
     if data.sequence_length > config.model.max_length:
         raise ConfigError(

@@ -16,6 +16,7 @@ from jaxllm.evaluation.perplexity import evaluate, row_sums
 from jaxllm.losses import Weighted, add_auxiliary, linear_cross_entropy
 from jaxllm.models import Model, Params, build_model
 from jaxllm.models.lora import dropout_key
+from jaxllm.parallel.sequence import by_token
 from jaxllm.runs.config import SampleConfig, TrainConfig
 from jaxllm.runs.context import RunContext, RunInputs
 from jaxllm.runs.hooks import complete, evaluation_hooks, write_samples
@@ -67,13 +68,9 @@ def loss_fn(
         segment_ids=batch.segment_ids,
         dropout_key=dropout_key(model.config, key),
     )
-    loss, metrics = linear_cross_entropy(
-        output.hidden,
-        model.head(params),
-        batch.targets,
-        batch.mask,
-        z_loss=z_loss,
-        softcap=model.config.logit_softcap,
+    cross_entropy = functools.partial(linear_cross_entropy, z_loss=z_loss, softcap=model.config.logit_softcap)
+    loss, metrics = by_token(cross_entropy, sums=True)(
+        output.hidden, model.head(params), batch.targets, batch.mask
     )
     return add_auxiliary(loss, metrics, output.aux)
 

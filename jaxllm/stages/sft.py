@@ -16,6 +16,7 @@ from jaxllm.evaluation.preference import fraction, numbered
 from jaxllm.losses import Weighted, add_auxiliary, aggregate, linear_cross_entropy, linear_token_log_probs
 from jaxllm.models import Model, Params, build_model
 from jaxllm.models.lora import dropout_key
+from jaxllm.parallel.sequence import by_token
 from jaxllm.runs.config import SampleConfig, TrainConfig
 from jaxllm.runs.context import RunContext, RunInputs
 from jaxllm.runs.hooks import complete, write_samples
@@ -103,15 +104,15 @@ def loss_fn(
     )
     hidden, head, softcap = output.hidden, model.head(params), model.config.logit_softcap
     if dft:
-        log_probs, _ = linear_token_log_probs(hidden, head, batch.targets, softcap=softcap)
+        scores = functools.partial(linear_token_log_probs, softcap=softcap)
+        log_probs, _ = by_token(scores, sums=False)(hidden, head, batch.targets)
         weights = jax.lax.stop_gradient(jnp.exp(log_probs))
         loss = aggregate(-weights * log_probs, batch.mask, "token_mean")
         metrics = {"loss": aggregate(-log_probs, batch.mask, "token_mean"), "dft_loss": loss}
         metrics = jax.lax.stop_gradient(metrics)
     else:
-        loss, metrics = linear_cross_entropy(
-            hidden, head, batch.targets, batch.mask, z_loss=z_loss, softcap=softcap
-        )
+        cross_entropy = functools.partial(linear_cross_entropy, z_loss=z_loss, softcap=softcap)
+        loss, metrics = by_token(cross_entropy, sums=True)(hidden, head, batch.targets, batch.mask)
     return add_auxiliary(loss, metrics, output.aux)
 
 

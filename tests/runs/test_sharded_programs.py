@@ -17,11 +17,16 @@ FILES = {
     "reward_model": "reward_model_pairs.py",
     "dpo": "dpo_pairs.py",
 }
-MESHES = {"1x1x1": (1, 1, 1), "8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
+# data, fsdp, tensor, sequence
+MESHES = {"1x1x1": (1, 1, 1, 1), "8x1x1": (8, 1, 1, 1), "2x4x1": (2, 4, 1, 1), "2x2x2": (2, 2, 2, 1)}
+SPLIT = {"1x2x1x4": (1, 2, 1, 4), "1x2x2x2": (1, 2, 2, 2)}
 CASES = [
     *(("pretrain", optimizer, mesh) for optimizer in ("adamw", "muon") for mesh in MESHES if mesh != "1x1x1"),
     *((stage, "adamw", "2x2x2") for stage in FILES if stage != "pretrain"),
+    ("pretrain", "adamw", "1x2x1x4"),
+    ("dpo", "adamw", "1x2x2x2"),
 ]
+AXES = ("data", "fsdp", "tensor", "sequence")
 STEPS, B, T = 5, 16, 64
 
 
@@ -34,7 +39,7 @@ def make_program(stage, optimizer, mesh):
     }
     if stage != "pretrain":  # the same blocks
         fields["model.num_layers"] = 1
-    fields |= {f"mesh.{axis}": size for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)}
+    fields |= {f"mesh.{axis}": size for axis, size in zip(AXES, mesh, strict=True)}
     return build_program(parse_config(f"{FILES[stage]}:tiny", fields), jax.devices()[: math.prod(mesh)])
 
 
@@ -64,7 +69,7 @@ def pair_batch(seed):
 
 def run(stage, optimizer, mesh):
     """The losses of a few steps on a mesh, and the last state."""
-    program = make_program(stage, optimizer, MESHES[mesh])
+    program = make_program(stage, optimizer, (MESHES | SPLIT)[mesh])
     make_batch = token_batch if stage in ("pretrain", "sft") else pair_batch
     step, state, losses = program.compile(), program.fresh_state(), []
     for i in range(STEPS):
@@ -85,7 +90,7 @@ def test_a_mesh_changes_neither_losses_nor_weights_and_splits_the_whole_state(st
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(sharded.params), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
-    _, fsdp, tensor = MESHES[mesh]
+    _, fsdp, tensor, _ = (MESHES | SPLIT)[mesh]
     for part in (sharded.params, sharded.opt_state):
         arrays = [leaf for leaf in jax.tree.leaves(part) if leaf.ndim > 0]
         whole = sum(leaf.nbytes for leaf in arrays)
