@@ -28,6 +28,5 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.data.synthetic_rows = 4000
     config.data.sequence_length = 192  # tokens; pairs are padded to it, longer ones are dropped
     config.data.reference = "cached"  # log-probs computed once before training; "on_the_fly": per batch
-    config.data.cache_dir = "~/.cache/jaxllm"  # keeps them between runs
     config.checkpoint.best_metric = "eval/loss"
     return config

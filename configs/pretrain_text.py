@@ -62,7 +62,6 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.data.batch_size = batch_size  # sequences per optimizer step, over all devices
     config.data.on_bad_row = "stop"  # or "skip": write it to bad_rows.jsonl and continue
     config.data.max_bad_fraction = 0.01  # a larger fraction of bad rows stops the run
-    config.data.cache_dir = "~/.cache/jaxllm"  # keeps tokenized text between runs
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "muon"  # or "adamw"

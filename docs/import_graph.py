@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import io
 import json
+import os
 import re
 import sys
 import tempfile
@@ -40,7 +41,7 @@ LAYERS = (
         "jaxllm.random_streams",
         "jaxllm.toy_world",
     ),
-    ("jaxllm.config", "jaxllm.parallel"),
+    ("jaxllm.caches", "jaxllm.config", "jaxllm.parallel"),
     ("jaxllm.data", "jaxllm.models"),
     ("jaxllm.rollout", "jaxllm.training"),
     ("jaxllm.command_line", "jaxllm.runs"),
@@ -338,13 +339,8 @@ def print_visits(root: Path) -> None:
             train(*arguments)
             return record
 
-        batch = visits(
-            "pretrain",
-            "pretrain_text",
-            "text.txt",
-            f"--workdir={folder}/pretrained",
-            f"--config.data.cache_dir={folder}/cache",
-        )
+        os.environ["JAXLLM_CACHE_DIR"] = f"{folder}/cache"  # empty: what is cached is not visited
+        batch = visits("pretrain", "pretrain_text", "text.txt", f"--workdir={folder}/pretrained")
         batch.print("A pretraining batch", workers=[])
         train("sft_chat", "chats.jsonl", f"--workdir={folder}/sft")
         prompt = visits(

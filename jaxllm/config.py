@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NewType, TypeVar, Union, cast
 
-from jaxllm.config_versions import current_name
+from jaxllm.config_versions import current_name, replacement
 from jaxllm.errors import ConfigError, RunError, Stopped
-from jaxllm.files import is_full_disk
+from jaxllm.files import CACHE_VARIABLE, is_full_disk, use_cache_folder
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
@@ -50,8 +50,10 @@ def parse(config_class: type[Config], values: "Values", path: str = "config") ->
 
 def _check_key(name: str, values: "Values", kinds: Mapping[str, Any], path: str) -> None:
     if name not in kinds:
-        new_name = current_name(f"{path}.{name}".removeprefix("config."))
+        field = f"{path}.{name}".removeprefix("config.")
+        new_name, instead = current_name(field), replacement(field)
         hint = f", it is now called {new_name}" if new_name is not None else did_you_mean(name, kinds)
+        hint = f", use {instead}" if instead is not None else hint
         raise ConfigError(f"{path}.{name}: unknown key{hint}")
     if name not in values:
         raise ConfigError(f"{path}.{name}: missing key")
@@ -150,6 +152,12 @@ def nearest_multiples(value: int, of: int) -> tuple[int, ...]:
 
 # The command line
 
+_CACHE_DIR_HELP = (
+    "folder for what is kept between runs: tokenized data, log-probs of a reference, compiled programs, "
+    "downloads; "
+    f"default: ${CACHE_VARIABLE}, or ~/.cache/jaxllm"
+)
+
 
 def run_script(
     main: Callable[[Any, "FlagValues"], int | None],
@@ -171,6 +179,7 @@ def run_script(
     if config_class is not None:
         flags.DEFINE_string("config", None, "config file, FILE.py or FILE.py:ARG", flag_values=script_flags)
         flags.DEFINE_bool("print_config", False, "print the resolved config, exit", flag_values=script_flags)
+    flags.DEFINE_string("cache_dir", None, _CACHE_DIR_HELP, flag_values=script_flags)
     define_flags(script_flags)
     if {"-h", "--help"} & set(argv):
         print(_help(script_flags))
@@ -180,6 +189,8 @@ def run_script(
         if config_class is not None and script_flags.print_config:
             print(json.dumps(as_dict(config), indent=2))
             return 0
+        if script_flags.cache_dir is not None:
+            use_cache_folder(script_flags.cache_dir)
         return main(config, script_flags) or 0
     except RunError as error:
         print(f"{'stopped' if isinstance(error, Stopped) else 'error'}: {error}", file=sys.stderr)

@@ -41,6 +41,11 @@ RENAMED_VALUES: dict[str, dict[Any, Any]] = {
     "model.qk_norm": {True: "head", False: "none"},
 }
 
+# Dotted name of a field that is no more -> what has its place.
+REMOVED: dict[str, str] = {
+    "data.cache_dir": "the flag --cache_dir, of all scripts and for all caches",
+}
+
 # A field that was added later: a field that configs with it have always had, and the value by which a run
 # trains as it did before.
 ADDED: dict[str, tuple[str, Any]] = {
@@ -98,12 +103,21 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
                 place[name] = values.get(place[name], place[name])
     if "sliding_window" in (model := config.get("model", {})):  # was for all layers or for none
         model.setdefault("layer_pattern", ["global"] if model["sliding_window"] is None else ["local"])
+    for field in REMOVED:
+        section, _, name = field.rpartition(".")
+        config.get(section, {}).pop(name, None)
     for field, (beside, value) in ADDED.items():
         section, _, name = field.rpartition(".")
         place = config.get(section)
         if isinstance(place, dict) and beside.rpartition(".")[2] in place:
             place.setdefault(name, value)
     return config
+
+
+def replacement(field: str) -> str | None:
+    """What has the place of a dotted field that is no more, however deep it lies; None where no version had
+    it."""
+    return next((new for old, new in REMOVED.items() if f".{field}".endswith(f".{old}")), None)
 
 
 def current_name(field: str) -> str | None:

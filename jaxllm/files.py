@@ -106,6 +106,25 @@ def is_full_disk(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+# The folder for what is kept between runs
+
+CACHE_VARIABLE = "JAXLLM_CACHE_DIR"  # the environment variable that --cache_dir sets
+
+
+def cache_folder() -> Path:
+    """What --cache_dir or JAXLLM_CACHE_DIR names, else ~/.cache/jaxllm."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/jaxllm").expanduser()
+
+
+def use_cache_folder(path: str) -> None:
+    """Make `path` the cache folder of this process and those that it starts, also for what the Hugging Face
+    libraries download, unless their own variable HF_HOME is set."""
+    folder = os.environ[CACHE_VARIABLE] = os.path.abspath(os.path.expanduser(path))
+    if "HF_HOME" not in os.environ:  # not set here, since it moves the user's access token as well
+        os.environ.setdefault("HF_HUB_CACHE", f"{folder}/huggingface/hub")
+        os.environ.setdefault("HF_DATASETS_CACHE", f"{folder}/huggingface/datasets")
+
+
 # Locks
 
 BEAT = 15.0  # seconds between two signs of life of a holder

@@ -1,6 +1,7 @@
 """Every test sees 8 CPU devices; compiled programs are kept between runs; tests share tiny trained runs."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
@@ -14,5 +15,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# What runs keep between them, such as tokenized text, is kept within one session.
+_cache = tempfile.TemporaryDirectory()
+os.environ["JAXLLM_CACHE_DIR"] = _cache.name
 
 pytest_plugins = ["tiny_runs"]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +26,8 @@ from jaxllm.config import (
     run_script,
 )
 from jaxllm.errors import ConfigError, NumericsError, Stopped
+from jaxllm.files import cache_folder
+from jaxllm.runs import process
 
 ROOT = Path(__file__).parents[1]
 
@@ -457,6 +460,30 @@ def test_help_is_fast_and_imports_neither_jax_nor_the_config_class(tmp_path):
     assert time.monotonic() - started < 2
     assert "Trains a thing." in done.stdout
     assert "--workdir: where outputs go" in done.stdout
+
+
+@pytest.mark.parametrize("hf_home", [None, "/elsewhere"])
+def test_one_flag_names_the_folder_of_all_caches(monkeypatch, tmp_path, hf_home):
+    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # to be restored
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("JAXLLM_CACHE_DIR", "/of/the/environment")
+    if hf_home is not None:
+        monkeypatch.setenv("HF_HOME", hf_home)
+    compiled = {}
+    monkeypatch.setattr(jax.config, "update", compiled.__setitem__)
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
+    found = []
+
+    def main(config, flags):
+        process.set_up_process()
+        found.append(cache_folder())
+
+    assert run_script(main, None, lambda values: None, ["script.py", f"--cache_dir={tmp_path}"]) == 0
+    assert found == [tmp_path]
+    assert compiled["jax_compilation_cache_dir"] == f"{tmp_path}/compiled"
+    assert os.environ["JAXLLM_CACHE_DIR"] == str(tmp_path)  # of the stages of a pipeline too
+    assert os.environ.get("HF_HUB_CACHE") == (None if hf_home else f"{tmp_path}/huggingface/hub")
 
 
 # ---- suggestions in messages

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -28,14 +29,24 @@ class BaseTokenizer:
     stop_ids: tuple[int, ...]  # EOS, and what else generation_config.json lets a text end with
     chat_template: str | None = None  # the Jinja source that came with it
     chat_templates: Mapping[str, str] = MappingProxyType({})  # all that came with it, by name
+    one_thread = False  # whether `encode_batch` uses one core instead of all
     _prefix: str  # the space that some tokenizers put before each text, or ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy in another process is made from the files, and uses one core, as its siblings do."""
+        return _one_threaded, (type(self), self.files())
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> "BaseTokenizer":
+        """The tokenizer with these `files()`."""
+        raise NotImplementedError
 
     def files(self) -> dict[str, bytes]:
         """Its files by name. A folder of these files is loaded as the same tokenizer."""
         raise NotImplementedError
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+        """`encode` of each text, on all cores, or on one with `one_thread`."""
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
@@ -102,6 +113,12 @@ class BaseTokenizer:
                 f"{GENERATION_FILE}: eos_token_id={largest} is not one of the {self.vocab_size} tokens"
             )
         return tuple(dict.fromkeys(ids))
+
+
+def _one_threaded(kind: type[BaseTokenizer], files: Mapping[str, bytes]) -> BaseTokenizer:
+    tokenizer = kind.from_files(files)
+    tokenizer.one_thread = True
+    return tokenizer
 
 
 def without_lone_surrogates(text: str) -> str:

@@ -7,7 +7,7 @@ encoded as its three bytes, as in tokenizer.py.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +75,7 @@ class HFTokenizer(BaseTokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         texts = [without_lone_surrogates(text) for text in texts]
         # For a single text, starting threads would take longer than encoding it.
-        if len(texts) == 1 or any(map(self._has_mark, texts)):
+        if len(texts) == 1 or self.one_thread or any(map(self._has_mark, texts)):
             return [self._ids(self._backend, text) for text in texts]
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -113,6 +113,10 @@ class HFTokenizer(BaseTokenizer):
 
     def files(self) -> dict[str, bytes]:
         return dict(self._files)
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> "HFTokenizer":
+        return cls(dict(files))
 
     def _all_token_bytes(self) -> list[bytes]:
         special = set(self.special_ids.values())

@@ -188,6 +188,15 @@ class SourceCounts:
         for column in columns:
             self.unread[column] = self.unread.get(column, 0) + 1
 
+    def add(self, other: "SourceCounts") -> None:
+        """Count the rows of a later part of the source too."""
+        for mine, theirs in ((self.dropped, other.dropped), (self.unread, other.unread)):
+            for name, count in theirs.items():
+                mine[name] = mine.get(name, 0) + count
+        for name in ("rows", "faults", "documents", "text_bytes", "tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.first_fault = self.first_fault or other.first_fault
+
     def describe_unread(self, what: str = "columns that are not read") -> str:
         """The columns, after `what`, the most frequent ones first; empty where there are none."""
         found = sorted(self.unread.items(), key=lambda item: -item[1])

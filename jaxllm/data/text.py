@@ -23,7 +23,6 @@ class TextConfig(DataConfig):
     """Which text to read, and how."""
 
     text_key: str  # the key or column of .jsonl, .parquet and datasets that has the text
-    cache_dir: str  # folder for tokenized text, shared by all runs
 
 
 def text_documents(config: TextConfig, *, seed: int) -> Iterator[str]:
@@ -55,10 +54,7 @@ def load_text(
     sources = [config.open(name, split, text_key=config.text_key, seed=seed) for name, split in config.splits]
     bad_rows: list[str] = []
     try:
-        caches = [
-            cached_tokens(source, tokenizer, config.cache_dir, config.bad_row_policy, bad_rows)
-            for source in sources
-        ]
+        caches = [cached_tokens(source, tokenizer, config.bad_row_policy, bad_rows) for source in sources]
     finally:  # also where they stop the run
         if run_folder is not None:
             write_bad_rows(bad_rows, run_folder)

@@ -10,7 +10,7 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -156,7 +156,8 @@ class Tokenizer(BaseTokenizer):
         chunks = [chunk for text_parts in parts for chunk in text_parts]
         # For a single chunk, starting threads would take longer than encoding it.
         encode: Callable[[Any], Any] = self._processor.encode
-        encoded = iter(encode(chunks) if len(chunks) > 1 else map(encode, chunks))
+        together = len(chunks) > 1 and not self.one_thread
+        encoded = iter(encode(chunks) if together else map(encode, chunks))
         return [
             [i for chunk in text_parts for i in self._apart.get(chunk, list(next(encoded)))]
             for text_parts in parts
@@ -169,6 +170,10 @@ class Tokenizer(BaseTokenizer):
     def hash(self) -> str:
         """The SHA-256 of the model, and of the tokens that the files beside it add."""
         return hashlib.sha256(self._model + (repr(self._added).encode() if self._added else b"")).hexdigest()
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> "Tokenizer":
+        return cls(files[TOKENIZER_FILE])
 
     def _parts(self, text: str) -> Iterator[str]:
         """`text` in chunks that can be encoded separately; what is encoded apart is a chunk of its own."""

@@ -20,7 +20,6 @@ HARMLESS = (
     "training.hang_timeout",
     "checkpoint.keep",
     "wandb_project",
-    "data.cache_dir",
 )
 # The pipeline sets these itself, to files that may have moved.
 OWN = ("reward.model", "data.held_out")

@@ -7,6 +7,7 @@ import platform
 import jax
 
 from jaxllm.errors import ConfigError
+from jaxllm.files import cache_folder
 
 # Options of mallopt(3), by their numbers in malloc.h. XLA takes a step's temporaries from malloc every
 # time; faulting in their pages again, once they were given back, costs a third of a step on a CPU.
@@ -19,10 +20,10 @@ KEEP_FREED_MEMORY = {
 
 
 def set_up_process() -> None:
-    """Keep compiled programs between runs (JAX_COMPILATION_CACHE_DIR, or ~/.cache/jaxllm), and freed memory
-    within this one. Raises ConfigError where JAX has no device to compute on."""
+    """Keep compiled programs between runs (in JAX_COMPILATION_CACHE_DIR, or below --cache_dir), and freed
+    memory within this one. Raises ConfigError where JAX has no device to compute on."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxllm/compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     keep_freed_memory()
     try:

@@ -29,7 +29,6 @@ FREE = (
     "evaluation.num_sources",
     "sample",
     "wandb_project",
-    "data.cache_dir",
     "reward.workers",
     "reward.error_reward",  # was 0.0 by default, and concerns calls that fail alone
 )

@@ -7,7 +7,6 @@ cached, or with each batch.
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from jaxllm.data.preferences import PairRows, PreferenceConfig
 from jaxllm.data.rows import Dataset
 from jaxllm.errors import ConfigError
 from jaxllm.evaluation.preference import dpo_metrics, score_pairs
-from jaxllm.files import naming
+from jaxllm.files import cache_folder, naming
 from jaxllm.losses import Weighted, add_auxiliary, dpo_loss
 from jaxllm.losses.dpo import check_dpo_options
 from jaxllm.models import Model, Params, build_model
@@ -98,7 +97,6 @@ class ReferenceConfig(PreferenceConfig):
     """Pairs, and how the frozen reference scores them."""
 
     reference: str  # "cached": once before training; "on_the_fly": with each batch, which keeps two models
-    cache_dir: str  # where cached log-probs are kept between runs
 
     def __post_init__(self):
         super().__post_init__()
@@ -182,7 +180,7 @@ def load(inputs: RunInputs[Config, Model]) -> Dataset:
     ]  # of distinct held-out rows, which the fingerprint does not tell
     identity = (initial.hash, data.fingerprint, config.model, config.data.sequence_length, lengths)
     key = xxhash.xxh3_128_hexdigest(repr(identity).encode())
-    file = Path(config.data.cache_dir).expanduser() / f"reference-{key}.npy"
+    file = cache_folder() / f"reference-{key}.npy"
     if not file.exists():
         log_probs = np.concatenate(reference_log_probs(program, sources, initial.params(), score))
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -306,8 +306,6 @@ def test_pretraining_names_the_columns_besides_the_text(tmp_path, tokenizer, kin
         {"text": "Bo left.", "title": "Two", "url": "b"},
     ]
     path = (parquet if kind == "a.parquet" else write)(tmp_path / kind, *rows)
-    config = TextConfig(
-        **COMMON | {"train": (path,), "text_key": "text", "cache_dir": str(tmp_path / "cache")}
-    )
+    config = TextConfig(**COMMON | {"train": (path,), "text_key": "text"})
     for _ in range(2):  # tokenized, and from the cache
         assert "\n  columns that are not read: title, url\n" in load_text(config, tokenizer, seed=0).report

@@ -2,12 +2,13 @@
 
 import gzip
 import json
+import os
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from jaxllm.data import sources
+from jaxllm.data import content_hash, readers
 from jaxllm.data.sources import Row, Source, open_source
 from jaxllm.errors import DataError
 
@@ -30,6 +31,12 @@ def bad_rows(name, **options) -> list[str]:
 
 
 def write(path, content: bytes):
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".zst":
+        import pyarrow
+
+        half = len(content) // 2  # two frames, as parallel compressors write
+        content = b"".join(pyarrow.compress(x, "zstd").to_pybytes() for x in (content[:half], content[half:]))
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
@@ -55,7 +62,7 @@ def quiet_datasets():
     datasets.enable_progress_bars()
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
 def test_a_text_file_is_one_document_byte_for_byte(tmp_path, name):
     assert texts(write(tmp_path / name, "First\r\n\n  línea \x00\n".encode())) == [
         "First\r\n\n  línea \x00\n"
@@ -107,7 +114,7 @@ def test_columns_besides_the_text_are_named(tmp_path):
 
 
 def test_a_large_text_file_is_cut_at_ends_of_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_TEXT_BLOCK", 10)
+    monkeypatch.setattr(readers, "_BLOCK", 10)
     path = write(tmp_path / "a.txt", b"one\ntwo\nthree four\nfive\n")
     assert [(row.where, row.value) for row in opened(path).rows()] == [
         (f"{path}:1", "one\ntwo\nthree four\n"),
@@ -115,10 +122,62 @@ def test_a_large_text_file_is_cut_at_ends_of_lines(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz"])
 def test_json_lines_give_the_text_of_each_object(tmp_path, name):
     path = write(tmp_path / name, json_lines({"id": 1, "text": "one\u2028line"}, {"text": "two"}) + b"\n  \n")
     assert texts(path) == ["one\u2028line", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.json.zst"])
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("block", [1, 7, 2**24])
+def test_a_json_array_gives_its_elements_with_their_lines(tmp_path, monkeypatch, name, indent, block):
+    monkeypatch.setattr(readers, "_BLOCK", block)
+    values = [{"text": 'a "quoted] line\\n'}, {"text": "zwei ü"}, {"txt": 3}, [1], {"text": "five"}]
+    content = "\n " + json.dumps(values, indent=indent, ensure_ascii=False) + "\n"
+    path = write(tmp_path / name, content.encode())
+    rows = list(opened(path).rows())
+    assert [row.value for row in rows] == ['a "quoted] line\\n', "zwei ü", None, None, "five"]
+    assert [row.where for row in rows] == [
+        f"{path}:{line}" for line in ((3, 6, 9, 12, 15) if indent else (2, 2, 2, 2, 2))
+    ]
+    assert texts(write(tmp_path / name, b" [ ]\n")) == [None]  # an empty file
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "kept"),
+    [
+        (b'[{"text": "one"}, {"text": "two"', "invalid JSON", 1),
+        (b'[{"text": "one"}, {"text": "two"}', "invalid JSON", 1),
+        (b'[{"text": "one"} {"text": "two"}]', "invalid JSON Expecting ',' delimiter", 1),
+        (b'[{"text": "one"}, {"text": "caf\xe9"}, {"text": "three"}]', "invalid UTF-8 byte 0xe9", 2),
+        (b'[{"text": "one"}, nonsense]', "invalid JSON Expecting value", 1),
+    ],
+)
+def test_a_damaged_json_array_is_reported(tmp_path, content, reason, kept):
+    path = write(tmp_path / "a.json", content)
+    (bad,) = bad_rows(path)
+    assert bad.startswith(f"{path}:1: {reason}")
+    assert len([text for text in texts(path) if text]) == kept
+
+
+@pytest.mark.parametrize("form", ["stream", "file"])
+def test_arrow_files_give_their_rows(tmp_path, form):
+    import pyarrow
+
+    table = pyarrow.table({"id": [1, 2, 3], "text": ["one", None, "three"]})
+    path = tmp_path / "a.arrow"
+    make = pyarrow.ipc.new_stream if form == "stream" else pyarrow.ipc.new_file
+    with make(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    rows = list(opened(path).rows())
+    assert [row.value for row in rows] == ["one", None, "three"]
+    assert [row.where for row in rows] == [f"{path}:{i}" for i in (1, 2, 3)]
+    assert rows[0].unread == ("id",)
+    assert texts(path, text_key=None)[0] == {"id": 1, "text": "one"}
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"a.arrow: the arrow file is damaged"):
+        texts(path)
 
 
 def test_parquet_gives_the_text_of_its_column(tmp_path):
@@ -146,27 +205,53 @@ def test_a_folder_saved_by_datasets(tmp_path, quiet_datasets):
         opened(tmp_path / "plain", text_key="txt")
 
 
-def test_a_dataset_of_the_hub_by_name_subset_and_split(monkeypatch, quiet_datasets):
-    loaded = []
+@pytest.fixture
+def hub(tmp_path, monkeypatch, quiet_datasets):
+    """Downloads nothing: a folder in the place of a repository."""
+    for split in ("train", "test"):
+        write(
+            tmp_path / "name" / f"{split}.jsonl",
+            json_lines(*({"text": f"{split} {i}", "id": i} for i in range(5))),
+        )
+    monkeypatch.setattr(quiet_datasets.config, "HF_DATASETS_CACHE", tmp_path / "downloads")
+    return f"{tmp_path}/name"
 
-    def load_dataset(name, subset):
-        loaded.append((name, subset))
-        data = quiet_datasets.Dataset.from_dict({"text": ["one", "two"]})
-        return quiet_datasets.DatasetDict(train=data, held=data.select([1]))
 
-    monkeypatch.setattr(quiet_datasets, "load_dataset", load_dataset)
-    assert texts("hf:org/name") == ["one", "two"]
-    assert texts("hf:org/name:sub:held") == ["two"]
-    assert loaded == [("org/name", None), ("org/name", "sub")]
-    with pytest.raises(DataError, match=r"hf:org/name has no split 'validation'; it has train, held"):
-        opened("hf:org/name", split="validation")
+def test_of_a_dataset_of_the_hub_only_the_split_that_is_read_is_downloaded(hub, tmp_path):
+    assert texts(f"hf:{hub}") == [f"train {i}" for i in range(5)]
+    assert [path.name for path in (tmp_path / "downloads").rglob("*.arrow")] == ["name-train.arrow"]
+    assert texts(f"hf:{hub}:default:train[1:3]") == ["train 1", "train 2"]
+    assert texts(f"hf:{hub}:default:test[:1]") == ["test 0"]
+    with pytest.raises(DataError, match=r"^hf:.*name has no split 'validation'; it has train, test$"):
+        opened(f"hf:{hub}", split="validation")
+
+
+def test_other_rows_of_a_split_are_another_source(hub):
+    hashes = {opened(f"hf:{hub}:default:train{part}").content_hash for part in ("", "[:2]", "[1:3]", "[2:4]")}
+    assert len(hashes) == 4
+
+
+def test_a_stream_of_the_hub_keeps_nothing_on_disk(hub, tmp_path):
+    source = opened(f"hf-stream:{hub}:default:train[:3]")
+    assert [(row.value, row.where, row.done, row.unread) for row in source.rows()] == [
+        (f"train {i}", f"{source.name}:{i + 1}", i + 1, ("id",)) for i in range(3)
+    ]
+    assert source.size == 3
+    assert texts(f"hf-stream:{hub}", text_key=None)[4] == {"text": "train 4", "id": 4}
+    assert not list((tmp_path / "downloads").rglob("*.arrow"))
+    names = ("hf-stream:{}", "hf-stream:{}::train[:3]", "hf-stream:{}::test")
+    assert len({opened(name.format(hub)).content_hash for name in names}) == 3
+    with pytest.raises(DataError, match=r"only the first rows can be read, such as train\[:10000\]"):
+        opened(f"hf-stream:{hub}::train[2:3]")
+    with pytest.raises(DataError, match=r"no column 'txt'; did you mean 'text'"):
+        opened(f"hf-stream:{hub}", text_key="txt")
 
 
 def test_the_error_of_an_unreachable_hub_is_one_line(monkeypatch, quiet_datasets):
-    def load_dataset(name, subset):
+    def load_dataset_builder(name, subset):
         raise ConnectionError("no route\nand a page of detail")
 
-    monkeypatch.setattr(quiet_datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(quiet_datasets, "load_dataset_builder", load_dataset_builder)
     with pytest.raises(DataError) as error:
         opened("hf:org/name")
     assert str(error.value) == "hf:org/name: cannot be loaded from the hub (ConnectionError: no route)"
@@ -280,7 +365,7 @@ def test_a_text_file_that_is_not_utf8_is_reported_with_the_line(tmp_path):
     assert bad_rows(path) == [f"{path}:3: invalid UTF-8 byte 0xe9"]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz", "a.jsonl.gz"])
 def test_an_empty_file_is_a_bad_row(tmp_path, name):
     path = write(tmp_path / name, b"")
     assert bad_rows(path) == [f"{path}:1: empty file"]
@@ -302,6 +387,17 @@ def test_the_error_of_a_truncated_gzip_file_is_one_line(tmp_path, keep):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(DataError, match=rf"{path}: the gzip file is truncated or damaged") as error:
+        texts(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"plain text", None])
+def test_the_error_of_a_damaged_zstd_file_is_one_line(tmp_path, content):
+    path = write(
+        tmp_path / "a.jsonl.zst", json_lines(*({"text": f"document {i * 7919}"} for i in range(1000)))
+    )
+    path.write_bytes(path.read_bytes()[:-9] if content is None else content)
+    with pytest.raises(DataError, match=rf"{path}: the zstd file is truncated or damaged") as error:
         texts(path)
     assert "\n" not in str(error.value)
 
@@ -328,7 +424,10 @@ def test_a_name_that_does_not_exist_suggests_the_nearest(tmp_path):
     with pytest.raises(DataError, match=r"not a dataset saved by save_to_disk; .* such as '.*/\*.txt'"):
         opened(tmp_path)
     write(tmp_path / "table.csv", b"text")
-    with pytest.raises(DataError, match=r"table.csv: only .txt, .txt.gz, .jsonl, .jsonl.gz and .parquet"):
+    with pytest.raises(
+        DataError,
+        match=r"table.csv: only .txt, .jsonl, .json files \(also .gz and .zst\)",
+    ):
         opened(tmp_path / "*")
 
 
@@ -347,6 +446,56 @@ def test_the_content_hash_depends_on_the_content_not_the_name(tmp_path):
     other_key = opened(tmp_path / "a.jsonl", text_key="body")
     assert first.content_hash == moved.content_hash
     assert len({s.content_hash for s in (first, changed, other_kind, other_key)}) == 4
+
+
+@pytest.fixture
+def remembering(tmp_path, monkeypatch):
+    """Hashes are remembered for files of any size, in a folder of the test; how often one was computed."""
+    computed = []
+    monkeypatch.setenv("JAXLLM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(content_hash, "_SMALL", 0)
+    monkeypatch.setattr(content_hash, "_SAMPLE", 4)
+    compute = content_hash._hash
+    monkeypatch.setattr(content_hash, "_hash", lambda *given: computed.append(0) or compute(*given))
+    return computed
+
+
+def test_a_source_is_hashed_once(tmp_path, remembering, monkeypatch):
+    path = write(tmp_path / "a.txt", b"one " * 1000)
+    os.utime(path, (1, 1))
+    found = opened(path).content_hash
+    assert opened(path).content_hash == found
+    assert len(remembering) == 1
+    monkeypatch.setattr(content_hash, "_SMALL", 2**20)
+    assert opened(path).content_hash == found  # the same as without the memory
+
+
+@pytest.mark.parametrize("change", ["size", "time", "sample", "name"])
+def test_a_changed_source_is_hashed_again(tmp_path, remembering, change):
+    path = write(tmp_path / "a.txt", b"one " * 1000)
+    os.utime(path, (1, 1))
+    first = opened(path).content_hash
+    if change == "name":
+        path = path.rename(tmp_path / "b.txt")
+    else:
+        path.write_bytes({"size": b"one " * 999, "sample": b"oNe " * 1000}.get(change, b"one " * 1000))
+        os.utime(path, (2, 2) if change == "time" else (1, 1))
+    assert (opened(path).content_hash == first) == (change in ("time", "name"))
+    assert len(remembering) == 2
+
+
+def test_a_source_that_was_just_written_is_not_remembered(tmp_path, remembering):
+    path = write(tmp_path / "a.txt", b"one " * 1000)
+    for _ in range(2):
+        opened(path)
+    assert len(remembering) == 2
+
+
+def test_the_hashes_of_sources_are_those_of_earlier_versions(tmp_path):
+    """They are in the fingerprints of runs, which could not be resumed otherwise."""
+    path = write(tmp_path / "a.jsonl", json_lines({"text": "one"}))
+    assert opened(path).content_hash == "a2031189d7ae8adf3de33f66d2eb2140"
+    assert opened(path, text_key=None).content_hash == "89d5bbaad54e28678c71c797b6ceb2a3"
 
 
 def test_progress_reaches_the_size_of_the_source(tmp_path, quiet_datasets):

@@ -26,7 +26,6 @@ def config(tmp_path, documents) -> TextConfig:
         batch_size=4,
         on_bad_row="stop",
         max_bad_fraction=0.1,
-        cache_dir=str(tmp_path / "cache"),
     )
 
 

@@ -3,19 +3,24 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from jaxllm.data import token_cache
+from jaxllm.data import source_cache, token_cache
 from jaxllm.data.rows import BadRowPolicy
 from jaxllm.data.sources import Row, Source
 from jaxllm.data.token_cache import cached_tokens
 from jaxllm.errors import DataError
+from jaxllm.files import CACHE_VARIABLE
 
 SKIP = BadRowPolicy("skip", 0.5)
 STOP = BadRowPolicy("stop", 0.5)
@@ -39,12 +44,30 @@ def unreadable(content_hash="hash") -> Source:
     return Source("a.jsonl", content_hash, 1, rows)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty folder for caches."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
-def tokens_of(tokenizer, tmp_path):
+def tokens_of(tokenizer):
     def cached(source, policy=SKIP):
-        return cached_tokens(source, tokenizer, str(tmp_path / "cache"), policy)
+        return cached_tokens(source, tokenizer, policy)
 
     return cached
+
+
+def columns(found):
+    """All that a cache holds."""
+    arrays = (found.tokens, found.offsets, found.text_hashes, found.text_keys)
+    return [array.tolist() for array in arrays], found.counts, found.bad_rows.read_text()
+
+
+def fake_tokenizer(**fields):
+    plain = {"vocab_size": 9, "bos_id": 1, "eos_id": 2, "hash": "h"}
+    return SimpleNamespace(**plain | {"encode_batch": lambda texts: [[5] for _ in texts]} | fields)
 
 
 def test_each_document_is_one_bos_its_text_and_one_eos(tokens_of, tokenizer):
@@ -73,16 +96,10 @@ def test_batches_lose_no_document(tokens_of, monkeypatch):
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
-def test_ids_are_stored_in_two_bytes_where_they_fit(tmp_path, vocab_size, dtype):
+def test_ids_are_stored_in_two_bytes_where_they_fit(vocab_size, dtype):
     last = vocab_size - 1
-    fake = SimpleNamespace(
-        vocab_size=vocab_size,
-        bos_id=1,
-        eos_id=2,
-        hash="h",
-        encode_batch=lambda texts: [[last] for _ in texts],
-    )
-    cache = cached_tokens(source_of(["a"]), fake, str(tmp_path), SKIP)
+    fake = fake_tokenizer(vocab_size=vocab_size, encode_batch=lambda texts: [[last] for _ in texts])
+    cache = cached_tokens(source_of(["a"]), fake, SKIP)
     assert cache.tokens.dtype == dtype
     assert cache.tokens.tolist() == [1, last, 2]
 
@@ -95,12 +112,10 @@ def test_a_second_run_does_not_read_the_source(tokens_of):
     assert isinstance(again.tokens, np.memmap)
 
 
-def test_other_content_tokenizer_or_format_is_tokenized_again(tokens_of, tokenizer, tmp_path, monkeypatch):
+def test_other_content_tokenizer_or_format_is_tokenized_again(tokens_of, tokenizer, monkeypatch):
     keys = {tokens_of(source_of(["a"])).key, tokens_of(source_of(["b"], "other")).key}
-    other = SimpleNamespace(
-        vocab_size=400, bos_id=1, eos_id=2, hash="other", encode_batch=tokenizer.encode_batch
-    )
-    keys.add(cached_tokens(source_of(["a"]), other, str(tmp_path / "cache"), SKIP).key)
+    other = fake_tokenizer(vocab_size=400, hash="other", encode_batch=tokenizer.encode_batch)
+    keys.add(cached_tokens(source_of(["a"]), other, SKIP).key)
     monkeypatch.setattr(token_cache, "_FORMAT", 0)
     keys.add(tokens_of(source_of(["a"])).key)
     assert len(keys) == 4
@@ -121,61 +136,103 @@ def test_a_damaged_cache_is_rebuilt(tokens_of, name, damage):
     assert tokens_of(source_of(["Ada left.", "Bo too."])).tokens.tolist() == before
 
 
-def test_a_failure_leaves_nothing_behind(tokens_of, tmp_path):
-    def rows():
-        yield Row("a:1", 1, "fine")
-        raise KeyboardInterrupt
+def test_ids_out_of_range_are_tokenized_again(tokens_of, tokenizer, capsys):
+    texts = ["Ada left.", "Bo too."]
+    path = tokens_of(source_of(texts)).bad_rows.parent / "tokens"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:6] + b"\xff\xff" + whole[8:])  # as from a disk that lost a block
+    with pytest.raises(AssertionError, match="the source was read"):
+        tokens_of(unreadable())
+    assert f"it has the id 65535, the tokenizer has {tokenizer.vocab_size} tokens" in capsys.readouterr().err
+    assert tokens_of(source_of(texts)).tokens.tobytes() == whole
 
-    with pytest.raises(KeyboardInterrupt):
-        tokens_of(Source("a", "hash", 2, rows))
-    assert list((tmp_path / "cache").iterdir()) == []
+
+def test_a_source_that_is_not_allowed_leaves_nothing_behind(tokens_of, cache):
+    with pytest.raises(DataError):
+        tokens_of(source_of(["fine", None]), STOP)
+    assert list(cache.iterdir()) == []
 
 
 KILLED = """
 import os, signal, sys
-from types import SimpleNamespace
-from jaxllm.data import token_cache
-from jaxllm.data.sources import Row, Source
+from jaxllm.data import source_cache, token_cache
+from test_token_cache import SKIP, fake_tokenizer, source_of
 
-token_cache._BATCH_ROWS = 1
-def rows():
-    yield Row("a:1", 1, "fine")
-    yield Row("a:2", 2, "fine")
-    os.kill(os.getpid(), signal.SIGKILL)
-fake = SimpleNamespace(
-    vocab_size=9, bos_id=1, eos_id=2, hash="h", encode_batch=lambda texts: [[5] for _ in texts]
-)
-policy = token_cache.BadRowPolicy("stop", 0.0)
-token_cache.cached_tokens(Source("a", "hash", 3, rows), fake, sys.argv[1], policy)
+token_cache._BATCH_ROWS, source_cache._RECORD_SECONDS = 2, 0
+def encode_batch(texts):
+    if "killed" in texts:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [[len(text)] for text in texts]
+
+texts = ["one", None, "three", "four", "five", "killed", "seven"]
+token_cache.cached_tokens(source_of(texts), fake_tokenizer(encode_batch=encode_batch), SKIP)
 """
 
 
-def test_a_killed_run_leaves_no_incomplete_cache(tmp_path):
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=60, check=False)
+def test_a_killed_run_is_continued_where_it_was(cache, monkeypatch, capsys):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    killed = subprocess.run([sys.executable, "-c", KILLED], timeout=60, check=False, env=environment)
     assert killed.returncode == -signal.SIGKILL
-    fake = SimpleNamespace(
-        vocab_size=9, bos_id=1, eos_id=2, hash="h", encode_batch=lambda texts: [[5] for _ in texts]
-    )
-    cache = cached_tokens(source_of(["fine"] * 3), fake, str(tmp_path), STOP)
-    assert cache.tokens.tolist() == [1, 5, 2] * 3
+    assert [path.suffix for path in sorted(cache.iterdir())] == [".lock", ".partial"]
+    encoded = []
+
+    def encode_batch(texts):
+        encoded.extend(texts)
+        return [[len(text)] for text in texts]
+
+    texts = ["one", None, "three", "four", "five", "killed", "seven"]
+    continued = cached_tokens(source_of(texts), fake_tokenizer(encode_batch=encode_batch), SKIP)
+    assert encoded == ["five", "killed", "seven"]
+    assert "tokenize a.jsonl: continued after 4 rows" in capsys.readouterr().out
+    assert [path.name for path in cache.iterdir()] == [continued.key]
+    found = columns(continued)
+    monkeypatch.setenv(CACHE_VARIABLE, str(cache / "other"))
+    assert columns(cached_tokens(source_of(texts), fake_tokenizer(encode_batch=encode_batch), SKIP)) == found
 
 
-def test_two_runs_at_once_both_get_the_complete_cache(tokens_of):
-    """The second run starts and ends while the first one tokenizes."""
-    faster, files = [], []
+def test_a_damaged_part_of_a_killed_run_is_not_continued(tokens_of, cache, monkeypatch):
+    monkeypatch.setattr(source_cache, "_RECORD_SECONDS", 0)
+    monkeypatch.setattr(token_cache, "_BATCH_ROWS", 1)
 
     def rows():
         yield Row("a:1", 1, "one")
-        faster.append(tokens_of(source_of(["one", "two"])))
-        files.append(faster[0].bad_rows.stat().st_ino)
+        yield Row("a:2", 2, "two")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokens_of(Source("a.jsonl", "hash", 2, rows))
+    (partial,) = cache.iterdir()
+    (partial / "tokens").write_bytes(b"")
+    assert tokens_of(source_of(["one", "two"])).counts.documents == 2
+
+
+def test_tokens_do_not_depend_on_the_number_of_processes(tokens_of, cache, documents, monkeypatch):
+    texts = [*documents[:40], None, *documents[40:80]]
+    found = columns(tokens_of(source_of(texts)))
+    monkeypatch.setenv(CACHE_VARIABLE, str(cache / "other"))
+    monkeypatch.setattr(token_cache, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(source_cache, "num_processes", lambda: 2)
+    assert columns(tokens_of(source_of(texts))) == found
+
+
+def test_of_two_runs_at_once_the_second_waits_for_the_first(tokens_of, capsys):
+    second = []
+
+    def rows():
+        yield Row("a:1", 1, "one")
+        threads.submit(lambda: second.append(tokens_of(unreadable())))
+        while "waiting for" not in (said := capsys.readouterr().out):
+            time.sleep(0.01)
+        printed.append(said)
         yield Row("a:2", 2, "two")
 
-    slower = tokens_of(Source("a.jsonl", "hash", 2, rows))
-    assert slower.tokens.tolist() == faster[0].tokens.tolist()
-    assert [path.name for path in slower.bad_rows.parent.parent.iterdir()] == [slower.key]
-    assert (
-        slower.bad_rows.stat().st_ino == files[0]
-    )  # the files that the faster run has open are not replaced
+    printed = []
+    with ThreadPoolExecutor(1) as threads:
+        first = tokens_of(Source("a.jsonl", "hash", 2, rows))
+    assert second[0].tokens.tolist() == first.tokens.tolist()
+    assert re.match(
+        r"waiting for process \d+ on .*, which has the lock to tokenize a.jsonl$", printed[0].strip()
+    )
 
 
 def test_the_first_bad_row_stops_the_run(tokens_of):
@@ -230,15 +287,17 @@ def test_a_source_without_any_text_is_an_error(tokens_of):
         tokens_of(source_of([]))
 
 
-def test_a_cache_that_cannot_be_written_names_the_field(tokenizer, tmp_path):
+def test_a_cache_that_cannot_be_written_names_the_flag(tokens_of, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"data.cache_dir=.*/file: cannot write tokens \(Not a directory\)"):
-        cached_tokens(source_of(["a"]), tokenizer, str(tmp_path / "file"), SKIP)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"/file.*: cannot tokenize a.jsonl \(.*\); .* with --cache_dir"):
+        tokens_of(source_of(["a"]))
 
 
-def test_a_home_folder_is_expanded(tokenizer, tmp_path, monkeypatch):
+def test_a_home_folder_is_expanded(tokens_of, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    cached_tokens(source_of(["a"]), tokenizer, "~/tokens", SKIP)
+    monkeypatch.setenv(CACHE_VARIABLE, "~/tokens")
+    tokens_of(source_of(["a"]))
     assert os.listdir(tmp_path) == ["tokens"]
 
 
@@ -248,6 +307,13 @@ def test_without_a_terminal_progress_is_one_line(tokens_of, capsys):
     assert captured.out.startswith("tokenized a.jsonl: ")
     assert captured.out.count("\n") == 1
     assert captured.err == ""
+
+
+def test_without_a_terminal_a_long_wait_has_lines_with_the_time_left(tokens_of, capsys, monkeypatch):
+    monkeypatch.setattr(source_cache, "_PRINT_SECONDS", 0)
+    monkeypatch.setattr(token_cache, "_BATCH_ROWS", 1)
+    tokens_of(source_of(["one", "two", "three"]))
+    assert re.search(r"tokenize a.jsonl: \d+ tokens, 67%, 0:00 left\n", capsys.readouterr().out)
 
 
 def test_on_a_terminal_progress_is_a_bar(tokens_of, capsys, monkeypatch):

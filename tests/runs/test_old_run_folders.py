@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -11,7 +12,16 @@ import pytest
 from rl_runs import arrays_of, rows_of
 
 from jaxllm.config import load_config, override, parse
-from jaxllm.config_versions import ADDED, RENAMED, VERSION, current_name, stamped, upgrade
+from jaxllm.config_versions import (
+    ADDED,
+    REMOVED,
+    RENAMED,
+    VERSION,
+    current_name,
+    replacement,
+    stamped,
+    upgrade,
+)
 from jaxllm.errors import ConfigError, DataError
 from jaxllm.rl import rollouts
 from jaxllm.runs.checkpoints import load_checkpoint
@@ -144,6 +154,16 @@ def test_added_fields_have_the_value_by_which_older_runs_trained():
         assert upgrade({section: {old: 1}})[section][name] == value
         assert upgrade({section: {old: 1, name: 7}})[section][name] == 7
         assert upgrade({section: {}})[section] == {}
+
+
+@pytest.mark.parametrize("field", REMOVED)
+def test_a_removed_field_of_an_old_run_is_left_out_and_answered_with_what_has_its_place(field):
+    section, _, name = field.rpartition(".")
+    assert upgrade(stamped({section: {name: 1, "train": []}})) == {section: {"train": []}}
+    assert replacement(field) == replacement(f"ppo.{field}") == REMOVED[field]
+    config = load_config(f"{ROOT}/configs/pretrain_text.py:tiny")
+    with pytest.raises(ConfigError, match=rf"config.{field}: unknown key, use {re.escape(REMOVED[field])}"):
+        override(config, find_stage("pretrain").Config, field, "x")
 
 
 def test_every_renamed_field_is_translated():

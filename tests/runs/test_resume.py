@@ -48,13 +48,12 @@ STAGE_OVERRIDES = {
 def command(stage, shared, workdir, *more):
     """A run on the rows in `shared`. Later stages are initialized from the pretraining run there."""
     overrides = OVERRIDES | STAGE_OVERRIDES[stage] | {"data.train": shared / f"{stage}.jsonl"}
-    if stage in ("pretrain", "dpo"):
-        overrides["data.cache_dir"] = cache_of(workdir)
     return [
         sys.executable,
         str(ROOT / "experiments" / "train.py"),
         f"--config={ROOT / 'configs' / CONFIGS[stage]}:tiny",
         f"--workdir={workdir}",
+        f"--cache_dir={cache_of(workdir)}",
         *([] if stage == "pretrain" else [f"--init_from={whole(shared, 'pretrain')}"]),
         *(f"--config.{field}={value}" for field, value in overrides.items()),
         *more,

@@ -80,8 +80,6 @@ def make_config(text, stage="pretrain", **changes):
         "optimizer__name": "adamw",
         "optimizer__schedule": "constant",
     }
-    if stage in ("pretrain", "dpo"):
-        fields["data__cache_dir"] = str(text / "cache")
     if stage in ("pretrain", "sft"):
         fields["sample__sampling__max_new_tokens"] = "4"
     fields = {name.replace("__", "."): value for name, value in (fields | changes).items()}
