@@ -50,11 +50,12 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.tokenizer.train_bytes = 20_000_000  # of the text, from its start, to train it on
 
     config.data = ConfigDict()
-    # Files (.txt, .jsonl, also .gz, .parquet), globs, folders saved by `datasets`, hf:NAME, synthetic.
+    # Files (.txt, .jsonl, .json, .parquet, ...), globs, folders saved by `datasets`, hf:NAME, synthetic.
     config.data.train = ("synthetic",)
     config.data.weights = ()  # one per source, to mix them; (): each source in proportion to its windows
     config.data.validation = ()  # sources; (): hold out a part of train
     config.data.validation_fraction = 0.1  # of the train sources, where `validation` is empty; 0: none
+    config.data.validation_tokens = config_dict.placeholder(int)  # this many in place of the fraction
     config.data.held_out = config_dict.placeholder(tuple)  # benchmarks: rows with their questions are dropped
     config.data.text_key = "text"  # column of the text
     config.data.synthetic_rows = 20_000  # documents of the source "synthetic"

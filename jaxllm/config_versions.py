@@ -52,6 +52,7 @@ ADDED: dict[str, tuple[str, Any]] = {
     "objective.critic_learning_rate": ("objective.critic_warmup", None),
     "objective.critic_clip_norm": ("objective.critic_warmup", None),
     "data.template_options": ("data.template", []),
+    "data.validation_tokens": ("data.text_key", None),
     "model.mlp": ("model.mlp_width", "gated"),
     "model.position_embedding": ("model.rope_theta", "rotary"),
     "model.local_rope_theta": ("model.rope_theta", None),

@@ -19,7 +19,7 @@ def base(stage: str, size: str, *, steps: int, batch_size: int, learning_rate: f
     config.optimizer.weight_decay = 0.0  # 0.01 in InstructGPT; too few steps for it to matter
 
     config.data = ConfigDict()
-    # Files (.jsonl, .jsonl.gz, .parquet), globs, folders saved by `datasets`, hf:NAME or synthetic:KIND.
+    # Files (.jsonl, .json, .parquet, ...), globs, folders saved by `datasets`, hf:NAME or synthetic:KIND.
     config.data.train = ("",)
     config.data.weights = ()  # one per source, to mix them; (): each source in proportion to its rows
     config.data.validation = ()  # sources; (): hold out a part of train, all rows of a prompt together

@@ -57,8 +57,9 @@ RowsT = TypeVar("RowsT", bound=Rows[Any], covariant=True)
 class DataConfig:
     """Which sources to read, and how many of their rows form a batch. Each stage adds its own fields.
 
-    A source is a file or glob (.txt, .jsonl, both also .gz, and .parquet), a folder saved by datasets'
-    save_to_disk, `hf:NAME[:SUBSET[:SPLIT]]` on the Hugging Face hub, or `synthetic[:KIND]`.
+    A source is a file or glob (.txt, .jsonl, .json, also .gz and .zst; .parquet, .arrow), a folder saved by
+    datasets' save_to_disk, `hf:NAME[:SUBSET[:SPLIT]]` on the Hugging Face hub (`hf-stream:` keeps no file of
+    it), or `synthetic[:KIND]`.
     """
 
     train: tuple[str, ...]  # sources to train on

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,8 @@ from jaxllm.data.rows import DataConfig, Dataset, nothing_held_out, nothing_to_t
 from jaxllm.data.show import show_mask
 from jaxllm.data.token_cache import TokenCache, cached_tokens
 from jaxllm.data.tokenizer import BaseTokenizer
-from jaxllm.data.windows import Windows, cut_documents, keep_apart, pack_documents
-from jaxllm.errors import DataError
+from jaxllm.data.windows import Windows, cut_documents, fraction_of_tokens, keep_apart, pack_documents
+from jaxllm.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,21 @@ class TextConfig(DataConfig):
     """Which text to read, and how."""
 
     text_key: str  # the key or column of .jsonl, .parquet and datasets that has the text
+    # Tokens to hold out of the train sources, in place of `validation_fraction`; None: the fraction.
+    validation_tokens: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.validation_tokens is not None and self.validation_tokens < 2:
+            raise ConfigError(
+                f"data.validation_tokens={self.validation_tokens} must be at least 2, or none to hold out "
+                "data.validation_fraction"
+            )
+        if self.validation_tokens is not None and self.validation:
+            raise ConfigError(
+                "data.validation_tokens holds out a part of data.train, but data.validation names sources: "
+                "set one of them"
+            )
 
 
 def text_documents(config: TextConfig, *, seed: int) -> Iterator[str]:
@@ -59,6 +74,8 @@ def load_text(
         if run_folder is not None:
             write_bad_rows(bad_rows, run_folder)
     fraction, count = config.held_out_fraction, len(config.train)
+    if config.validation_tokens is not None:
+        fraction = fraction_of_tokens(caches, config.validation_tokens)
     cuts = [cut_documents(cache, fraction if i < count else 1.0) for i, cache in enumerate(caches)]
     named = read_keys(config.held_out or (), synthetic_rows=config.synthetic_rows, seed=seed)
     kept = keep_apart(caches, cuts, named)

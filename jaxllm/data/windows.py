@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxllm.batches import TokenBatch
 from jaxllm.data.token_cache import TokenCache
+from jaxllm.errors import ConfigError
 
 _FEW_DOCUMENTS = 100  # a fraction of fewer documents may be empty, or one very long book
 
@@ -96,6 +97,25 @@ def cut_documents(cache: TokenCache, held_out_fraction: float) -> Cuts:
     else:
         tails = np.where(held_out, lengths, 0)
     return Cuts(lengths - tails, lengths - tails, tails)
+
+
+def fraction_of_tokens(caches: Sequence[TokenCache], num_tokens: int) -> float:
+    """The smallest `held_out_fraction` of `cut_documents` that holds out `num_tokens` of these sources.
+
+    Raises ConfigError where they have no more tokens than that.
+    """
+    lengths = np.concatenate([np.diff(cache.offsets) for cache in caches])
+    total = int(lengths.sum())
+    if num_tokens >= total:
+        raise ConfigError(
+            f"data.validation_tokens={num_tokens} must be less than the {total} tokens of data.train"
+        )
+    if any(len(cache.text_hashes) < _FEW_DOCUMENTS for cache in caches):  # of which the tails are held out
+        return num_tokens / total
+    places = np.concatenate([cache.text_hashes for cache in caches]) / 2**64
+    order = np.argsort(places)
+    last = order[np.searchsorted(np.cumsum(lengths[order]), num_tokens)]
+    return float(np.nextafter(places[last], 1))
 
 
 def keep_apart(caches: Sequence[TokenCache], cuts: Sequence[Cuts], named: set[int]) -> list[Cuts]:

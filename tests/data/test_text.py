@@ -91,6 +91,14 @@ def test_a_fraction_of_zero_means_no_validation(config, tokenizer, documents):
     assert stream(data.train, tokenizer) == "".join(documents)
 
 
+def test_a_number_of_tokens_is_held_out_in_place_of_a_fraction(config, tokenizer):
+    data = load_text(changed(config, validation_tokens=500), tokenizer, seed=0)
+    held_out = sum(windows.num_tokens for windows in data.validation)
+    assert 500 <= held_out < 700
+    less = load_text(changed(config, validation_tokens=50), tokenizer, seed=0)
+    assert less.fingerprint != data.fingerprint != load_text(config, tokenizer, seed=0).fingerprint
+
+
 def test_a_text_too_short_to_hold_anything_out_is_an_error(config, tokenizer, tmp_path):
     (tmp_path / "short.txt").write_text("Ada")
     with pytest.raises(
@@ -183,6 +191,11 @@ def test_targets_are_shown_with_their_mask(tokenizer):
         ({"max_bad_fraction": -0.1}, r"max_bad_fraction=-0.1 must lie in \[0, 1\)"),
         ({"sequence_length": 0}, "sequence_length=0 must be at least 1"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"validation_tokens": 1}, "validation_tokens=1 must be at least 2, or none"),
+        (
+            {"validation_tokens": 9, "validation": ("a",)},
+            "validation_tokens holds out a part of",
+        ),
         ({"synthetic_rows": 0}, "synthetic_rows=0 must be at least 1"),
     ],
 )

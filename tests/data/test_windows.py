@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from jaxllm.batches import TokenBatch
-from jaxllm.data.windows import Windows, cut_documents, keep_apart, pack, pack_documents
+from jaxllm.data.windows import (
+    Windows,
+    cut_documents,
+    fraction_of_tokens,
+    keep_apart,
+    pack,
+    pack_documents,
+)
+from jaxllm.errors import ConfigError
 
 BOS, EOS, PAD = 1, 2, 9
 
@@ -202,3 +210,30 @@ def test_a_document_whose_tail_one_source_holds_out_is_not_trained_on_in_another
 def test_a_repeated_held_out_document_is_evaluated_once():
     train, validation = cache_of([5], [1]), cache_of([6, 6, 4], [2, 2, 3])
     assert sides([train, validation], [0.0, 1.0])[1] == ([], [0, 2])
+
+
+@pytest.mark.parametrize("wanted", [2, 500, 10_000])
+def test_a_number_of_tokens_is_held_out_of_all_sources_together(wanted):
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**64, size=(2, 300), dtype=np.uint64)
+    hashes[1, :40] = hashes[0, :40]  # copies, which are on one side
+    caches = [cache_of(rng.integers(3, 99, size=300), each) for each in hashes]
+    fraction = fraction_of_tokens(caches, wanted)
+    held_out = [cut_documents(cache, fraction).held_out for cache in caches]
+    assert wanted <= sum(map(np.sum, held_out)) < wanted + 2 * 99
+    assert ((held_out[0] > 0) == (held_out[1] > 0))[:40].all()
+    fraction = fraction_of_tokens(caches, 2 * wanted)
+    for cache, before in zip(caches, held_out, strict=True):
+        assert (cut_documents(cache, fraction).held_out >= before).all()
+
+
+def test_of_few_documents_the_tails_have_about_that_many_tokens():
+    caches = [cache_of([4000, 2000], [1, 2]), cache_of([10] * 200, range(200))]
+    fraction = fraction_of_tokens(caches[:1], 600)
+    assert cut_documents(caches[0], fraction).held_out.tolist() == [400, 200]
+    assert fraction_of_tokens(caches, 800) == 0.1
+
+
+def test_more_tokens_than_there_are_cannot_be_held_out():
+    with pytest.raises(ConfigError, match=r"data.validation_tokens=6000 must be less than the 6000 tokens"):
+        fraction_of_tokens([cache_of([4000, 2000], [1, 2])], 6000)
