@@ -48,8 +48,9 @@ from benchmarks.peers import even_words, llama_config
 from benchmarks.rollout import our_runs
 from configs import grpo_problems
 from jaxllm.config import load_config, parse
+from jaxllm.data.examples import Example
 from jaxllm.data.prompts import Prompts
-from jaxllm.data.rows import Dataset, Example
+from jaxllm.data.rows import Dataset
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.runs.context import InitialWeights, RunInputs
 from jaxllm.runs.process import keep_freed_memory

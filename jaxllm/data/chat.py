@@ -1,16 +1,18 @@
 """Instruction data: conversations in the formats of public datasets, as token rows with a loss mask."""
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import xxhash
 
 from jaxllm.data.chat_template import ChatTemplate, row_tools
+from jaxllm.data.examples import Example, ExampleRows, Examples, Sequences, hold_out
 from jaxllm.data.loss_mask import LOSS_ON
 from jaxllm.data.messages import (
     Message,
@@ -23,15 +25,8 @@ from jaxllm.data.messages import (
 )
 from jaxllm.data.packing import PackedRows, pack_rows
 from jaxllm.data.records import Record
-from jaxllm.data.rows import (
-    TOO_LONG,
-    Dataset,
-    Example,
-    Examples,
-    RecordConfig,
-    read_sources,
-    training_texts,
-)
+from jaxllm.data.row_cache import Encoder, read_sources
+from jaxllm.data.rows import TOO_LONG, Dataset, RecordConfig, training_texts
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow, json_type
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -59,7 +54,33 @@ class ChatConfig(RecordConfig):
 class ChatDataset(Dataset[PackedRows]):
     """Packed conversations, and the held-out ones as prompts to generate from."""
 
-    held_out: tuple[tuple[list[int], list[int]], ...] = ()  # (prompt, completion) ids of each conversation
+    held_out: "Completions | tuple[()]" = ()  # (prompt, completion) ids of each conversation
+
+
+@dataclass(frozen=True)
+class Completions(Sequence[tuple[list[int], list[int]]]):
+    """The conversations of several sources, each as the ids of its prompt and of its last assistant turn."""
+
+    sources: tuple[ExampleRows, ...]
+    order: np.ndarray  # int64 [N, 2], source and row of each
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return Completions(self.sources, self.order[i])
+        source, row = self.order[i]
+        return split_completion(self.sources[source][row])
+
+
+def completions_of(sources: Sequence[ExampleRows]) -> Completions:
+    """The conversations, one of each source in turn; a plain text is none."""
+    found = [
+        (row, source) for source, rows in enumerate(sources) for row in np.flatnonzero(~rows.is_kind("text"))
+    ]
+    order = np.array(sorted(found), np.int64).reshape(-1, 2)[:, ::-1]
+    return Completions(tuple(sources), order)
 
 
 def conversation(record: Mapping[str, Any]) -> tuple[str, list[Message]]:
@@ -129,33 +150,36 @@ def encoder(
     config: ChatConfig, tokenizer: BaseTokenizer, template: ChatTemplate
 ) -> Callable[[Mapping[str, Any]], Example]:
     """A function from records to Examples that fit into a row. A `text` is cut up, as in pretraining."""
+    return functools.partial(encode_chat, config=config, tokenizer=tokenizer, template=template)
+
+
+def encode_chat(
+    record: Mapping[str, Any], *, config: ChatConfig, tokenizer: BaseTokenizer, template: ChatTemplate
+) -> Example:
+    """The conversation or the text of a record. Raises BadRow."""
     fits = config.sequence_length + 1  # the last token is only a target
-
-    def encode(record: Mapping[str, Any]) -> Example:
-        if is_text(record):
-            return encode_text(record["text"], tokenizer, config.sequence_length)
-        kind, messages = conversation(record)
-        tools = row_tools(record, template)
-        ids, loss_mask = template.encode(messages, loss_on=config.loss_on, tools=tools)
-        by_assistant = loss_mask
-        if config.loss_on == "all":
-            by_assistant = template.encode(messages, loss_on="assistant", tools=tools).loss_mask
-        weights = turn_weights(messages, by_assistant)
-        if not weights.any():
-            raise BadRow("no assistant turn of weight 1", fault=False)
-        if len(ids) > fits and (config.overlong == "drop" or not weights[:fits].any()):
-            raise BadRow(TOO_LONG, f"{len(ids)} tokens", fault=False)
-        in_loss = np.where(by_assistant, weights, loss_mask)
-        return Example(
-            ids=(np.array(ids[:fits], np.int32),),
-            loss_mask=(in_loss[:fits],),
-            group=opening(messages),
-            kind=kind,
-            numbers=(last_span_start(by_assistant[:fits]),),
-            turns=user_turns(messages),
-        )
-
-    return encode
+    if is_text(record):
+        return encode_text(record["text"], tokenizer, config.sequence_length)
+    kind, messages = conversation(record)
+    tools = row_tools(record, template)
+    ids, loss_mask = template.encode(messages, loss_on=config.loss_on, tools=tools)
+    by_assistant = loss_mask
+    if config.loss_on == "all":
+        by_assistant = template.encode(messages, loss_on="assistant", tools=tools).loss_mask
+    weights = turn_weights(messages, by_assistant)
+    if not weights.any():
+        raise BadRow("no assistant turn of weight 1", fault=False)
+    if len(ids) > fits and (config.overlong == "drop" or not weights[:fits].any()):
+        raise BadRow(TOO_LONG, f"{len(ids)} tokens", fault=False)
+    in_loss = np.where(by_assistant, weights, loss_mask)
+    return Example(
+        ids=(np.array(ids[:fits], np.int32),),
+        loss_mask=(in_loss[:fits],),
+        group=opening(messages),
+        kind=kind,
+        numbers=(last_span_start(by_assistant[:fits]),),
+        turns=user_turns(messages),
+    )
 
 
 def turn_weights(messages: Messages, by_assistant: Sequence[bool]) -> np.ndarray:
@@ -214,13 +238,13 @@ def load_chats(
 
     Dropped rows are written to `bad_rows.jsonl` in `run_folder`. Raises DataError where no row is left.
     """
-    parts = read_sources(config, encoder(config, tokenizer, template), seed=seed, run_folder=run_folder)
-    train, validation = config.hold_out(parts)
+    encode = Encoder(encoder(config, tokenizer, template), tokenizer, template)
+    parts = read_sources(config, encode, seed=seed, run_folder=run_folder)
+    train, validation = hold_out(config, parts)
 
-    def packed(rows: list[Example]) -> PackedRows:
-        sequences = [sequence for row in rows for sequence in zip(row.ids, row.loss_mask, strict=True)]
+    def packed(rows: ExampleRows) -> PackedRows:
         return pack_rows(
-            sequences,
+            rows.sequences,
             sequence_length=config.sequence_length,
             pad_id=tokenizer.pad_id,
             packing=config.packing,
@@ -235,12 +259,7 @@ def load_chats(
         tuple(map(packed, validation)),
         xxhash.xxh3_128_hexdigest(fingerprint.encode()),
         report="",
-        held_out=tuple(
-            split_completion(row)
-            for rows in itertools.zip_longest(*validation)  # one of each source in turn
-            for row in rows
-            if row is not None and row.kind != "text"
-        ),
+        held_out=completions_of(validation),
     )
     return replace(data, report=_report(config, parts, data, tokenizer, template))
 
@@ -262,7 +281,7 @@ def _report(
     for split, sources in (("train", data.train), ("validation", data.validation)):
         if number := sum(map(len, sources)):
             tokens = sum(rows.num_tokens for rows in sources)
-            targets = sum(int(mask[1:].sum()) for rows in sources for _, mask in rows.sequences)
+            targets = sum(cast("Sequences", rows.sequences).num_targets for rows in sources)
             padding = 1 - tokens / (number * config.sequence_length)
             lines.append(
                 f"{split}: {tokens:,} tokens, {targets / max(1, tokens):.1%} of them in the loss, in "
@@ -271,8 +290,8 @@ def _report(
     template_name = "Jinja" if template.source else "built-in"
     stops = ", ".join(tokenizer.pieces[i] for i in template.stop_ids)
     lines.append(f"chat template: {template_name}; stop tokens: {stops}")
-    rows = [row for part in parts for row in part.rows]
-    example = next((row for row in rows if row.kind != "text"), rows[0])
+    chats = (part.rows[np.argmin(text)] for part in parts if not (text := part.rows.is_kind("text")).all())
+    example = next(chats, parts[0].rows[0])
     shown = show_mask(example.ids[0], example.loss_mask[0], tokenizer, color=sys.stdout.isatty())
     lines.append(f"example (tokens in ⟦ ⟧ are not in the loss): {shown}")
     return "\n".join(lines)

@@ -63,6 +63,10 @@ class JinjaTemplate:
         self.renders_tools: bool = self._probe_tools()
         self._dropped_roles = {role for role in ("system", "tool") if self._drops(role)}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy in another process is made from the source."""
+        return JinjaTemplate, (self._tokenizer, self.source, self._name, self.clock)
+
     def encode(self, messages: Messages, *, loss_on: str, tools: Tools | None = None) -> Encoded:
         """As in `ChatTemplate`.
 

@@ -17,6 +17,7 @@ class PackedRows:
     """A sequence of `TokenBatch` rows [T], each of one or more sequences that do not attend to each other."""
 
     sequences: Sequence[TokenRow]
+    lengths: np.ndarray  # int64, of the sequences
     bins: list[list[int]]  # which of them share a row, in order
     sequence_length: int  # T
     pad_id: int
@@ -24,7 +25,7 @@ class PackedRows:
     @property
     def num_tokens(self) -> int:
         """Number of positions that are not padding."""
-        return sum(len(ids) - 1 for ids, _ in self.sequences)
+        return int((self.lengths - 1).sum())
 
     @property
     def padded_fraction(self) -> float:
@@ -60,12 +61,15 @@ def pack_rows(
 ) -> PackedRows:
     """Shuffle sequences of at most `sequence_length` + 1 tokens and pack them; without `packing`, one per
     row."""
-    order = np.random.default_rng(seed).permutation(len(sequences)).tolist()
+    known = getattr(sequences, "lengths", None)  # where reading them all would take long
+    lengths = np.array([len(ids) for ids, _ in sequences], np.int64) if known is None else known
+    shuffled = np.random.default_rng(seed).permutation(len(sequences))
+    order = shuffled.tolist()
     bins = [[i] for i in order]
     if packing:
-        lengths = [len(sequences[i][0]) - 1 for i in order]
-        bins = [[order[i] for i in row] for row in first_fit(lengths, sequence_length)]
-    return PackedRows(sequences, bins, sequence_length, pad_id)
+        fitted = first_fit((lengths[shuffled] - 1).tolist(), sequence_length)
+        bins = [[order[i] for i in row] for row in fitted]
+    return PackedRows(sequences, lengths, bins, sequence_length, pad_id)
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -1,11 +1,12 @@
 """Preference data: pairs of completions of one prompt, in the formats of public datasets."""
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import xxhash
@@ -13,6 +14,7 @@ import xxhash
 from jaxllm.batches import PairBatch
 from jaxllm.data.chat import alpaca_prompt, contents, last_span_start, opening, user_turns
 from jaxllm.data.chat_template import ChatTemplate, Tools, row_tools
+from jaxllm.data.examples import Example, ExampleRows, Examples, hold_out
 from jaxllm.data.loss_mask import Encoded
 from jaxllm.data.messages import (
     Message,
@@ -24,15 +26,8 @@ from jaxllm.data.messages import (
     transcript,
 )
 from jaxllm.data.records import Record
-from jaxllm.data.rows import (
-    TOO_LONG,
-    Dataset,
-    Example,
-    Examples,
-    RecordConfig,
-    read_sources,
-    training_texts,
-)
+from jaxllm.data.row_cache import Encoder, read_sources
+from jaxllm.data.rows import TOO_LONG, Dataset, RecordConfig, training_texts
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow, json_type
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -58,14 +53,15 @@ class PairRows:
     def __getitem__(self, i: int) -> PairBatch:
         if not 0 <= i < len(self):
             raise IndexError(f"pair {i} of {len(self)}")
-        prompt_length, margin, weight = self.pairs[i].numbers
+        pair = self.pairs[i]
+        prompt_length, margin, weight = pair.numbers
         tokens = np.full((2, self.sequence_length), self.pad_id, np.int32)
-        for row, ids in zip(tokens, self.pairs[i].ids, strict=True):
+        for row, ids in zip(tokens, pair.ids, strict=True):
             row[: len(ids)] = ids
         return PairBatch(
             tokens=tokens,
             prompt_lengths=np.int32(prompt_length),
-            lengths=np.array([len(ids) for ids in self.pairs[i].ids], np.int32),
+            lengths=np.array([len(ids) for ids in pair.ids], np.int32),
             margin=np.float32(margin),
             weight=np.float32(weight),
             ref_log_probs=self.ref_log_probs[i],
@@ -158,29 +154,30 @@ def _turns(value: Any, after_prompt: bool) -> list[Message]:
 
 def encoder(config: PreferenceConfig, template: ChatTemplate) -> Callable[[Mapping[str, Any]], Example]:
     """A function from records to Examples of two sequences, neither of them longer than a row."""
+    return functools.partial(encode_pair, config=config, template=template)
 
-    def encode(record: Mapping[str, Any]) -> Example:
-        kind, prompt, *completions = pair(record)
-        if prompt[-1]["role"] != "user" or any(turn["role"] != "assistant" for turn in completions):
-            raise BadRow("wrong role order", "the completions must be assistant turns after a user turn")
-        tools = row_tools(record, template)
-        sides = [encode_completion(template, prompt, completion, tools) for completion in completions]
-        longest = max(len(side.ids) for side in sides)
-        if longest > config.sequence_length:
-            raise BadRow(TOO_LONG, f"{longest} tokens", fault=False)
-        if sides[0].ids == sides[1].ids:
-            raise BadRow("identical pair", fault=False)
-        start = last_span_start(sides[0].loss_mask)
-        return Example(
-            ids=tuple(np.array(side.ids, np.int32) for side in sides),
-            loss_mask=tuple(np.array(side.loss_mask, bool) for side in sides),
-            group=opening(prompt),
-            kind=kind,
-            numbers=(start, _number(record, "margin", 0.0), _number(record, "weight", 1.0)),
-            turns=user_turns(prompt),
-        )
 
-    return encode
+def encode_pair(record: Mapping[str, Any], *, config: PreferenceConfig, template: ChatTemplate) -> Example:
+    """The two sides of a record. Raises BadRow."""
+    kind, prompt, *completions = pair(record)
+    if prompt[-1]["role"] != "user" or any(turn["role"] != "assistant" for turn in completions):
+        raise BadRow("wrong role order", "the completions must be assistant turns after a user turn")
+    tools = row_tools(record, template)
+    sides = [encode_completion(template, prompt, completion, tools) for completion in completions]
+    longest = max(len(side.ids) for side in sides)
+    if longest > config.sequence_length:
+        raise BadRow(TOO_LONG, f"{longest} tokens", fault=False)
+    if sides[0].ids == sides[1].ids:
+        raise BadRow("identical pair", fault=False)
+    start = last_span_start(sides[0].loss_mask)
+    return Example(
+        ids=tuple(np.array(side.ids, np.int32) for side in sides),
+        loss_mask=tuple(np.array(side.loss_mask, bool) for side in sides),
+        group=opening(prompt),
+        kind=kind,
+        numbers=(start, _number(record, "margin", 0.0), _number(record, "weight", 1.0)),
+        turns=user_turns(prompt),
+    )
 
 
 def encode_completion(
@@ -212,10 +209,11 @@ def load_preferences(
 
     Dropped rows are written to `bad_rows.jsonl` in `run_folder`. Raises DataError where no pair is left.
     """
-    parts = read_sources(config, encoder(config, template), seed=seed, run_folder=run_folder)
-    train, validation = config.hold_out(parts)
+    encode = Encoder(encoder(config, template), tokenizer, template)
+    parts = read_sources(config, encode, seed=seed, run_folder=run_folder)
+    train, validation = hold_out(config, parts)
 
-    def as_rows(pairs: list[Example]) -> PairRows:
+    def as_rows(pairs: ExampleRows) -> PairRows:
         empty = np.zeros((len(pairs), 2), np.float32)
         return PairRows(pairs, empty, config.sequence_length, tokenizer.pad_id)
 
@@ -234,10 +232,11 @@ def load_preferences(
 def _report(parts: list[Examples], data: Dataset[PairRows], tokenizer: BaseTokenizer) -> str:
     lines = [part.describe() for part in parts]
     for split, sources in (("train", data.train), ("validation", data.validation)):
-        if pairs := [each for rows in sources for each in rows.pairs]:
-            chosen, rejected = np.array([[len(ids) for ids in each.ids] for each in pairs]).T
+        lengths = [cast("ExampleRows", rows.pairs).sequences.lengths for rows in sources]
+        if sum(map(len, lengths)):
+            chosen, rejected = np.concatenate(lengths).reshape(-1, 2).T
             lines.append(
-                f"{split}: {len(pairs):,} pairs, mean length {chosen.mean():.0f} tokens (chosen) and "
+                f"{split}: {len(chosen):,} pairs, mean length {chosen.mean():.0f} tokens (chosen) and "
                 f"{rejected.mean():.0f} (rejected); the chosen completion is longer in "
                 f"{(chosen > rejected).mean():.1%} of them, equally long in {(chosen == rejected).mean():.1%}"
             )

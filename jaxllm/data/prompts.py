@@ -1,5 +1,6 @@
 """Prompts to generate completions of. Each comes with its row, which the reward functions receive."""
 
+import functools
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import xxhash
 
 from jaxllm.data.chat import contents, list_of, opening, user_turns
 from jaxllm.data.chat_template import ChatTemplate, Tools, row_tools
+from jaxllm.data.examples import Example, hold_out
 from jaxllm.data.messages import (
     Message,
     Messages,
@@ -21,7 +23,8 @@ from jaxllm.data.messages import (
 )
 from jaxllm.data.preferences import is_pair, pair
 from jaxllm.data.records import Record
-from jaxllm.data.rows import TOO_LONG, Dataset, Example, RecordConfig, read_sources, training_texts
+from jaxllm.data.row_cache import Encoder, read_sources
+from jaxllm.data.rows import TOO_LONG, Dataset, RecordConfig, training_texts
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -109,17 +112,18 @@ def question(record: Mapping[str, Any], messages: Messages, config: PromptOption
 def encoder(config: PromptConfig, template: ChatTemplate, max_new_tokens: int) -> Callable[[Record], Example]:
     """A function from records to Examples of one sequence, which leaves room for `max_new_tokens`."""
     longest = config.sequence_length - max_new_tokens
-    too_long = f"{TOO_LONG} - rollout.sampling.max_new_tokens = {longest}"
+    return functools.partial(encode_prompt, config=config, template=template, longest=longest)
 
-    def encode(record: Record) -> Example:
-        kind, messages = question_messages(record, config)
-        ids = np.array(template.prompt(messages, tools=question_tools(record, config, template)), np.int32)
-        if len(ids) > longest:
-            raise BadRow(too_long, f"{len(ids)} tokens", fault=False)
-        group, turns = question(record, messages, config), user_turns(messages)
-        return Example((ids,), (np.zeros(len(ids), bool),), group, kind, row=record.row, turns=turns)
 
-    return encode
+def encode_prompt(record: Record, *, config: PromptConfig, template: ChatTemplate, longest: int) -> Example:
+    """The prompt of a record, of at most so many tokens. Raises BadRow."""
+    kind, messages = question_messages(record, config)
+    ids = np.array(template.prompt(messages, tools=question_tools(record, config, template)), np.int32)
+    if len(ids) > longest:
+        too_long = f"{TOO_LONG} - rollout.sampling.max_new_tokens = {longest}"
+        raise BadRow(too_long, f"{len(ids)} tokens", fault=False)
+    group, turns = question(record, messages, config), user_turns(messages)
+    return Example((ids,), (np.zeros(len(ids), bool),), group, kind, row=record.row, turns=turns)
 
 
 def load_prompts(
@@ -135,8 +139,9 @@ def load_prompts(
 
     Dropped rows are written to `bad_rows.jsonl` in `run_folder`. Raises DataError where no prompt is left.
     """
-    parts = read_sources(config, encoder(config, template, max_new_tokens), seed=seed, run_folder=run_folder)
-    train, validation = config.hold_out(parts)
+    encode = Encoder(encoder(config, template, max_new_tokens), tokenizer, template, max_new_tokens)
+    parts = read_sources(config, encode, seed=seed, run_folder=run_folder)
+    train, validation = hold_out(config, parts)
     fingerprint = repr(([part.fingerprint for part in parts], config.weights, config.held_out_fraction))
     first = parts[0].rows[0]
     lines = [part.describe() for part in parts]

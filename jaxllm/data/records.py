@@ -1,7 +1,13 @@
 """Rows as formats read them: their columns renamed once, with an account of those that are not read."""
 
+import base64
+import datetime
+import decimal
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from jaxllm.data.messages import FIELDS
 from jaxllm.data.sources import BadRow, is_empty, nearest
@@ -49,6 +55,24 @@ def is_tool_name(key: str, message: Mapping[str, Any]) -> bool:
     return key == "name" and message.get("role") == "tool"
 
 
+def json_value(value: Any) -> Any:
+    """What a column holds that JSON has no type for, as text (`default=` of `json.dumps`): times in ISO 8601,
+    decimals as they are written, bytes as UTF-8 or else base64. Raises TypeError for anything else."""
+    match value:
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case datetime.timedelta() | decimal.Decimal() | uuid.UUID():
+            return str(value)
+        case bytes():
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                return base64.b64encode(value).decode()
+        case np.ndarray() | np.generic():
+            return value.tolist()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+
 class Rename:
     """`data.rename`, applied to one row after the other, and which of its entries have found something.
 
@@ -94,6 +118,19 @@ class Rename:
         for theirs in self._fields.keys() & message.keys():
             self._unmatched.pop(theirs, None)
         return {self._fields.get(name, name): value for name, value in message.items()}
+
+    def found(self) -> dict[str, list[str]]:
+        """What `merge` takes: the entries that matched, and the columns of the rows while some did not."""
+        return {
+            "matched": [theirs for theirs, _ in self._names if theirs not in self._unmatched],
+            "known": list(self._known) if self._unmatched else [],
+        }
+
+    def merge(self, found: Mapping[str, Sequence[str]]) -> None:
+        """Count the rows to which another Rename of the same entries was applied."""
+        for theirs in found["matched"]:
+            self._unmatched.pop(theirs, None)
+        self._known |= dict.fromkeys(found["known"])
 
     def problem(self) -> str:
         """The entries that matched nothing in any row so far, as the end of an error message; else empty."""

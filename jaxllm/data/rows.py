@@ -4,18 +4,12 @@ The config decides whether a bad row stops the run or is dropped. No row is drop
 by reason and written to `bad_rows.jsonl`.
 """
 
-import itertools
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
-import xxhash
-
-from jaxllm.data.held_out import canonical, is_held_out, read_keys, text_key
 from jaxllm.data.records import Record, Rename, check_rename
 from jaxllm.data.sources import BadRow, Row, Source, open_source
 from jaxllm.errors import ConfigError, DataError
@@ -104,19 +98,6 @@ class DataConfig:
     @property
     def bad_row_policy(self) -> "BadRowPolicy":
         return BadRowPolicy(self.on_bad_row, self.max_bad_fraction)
-
-    def hold_out(self, parts: "list[Examples]") -> "tuple[list[list[Example]], list[list[Example]]]":
-        """The rows to train on, a list per train source, and the rows to validate on, without empty lists.
-
-        `parts`: the sources in the order of `splits`. Raises DataError where rows should be held out and the
-        sources are too small.
-        """
-        count = len(self.train)
-        train, held_out = zip(*(part.split(self.held_out_fraction) for part in parts[:count]), strict=True)
-        validation = [rows for rows in (*held_out, *(part.rows for part in parts[count:])) if rows]
-        if self.held_out_fraction and not validation:
-            raise nothing_held_out(self.validation_fraction)
-        return list(train), validation
 
     def open(self, name: str, split: str, *, text_key: str | None, seed: int) -> Source:
         """A source of this config, as `open_source` opens it. Raises DataError that names the field."""
@@ -242,154 +223,12 @@ class Dataset(Generic[RowsT]):
     complete: Callable[[Any, Any], Any] = lambda params, batch: batch
 
 
-class Example(NamedTuple):
-    """The token sequences of one row, and the key by which it is held out."""
-
-    ids: tuple[np.ndarray, ...]  # int32, one array per sequence
-    loss_mask: tuple[np.ndarray, ...]  # bool, of the same lengths: whether a token is a target
-    group: str  # the question, or the whole text: rows of one group are held out together
-    kind: str  # the format that the row was read as, for the report
-    numbers: tuple[float, ...] = ()
-    row: Mapping[str, Any] | None = None  # the record itself, where rewards need it
-    unread: tuple[str, ...] = ()  # columns that hold something and are not read
-    turns: tuple[str, ...] = ()  # every user message: trained on only if none of them is a held-out question
-
-    @property
-    def content(self) -> bytes:
-        """Equal for two rows that are the same in all that training and evaluation see of them."""
-        arrays = (*self.ids, *self.loss_mask, np.array([len(self.ids), *self.numbers]))
-        record = b"" if self.row is None else json.dumps(self.row, sort_keys=True, default=str).encode()
-        return (
-            b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
-            + self.group.encode("utf-8", "replace")
-            + record
-        )
-
-
-@dataclass(frozen=True)
-class Examples:
-    """All usable rows of one source."""
-
-    name: str
-    rows: list[Example]
-    counts: SourceCounts
-    fingerprint: str  # a hash of every token and number
-
-    def describe(self) -> str:
-        """One line of the start-up report: rows read, kept and dropped, their formats, their tokens."""
-        kinds = ", ".join(f"{n:,} [{kind}]" for kind, n in Counter(row.kind for row in self.rows).items())
-        text = f"{self.name}: {self.counts}; formats: {kinds}; {self.counts.tokens:,} tokens"
-        for_rewards = self.rows[0].row is not None
-        text += self.counts.describe_unread(*["columns for rewards only"] if for_rewards else [])
-        too_long = sum(n for reason, n in self.counts.dropped.items() if reason.startswith(TOO_LONG))
-        if too_long > 0.2 * self.counts.rows:
-            fraction = too_long / self.counts.rows
-            text += f"\nwarning: {fraction:.0%} of the rows of {self.name} are {TOO_LONG}; raise it"
-        held_out = self.counts.dropped.get(HELD_OUT, 0) / self.counts.rows
-        if held_out > 0.2:
-            text += (
-                f"\nwarning: {held_out:.0%} of the rows of {self.name} are not trained on: "
-                f"data.validation, data.held_out or another source holds out their question"
-            )
-        return text
-
-    def without(self, problems: Sequence[str]) -> "Examples":
-        """The rows whose problem is "". The others are counted by it.
-
-        Repeated held-out rows do not change what is trained on, and therefore not the fingerprint.
-        """
-        if not any(problems):
-            return self
-        rows = [row for row, problem in zip(self.rows, problems, strict=True) if not problem]
-        dropped = Counter(self.counts.dropped) + Counter(filter(None, problems))
-        tokens = sum(len(ids) for row in rows for ids in row.ids)
-        counts = replace(self.counts, dropped=dict(dropped), documents=len(rows), tokens=tokens)
-        fingerprint = self.fingerprint
-        if held_out := [i for i, problem in enumerate(problems) if problem == HELD_OUT]:
-            fingerprint = xxhash.xxh3_128_hexdigest(f"{fingerprint} without {held_out}".encode())
-        return replace(self, rows=rows, counts=counts, fingerprint=fingerprint)
-
-    def split(self, held_out_fraction: float) -> tuple[list[Example], list[Example]]:
-        """(train, held out), by a hash of the group, so that it does not depend on any other row."""
-        sides: tuple[list[Example], list[Example]] = ([], [])
-        for row in self.rows:
-            sides[is_held_out(row.group, held_out_fraction)].append(row)
-        return sides
-
-
-def read_examples(
-    source: Source,
-    encode: Callable[[Any], Example],
-    policy: BadRowPolicy,
-    bad_rows: list[str] | None = None,
-) -> Examples:
-    """Every row of `source` through `encode`, which raises BadRow for a row that it cannot use. For each of
-    these a line of bad_rows.jsonl is appended to `bad_rows`.
-
-    Raises DataError where the policy does not allow the bad rows, or no row is left.
-    """
-    counts, rows, content = SourceCounts(), [], xxhash.xxh3_128()
-    bad_rows = [] if bad_rows is None else bad_rows
-    for row in source.rows():
-        counts.rows += 1
-        example = None
-        if row.value is not None:
-            try:
-                example = encode(row.value)
-                example = example._replace(group=canonical(example.group))
-            except BadRow as error:
-                row = row.rejected(error.problem, error.detail, fault=error.fault)
-        if example is None:
-            counts.drop(row)
-            bad_rows.append(bad_row_line(row))
-            if policy.on_bad_row == "stop" or counts.rows % ENOUGH_ROWS == 0:
-                counts.check(source.name, policy)
-            continue
-        rows.append(example._replace(unread=()))
-        counts.leave_unread(example.unread)
-        counts.tokens += sum(map(len, example.ids))
-        content.update(example.content)
-    counts.documents = len(rows)
-    counts.check(source.name, policy)
-    if not rows:
-        raise DataError(f"{source.name} has no usable row: {counts}")
-    return Examples(source.name, rows, counts, content.hexdigest())
-
-
 def write_bad_rows(lines: Sequence[str], folder: Path) -> None:
     """Write the lines of all sources to `bad_rows.jsonl`, in place of those of an earlier start."""
     (folder / "bad_rows.jsonl").unlink(missing_ok=True)
     if any(lines):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "bad_rows.jsonl", "".join(lines))
-
-
-def read_sources(
-    config: RecordConfig, encode: Callable[[Record], Example], *, seed: int, run_folder: Path | None
-) -> list[Examples]:
-    """`read_examples` of every source of the config, without training rows that ask what is held out.
-
-    Bad rows are written to `run_folder`. Raises ConfigError where an entry of `data.rename` matches nothing
-    in any source.
-    """
-    rename = Rename(config.rename)
-
-    def encode_row(row: Mapping[str, Any]) -> Example:
-        record = Record(rename(row))
-        return encode(record)._replace(unread=record.unread())
-
-    sources = (config.open(name, split, text_key=None, seed=seed) for name, split in config.splits)
-    bad_rows: list[str] = []
-    try:
-        parts = [read_examples(source, encode_row, config.bad_row_policy, bad_rows) for source in sources]
-    except DataError as error:
-        raise DataError("; ".join(filter(None, [str(error), rename.problem()]))) from error
-    finally:  # also where they stop the run
-        if run_folder is not None:
-            write_bad_rows(bad_rows, run_folder)
-    rename.check()
-    named = read_keys(config.held_out or (), synthetic_rows=config.synthetic_rows, seed=seed)
-    return keep_apart(parts, len(config.train), config.held_out_fraction, named)
 
 
 def training_texts(
@@ -414,40 +253,3 @@ def training_texts(
         rename.check()
     if not found:
         raise DataError(f"no row of data.train can be used{problem}")
-
-
-def keep_apart(parts: list[Examples], num_train: int, fraction: float, named: set[int]) -> list[Examples]:
-    """The sources without training rows that ask a held-out question, and without repeated held-out rows.
-
-    Held out are, besides the questions `named` by their keys, those of every row that is evaluated: the
-    fraction of the first `num_train` sources, and all of the others. Without overlap nothing changes, nor
-    does a fingerprint. Raises DataError where a source has no row left to train on.
-    """
-    sides = [
-        [i >= num_train or is_held_out(row.group, fraction) for row in part.rows]
-        for i, part in enumerate(parts)
-    ]
-    evaluated = (
-        row
-        for part, side in zip(parts, sides, strict=True)
-        for row, is_evaluated in zip(part.rows, side, strict=True)
-        if is_evaluated
-    )
-    held_out = named | {text_key(text) for row in evaluated for text in (row.group, *row.turns[:1])}
-    seen: set[bytes] = set()
-
-    def problem(row: Example, is_evaluated: bool) -> str:
-        if not is_evaluated:
-            return "" if held_out.isdisjoint(map(text_key, {row.group, *row.turns})) else HELD_OUT
-        content = xxhash.xxh3_128_digest(row.content)
-        repeated = content in seen
-        seen.add(content)
-        return REPEATED if repeated else ""
-
-    found = []
-    for part, side in zip(parts, sides, strict=True):
-        problems = [problem(*each) for each in zip(part.rows, side, strict=True)]
-        if HELD_OUT in problems and "" not in itertools.compress(problems, (not each for each in side)):
-            raise nothing_to_train_on(part.name, problems.count(HELD_OUT))
-        found.append(part.without(problems))
-    return found

@@ -1,11 +1,14 @@
 """A function of many items, on all cores, with the results in the order of the items."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
@@ -49,7 +52,8 @@ def _map_in_processes(
         for item in items:
             if len(waiting) == 2 * processes:
                 yield waiting.popleft().result()
-            waiting.append(pool.submit(_call, item))
+            with _without_main():  # which may start a process
+                waiting.append(pool.submit(_call, item))
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
@@ -59,6 +63,18 @@ def _map_in_processes(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that start here do not import the script: one that does not ask for its `__name__` would run
+    as a whole in each of them."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 _function: Callable[[Any], Any] | None = None  # of a worker process

@@ -4,11 +4,8 @@ Each worker process belongs to one thread, which sends it samples and waits, wit
 outcome after another. Processes are spawned, not forked, since JAX runs threads; they do not import jax.
 """
 
-import base64
 import concurrent.futures
 import contextlib
-import datetime
-import decimal
 import json
 import math
 import os
@@ -18,7 +15,6 @@ import subprocess
 import sys
 import threading
 import types
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import Pipe
 from typing import Any, NamedTuple
@@ -26,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.config import did_you_mean
+from jaxllm.data.records import json_value
 from jaxllm.errors import ConfigError, DataError
 from jaxllm.rewards.load import load_reward
 from jaxllm.rewards.worker import Outcome
@@ -68,24 +65,6 @@ def gather(parts: Sequence[Scores], rows: Sequence[int] | np.ndarray) -> Scores:
         list(dict.fromkeys(message for part in parts for message in part.messages))[:_MAX_MESSAGES],
         {name: sum(part.failures[name] for part in parts) for name in parts[0].failures},
     )
-
-
-def json_value(value: Any) -> Any:
-    """What a column holds that JSON has no type for, as text (`default=` of `json.dumps`): times in ISO 8601,
-    decimals as they are written, bytes as UTF-8 or else base64. Raises TypeError for anything else."""
-    match value:
-        case datetime.date() | datetime.time():
-            return value.isoformat()
-        case datetime.timedelta() | decimal.Decimal() | uuid.UUID():
-            return str(value)
-        case bytes():
-            try:
-                return value.decode()
-            except UnicodeDecodeError:
-                return base64.b64encode(value).decode()
-        case np.ndarray() | np.generic():
-            return value.tolist()
-    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def check_json(row: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Instruction fine-tuning (SFT): predict the assistant's turns of conversations, packed into rows."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -148,9 +149,10 @@ def completions_hook(context: RunContext[Config, Model]) -> Hook:
     assert isinstance(data, ChatDataset)
     prompts = [template.prompt([{"role": "user", "content": prompt}]) for prompt in config.prompts]
     references = [""] * len(prompts)
-    fitting = [(prompt, answer) for prompt, answer in data.held_out if len(prompt) < longest]
-    held_out = [prompt for prompt, _ in fitting[: config.num_held_out]]
-    for prompt, answer in fitting[: config.num_held_out]:
+    conversations = (each for each in data.held_out if len(each[0]) < longest)
+    fitting = list(itertools.islice(conversations, config.num_held_out))
+    held_out = [prompt for prompt, _ in fitting]
+    for prompt, answer in fitting:
         prompts.append(prompt)
         references.append(f"\n(held out; the data's own completion: {tokenizer.decode(answer).strip()})")
     shown = [show_mask(prompt, [True] * len(prompt), tokenizer) for prompt in prompts]  # roles by name

@@ -1,18 +1,21 @@
 """Held out means held out: no row is trained on whose question is evaluated, whatever its spelling."""
 
+import ast
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from example_rows import in_memory
 from test_chat import config as chat_config
 from test_chat import turns
 
 from jaxllm.data.chat import load_chats
 from jaxllm.data.chat_template import NativeTemplate
+from jaxllm.data.examples import Example, Examples, keep_apart
 from jaxllm.data.held_out import canonical, is_held_out, read_keys, text_key
 from jaxllm.data.prompts import question, question_messages
-from jaxllm.data.rows import Example, Examples, SourceCounts, keep_apart
+from jaxllm.data.rows import SourceCounts
 from jaxllm.errors import DataError
 
 
@@ -52,11 +55,15 @@ def examples(name, *questions) -> Examples:
     asked = [each if isinstance(each, tuple) else (each,) for each in questions]
     rows = [
         Example(
-            (np.frombuffer(repr(each).encode(), np.uint8),), (np.ones(1, bool),), each[0], "row", turns=each
+            ids=(ids := np.frombuffer(repr(each).encode(), np.uint8),),
+            loss_mask=(ids > 0,),
+            group=each[0],
+            kind="row",
+            turns=each,
         )
         for each in asked
     ]
-    return Examples(name, rows, SourceCounts(rows=len(rows), documents=len(rows)), "hash")
+    return Examples(name, in_memory(rows), SourceCounts(rows=len(rows), documents=len(rows)), "hash")
 
 
 def apart(train, validation, named=()):
@@ -66,7 +73,12 @@ def apart(train, validation, named=()):
 
 
 def groups(part):
-    return [row.group for row in part.rows]
+    return [group_of(row) for row in part.rows]
+
+
+def group_of(row):
+    asked = ast.literal_eval(row.ids[0].astype(np.uint8).tobytes().decode())
+    return asked[0]
 
 
 def test_rows_that_ask_what_is_validated_on_are_dropped_and_counted():
@@ -113,10 +125,10 @@ def test_what_one_source_holds_out_no_other_trains_on():
     for part in (one, other):
         trained, evaluated = part.split(0.3)
         assert trained
-        assert not {text_key(row.group) for row in trained} & {*map(text_key, held_out)}
+        assert not {text_key(group_of(row)) for row in trained} & {*map(text_key, held_out)}
         assert evaluated
-    both = {text_key(row.group) for part in (one, other) for row in part.split(0.3)[1]}
-    assert not both & {text_key(row.group) for part in (one, other) for row in part.split(0.3)[0]}
+    both = {text_key(group_of(row)) for part in (one, other) for row in part.split(0.3)[1]}
+    assert not both & {text_key(group_of(row)) for part in (one, other) for row in part.split(0.3)[0]}
 
 
 # The columns of rows

@@ -73,7 +73,7 @@ def test_every_sequence_is_in_the_rows_once_and_whole(packing):
 def test_a_hand_worked_row():
     first = np.array([1, 11, 12, 2], np.int32), np.array([True, False, True, True])
     second = np.array([3, 4], np.int32), np.array([False, True])
-    packed = PackedRows([first, second], bins=[[0, 1]], sequence_length=6, pad_id=7)
+    packed = PackedRows([first, second], np.array([4, 2]), bins=[[0, 1]], sequence_length=6, pad_id=7)
     row = packed[0]
     assert [field.tolist() for field in row] == [
         [1, 11, 12, 3, 7, 7],  # tokens

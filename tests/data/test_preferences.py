@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm.data.chat_template import JinjaTemplate, NativeTemplate
+from jaxllm.data.examples import Example
 from jaxllm.data.preferences import (
     PairRows,
     PreferenceConfig,
@@ -16,7 +17,6 @@ from jaxllm.data.preferences import (
     preference_texts,
 )
 from jaxllm.data.records import Rename
-from jaxllm.data.rows import Example
 from jaxllm.data.show import show_mask
 from jaxllm.data.sources import BadRow
 from jaxllm.errors import DataError

@@ -1,20 +1,17 @@
 """Each row of a source becomes an example, or a line that names the reason why it was dropped."""
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from example_rows import in_memory
 
-from jaxllm.data.rows import (
-    BadRowPolicy,
-    DataConfig,
-    Example,
-    Examples,
-    RecordConfig,
-    read_examples,
-    read_sources,
-    write_bad_rows,
-)
+from jaxllm.data.examples import Example, Examples, hold_out
+from jaxllm.data.records import Rename
+from jaxllm.data.row_cache import Encoder, cached_examples, read_sources
+from jaxllm.data.rows import BadRowPolicy, DataConfig, RecordConfig, write_bad_rows
 from jaxllm.data.sources import BadRow, Row, Source
 from jaxllm.errors import ConfigError, DataError
 
@@ -36,13 +33,16 @@ def config(**changes) -> DataConfig:
     return DataConfig(**defaults | changes)
 
 
+numbers = itertools.count()
+
+
 def source(*values) -> Source:
     def rows():
         for line, value in enumerate(values, 1):
-            row = Row(f"a.jsonl:{line}", line, value)
+            row = Row(f"a.jsonl:{line}", line, {"word": value})
             yield row.rejected("invalid JSON") if value is None else row
 
-    return Source("a.jsonl", "hash", len(values), rows)
+    return Source("a.jsonl", f"hash {next(numbers)}", len(values), rows)  # none is cached
 
 
 def encode(value) -> Example:
@@ -55,8 +55,22 @@ def encode(value) -> Example:
     return Example((ids,), (ids > 0,), group=value, kind="word", numbers=(1.0,))
 
 
+def words(encode) -> Encoder:
+    """An encoder of records of one word."""
+    tokenizer = SimpleNamespace(vocab_size=256, hash="letters")
+    template = SimpleNamespace(source=None, clock=None)
+    return Encoder(lambda record: encode(record["word"]), tokenizer, template)
+
+
+def records(policy, **changes) -> RecordConfig:
+    """A config of such records with this policy."""
+    limits = {"on_bad_row": policy.on_bad_row, "max_bad_fraction": policy.max_bad_fraction}
+    return RecordConfig(**vars(config(**limits, **changes)), rename=(), template=None)
+
+
 def read(*values, policy=SKIP, encode=encode, bad_rows=None) -> Examples:
-    return read_examples(source(*values), encode, policy, bad_rows)
+    bad_rows = [] if bad_rows is None else bad_rows
+    return cached_examples(source(*values), records(policy), words(encode), Rename(()), bad_rows)
 
 
 # Bad rows
@@ -118,10 +132,9 @@ def test_without_bad_rows_there_is_no_file(tmp_path):
 def test_bad_rows_that_stop_the_run_are_in_the_file_too(tmp_path, on_bad_row, lines):
     rows = ["good", "wrong", "long", "wrong"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"word": word}) + "\n" for word in rows))
-    changes = {"train": (str(tmp_path / "rows.jsonl"),), "on_bad_row": on_bad_row, "max_bad_fraction": 0.2}
-    settings = RecordConfig(**vars(config(**changes)), rename=(), template=None)
+    settings = records(BadRowPolicy(on_bad_row, 0.2), train=(str(tmp_path / "rows.jsonl"),))
     with pytest.raises(DataError, match="wrong type"):
-        read_sources(settings, lambda row: encode(row["word"]), seed=0, run_folder=tmp_path / "run")
+        read_sources(settings, words(encode), seed=0, run_folder=tmp_path / "run")
     assert len((tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()) == lines
 
 
@@ -179,7 +192,12 @@ def examples(count, group=str) -> Examples:
     """`count` rows in as many groups."""
     found = read(*(f"row {i}" for i in range(count)))
     rows = [row._replace(group=group(i)) for i, row in enumerate(found.rows)]
-    return Examples("a", rows, found.counts, "")
+    return Examples("a", in_memory(rows), found.counts, "")
+
+
+def numbers_of(rows):
+    """i of each "row {i}"."""
+    return [int(row.ids[0].astype(np.uint8).tobytes().decode().split()[1]) for row in rows]
 
 
 def test_rows_of_one_group_are_on_one_side_whatever_else_is_read():
@@ -187,15 +205,15 @@ def test_rows_of_one_group_are_on_one_side_whatever_else_is_read():
         return str(i // 2)
 
     train, held_out = examples(1000, pairs).split(0.2)
-    assert not {row.group for row in train} & {row.group for row in held_out}
+    assert not {i // 2 for i in numbers_of(train)} & {i // 2 for i in numbers_of(held_out)}
     assert 150 < len(held_out) < 250
     fewer = examples(500, pairs).split(0.2)[1]
-    assert [row.group for row in fewer] == [row.group for row in held_out if int(row.group) < 250]
+    assert numbers_of(fewer) == [i for i in numbers_of(held_out) if i < 500]
 
 
 def test_a_larger_fraction_holds_out_the_same_rows_and_more():
     all_rows = examples(300)
-    few, more = ({row.group for row in all_rows.split(fraction)[1]} for fraction in (0.1, 0.3))
+    few, more = (set(numbers_of(all_rows.split(fraction)[1])) for fraction in (0.1, 0.3))
     assert few < more
 
 
@@ -206,23 +224,23 @@ def test_a_group_with_a_lone_surrogate_can_be_hashed():
 
 def test_named_validation_sources_are_what_is_validated_on_and_nothing_is_held_out():
     parts = [examples(50), examples(7)]
-    train, validation = config(validation=("b",)).hold_out(parts)
+    train, validation = hold_out(config(validation=("b",)), parts)
     assert [len(rows) for rows in train] == [50]
     assert [len(rows) for rows in validation] == [7]
 
 
 def test_a_part_of_every_train_source_is_held_out():
     parts = [examples(400), examples(300)]
-    train, validation = config(train=("a", "b")).hold_out(parts)
+    train, validation = hold_out(config(train=("a", "b")), parts)
     assert [len(a) + len(b) for a, b in zip(train, validation, strict=True)] == [400, 300]
-    assert config(validation_fraction=0.0).hold_out(parts[:1])[1] == []
+    assert hold_out(config(validation_fraction=0.0), parts[:1])[1] == []
 
 
 def test_too_few_rows_to_hold_any_out_is_an_error_with_the_possible_fixes():
     with pytest.raises(
         DataError, match=r"data.validation_fraction=0.001 .* raise it, name a source in data.validation"
     ):
-        config(validation_fraction=0.001).hold_out([examples(3)])
+        hold_out(config(validation_fraction=0.001), [examples(3)])
 
 
 # The config

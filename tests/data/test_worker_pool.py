@@ -1,6 +1,7 @@
 """Results come in the order of the items, few of which are read ahead; no process is waited for in vain."""
 
 import os
+import sys
 import time
 
 import pytest
@@ -15,7 +16,11 @@ def slow_for_even(number):
     return number, os.getpid()
 
 
-def test_results_come_in_order_from_several_processes_and_few_items_are_read_ahead():
+def test_results_come_in_order_from_several_processes_and_few_items_are_read_ahead(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"  # without `if __name__ == "__main__"`
+    script.write_text("raise SystemExit(1)")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
     read, taken = [], []
 
     def items():

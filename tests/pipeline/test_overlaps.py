@@ -11,9 +11,10 @@ import pytest
 
 from jaxllm.config import load_config, override, parse
 from jaxllm.data import chat, preferences, prompts
+from jaxllm.data.examples import hold_out
 from jaxllm.data.held_out import text_key
 from jaxllm.data.loss_mask import Encoded
-from jaxllm.data.rows import read_sources
+from jaxllm.data.row_cache import Encoder, read_sources
 from jaxllm.errors import DataError
 from jaxllm.pipeline.completions import HELD_OUT, PipelineCompletions
 from jaxllm.pipeline.config import PARENTS, PipelineConfig
@@ -27,6 +28,7 @@ class OneToken:
     """A chat template that encodes every text as one token, since these tests are about the questions."""
 
     renders_tools = False
+    source = clock = None
 
     def prompt(self, messages, **_):
         return [zlib.crc32(repr(messages).encode()) >> 1]
@@ -61,19 +63,25 @@ def encoder(data):
     return prompts.encoder(data, OneToken(), 1)
 
 
+def keys(rows, turns):
+    """The `text_key` of each question of these rows, and of so many of its turns (None: all)."""
+    columns = rows.columns
+    for i in rows.index:
+        yield int(columns.group_keys[i])
+        asked = columns.turn_keys[columns.turn_starts[i] : columns.turn_starts[i + 1]]
+        yield from asked[:turns].tolist()
+
+
 def read_questions(config, folder) -> Questions:
     """What the stages and the gates of a pipeline read, each as it does."""
     write_held_out(config, folder)
     trained, evaluated = {}, {}
     for name in STAGES:
         data = dataclasses.replace(getattr(config, name).data, held_out=(str(folder / HELD_OUT),))
-        train, validation = data.hold_out(
-            read_sources(data, encoder(data), seed=config.seed, run_folder=None)
-        )
-        trained[name] = {text_key(turn) for rows in train for row in rows for turn in (row.group, *row.turns)}
-        evaluated[name] = {
-            text_key(turn) for rows in validation for row in rows for turn in (row.group, row.turns[0])
-        }
+        encode = Encoder(encoder(data), SimpleNamespace(vocab_size=2**31, hash=""), OneToken())
+        train, validation = hold_out(data, read_sources(data, encode, seed=config.seed, run_folder=None))
+        trained[name] = {key for rows in train for key in keys(rows, None)}
+        evaluated[name] = {key for rows in validation for key in keys(rows, 1)}
         assert trained[name]
         assert evaluated[name]
     asked = PipelineCompletions(config.gates, folder, config.seed).prompts(OneToken(), 1)
