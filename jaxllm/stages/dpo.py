@@ -5,7 +5,6 @@ cached, or with each batch.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,15 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xxhash
-from tqdm import tqdm
 
 from jaxllm.batches import PairBatch
-from jaxllm.data.loader import device_batches, evaluation_batches
-from jaxllm.data.preferences import PairRows, PreferenceConfig
+from jaxllm.data.preferences import PreferenceConfig
 from jaxllm.data.rows import Dataset
 from jaxllm.errors import ConfigError
 from jaxllm.evaluation.preference import dpo_metrics, score_pairs
-from jaxllm.files import cache_folder, naming
+from jaxllm.evaluation.reference import reference_log_probs
 from jaxllm.losses import Weighted, add_auxiliary, dpo_loss
 from jaxllm.losses.dpo import check_dpo_options
 from jaxllm.models import Model, Params, build_model
@@ -31,7 +28,6 @@ from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import RunContext, RunInputs
 from jaxllm.runs.hooks import evaluation_hooks
 from jaxllm.runs.panels import Panel, panel
-from jaxllm.runs.program import Program
 from jaxllm.runs.rows import row_source
 from jaxllm.runs.stage import Headline
 from jaxllm.runs.weights import initial_params as initial_params
@@ -180,41 +176,18 @@ def load(inputs: RunInputs[Config, Model]) -> Dataset:
     ]  # of distinct held-out rows, which the fingerprint does not tell
     identity = (initial.hash, data.fingerprint, config.model, config.data.sequence_length, lengths)
     key = xxhash.xxh3_128_hexdigest(repr(identity).encode())
-    file = cache_folder() / f"reference-{key}.npy"
-    if not file.exists():
-        log_probs = np.concatenate(reference_log_probs(program, sources, initial.params(), score))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{inputs.folder.id}.npy")
-        with naming(temporary):
-            np.save(temporary, log_probs)
-        temporary.replace(file)
-    cached = np.load(file, allow_pickle=False)
+    cached = reference_log_probs(
+        key,
+        sources,
+        lambda: functools.partial(score, initial.params()),
+        batch_size=config.data.batch_size,
+        sharding=program.batch_sharding,
+        run_folder=inputs.folder.path,
+    )
     parts = np.split(cached, np.cumsum(lengths)[:-1])
     filled = [replace(rows, ref_log_probs=part) for rows, part in zip(sources, parts, strict=True)]
     count = len(data.train)
     return replace(data, train=tuple(filled[:count]), validation=tuple(filled[count:]))
-
-
-def reference_log_probs(
-    program: Program[Config, Model],
-    sources: tuple[PairRows, ...],
-    params: Params,
-    score: Callable[[Params, PairBatch], jax.Array],
-) -> list[np.ndarray]:
-    """Log-probs [pairs, 2] of every source under the reference."""
-    print(f"scoring {sum(map(len, sources)):,} pairs with the reference, once ...", flush=True)
-    log_probs = []
-    for rows in sources:
-        batches = evaluation_batches([rows], batch_size=program.config.data.batch_size)
-        placed = tqdm(
-            device_batches(batches, program.batch_sharding),
-            desc="reference log-probs",
-            total=len(batches),
-            disable=None,
-        )
-        parts = [np.asarray(score(params, batch)) for batch in placed]
-        log_probs.append(np.concatenate(parts)[: len(rows)])
-    return log_probs
 
 
 def make_hooks(context: RunContext[Config, Model]) -> list[Hook]:
