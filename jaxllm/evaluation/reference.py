@@ -55,8 +55,8 @@ def reference_log_probs(
         except StopRequested:
             done = pairs - int(np.isnan(log_probs).any(axis=1).sum())
             raise Stopped(
-                f"by a signal, with the reference's log-probs of {done:,} of {pairs:,} pairs saved; resume with "
-                "the same command"
+                f"by a signal, with the reference's log-probs of {done:,} of {pairs:,} pairs saved; "
+                "resume with the same command"
             ) from None
         finally:
             log_probs.flush()
