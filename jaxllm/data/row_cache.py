@@ -1,7 +1,8 @@
 """Conversations, pairs and prompts tokenized once: the rows of a source as memory-mapped columns.
 
 A cache is a folder in `files.cache_folder()` whose name is a hash of the source's content, the tokenizer, the
-chat template and every field of the config that could change a row.
+chat template, every field of the config that could change a row, and the code that reads rows: an edited
+format is read anew.
 """
 
 import functools
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from jaxllm import toy_world
 from jaxllm.caches import read_or_build, remove
 from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.examples import COLUMNS, Columns, Example, ExampleRows, Examples, as_columns, keep_apart
@@ -34,7 +36,6 @@ from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import DataError
 from jaxllm.files import cache_folder
 
-_FORMAT = 1  # raise it when the files change, or what a row is encoded as: tests/data/test_row_cache.py
 _BATCH_CHARACTERS, _BATCH_ROWS = 4_000_000, 1000  # encoded at a time
 _NOTES, _CONTENT = "notes.jsonl", "content"  # what a part of the rows had; all that the fingerprint hashes
 
@@ -107,7 +108,7 @@ def cached_examples(
     left.
     """
     tokenizer, policy = encoder.tokenizer, config.bad_row_policy
-    identity = (_FORMAT, source.content_hash, *encoder.identity(config))
+    identity = (code_hash(), source.content_hash, *encoder.identity(config))
     key = xxhash.xxh3_128_hexdigest(repr(identity).encode("utf-8", "surrogatepass"))
 
     def build(folder: Path) -> None:
@@ -156,6 +157,16 @@ class RowCache:
     fingerprint: str
     notes: Mapping[str, list[str]]  # as `_merged` returns them
     bad_rows: Path
+
+
+@functools.cache
+def code_hash() -> str:
+    """A hash of the files that decide what a row is encoded as."""
+    content = xxhash.xxh3_128()
+    for folder in (Path(__file__).parent, Path(toy_world.__file__).parent):
+        for file in sorted(folder.rglob("*.py")):
+            content.update(file.read_bytes())
+    return content.hexdigest()
 
 
 def _read(folder: Path, vocab_size: int) -> RowCache | None:
