@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jaxllm.errors import DataError
-from jaxllm.files import Lock, locked
+from jaxllm.files import Lock, is_full_disk, locked
 
 T = TypeVar("T")
 
@@ -44,12 +44,14 @@ def read_or_build(
             found = read(path)  # another process may have built it meanwhile
             if found is None:
                 collect(path.parent)
+                if path.exists():
+                    print(f"note: {path} is damaged, and made again", flush=True)
                 build(partial)
-                remove(path)  # a damaged one
+                remove(path)
                 partial.rename(path)
                 found = read(path)
     except OSError as error:
-        fix = "free some space, or name another folder with --cache_dir"
+        fix = ("free some space, or " if is_full_disk(error) else "") + "name another folder with --cache_dir"
         raise DataError(
             f"{error.filename or path}: cannot {what} ({error.strerror or error}); {fix}"
         ) from error

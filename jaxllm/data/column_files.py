@@ -65,7 +65,7 @@ class ColumnFiles:
         sizes = {name: file.tell() for name, file in self.files.items()}
         write_file(self.folder / _RECORD, json.dumps({"sizes": sizes, "state": state}).encode())
 
-    def finish(self) -> None:
-        """Flush, and remove the record: the columns are complete."""
-        self.record(None)
-        (self.folder / _RECORD).unlink()
+
+def forget_progress(folder: Path) -> None:
+    """Remove the record of columns that are complete."""
+    (folder / _RECORD).unlink()

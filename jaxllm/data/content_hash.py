@@ -16,7 +16,8 @@ from jaxllm.data.readers import opened
 from jaxllm.files import cache_folder, write_file
 
 _SMALL = 16 * 2**20  # bytes that are hashed at once, without being remembered
-_SAMPLE, _SAMPLES = 64 * 2**10, 16  # bytes of a block, and blocks of each file
+_SAMPLE = 64 * 2**10  # bytes of a block of the sample
+_MOST_SAMPLES, _ALL_SAMPLES = 16, 1024  # blocks of each file, at least its first and last, and of all files
 _SETTLED_SECONDS = 10.0
 
 
@@ -25,12 +26,13 @@ def content_hash(start: str, files: Sequence[tuple[str, str]]) -> str:
     stats = [os.stat(path) for _, path in files]
     if sum(stat.st_size for stat in stats) <= _SMALL:
         return _hash(start, files)
+    count = max(2, min(_MOST_SAMPLES, _ALL_SAMPLES // len(files)))
     known = xxhash.xxh3_128(start.encode())
     for (head, path), stat in zip(files, stats, strict=True):
         known.update(f"{head} {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         with opened(path, decompress=False) as (file, _):
-            for i in range(_SAMPLES):
-                file.seek(i * max(0, stat.st_size - _SAMPLE) // (_SAMPLES - 1))
+            for i in range(count):
+                file.seek(i * max(0, stat.st_size - _SAMPLE) // (count - 1))
                 known.update(file.read(_SAMPLE))
     place = cache_folder() / "hashes" / known.hexdigest()
     with contextlib.suppress(OSError, ValueError):

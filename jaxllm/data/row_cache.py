@@ -25,6 +25,7 @@ from jaxllm.data.rows import BadRowPolicy, RecordConfig, SourceCounts, bad_row_l
 from jaxllm.data.source_cache import (
     BAD_ROWS,
     Part,
+    complete,
     drop_unusable,
     in_batches,
     mapped,
@@ -33,7 +34,7 @@ from jaxllm.data.source_cache import (
 )
 from jaxllm.data.sources import BadRow, Row, Source
 from jaxllm.data.tokenizer import BaseTokenizer
-from jaxllm.errors import DataError
+from jaxllm.errors import DataError, RunError
 from jaxllm.files import cache_folder
 
 _BATCH_CHARACTERS, _BATCH_ROWS = 4_000_000, 1000  # encoded at a time
@@ -117,7 +118,7 @@ def cached_examples(
         encode = functools.partial(encode_rows, encode=encoder.encode, **options)
         try:
             counts = write_source(folder, source, encode, (*COLUMNS, _NOTES, _CONTENT), policy, _batches)
-        except DataError:
+        except RunError:
             if (folder / _NOTES).exists():
                 rename.merge(_merged(folder / _NOTES))
             drop_unusable(folder, bad_rows)
@@ -126,7 +127,6 @@ def cached_examples(
         with (folder / _CONTENT).open("rb") as file:
             while block := file.read(2**24):
                 content.update(block)
-        remove(folder / _CONTENT)
         meta = {
             "source": source.name,
             "dtype": dtype.name,
@@ -135,7 +135,8 @@ def cached_examples(
             "notes": _merged(folder / _NOTES),
             "counts": asdict(counts),
         }
-        (folder / "meta.json").write_text(json.dumps(meta))
+        complete(folder, meta)
+        remove(folder / _CONTENT)
 
     read = functools.partial(_read, vocab_size=tokenizer.vocab_size)
     cache = read_or_build(cache_folder() / key, read, build, f"tokenize {source.name}")

@@ -4,19 +4,20 @@ A source's cache is the same to the byte whichever number of processes wrote it,
 interrupted.
 """
 
+import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from jaxllm.caches import remove
-from jaxllm.data.column_files import ColumnFiles
+from jaxllm.data.column_files import ColumnFiles, forget_progress
 from jaxllm.data.rows import ENOUGH_ROWS, BadRowPolicy, SourceCounts
 from jaxllm.data.sources import Row, Source
 from jaxllm.data.worker_pool import map_in_order, num_processes
@@ -77,8 +78,14 @@ def write_source(
                     files.record(asdict(counts))
                     recorded = time.monotonic()
             progress.end(counts)
-        files.finish()
+        files.record(asdict(counts))
     return counts
+
+
+def complete(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Make what `write_source` has written a cache, which `meta` describes."""
+    (folder / "meta.json").write_text(json.dumps(meta))
+    forget_progress(folder)
 
 
 def drop_unusable(folder: Path, bad_rows: list[str]) -> None:
@@ -162,8 +169,7 @@ def mapped_tokens(
         while block := file.read(2**24):
             if (largest := int(np.frombuffer(block, dtype).max())) >= vocab_size:
                 print(
-                    f"{folder} is damaged: it has the id {largest}, the tokenizer has {vocab_size} tokens; "
-                    "its text is tokenized again",
+                    f"{folder} has the id {largest}, but the tokenizer {vocab_size} tokens",
                     file=sys.stderr,
                 )
                 raise ValueError(f"{folder} has ids out of range")

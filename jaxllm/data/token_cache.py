@@ -18,6 +18,7 @@ from jaxllm.data.rows import BadRowPolicy, SourceCounts, bad_row_line
 from jaxllm.data.source_cache import (
     BAD_ROWS,
     Part,
+    complete,
     drop_unusable,
     in_batches,
     mapped,
@@ -65,7 +66,7 @@ def cached_tokens(
             drop_unusable(folder, bad_rows)
             raise
         meta = {"source": source.name, "dtype": dtype.name, "counts": asdict(counts)}
-        (folder / "meta.json").write_text(json.dumps(meta))
+        complete(folder, meta)
 
     read = functools.partial(_read, vocab_size=tokenizer.vocab_size)
     cache = read_or_build(cache_folder() / key, read, build, f"tokenize {source.name}")

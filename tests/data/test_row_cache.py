@@ -180,7 +180,7 @@ def test_a_damaged_cache_is_encoded_again(config_of, cache, damage, capsys):
     content = file.read_bytes()
     file.write_bytes(b"\xff\xff" + content[2:] if damage == "id" else content[:-1])
     assert seen(load("pairs", config)) == whole
-    assert ("it has the id 65535" in capsys.readouterr().err) == (damage == "id")
+    assert ("has the id 65535, but" in capsys.readouterr().err) == (damage == "id")
 
 
 # What a cache depends on

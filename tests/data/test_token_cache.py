@@ -85,6 +85,7 @@ def test_half_a_surrogate_pair_is_no_error(tokens_of):
 
 
 def test_batches_lose_no_document(tokens_of, monkeypatch):
+    monkeypatch.setattr(source_cache, "num_processes", lambda: 1)
     texts = [f"document {i}" for i in range(25)]
     whole = tokens_of(source_of(texts, "one"))
     monkeypatch.setattr(token_cache, "_BATCH_ROWS", 4)
@@ -143,7 +144,7 @@ def test_ids_out_of_range_are_tokenized_again(tokens_of, tokenizer, capsys):
     path.write_bytes(whole[:6] + b"\xff\xff" + whole[8:])  # as from a disk that lost a block
     with pytest.raises(AssertionError, match="the source was read"):
         tokens_of(unreadable())
-    assert f"it has the id 65535, the tokenizer has {tokenizer.vocab_size} tokens" in capsys.readouterr().err
+    assert f"has the id 65535, but the tokenizer {tokenizer.vocab_size} tokens" in capsys.readouterr().err
     assert tokens_of(source_of(texts)).tokens.tobytes() == whole
 
 
@@ -188,6 +189,20 @@ def test_a_killed_run_is_continued_where_it_was(cache, monkeypatch, capsys):
     found = columns(continued)
     monkeypatch.setenv(CACHE_VARIABLE, str(cache / "other"))
     assert columns(cached_tokens(source_of(texts), fake_tokenizer(encode_batch=encode_batch), SKIP)) == found
+
+
+def test_a_run_that_is_killed_at_the_end_encodes_nothing_again(tokens_of, cache, monkeypatch):
+    def fails(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_cache, "complete", fails)
+        with pytest.raises(KeyboardInterrupt):
+            tokens_of(source_of(["one", None, "three"]))
+    monkeypatch.setattr(token_cache, "tokenize", fails)
+    found = tokens_of(source_of(["one", None, "three"]))
+    assert found.counts.documents == 2
+    assert not (found.bad_rows.parent / "progress.json").exists()
 
 
 def test_a_damaged_part_of_a_killed_run_is_not_continued(tokens_of, cache, monkeypatch):
