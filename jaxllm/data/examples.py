@@ -63,8 +63,8 @@ COLUMNS: dict[str, str] = {
 }
 
 
-def as_columns(examples: Sequence[Example]) -> dict[str, np.ndarray | bytes]:
-    """The COLUMNS of these examples."""
+def as_columns(examples: Sequence[Example], contents: Sequence[bytes]) -> dict[str, np.ndarray | bytes]:
+    """The COLUMNS of these examples, each with its `content`."""
     masks = [mask for each in examples for mask in each.loss_mask]
     records = [json.dumps([each.numbers, each.row], default=json_value).encode() for each in examples]
     values: dict[str, Sequence[Any]] = {
@@ -79,7 +79,7 @@ def as_columns(examples: Sequence[Example]) -> dict[str, np.ndarray | bytes]:
     }
     return {name: np.array(each, COLUMNS[name]) for name, each in values.items()} | {
         "loss_mask": np.concatenate([np.empty(0, bool), *masks]),
-        "contents": b"".join(xxhash.xxh3_128_digest(each.content) for each in examples),
+        "contents": b"".join(map(xxhash.xxh3_128_digest, contents)),
         "records": b"".join(records),
     }
 

@@ -221,9 +221,10 @@ def encode_rows(
     lengths = np.array([len(ids) for ids in sequences], np.int64)
     counts.documents, counts.tokens = len(examples), int(lengths.sum())
     notes = {"kinds": list(dict.fromkeys(each.kind for each in examples)), **renamed.found()}
-    columns = as_columns(examples) | {
+    contents = [each.content for each in examples]
+    columns = as_columns(examples, contents) | {
         _NOTES: f"{json.dumps(notes)}\n".encode(),
-        _CONTENT: b"".join(each.content for each in examples),
+        _CONTENT: b"".join(contents),
     }
     tokens = np.concatenate([np.empty(0, dtype), *sequences]).astype(dtype)
     return Part(counts, "".join(bad), tokens, lengths, columns, rows[-1].done)

@@ -42,7 +42,8 @@ def reference_log_probs(
             with naming(partial), partial.open("wb") as file:
                 np.save(file, np.full((pairs, 2), np.nan, np.float32))
         log_probs = np.lib.format.open_memmap(partial, mode="r+")
-        print(f"scoring {pairs:,} pairs with the reference, once ...", flush=True)
+        left = int(np.isnan(log_probs).any(axis=1).sum())
+        print(f"scoring {left:,} of {pairs:,} pairs with the reference, once ...", flush=True)
         score = make_score()
         try:
             with Watchdog(run_folder, hang_timeout=0) as watchdog:
