@@ -51,13 +51,6 @@ class ChatConfig(RecordConfig):
 
 
 @dataclass(frozen=True)
-class ChatDataset(Dataset[PackedRows]):
-    """Packed conversations, and the held-out ones as prompts to generate from."""
-
-    held_out: "Completions | tuple[()]" = ()  # (prompt, completion) ids of each conversation
-
-
-@dataclass(frozen=True)
 class Completions(Sequence[tuple[list[int], list[int]]]):
     """The conversations of several sources, each as the ids of its prompt and of its last assistant turn."""
 
@@ -72,6 +65,13 @@ class Completions(Sequence[tuple[list[int], list[int]]]):
             return Completions(self.sources, self.order[i])
         source, row = self.order[i]
         return split_completion(self.sources[source][row])
+
+
+@dataclass(frozen=True)
+class ChatDataset(Dataset[PackedRows]):
+    """Packed conversations, and the held-out ones as prompts to generate from."""
+
+    held_out: Completions | tuple[()] = ()  # (prompt, completion) ids of each conversation
 
 
 def completions_of(sources: Sequence[ExampleRows]) -> Completions:

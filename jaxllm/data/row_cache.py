@@ -34,7 +34,7 @@ from jaxllm.data.source_cache import (
 )
 from jaxllm.data.sources import BadRow, Row, Source
 from jaxllm.data.tokenizer import BaseTokenizer
-from jaxllm.errors import DataError, RunError
+from jaxllm.errors import ConfigError, DataError
 from jaxllm.files import cache_folder
 
 _BATCH_CHARACTERS, _BATCH_ROWS = 4_000_000, 1000  # encoded at a time
@@ -118,7 +118,7 @@ def cached_examples(
         encode = functools.partial(encode_rows, encode=encoder.encode, **options)
         try:
             counts = write_source(folder, source, encode, (*COLUMNS, _NOTES, _CONTENT), policy, _batches)
-        except RunError:
+        except (DataError, ConfigError):
             if (folder / _NOTES).exists():
                 rename.merge(_merged(folder / _NOTES))
             drop_unusable(folder, bad_rows)

@@ -22,7 +22,7 @@ from jaxllm.data.raw_rows import is_empty as is_empty
 from jaxllm.data.raw_rows import json_type as json_type
 from jaxllm.data.raw_rows import without_bom as without_bom
 from jaxllm.data.readers import can_read, reader, suffix
-from jaxllm.errors import DataError
+from jaxllm.errors import DataError, RunError
 
 if TYPE_CHECKING:
     import datasets
@@ -176,10 +176,16 @@ def _stream_source(name: str, builder: Any, split: str, text_key: str | None) ->
     identity = f"{text_key} {count} {list(files)} {getattr(files, 'origin_metadata', None)}"
 
     def rows() -> Iterator[Row]:
-        found = stream if count is None else stream.take(count)
-        for row, record in enumerate(found, 1):
-            value = record if text_key is None else {text_key: record.get(text_key)}
-            yield checked_object(Row(f"{name}:{row}", row, "", unread=unread), value, text_key)
+        row = 0
+        try:
+            for row, record in enumerate(stream if count is None else stream.take(count), 1):
+                value = record if text_key is None else {text_key: record.get(text_key)}
+                yield checked_object(Row(f"{name}:{row}", row, "", unread=unread), value, text_key)
+        except Exception as error:  # as above; no DataError, after which nothing of the rows would be kept
+            raise RunError(
+                f"{name}: the download stopped after {row:,} rows ({_first_line(error)}); the same command "
+                "continues"
+            ) from error
 
     known = (builder.info.splits or {}).get(split)
     size = count or (known.num_examples if known else 0) or 0

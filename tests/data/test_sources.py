@@ -10,7 +10,7 @@ import pytest
 
 from jaxllm.data import content_hash, readers
 from jaxllm.data.sources import Row, Source, open_source
-from jaxllm.errors import DataError
+from jaxllm.errors import DataError, RunError
 
 
 def opened(name, **options) -> Source:
@@ -245,6 +245,17 @@ def test_a_stream_of_the_hub_keeps_nothing_on_disk(hub, tmp_path):
         opened(f"hf-stream:{hub}::train[2:3]")
     with pytest.raises(DataError, match=r"no column 'txt'; did you mean 'text'"):
         opened(f"hf-stream:{hub}", text_key="txt")
+
+
+def test_a_stream_that_breaks_off_says_so_and_keeps_what_is_tokenized(hub, monkeypatch, quiet_datasets):
+    def rows(_):
+        yield {"text": "one", "id": 1}
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(quiet_datasets.IterableDataset, "__iter__", rows)
+    with pytest.raises(RunError, match=r"download stopped after 1 rows \(ConnectionError: reset") as error:
+        texts(f"hf-stream:{hub}")
+    assert not isinstance(error.value, DataError)
 
 
 def test_the_error_of_an_unreachable_hub_is_one_line(monkeypatch, quiet_datasets):
