@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import types
 
 import pytest
 
@@ -19,8 +20,9 @@ def slow_for_even(number):
 def test_results_come_in_order_from_several_processes_and_few_items_are_read_ahead(tmp_path, monkeypatch):
     script = tmp_path / "script.py"  # without `if __name__ == "__main__"`
     script.write_text("raise SystemExit(1)")
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    main = types.ModuleType("__main__")
+    main.__file__ = str(script)
+    monkeypatch.setitem(sys.modules, "__main__", main)
     read, taken = [], []
 
     def items():
