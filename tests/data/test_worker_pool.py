@@ -36,7 +36,8 @@ def test_results_come_in_order_from_several_processes_and_few_items_are_read_ahe
         processes.add(process)
         assert len(read) - len(taken) <= 2 * 2
     assert taken == list(range(30))
-    assert len(processes - {os.getpid()}) == 2
+    assert os.getpid() in processes  # the first items
+    assert len(processes) > 1
 
 
 def test_few_items_start_no_process(monkeypatch):
