@@ -28,6 +28,7 @@ class Letters(BaseTokenizer):
     pieces = [chr(i) for i in range(300)]  # noqa: RUF012
     token_bytes = [bytes([i % 256]) for i in range(300)]  # noqa: RUF012
     bos_id, eos_id, pad_id, hash = 256, 257, 258, "letters"
+    stop_ids = (257,)
 
     def encode_batch(self, texts):
         return [list(text.encode()) for text in texts]
@@ -195,7 +196,7 @@ def test_every_field_that_could_change_a_row_is_in_the_key():
     left_out = set()
     for kind, config in (*CONFIGS.items(), ("pairs", REFERENCE)):
         key = dict(Encoder(len, TOKENIZER, TEMPLATE).identity(config)[-1])
-        names = {"sequence_length", "rename"} | kept[kind]
+        names = {"sequence_length", "rename", "template_options"} | kept[kind]
         assert key == {name: getattr(config, name) for name in names}
         left_out |= {field.name for field in dataclasses.fields(config)} - names
     assert left_out == NOT_ENCODED  # no other names
