@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
 from jaxllm.command_line import (
+    define_process_flags,
     define_sampling_flags,
     define_template_options,
     named_as_flags,
@@ -51,6 +52,7 @@ def define_flags(flag_values: "FlagValues") -> None:
     flags.DEFINE_integer("max_rows", 256, "number of prompts, from the first", **where)
     define_template_options(flag_values)
     define_sampling_flags(flag_values)
+    define_process_flags(flag_values)
 
 
 def check_flags(flags: "FlagValues", sampling: "SamplingConfig") -> None:
@@ -85,11 +87,13 @@ def main(_: None, flags: "FlagValues") -> None:
 
     from jaxllm.data.records import check_rename
     from jaxllm.evaluation.checkpoints import evaluate_checkpoint
+    from jaxllm.parallel.processes import joined
     from jaxllm.runs.process import set_up_process
 
     check_rename(flags.rename)
-    set_up_process()
-    with named_as_flags({"reward.model": "--reward_model", "data.template_options": "--template_options"}):
+    names = {"reward.model": "--reward_model", "data.template_options": "--template_options"}
+    with joined(flags.coordinator, flags.num_processes, flags.process_id), named_as_flags(names):
+        set_up_process()
         evaluate_checkpoint(
             flags.checkpoint,
             flags.input,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
+from jaxllm.command_line import define_process_flags
 from jaxllm.config import run_script
 from jaxllm.errors import ConfigError
 
@@ -28,6 +29,7 @@ def define_flags(flag_values: "FlagValues") -> None:
 
     flags.DEFINE_string("workdir", None, "folder for the run folders of all stages", flag_values=flag_values)
     flags.DEFINE_bool("dry_run", False, "compile every stage, print sizes, exit", flag_values=flag_values)
+    define_process_flags(flag_values)
 
 
 def config_class(config: "ConfigDict") -> type:
@@ -39,6 +41,7 @@ def config_class(config: "ConfigDict") -> type:
 
 def main(config: "PipelineConfig", flags: "FlagValues") -> int:
     """Run the stages that are not done. Returns the exit code: 0 if all gates passed."""
+    from jaxllm.parallel.cluster import find_place
     from jaxllm.pipeline.run import Scripts, dry_run, run_pipeline
 
     if flags.dry_run:
@@ -47,7 +50,16 @@ def main(config: "PipelineConfig", flags: "FlagValues") -> int:
     if flags.workdir is None:
         raise ConfigError("--workdir=FOLDER is missing")
     scripts = Scripts(Path(__file__).with_name("train.py"), Path(__file__).with_name("gates.py"))
-    return run_pipeline(config, config_file=flags.config, workdir=flags.workdir, scripts=scripts)
+    place = find_place(flags.coordinator, flags.num_processes, flags.process_id)
+    given = ("coordinator", "num_processes", "process_id")
+    return run_pipeline(
+        config,
+        config_file=flags.config,
+        workdir=flags.workdir,
+        scripts=scripts,
+        process=0 if place is None else place.index,
+        process_flags={name: str(flags[name].value) for name in given if flags[name].value is not None},
+    )
 
 
 if __name__ == "__main__":

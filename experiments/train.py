@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
+from jaxllm.command_line import define_process_flags
 from jaxllm.config import run_script
 from jaxllm.errors import ConfigError
 
@@ -33,6 +34,7 @@ def define_flags(flag_values: "FlagValues") -> None:
     define("init_from", None, "initialize weights from this run folder, RUN/best or step folder")
     define("profile", None, "FIRST:LAST: trace these steps into WORKDIR/profile")
     flags.DEFINE_bool("dry_run", False, "compile, print sizes and memory, and exit", flag_values=flag_values)
+    define_process_flags(flag_values)
 
 
 def config_class(config: "ConfigDict") -> type:
@@ -46,6 +48,7 @@ def config_class(config: "ConfigDict") -> type:
 
 def main(config: "TrainConfig", flags: "FlagValues") -> None:
     """Train, or compile and print sizes and memory."""
+    from jaxllm.parallel.processes import joined
     from jaxllm.runs.process import set_up_process
     from jaxllm.runs.program import dry_run
     from jaxllm.runs.train import train
@@ -58,15 +61,16 @@ def main(config: "TrainConfig", flags: "FlagValues") -> None:
         return
     if flags.workdir is None:
         raise ConfigError("--workdir=FOLDER is missing")
-    train(
-        find_stage(config.stage),
-        config,
-        workdir=flags.workdir,
-        resume=flags.resume,
-        init_from=flags.init_from,
-        profile=read_profile(flags.profile),
-        command=[sys.executable, *sys.argv],
-    )
+    with joined(flags.coordinator, flags.num_processes, flags.process_id):
+        train(
+            find_stage(config.stage),
+            config,
+            workdir=flags.workdir,
+            resume=flags.resume,
+            init_from=flags.init_from,
+            profile=read_profile(flags.profile),
+            command=[sys.executable, *sys.argv],
+        )
 
 
 def read_profile(text: str | None) -> tuple[int, int] | None:

@@ -41,6 +41,17 @@ def define_template_options(flag_values: "FlagValues") -> None:
     )
 
 
+def define_process_flags(flag_values: "FlagValues") -> None:
+    """Which process of several this is: for launchers that JAX does not know."""
+    from absl import flags
+
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several", flag_values=flag_values)
+    flags.DEFINE_integer(
+        "num_processes", None, "processes of the run; 1: alone, also within SLURM", flag_values=flag_values
+    )
+    flags.DEFINE_integer("process_id", None, "number of this process, from 0", flag_values=flag_values)
+
+
 def read_sampling(flags: "FlagValues") -> "SamplingConfig":
     """The SamplingConfig that the flags describe; ConfigError where a value is out of range."""
     from jaxllm.rollout.sampling import SamplingConfig

@@ -43,3 +43,9 @@ class Stopped(RunError):
     """The run stopped because of a signal; everything is saved."""
 
     exit_code = 75
+
+
+class ProcessLost(RunError):
+    """Another process of the run does not respond."""
+
+    exit_code = 71

@@ -5,6 +5,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +98,28 @@ def run_process(tmp_path):
         return done.returncode, done.stdout.decode(), done.stderr.decode()
 
     return run
+
+
+def start_processes(arguments, count, *, devices, positional=False):
+    """Python processes of one run, each with so many CPU devices. `positional` appends their place as
+    COORDINATOR COUNT INDEX instead of as flags."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    started = []
+    for index in range(count):
+        place = [coordinator, str(count), str(index)]
+        names = ("coordinator", "num_processes", "process_id")
+        if not positional:
+            place = [f"--{name}={value}" for name, value in zip(names, place, strict=True)]
+        process = subprocess.Popen(
+            [sys.executable, *arguments, *place],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+    return started

@@ -5,9 +5,10 @@ machines that only use the losses or the models need not have it.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from jaxllm.data.rows import BatchRows, Rows
 from jaxllm.errors import ConfigError, DataError
@@ -28,14 +29,14 @@ def training_batches(
     weights: Sequence[float] = (),
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    own: Sequence[int] | np.ndarray | None = None,
 ) -> "grain.MapDataset[T]":
-    """An endless grain dataset whose element N is this process's rows, [B / processes, T], of step N.
+    """An endless grain dataset whose element N is the rows of step N, [B, T]; or of these the `own` ones of a
+    process, which reads no other.
 
     Without `weights` every row is seen once per epoch, reshuffled each epoch. With them each source has its
-    share of any run of consecutive rows and goes through its own epochs. The rows of a step do not depend on
-    the number of processes.
+    share of any run of consecutive rows and goes through its own epochs. The rows of a step and their order
+    do not depend on the number of processes.
     """
     rows = sum(map(len, sources))
     if rows < batch_size:
@@ -44,7 +45,7 @@ def training_batches(
             f"data.batch_size={batch_size}; lower data.batch_size or add data"
         )
     endless = shuffled_rows(sources, weights, seed)[:_ENDLESS]
-    return _sharded(endless, batch_size, process_index, process_count)
+    return _batched(endless, batch_size, own)
 
 
 def shuffled_rows(sources: Sequence[Rows[T]], weights: Sequence[float], seed: int) -> "grain.MapDataset[T]":
@@ -75,11 +76,10 @@ def evaluation_batches(
     *,
     batch_size: int,
     max_rows: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    own: Sequence[int] | np.ndarray | None = None,
 ) -> "grain.MapDataset[T]":
     """A grain dataset of every row once, in order; blank rows fill up the last batch. With `max_rows` it has
-    the first rows of every source, in proportion."""
+    the first rows of every source, in proportion. `own`: as in `training_batches`."""
     grain = _import_grain()
     counts = shares([len(source) for source in sources], max_rows)
     known = grain.MapDataset.concatenate(
@@ -88,22 +88,28 @@ def evaluation_batches(
     count, blank = len(known), sources[0].blank()
     padded = -(-count // batch_size) * batch_size
     rows = grain.MapDataset.range(padded).map(lambda i: known[i] if i < count else blank)
-    return _sharded(rows, batch_size, process_index, process_count)
+    return _batched(rows, batch_size, own)
 
 
 def device_batches(
-    dataset: "grain.MapDataset[T]", sharding: "jax.sharding.Sharding", *, start_step: int = 0
+    dataset: "grain.MapDataset[T]",
+    sharding: "jax.sharding.Sharding",
+    *,
+    start_step: int = 0,
+    batch_size: int | None = None,
 ) -> Iterator[T]:
-    """The batches from `start_step` on as global arrays with this sharding.
+    """The batches from `start_step` on as global arrays with this sharding. Given `batch_size`, `dataset` has
+    of each batch the process's own rows, by `own_rows`.
 
     Threads read a few batches ahead, and one batch is placed on the devices before it is requested.
     """
-    import jax
+    from jaxllm.parallel.global_arrays import own_rows, place_rows
 
     grain = _import_grain()
+    rows = None if batch_size is None else own_rows(sharding, batch_size)
 
     def placed(batch: T) -> T:
-        return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)
+        return place_rows(batch, sharding, rows, batch_size)
 
     options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_AHEAD)
     batches = map(placed, dataset[start_step:].to_iter_dataset(options))
@@ -114,14 +120,15 @@ def device_batches(
         yield ahead
 
 
-def _sharded(rows: Any, batch_size: int, process_index: int, process_count: int) -> Any:
-    if batch_size % process_count:
-        below = batch_size // process_count * process_count
-        nearest = " or ".join(str(size) for size in (below, below + process_count) if size)
-        raise ConfigError(
-            f"data.batch_size={batch_size} is not divisible by {process_count} processes; use {nearest}"
-        )
-    return rows[process_index::process_count].batch(batch_size // process_count)
+def _batched(rows: Any, batch_size: int, own: Sequence[int] | np.ndarray | None) -> Any:
+    if own is None or len(own) == batch_size:
+        return rows.batch(batch_size)
+
+    def batch(step: int) -> Any:
+        parts = [rows[step * batch_size + row] for row in own]
+        return type(parts[0])(*map(np.stack, zip(*parts, strict=True)))  # a NamedTuple of jaxllm.batches
+
+    return _import_grain().MapDataset.range(len(rows) // batch_size).map(batch)
 
 
 def _import_grain() -> ModuleType:

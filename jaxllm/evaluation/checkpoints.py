@@ -16,6 +16,7 @@ from jaxllm.evaluation.completions import (
     read_prompts,
 )
 from jaxllm.files import naming
+from jaxllm.parallel.processes import is_first
 from jaxllm.rewards.load import load_reward
 from jaxllm.rewards.pool import json_value
 from jaxllm.rollout.sampling import SamplingConfig
@@ -68,6 +69,8 @@ def evaluate_checkpoint(
         sampling=sampling,
         seed=seed,
     )
+    if not is_first():  # all have the completions
+        return
     kl = None if reference_model is None else kl_to(reference_model, completions, sampling.temperature)
     if output is not None:
         with naming(output), output.open("w") as file:

@@ -5,6 +5,7 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -21,16 +22,19 @@ from jaxllm.evaluation.pass_at_k import pass_at_k
 from jaxllm.evaluation.preference import mean, numbered
 from jaxllm.losses import overlong_penalty
 from jaxllm.models import Params
+from jaxllm.parallel.global_arrays import gather, share
 from jaxllm.parallel.sharding import MeshConfig, make_mesh
 from jaxllm.random_streams import EVALUATION, stream
 from jaxllm.rewards.pool import Scores
 from jaxllm.rewards.reward_model import RewardModel
-from jaxllm.rewards.scorer import TRIAL_ROWS, RewardConfig, RewardScorer
+from jaxllm.rewards.scorer import TRIAL_ROWS, RewardConfig, RewardScorer, gather_processes
 from jaxllm.rollout.collect import collect
-from jaxllm.rollout.generate import Completions, bucket
+from jaxllm.rollout.generate import Completions, bucket, gather_completions
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.rollout.score import log_probs_in_batches
 from jaxllm.runs.checkpoints import LoadedModel
+from jaxllm.runs.sampling_weights import SamplingWeights
+from jaxllm.training.watchdog import leave_together
 
 T = TypeVar("T")
 
@@ -81,6 +85,7 @@ class Completer(NamedTuple):
     stop_ids: Sequence[int]
     scorer: RewardScorer
     length: int  # T; longer where a prompt with its completion is
+    weights: SamplingWeights | None = None  # made of the parameters; None: they are this process's own
 
     def __call__(
         self,
@@ -92,29 +97,34 @@ class Completer(NamedTuple):
         keys: jax.Array,
         check: Callable[[], None],
     ) -> ScoredCompletions:
-        """group_size completions of each prompt, in consecutive rows."""
-        repeated = [prompt for prompt in prompts for _ in range(group_size)]
-        scoring = self.scorer.begin([prompt.row for prompt in repeated])
-        texts = [""] * len(repeated)
-        opened = [opened_thought(self.tokenizer, prompt.ids) for prompt in prompts]
+        """group_size completions of each prompt, in consecutive rows.
+
+        Of several processes each samples its own share of the prompts, if it can do so `alone`, and rewards
+        it; all get the whole result. `check` may raise StopRequested at each process's own time.
+        """
+        own = share(len(prompts))
+        scoring = self.scorer.begin([prompt.row for prompt in prompts[own] for _ in range(group_size)])
+        texts = [""] * (own.stop - own.start) * group_size
+        opened = [opened_thought(self.tokenizer, prompt.ids) for prompt in prompts[own]]
 
         def score(numbers: list[int], finished: list[list[int]]) -> None:
             for i, tokens in zip(numbers, finished, strict=True):
                 texts[i] = opened[i // group_size] + with_thought_tags(self.tokenizer, tokens)
             scoring.add(numbers, [texts[i] for i in numbers])
 
-        completions = self.sample(
+        completions = self.complete(
             params,
             [prompt.ids for prompt in prompts],
             group_size=group_size,
             sampling=sampling,
-            stop_ids=self.stop_ids,
             keys=keys,
-            vocab_size=self.tokenizer.vocab_size,
             check=check,
             on_done=score,
         )
         began = time.perf_counter()
+        scores = gather_processes(leave_together(lambda: scoring.result(check)))
+        texts = [text for _, own_texts in gather({}, texts) for text in own_texts]
+        repeated = [prompt for prompt in prompts for _ in range(group_size)]
         prompt_lengths = np.array([len(prompt.ids) for prompt in repeated])
         lengths = np.array([len(tokens) for tokens in completions.tokens])
         longest = int((prompt_lengths + lengths).max())
@@ -122,7 +132,7 @@ class Completer(NamedTuple):
         tokens = np.full((len(repeated), width), self.tokenizer.pad_id, np.int32)
         for i, (prompt, ids) in enumerate(zip(repeated, completions.tokens, strict=True)):
             tokens[i, : prompt_lengths[i] + lengths[i]] = [*prompt.ids, *ids]
-        scores = scoring.result(tokens, prompt_lengths + lengths, check)
+        scores = self.scorer.finish(scores, tokens, prompt_lengths + lengths)
         truncated = np.array([reason != "stop" for reason in completions.stop_reasons])
         config = self.scorer.config
         rewards = scores.total + np.float32(config.missing_eos_penalty) * truncated
@@ -141,6 +151,52 @@ class Completer(NamedTuple):
             scores=scores,
             seconds=time.perf_counter() - began,
         )
+
+    def complete(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        sampling: SamplingConfig,
+        keys: jax.Array,
+        check: Callable[[], None],
+        on_done: Callable[[list[int], list[list[int]]], None] = lambda numbers, tokens: None,
+    ) -> Completions:
+        """The completions of all prompts, without rewards. `on_done` is called for those of the process's own
+        share of the prompts alone, which are numbered from 0."""
+        own = share(len(prompts))
+        alone = self.weights is None or self.weights.alone
+        chosen = own if alone else slice(0, len(prompts))  # what this process samples
+        first, last = ((i - chosen.start) * group_size for i in (own.start, own.stop))
+
+        def own_done(numbers: list[int], tokens: list[list[int]]) -> None:
+            found = [(i, ids) for i, ids in zip(numbers, tokens, strict=True) if first <= i < last]
+            on_done([i - first for i, _ in found], [ids for _, ids in found])
+
+        def sample_chosen() -> Completions:
+            if chosen.start == chosen.stop:
+                return Completions([], [], [], 0)
+            return self.sample(
+                params,
+                prompts[chosen],
+                group_size=group_size,
+                sampling=sampling,
+                stop_ids=self.stop_ids,
+                keys=keys,
+                vocab_size=self.tokenizer.vocab_size,
+                check=check if alone else lambda: leave_together(check),
+                on_done=own_done,
+            )
+
+        rows = slice(chosen.start * group_size, chosen.stop * group_size)
+        if self.weights is not None:
+            weights = self.weights.of(params, keys, rows)
+        else:
+            weights = nullcontext((params, keys if jax.process_count() == 1 else keys[rows]))
+        with weights as (params, keys):
+            completions = leave_together(sample_chosen)
+        return gather_completions(completions) if alone else completions
 
 
 def opened_thought(tokenizer: BaseTokenizer, prompt: Sequence[int]) -> str:
@@ -267,8 +323,8 @@ def complete_prompts(
 
 
 def first_device() -> jax.sharding.Mesh:
-    """A mesh of one device."""
-    return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    """A mesh of this process's first device."""
+    return make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
 
 
 def kl_to(reference: LoadedModel, completions: ScoredCompletions, temperature: float) -> np.ndarray:

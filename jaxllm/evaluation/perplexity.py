@@ -12,6 +12,7 @@ from jaxllm.batches import TokenBatch
 from jaxllm.losses import linear_cross_entropy
 from jaxllm.models import Model, Params
 from jaxllm.models.interface import Array
+from jaxllm.parallel.global_arrays import to_host
 
 LOGITS_BYTES = 512 * 2**20  # of logits that may exist at once
 
@@ -69,7 +70,7 @@ def evaluate(
     rows = []
     for batch in batches:
         check()
-        rows.append(jax.device_get(score(params, batch)))
+        rows.append(to_host(score(params, batch)))
     columns = [np.concatenate(column).astype(np.float64) for column in zip(*rows, strict=True)]
     counted = columns[1] > 0  # not the rows that only fill the last batch
     nats, tokens, num_bytes, correct = (column[counted] for column in columns)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxllm.batches import PairBatch
 from jaxllm.losses import dpo_loss
 from jaxllm.models import Params
+from jaxllm.parallel.global_arrays import to_host
 
 
 class PairScores(NamedTuple):
@@ -35,10 +36,11 @@ def score_pairs(
         check()
         lengths = batch.lengths - batch.prompt_lengths[:, None]
         columns = (score(params, batch), lengths, batch.margin, batch.ref_log_probs)
-        *columns, weight = jax.device_get((*columns, batch.weight))
+        *columns, weight, tokens, starts = to_host(
+            (*columns, batch.weight, batch.tokens, batch.prompt_lengths)
+        )
         counted = weight > 0
         parts.append([column[counted] for column in columns])
-        tokens, starts = jax.device_get((batch.tokens, batch.prompt_lengths))
         rows = zip(tokens[counted, 0], starts[counted], strict=True)
         prompts += [row[:start].tobytes() for row, start in rows]
     found = PairScores(*(np.concatenate(column).astype(np.float64) for column in zip(*parts, strict=True)))

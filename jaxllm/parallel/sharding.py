@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -82,7 +84,43 @@ def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None) -> Me
         )
     # Explicit axis types, JAX's default, would require a sharding for every operation of the model.
     axis_types = (AxisType.Auto,) * len(AXES)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        return Mesh(across_slices(tuple(sizes.values()), len(slices), devices), AXES, axis_types=axis_types)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=axis_types, devices=devices)
+
+
+def across_slices(shape: tuple[int, ...], slices: int, devices: Sequence[Device]) -> np.ndarray:
+    """The devices of several slices (TPU) or hosts (GPU) as an array [data, fsdp, sequence, tensor] in which
+    the slow network between these lies along `data`, the outermost axis; what it cannot take, along the next.
+
+    ConfigError where `tensor`, which communicates in every layer, would have to cross slices.
+    """
+    left, outer = slices, []
+    for size in shape:
+        outer.append(math.gcd(size, left))
+        left //= outer[-1]
+    if left > 1 or outer[-1] > 1:
+        sizes = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+        raise ConfigError(
+            f"mesh: {sizes} over {slices} slices or hosts would split tensor over the network between them; "
+            f"make mesh.data or mesh.fsdp divisible by {slices}"
+        )
+    inner = [size // times for size, times in zip(shape, outer, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+
+
+def order_of_devices(mesh: Mesh) -> str:
+    """`data x fsdp x sequence x tensor = [[[[0.0 0.1]]] [[[1.0 1.1]]]]`: PROCESS.DEVICE along the axes."""
+    ids: dict[int, list[int]] = {}
+    for device in mesh.devices.flat:
+        ids[device.process_index] = sorted([*ids.get(device.process_index, []), device.id])
+
+    def name(device: Device) -> str:
+        return f"{device.process_index}.{ids[device.process_index].index(device.id)}"
+
+    names = str(np.vectorize(name, otypes=[object])(mesh.devices)).replace("'", "")
+    return f"{' x '.join(mesh.axis_names)} = {' '.join(names.split())}"
 
 
 def path_name(path: tuple[Any, ...]) -> str:

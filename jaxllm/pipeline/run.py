@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxllm.config import as_dict, differences, load_config, parse
@@ -44,20 +45,32 @@ class Scripts(NamedTuple):
     gates: Path
 
 
-def run_pipeline(config: PipelineConfig, *, config_file: str, workdir: str, scripts: Scripts) -> int:
+def run_pipeline(
+    config: PipelineConfig,
+    *,
+    config_file: str,
+    workdir: str,
+    scripts: Scripts,
+    process: int = 0,
+    process_flags: Mapping[str, str] = MappingProxyType({}),
+) -> int:
     """Run what is left to run; 0 if all gates are passed.
 
     Args:
       config_file: as given to --config, FILE.py.
+      process: number of this process where several run the stages together; `process_flags`: those of
+        experiments/train.py that say so.
     """
     check_extra()  # now, and not after the last stage
     check_sources(config)
     folder = Path(workdir).expanduser().absolute()
+    if process > 0:
+        return follow_pipeline(config, config_file, workdir, scripts, process, process_flags)
     with claimed(folder):
         if not (folder / "pipeline.json").exists() and not (folder / HELD_OUT).exists():
             write_held_out(config, folder)
         keeps_apart = (folder / HELD_OUT).exists()  # a pipeline of an earlier version resumes as it began
-        commands = stage_commands(config, config_file, workdir, scripts, keeps_apart)
+        commands = stage_commands(config, config_file, workdir, scripts, keeps_apart, process_flags)
         record = Record(folder, config, config_file)
         for number, (name, command) in enumerate(commands.items(), 1):
             if record.is_done(name):
@@ -73,6 +86,28 @@ def run_pipeline(config: PipelineConfig, *, config_file: str, workdir: str, scri
             for warning in warnings(log):
                 print(f"      {warning}", flush=True)
     return conclude(folder, record, must_pass=config.gates.must_pass)
+
+
+def follow_pipeline(
+    config: PipelineConfig,
+    config_file: str,
+    workdir: str,
+    scripts: Scripts,
+    process: int,
+    process_flags: Mapping[str, str],
+) -> int:
+    """Run this process's part of every stage; the first process keeps the record and measures the gates."""
+    folder = Path(workdir).expanduser().absolute()
+    while not (folder / "pipeline.json").exists() and not (folder / HELD_OUT).exists():
+        time.sleep(1.0)  # until the first process has begun
+    keeps_apart = (folder / HELD_OUT).exists()
+    commands = stage_commands(config, config_file, workdir, scripts, keeps_apart, process_flags)
+    record = Record(folder, config, config_file)
+    for name in PARENTS:
+        if not record.is_done(name):
+            log = folder / "logs" / f"{name}-{process}.txt"
+            run_stage(commands[name], log, report=lambda: None, spend=lambda seconds, memory: None)
+    return 0
 
 
 def check_sources(config: PipelineConfig) -> None:
@@ -116,7 +151,12 @@ def dry_run(config: PipelineConfig) -> None:
 
 
 def stage_commands(
-    config: PipelineConfig, config_file: str, workdir: str, scripts: Scripts, keeps_apart: bool = True
+    config: PipelineConfig,
+    config_file: str,
+    workdir: str,
+    scripts: Scripts,
+    keeps_apart: bool = True,
+    process_flags: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, list[str]]:
     """The command of each stage, with what differs from the config file as flags.
 
@@ -138,7 +178,7 @@ def stage_commands(
     commands = {}
     folder = Path(workdir).expanduser().absolute()  # in fields, whose values a run compares when it resumes
     for name, parent in PARENTS.items():
-        more = {} if parent is None else {"init_from": f"{workdir}/{parent}"}
+        more = {**process_flags} if parent is None else {**process_flags, "init_from": f"{workdir}/{parent}"}
         if rewarded_by_model(getattr(config, name)):
             more["config.reward.model"] = f"{folder}/reward_model"
         if keeps_apart and name != "pretrain":

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
 from jaxllm.data.show import printable
 from jaxllm.errors import ConfigError
+from jaxllm.parallel.global_arrays import gather as gather_arrays
 from jaxllm.rewards.load import load_reward
 from jaxllm.rewards.pool import Pending, RewardPool, Scores, check_json, gather
 from jaxllm.rewards.reward_model import RewardModel
@@ -71,6 +73,25 @@ def total_failure(where: str, scores: Scores) -> ConfigError:
         f"reward.functions: every call failed, on {where}: {'; '.join(scores.messages)}; fix the function, "
         f"or rename the column that it reads (data.rename, --rename)"
     )
+
+
+def gather_processes(own: Scores) -> Scores:
+    """The scores of the samples of all processes, each of which has scored its own."""
+    if jax.process_count() == 1:
+        return own
+    rewards = {f"reward {name}": values for name, values in own.by_name.items()}
+    arrays = {"total": own.total, "applies": own.applies, "failed": own.failed, **rewards}
+    parts = [
+        Scores(
+            found["total"],
+            {name: found[f"reward {name}"] for name in own.by_name},
+            found["applies"],
+            found["failed"],
+            *facts,
+        )
+        for found, facts in gather_arrays(arrays, (own.counters, own.messages, dict(own.failures)))
+    ]
+    return gather(parts, np.arange(sum(len(part.total) for part in parts)))
 
 
 class RewardScorer:
@@ -147,6 +168,23 @@ class RewardScorer:
             tqdm.write(printable(f"reward {name!r} failed on all {number} completions"))
         self.failing.update(new)
 
+    def finish(self, scores: Scores, tokens: np.ndarray, lengths: np.ndarray) -> Scores:
+        """The scores by the functions with those by the reward model, of prompts with their completions,
+        tokens [N, T] and lengths [N]. Says what failed; of several processes, all have all N."""
+        if self.pool is not None:
+            self.warn(scores.messages)
+            self.count_failures(scores)
+        model = self.model
+        if model is None:
+            return scores
+        rewards = model(tokens, lengths)
+        total = scores.total + self.config.model_weight * model.normalized(rewards)
+        return scores._replace(
+            total=total.astype(np.float32),
+            by_name=scores.by_name | {"model": rewards.astype(np.float32)},
+            applies=scores.applies | (self.config.model_weight != 0),
+        )
+
     def begin(self, examples: Sequence[Mapping[str, Any]]) -> "Scoring":
         """Begin to score completions of these examples."""
         return Scoring(self, examples)
@@ -166,26 +204,11 @@ class Scoring:
         if self.scorer.pool is not None:
             self.pending.append(self.scorer.pool.submit([self.examples[i] for i in numbers], texts))
 
-    def result(self, tokens: np.ndarray, lengths: np.ndarray, check: Callable[[], None]) -> Scores:
-        """The scores of all N examples, once all completions have been added.
-
-        tokens [N, T] and lengths [N] are the prompts with their completions. `check` may raise to leave.
-        """
-        number = len(self.examples)
-        none = np.zeros(number, bool)
-        scores = Scores(np.zeros(number, np.float32), {}, none, none, {}, [])
-        if self.pending:
-            parts = [pending.result(check) for pending in self.pending]
-            scores = gather(parts, np.argsort(self.order))
-            self.scorer.warn(scores.messages)
-            self.scorer.count_failures(scores)
-        model = self.scorer.model
-        if model is None:
-            return scores
-        rewards = model(tokens, lengths)
-        total = scores.total + self.scorer.config.model_weight * model.normalized(rewards)
-        return scores._replace(
-            total=total.astype(np.float32),
-            by_name=scores.by_name | {"model": rewards.astype(np.float32)},
-            applies=scores.applies | (self.scorer.config.model_weight != 0),
-        )
+    def result(self, check: Callable[[], None]) -> Scores:
+        """The scores of all N examples by the functions, once all completions have been added. `check` may
+        raise to leave."""
+        if self.scorer.pool is None:
+            none = np.zeros(len(self.examples), bool)
+            return Scores(np.zeros(len(none), np.float32), {}, none, none, {}, [])
+        parts = [pending.result(check) for pending in self.pending or [self.scorer.pool.submit([], [])]]
+        return gather(parts, np.argsort(self.order).astype(int))

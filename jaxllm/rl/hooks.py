@@ -15,6 +15,7 @@ from jaxllm.data.show import show_mask
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.evaluation.completions import ScoredCompletions, completion_metrics, completion_rows
 from jaxllm.files import write_text
+from jaxllm.parallel.processes import is_first
 from jaxllm.random_streams import EVALUATION, SAMPLED_EVALUATION, SAMPLES, stream
 from jaxllm.rl.config import RolloutTrainConfig
 from jaxllm.rl.rollouts import Rollout, RolloutSource
@@ -50,7 +51,7 @@ def evaluation_hooks(context: RunContext[Any, Any], source: RolloutSource) -> li
                 group_size=group_size,
                 sampling=sampling,
                 keys=jax.random.split(key, len(held_out) * group_size),
-                check=context.check,
+                check=context.own_check,
             )
 
         completions = complete(1, config.sample.sampling, EVALUATION)
@@ -58,7 +59,8 @@ def evaluation_hooks(context: RunContext[Any, Any], source: RolloutSource) -> li
             json.dumps({"prompt": show_mask(prompt.ids, [True] * len(prompt.ids), context.tokenizer), **row})
             for prompt, row in zip(held_out, completion_rows(completions), strict=True)
         ]
-        write_text(context.folder.file("evals", f"{step}.jsonl"), "".join(f"{line}\n" for line in lines))
+        if is_first():
+            write_text(context.folder.file("evals", f"{step}.jsonl"), "".join(f"{line}\n" for line in lines))
         row = completion_metrics(completions, 1, "eval/")
         if config.sample.group_size:
             sampled = complete(config.sample.group_size, config.rollout.sampling, SAMPLED_EVALUATION)
@@ -82,16 +84,13 @@ def samples_hook(context: RunContext[Any, Any], source: RolloutSource) -> Hook:
     def run(step: int, state: TrainState) -> dict[str, float]:
         texts = []
         if prompts:
-            completions = source.completer.sample(
+            completions = source.completer.complete(
                 source.algorithm.policy(state.params),
                 prompts,
                 group_size=1,
                 sampling=config.sample.sampling,
-                stop_ids=template.stop_ids,
                 keys=jax.random.split(stream(state.key, SAMPLES, step), len(prompts)),
-                vocab_size=tokenizer.vocab_size,
-                check=context.check,
-                on_done=lambda numbers, tokens: None,
+                check=context.own_check,
             )
             texts = [
                 f"{show_mask(prompt, [True] * len(prompt), tokenizer)}\n{tokenizer.decode(tokens)}"

@@ -26,7 +26,7 @@ def load(inputs: RunInputs[Any, Any]) -> Dataset:
         inputs.template,
         seed=config.seed,
         max_new_tokens=config.rollout.sampling.max_new_tokens,
-        run_folder=inputs.folder.path,
+        run_folder=inputs.bad_rows_folder,
     )
 
 

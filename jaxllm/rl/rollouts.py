@@ -13,10 +13,10 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -29,16 +29,15 @@ from jaxllm.errors import NumericsError
 from jaxllm.evaluation.completions import Completer, ScoredCompletions
 from jaxllm.losses import Weighted
 from jaxllm.models import Model, Params, build_model
-from jaxllm.parallel.sharding import whole
+from jaxllm.parallel.global_arrays import place
 from jaxllm.random_streams import ROLLOUT, stream
 from jaxllm.rewards.pool import Scores, gather
 from jaxllm.rewards.scorer import TRIAL_ROWS, RewardScorer
-from jaxllm.rl.config import RolloutConfig, RolloutTrainConfig
+from jaxllm.rl.config import RolloutConfig
 from jaxllm.rl.health import Health, unrewarded
 from jaxllm.rollout.collect import collect
-from jaxllm.rollout.generate import Completions
 from jaxllm.runs.context import RunInputs
-from jaxllm.runs.program import Program
+from jaxllm.runs.sampling_weights import SamplingWeights
 from jaxllm.training.batch_source import BatchSource
 from jaxllm.training.metrics import Metrics
 from jaxllm.training.state import TrainState
@@ -87,35 +86,6 @@ class Algorithm(Protocol):
         ...
 
 
-class Sampler:
-    """`collect` by the policy: perhaps in another dtype than it trains in, perhaps sharded otherwise."""
-
-    def __init__(self, program: Program[RolloutTrainConfig, Any], model: Model, params: Params):
-        """`params` has the shapes of the policy's."""
-        config = program.config.rollout
-        self.model, self.rows, self.place = model, config.decode_batch_size, None
-        if config.dtype is not None:
-            self.model = build_model(
-                replace(program.config.model, compute_dtype=config.dtype, param_dtype=config.dtype)
-            )
-        if config.dtype is not None or config.replicate_params:
-            self.place = jax.jit(
-                lambda params: params if config.dtype is None else cast_floats(params, config.dtype),
-                out_shardings=whole(params, program.mesh) if config.replicate_params else None,
-            )
-
-    def __call__(self, params: Params, prompts: Sequence[Sequence[int]], **options: Any) -> Completions:
-        """`collect` with these parameters and options."""
-        if self.place is not None:
-            params = self.place(params)
-        return collect(self.model, params, prompts, decode_batch_size=self.rows, **options)
-
-
-def cast_floats(params: Params, dtype: str) -> Params:
-    """Parameters in another dtype, but for the codes of quantized kernels."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
-
-
 class RolloutSource(BatchSource):
     """The batches of PPO and GRPO."""
 
@@ -133,12 +103,21 @@ class RolloutSource(BatchSource):
         self.config: RolloutConfig = self.program.config.rollout
         # Endless: every index has a prompt.
         self.prompts: Any = shuffled_rows(data.train, data.weights, self.program.config.seed)
+        if self.config.dtype is not None:
+            dtypes = {"compute_dtype": self.config.dtype, "param_dtype": self.config.dtype}
+            policy = build_model(replace(self.program.config.model, **dtypes))
         self.completer = Completer(
-            sample=Sampler(self.program, policy, algorithm.policy(self.program.abstract_state.params)),
+            sample=partial(collect, policy, decode_batch_size=self.config.decode_batch_size),
             tokenizer=inputs.tokenizer,
             stop_ids=inputs.template.stop_ids,
             scorer=scorer,
             length=self.program.config.data.sequence_length,
+            weights=SamplingWeights(
+                algorithm.policy(self.program.abstract_state.params),
+                self.program.mesh,
+                dtype=self.config.dtype,
+                replicate=self.config.replicate_params,
+            ),
         )
         scorer.try_out([self.prompts[i].row for i in range(TRIAL_ROWS)])
         self.consumed = 0  # prompts, since the run began
@@ -220,7 +199,7 @@ class RolloutSource(BatchSource):
                 draw = np.random.default_rng((self.program.config.seed, iteration, epoch))
                 for rows in np.split(draw.permutation(config.rows), config.num_minibatches):
                     batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], fields)
-                    yield jax.device_put(batch, self.program.batch_sharding)
+                    yield place(batch, self.program.batch_sharding)
             if last_step in self.rows:
                 jax.block_until_ready(self.state.step)
                 self.with_update_time(last_step)

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxllm.errors import ConfigError
 from jaxllm.models import Model, Params
+from jaxllm.parallel.global_arrays import to_host
 from jaxllm.rollout.generate import (
     Completions,
     DecodeState,
@@ -128,7 +129,7 @@ def decode_chunks(
     first_slots = more_slots(model, tokens.shape[1])
     last_slots = min(bucket(limits.max().item()), model.config.max_length)
     sampling = replace(sampling, max_new_tokens=1)  # state.limits has it; this way no program depends on it
-    stop_tokens = jnp.array(stop_ids, jnp.int32)
+    stop_tokens = np.array(stop_ids, np.int32)
     state = free_rows(model, keys[np.zeros(B, int)], first_slots)
     started, owners = 0, np.full(B, -1)  # completions started, and the completion of each row
     while started < number or (owners >= 0).any():
@@ -160,7 +161,7 @@ def decode_chunks(
             vocab_size=vocab_size,
         )
         yield state, owners
-        done, lengths = jax.device_get((state.done, state.lengths))
+        done, lengths = to_host((state.done, state.lengths))
         owners[done] = -1
         if lengths[owners >= 0].max(initial=0) == state.tokens.shape[1]:
             state = resize_jit(state, more_slots(model, state.tokens.shape[1]))
@@ -208,7 +209,7 @@ def collect(
         vocab_size=vocab_size,
     ):
         check()
-        rows = np.flatnonzero((owners >= 0) & np.asarray(state.done))
+        rows = np.flatnonzero((owners >= 0) & to_host(state.done))
         finished = owners[rows].tolist()
         for i, completion in zip(finished, completions(state, rows), strict=True):
             tokens[i], log_probs[i] = completion

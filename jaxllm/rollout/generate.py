@@ -9,6 +9,7 @@ B, T and S are rounded up to a few sizes, and the cache grows from one size to t
 attention reads few empty slots, and few programs are compiled.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ import numpy as np
 
 from jaxllm.errors import DataError
 from jaxllm.models import Cache, Model, Params, unstack_layers
+from jaxllm.parallel.global_arrays import gather, to_host
 from jaxllm.rollout.sampling import SamplingConfig, sample
 
 MIN_SLOTS = 32  # prompt positions, and slots by which a cache grows: fewer would only add programs
@@ -35,6 +37,29 @@ class Completions(NamedTuple):
     log_probs: list[np.ndarray]  # float32, nats, under the sampling temperature, before any filter
     stop_reasons: list[str]  # "stop" (generated a stop token) or "length" (reached its maximum length)
     steps: int  # decode steps, each of which generates one token for every active row
+
+
+def gather_completions(own: Completions) -> Completions:
+    """The completions of all processes, each of which has made its own, in the order of the processes."""
+    if jax.process_count() == 1:
+        return own
+    arrays = {
+        "lengths": np.array([len(each) for each in own.tokens], np.int32),
+        "tokens": np.array(list(itertools.chain(*own.tokens)), np.int32),
+        "log_probs": np.concatenate([np.empty(0, np.float32), *own.log_probs]),
+    }
+    tokens: list[list[int]] = []
+    log_probs: list[np.ndarray] = []
+    reasons: list[str] = []
+    steps = []
+    for found, (own_reasons, own_steps) in gather(arrays, (own.stop_reasons, own.steps)):
+        ends = np.cumsum(found["lengths"])[:-1] if len(found["lengths"]) else None
+        if ends is not None:
+            tokens += [each.tolist() for each in np.split(found["tokens"], ends)]
+            log_probs += np.split(found["log_probs"], ends)
+        reasons += own_reasons
+        steps.append(own_steps)
+    return Completions(tokens, log_probs, reasons, max(steps))
 
 
 class DecodeState(NamedTuple):
@@ -234,7 +259,7 @@ def decode_chunks(
     check_prompts(model, prompts, stop_ids, keys)
     state = prefill_prompts(model, params, prompts, keys, sampling.max_new_tokens)
     sampling = replace(sampling, max_new_tokens=1)  # state.limits has it; this way no program depends on it
-    stop_tokens = jnp.array(stop_ids, jnp.int32)
+    stop_tokens = np.array(stop_ids, np.int32)
     params = unstack(params)
     max_steps = model.config.max_length if max_steps is None else max_steps
     while True:
@@ -242,16 +267,16 @@ def decode_chunks(
             model, params, state, stop_tokens, max_steps, 0, sampling=sampling, vocab_size=vocab_size
         )
         yield state
-        done, slots = np.asarray(state.done), state.tokens.shape[1]
+        done, slots = to_host(state.done), state.tokens.shape[1]
         if done.all():
             return
-        if np.asarray(state.lengths)[~done].max() == slots:
+        if to_host(state.lengths)[~done].max() == slots:
             state = resize_jit(state, more_slots(model, slots))
 
 
 def completions(state: DecodeState, rows: Iterable[int]) -> Iterator[tuple[list[int], np.ndarray]]:
     """The completion of each of the rows so far, and the log-probs of its tokens."""
-    tokens, log_probs, starts, ends = jax.device_get(
+    tokens, log_probs, starts, ends = to_host(
         (state.tokens, state.log_probs, state.prompt_lengths, state.lengths)
     )
     for row in rows:

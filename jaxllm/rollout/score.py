@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxllm.losses import Weighted, linear_token_log_probs
 from jaxllm.models import Model, Params
+from jaxllm.parallel.global_arrays import place, to_host
 from jaxllm.parallel.sequence import by_token
 from jaxllm.parallel.sharding import batch_sharding
 
@@ -51,13 +52,14 @@ class InBatches:
         self.function, self.rows, self.sharding = jax.jit(function), rows, batch_sharding(mesh)
 
     def __call__(self, params: Params, *columns: np.ndarray) -> np.ndarray:
-        """function(params, *columns) for columns [N, ...], on the host: [N, ...]."""
+        """function(params, *columns) for columns [N, ...], on the host: [N, ...]. Of several processes, all
+        have whole columns, and get the whole result."""
         number, parts = len(columns[0]), []
         for first in range(0, number, self.rows):
             rows = np.minimum(np.arange(first, first + self.rows), number - 1)  # the last row fills it up
-            batch = jax.device_put([column[rows] for column in columns], self.sharding)
+            batch = place([column[rows] for column in columns], self.sharding)
             parts.append(self.function(params, *batch))
-        return np.concatenate(jax.device_get(parts))[:number]
+        return np.concatenate(to_host(parts))[:number]
 
 
 def log_probs_in_batches(model: Model, temperature: float, rows: int, mesh: Mesh) -> InBatches:

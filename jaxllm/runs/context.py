@@ -9,6 +9,7 @@ from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.rows import Dataset
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.models import Params
+from jaxllm.parallel.processes import is_first
 from jaxllm.runs.checkpoints import Base
 from jaxllm.runs.program import ConfigT, ModelT, Program
 from jaxllm.training.batch_source import BatchSource
@@ -40,6 +41,11 @@ class RunInputs(Generic[ConfigT, ModelT]):
         policy keeps, which has the rest of the policy (`merge_params`)."""
         return split_params(self.initial.params(), self.program.trainable)[0]
 
+    @property
+    def bad_rows_folder(self) -> Path | None:
+        """Where bad_rows.jsonl is written: by the first process, for all."""
+        return self.folder.path if is_first() else None
+
 
 @dataclass(frozen=True)
 class RunContext(RunInputs[ConfigT, ModelT]):
@@ -47,4 +53,7 @@ class RunContext(RunInputs[ConfigT, ModelT]):
 
     data: Dataset
     source: BatchSource
-    check: Callable[[], None]  # to be called during long work; raises StopRequested after a signal
+    # To be called during long work; raise StopRequested after a signal. Of several processes, all call the
+    # first equally often, in work that they do together; the second is for work that each does on its own.
+    check: Callable[[], None]
+    own_check: Callable[[], None]

@@ -15,7 +15,15 @@ from jaxllm.errors import ConfigError
 from jaxllm.models import Params
 from jaxllm.models.config import ATTENTION, flops_per_token, runs_on
 from jaxllm.models.quantize import is_quantized
-from jaxllm.parallel.sharding import Device, batch_sharding, make_mesh, placed, shardings
+from jaxllm.parallel.global_arrays import own_rows
+from jaxllm.parallel.sharding import (
+    Device,
+    batch_sharding,
+    make_mesh,
+    order_of_devices,
+    placed,
+    shardings,
+)
 from jaxllm.runs.config import TrainConfig
 from jaxllm.training.metrics import parameter_count
 from jaxllm.training.optimizer import make_optimizer, make_schedule
@@ -88,6 +96,7 @@ class Program(Generic[ConfigT, ModelT]):
         self.abstract_state = jax.eval_shape(self.init, jax.random.key(config.seed))
         self.shardings = shardings(self.abstract_state, self.mesh)
         self.batch_sharding = batch_sharding(self.mesh)
+        self.own_rows = own_rows(self.batch_sharding, config.data.batch_size)  # of a batch, of this process
         self.trained_bytes, self.num_trained = trained_size(self.abstract_state.params, trainable)
         self.train_step = functools.partial(
             train_step,
@@ -188,10 +197,12 @@ class Program(Generic[ConfigT, ModelT]):
         tokens, steps = self.tokens_per_step, config.training.steps
         flops = self.flops_per_token
         rows = data.batch_size // (mesh["data"] * mesh["fsdp"]) // config.training.num_microbatches
+        processes = f"processes: {jax.process_count()}, devices as PROCESS.DEVICE: "
         return "\n".join(
             [
                 f"devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), "
                 f"mesh {' x '.join(f'{axis}={size}' for axis, size in mesh.items())}",
+                *([processes + order_of_devices(self.mesh)] if jax.process_count() > 1 else []),
                 f"model: {parameters:,} parameters ({parameters - table:,} outside the embedding{trained}), "
                 f"{config.model.compute_dtype} over {stored}",
                 f"batch: {data.batch_size} rows, {tokens:,} tokens of {data.sequence_length} a sequence; "

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from jaxllm.data.loader import device_batches, training_batches
 from jaxllm.data.rows import Dataset
 from jaxllm.runs.context import RunInputs
@@ -23,12 +21,17 @@ class RowSource(BatchSource):
             weights=data.weights,
             batch_size=program.config.data.batch_size,
             seed=program.config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            own=program.own_rows,
         )
 
     def batches(self, state: TrainState, check: Callable[[], None]) -> Iterator[Any]:
-        placed = device_batches(self.rows, self.program.batch_sharding, start_step=int(state.step))
+        program = self.program
+        placed = device_batches(
+            self.rows,
+            program.batch_sharding,
+            start_step=int(state.step),
+            batch_size=program.config.data.batch_size,
+        )
         self.params = state.params
         return (self.data.complete(self.params, batch) for batch in placed)
 

@@ -1,6 +1,7 @@
 """One training run, from its config to its last checkpoint. `experiments/train.py` is its command line."""
 
 import shlex
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -9,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from jaxllm.config import as_dict
 from jaxllm.config_versions import stamped
 from jaxllm.data.chat_template import ChatTemplate, PlainTextTemplate, load_template
 from jaxllm.data.rows import Dataset, RecordConfig
-from jaxllm.data.tokenizer import BaseTokenizer, build_tokenizer, check_vocabulary
-from jaxllm.errors import ConfigError
+from jaxllm.data.tokenizer import BaseTokenizer, build_tokenizer, check_vocabulary, load_tokenizer
+from jaxllm.errors import ConfigError, DataError
 from jaxllm.files import to_json
+from jaxllm.parallel import processes
+from jaxllm.parallel.global_arrays import gather
 from jaxllm.parallel.sharding import Device
 from jaxllm.runs.checkpoints import (
     TEMPLATE_FILE,
@@ -37,8 +41,8 @@ from jaxllm.runs.weights import initial_weights, model_note, run_with_parent, wi
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.early_stopping import EarlyStopping
 from jaxllm.training.loop import Loop
-from jaxllm.training.metrics import MetricWriter, Throughput, last_complete_row
-from jaxllm.training.run_folder import RunFolder, lock_run, open_run, record_start
+from jaxllm.training.metrics import MetricWriter, NoMetrics, Throughput, last_complete_row
+from jaxllm.training.run_folder import RunFolder, lock_run, logs_of, open_run, record_start
 from jaxllm.training.state import TrainState
 from jaxllm.training.watchdog import Watchdog
 
@@ -65,7 +69,7 @@ def train(
     if note := model_note(given, config):
         print(note, flush=True)
     program: Program[Any, Any] = Program(stage, config, devices)
-    with lock_run(workdir):
+    with lock_run(workdir), processes.own_output(logs_of(workdir)):
         folder = open_run(workdir, as_dict(config), resume=resume, may_differ=MAY_DIFFER)
         if folder.before is not None:
             check_number_of_sources(folder.before, config)
@@ -91,6 +95,8 @@ def train_in(
     files = tokenizer.files() | template_files(tokenizer, template)
     with jax.set_mesh(program.mesh):
         data = stage.load(inputs)
+    processes.check_equal("tokenizer", tokenizer.hash, DataError)
+    processes.check_equal("data", data.fingerprint, DataError)
     print(f"{data.report}\nrun folder: {folder.path}", flush=True)
     check_best_metric(config, data)
     with (
@@ -123,14 +129,21 @@ def train_in(
         began = time.perf_counter()
         train_step = program.compile()
         print(f"{time.perf_counter() - began:.1f} s", flush=True)
+        processes.barrier("compiled train step", processes.NO_TIMEOUT)  # else the first seems to hang
         tokens = program.tokens_per_step
         last_row = last_complete_row(int(state.step), folder.resuming, unfinished_row)
         with (
             jax.set_mesh(program.mesh),
             Watchdog(folder.path, config.training.hang_timeout) as watchdog,
-            closing(MetricWriter(folder.path, last_row, config.wandb_project, as_dict(config))) as writer,
+            closing(make_writer(folder, last_row, config)) as writer,
         ):
-            context = RunContext(**vars(inputs), data=data, source=source, check=watchdog.check)
+            context = RunContext(
+                **vars(inputs),
+                data=data,
+                source=source,
+                check=watchdog.check_together,
+                own_check=watchdog.check,
+            )
             loop = Loop(
                 config=config.training,
                 train_step=train_step,
@@ -148,7 +161,8 @@ def train_in(
                 profile_folder=str(folder.path / "profile"),
                 row=metadata.get("metrics") or {},
             )
-            state = loop.run(state, unfinished_row)
+            with processes.naming_lost():
+                state = loop.run(state, unfinished_row)
     print(f"done: {describe_end(int(state.step), early_stopping)}, all in {folder.path}")
 
 
@@ -162,9 +176,28 @@ def run_tokenizer(
         if config.tokenizer.path is not None and not folder.resuming:
             print(f"note: tokenizer.path={config.tokenizer.path} is not used: --init_from has a tokenizer")
     else:
-        tokenizer = build_tokenizer(config.tokenizer, stage.tokenizer_text(config))
+        tokenizer = first_tokenizer(lambda: build_tokenizer(config.tokenizer, stage.tokenizer_text(config)))
     check_vocabulary(tokenizer, config.model.vocab_size)
     return tokenizer
+
+
+def first_tokenizer(build: Callable[[], BaseTokenizer]) -> BaseTokenizer:
+    """What the first process builds, in every process: to train one takes reading all of the text."""
+    if jax.process_count() == 1:
+        return build()
+    files = build().files() if processes.is_first() else {}
+    found, _ = gather({name: np.frombuffer(content, np.uint8) for name, content in files.items()})[0]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in found.items():
+            Path(folder, name).write_bytes(content.tobytes())
+        return load_tokenizer(Path(folder))
+
+
+def make_writer(folder: RunFolder, last_row: int, config: TrainConfig) -> MetricWriter | NoMetrics:
+    """Where the metrics go: into the run folder, by the first process."""
+    if not processes.is_first():
+        return NoMetrics()
+    return MetricWriter(folder.path, last_row, config.wandb_project, as_dict(config))
 
 
 def run_template(

@@ -13,6 +13,7 @@ from jaxllm.models import Params
 from jaxllm.models.config import HOW, ModelConfig
 from jaxllm.models.hf import check_hf, load_hf_config
 from jaxllm.models.lora import adapted_layers
+from jaxllm.parallel.processes import first_process_decides
 from jaxllm.runs.checkpoints import (
     Base,
     check_generates,
@@ -42,7 +43,7 @@ def initial_weights(
     parent, base = None, None
     if init_from and not folder.resuming:
         try:
-            parent = find_checkpoint(init_from)
+            parent = Path(first_process_decides(lambda: str(find_checkpoint(init_from))))
         except CheckpointError as error:
             raise ConfigError(f"--init_from: {error}") from None
         if is_hf_folder(parent):

@@ -16,6 +16,7 @@ from jaxllm.evaluation.perplexity import evaluate, row_sums
 from jaxllm.losses import Weighted, add_auxiliary, linear_cross_entropy
 from jaxllm.models import Model, Params, build_model
 from jaxllm.models.lora import dropout_key
+from jaxllm.parallel.processes import first_alone
 from jaxllm.parallel.sequence import by_token
 from jaxllm.runs.config import SampleConfig, TrainConfig
 from jaxllm.runs.context import RunContext, RunInputs
@@ -96,7 +97,9 @@ def tokenizer_text(config: Config) -> Iterable[str]:
 def load(inputs: RunInputs[Config, Model]) -> Dataset:
     """Windows to train and to validate on."""
     config = inputs.program.config
-    return load_text(config.data, inputs.tokenizer, seed=config.seed, run_folder=inputs.folder.path)
+    with first_alone("tokenized text"):
+        folder = inputs.bad_rows_folder
+        return load_text(config.data, inputs.tokenizer, seed=config.seed, run_folder=folder)
 
 
 def make_hooks(context: RunContext[Config, Model]) -> list[Hook]:

@@ -111,7 +111,7 @@ def tokenizer_text(config: Any) -> Iterator[str]:
 
 def load(inputs: RunInputs[Any, Any]) -> Dataset:
     """Pairs to train and to validate on."""
-    config, folder = inputs.program.config, inputs.folder.path
+    config, folder = inputs.program.config, inputs.bad_rows_folder
     return load_preferences(
         config.data, inputs.tokenizer, inputs.template, seed=config.seed, run_folder=folder
     )

@@ -132,7 +132,7 @@ def tokenizer_text(config: Config) -> Iterator[str]:
 
 def load(inputs: RunInputs[Config, Model]) -> ChatDataset:
     """Conversations to train and to validate on."""
-    config, folder = inputs.program.config, inputs.folder.path
+    config, folder = inputs.program.config, inputs.bad_rows_folder
     return load_chats(config.data, inputs.tokenizer, inputs.template, seed=config.seed, run_folder=folder)
 
 

@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import xxhash
-from jax.experimental import multihost_utils
 
 from jaxllm.config import did_you_mean
-from jaxllm.errors import CheckpointError, ConfigError, NoCheckpoint, RunError
+from jaxllm.errors import CheckpointError, ConfigError, NoCheckpoint
 from jaxllm.files import is_hf_folder, is_leftover, is_peft_folder, to_json, write_file
+from jaxllm.parallel.processes import first_process_decides
 from jaxllm.parallel.sharding import path_name
 
 PyTree = Any  # of jax.Arrays, or of their shapes
@@ -237,7 +236,7 @@ def read_arrays(folder: Path, abstract: PyTree, prefix: str = "", optional: Coll
     described = {name: text for name, text in described.items() if name not in one_sided}
     wanted = {name: leaf for name, leaf in wanted.items() if name not in one_sided}
     _check_match(folder, described, wanted)
-    first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = {
         name: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or first_device
@@ -407,19 +406,3 @@ def _clean_up_failed_save(error: Exception, folder: Path, size: int) -> Checkpoi
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-def first_process_decides(choose: Callable[[], int]) -> int:
-    """Return in every process what `choose()` returns in process 0: their views of a disk may differ."""
-    if jax.process_count() == 1:
-        return choose()
-    choice, failure = -1, CheckpointError("process 0 failed, see its message")
-    if jax.process_index() == 0:
-        try:
-            choice = choose()
-        except RunError as error:
-            failure = error
-    choice = int(multihost_utils.broadcast_one_to_all(np.int32(choice)))
-    if choice < 0:
-        raise failure
-    return choice

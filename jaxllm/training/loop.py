@@ -1,5 +1,6 @@
 """The host side of training: run the steps, read metrics one step late, evaluate, save, stop cleanly."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from tqdm import tqdm
 from jaxllm.config import did_you_mean
 from jaxllm.errors import ConfigError, NumericsError, Stopped
 from jaxllm.losses import Weighted
+from jaxllm.parallel import processes
 from jaxllm.training.batch_source import BatchSource
 from jaxllm.training.early_stopping import EarlyStopping
-from jaxllm.training.metrics import Metrics, MetricWriter, Throughput, to_scalars
+from jaxllm.training.metrics import Metrics, MetricWriter, NoMetrics, Throughput, to_scalars
 from jaxllm.training.state import TrainState
 from jaxllm.training.step import Batch
 from jaxllm.training.watchdog import StopRequested, Watchdog
@@ -64,7 +66,7 @@ class Loop:
     hooks: tuple[Hook, ...]
     save: Callable[[int, TrainState, Metrics, bool], None]  # step, state, its metrics, whether all hooks ran
     wait: Callable[[], None]  # returns once everything saved is on disk
-    writer: MetricWriter
+    writer: MetricWriter | NoMetrics
     throughput: Throughput
     watchdog: Watchdog
     early_stopping: EarlyStopping | None  # updated here; None: no metric is compared
@@ -112,6 +114,7 @@ class Loop:
             unread = (step, metrics)
             self.throughput.steps += 1
             self.watchdog.beat()
+            self.watchdog.poll()
             if self._is_boundary(step):
                 self._finish_step(step, state, self._read(*unread))
                 unread = None
@@ -157,12 +160,12 @@ class Loop:
         finished = True
         try:
             for hook in due_hooks:
-                self.watchdog.check()
+                self.watchdog.check_together()
                 with nullcontext() if hook in self.warm else self.watchdog.paused():
                     row = row | hook.run(step, state)
                 self.warm.add(hook)
-        except StopRequested:
-            finished = False
+        except StopRequested:  # in every process: they agree before they leave
+            finished, self.watchdog.requested = False, True
         is_best = False
         if finished and row and (due_hooks or last or due(step, self.config.log_every)):
             self._write(step, row)
@@ -180,6 +183,9 @@ class Loop:
         """Save, and end the run with Stopped."""
         self.save(step, state, row, finished)
         self.wait()
+        processes.barrier(f"save of step {step}")  # exit code 75 of one process may end the others
+        if self.watchdog.several:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Stopped(f"by a signal, saved at step {step}; resume with: {self.resume_command}")
 
     def _is_best(self, early_stopping: EarlyStopping, step: int, row: Metrics, hooks: list[Hook]) -> bool:
@@ -197,7 +203,7 @@ class Loop:
     def _profile(self, step: int) -> None:
         """Start or stop the profiler before `step`: it traces the steps from `profile` that are run."""
         first, last = self.profile or (0, 0)
-        wanted = first <= step <= min(last, self.config.steps)
+        wanted = processes.is_first() and first <= step <= min(last, self.config.steps)
         if wanted and not self.tracing:
             jax.profiler.start_trace(self.profile_folder)
         if self.tracing and not wanted:
@@ -216,7 +222,7 @@ class Progress:
     def __init__(self, start: int, steps: int):
         self.steps = steps
         self.bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and processes.is_first():
             self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
     def show(self, step: int, row: Metrics) -> None:

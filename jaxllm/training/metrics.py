@@ -165,6 +165,16 @@ class MetricWriter:
                 logging.warning("wandb failed to finish its run: %s", error)
 
 
+class NoMetrics:
+    """The writer of a process that is not the first of its run: the first writes for all."""
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Write nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""
+
+
 def last_complete_row(step: int, resuming: bool, unfinished_row: Metrics | None) -> int:
     """The last step with a complete row in metrics.jsonl, where a run starts or resumes at `step`: the row of
     a step whose evaluation is repeated is written again."""

@@ -26,7 +26,8 @@ from jaxllm.config import differences, first_few
 from jaxllm.config_versions import stamped, upgrade
 from jaxllm.errors import ConfigError, DataError, NoCheckpoint
 from jaxllm.files import is_leftover, locked, to_json, write_file
-from jaxllm.training.checkpoint import MANIFEST, first_process_decides, step_folders
+from jaxllm.parallel.processes import first_process_decides
+from jaxllm.training.checkpoint import MANIFEST, step_folders
 
 LOCK = "lock"  # held by the process that uses the folder, and removed by it
 # What a start may leave in a run folder besides config.json: tokenizer and chat template.
@@ -98,6 +99,11 @@ def lock_run(workdir: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             path.rmdir()  # if nothing was written
+
+
+def logs_of(workdir: str) -> Path:
+    """Where the processes of a run write what is theirs alone: output, stacks."""
+    return _run_path(workdir) / "logs"
 
 
 def open_run(

@@ -2,7 +2,7 @@
 
 import builtins
 from collections import Counter
-from itertools import chain, islice
+from itertools import islice
 
 import jax
 import numpy as np
@@ -55,22 +55,16 @@ def test_an_epoch_has_each_window_once_and_the_next_in_another_order():
 
 
 @pytest.mark.parametrize("weights", [(), (1.0, 2.0)])
-@pytest.mark.parametrize("processes", [2, 4])
-def test_any_number_of_processes_shares_the_same_global_batch(weights, processes):
-    def batches(index, count):
-        return training_batches(
-            [windows_of(20), windows_of(20, first=100)],
-            weights=weights,
-            batch_size=8,
-            seed=1,
-            process_index=index,
-            process_count=count,
-        )
+def test_a_process_reads_its_own_rows_of_the_same_batch(weights):
+    def batches(own=None):
+        sources = [windows_of(20), windows_of(20, first=100)]
+        return training_batches(sources, weights=weights, batch_size=8, seed=1, own=own)
 
     for step in (0, 1, 17):
-        shares = [rows_of(batches(index, processes)[step]) for index in range(processes)]
-        assert {len(share) for share in shares} == {8 // processes}
-        assert sorted(chain(*shares)) == sorted(rows_of(batches(0, 1)[step]))
+        whole = rows_of(batches()[step])
+        for own in (range(4), [2, 3, 6, 7], range(8)):
+            assert rows_of(batches(own)[step]) == [whole[row] for row in own]
+            assert next(iter(batches(own)[step:].to_iter_dataset())).tokens.shape == (len(own), T)
 
 
 def test_weights_are_shares_of_the_rows_whatever_the_sizes():
@@ -93,16 +87,9 @@ def test_evaluation_has_every_window_once_and_fills_up_with_blank_rows():
     assert all(batch.mask.all() for batch in list(batches)[:2])
 
 
-def test_evaluation_is_shared_by_processes_in_equal_numbers_of_batches():
-    shares = [
-        evaluation_batches([windows_of(5)], batch_size=4, process_index=index, process_count=2)
-        for index in range(2)
-    ]
-    assert [len(share) for share in shares] == [2, 2]
-    real = [
-        int(row) for share in shares for batch in share for row in batch.tokens[batch.mask.any(axis=1), 0]
-    ]
-    assert sorted(real) == [0, 1, 2, 3, 4]
+def test_processes_have_equal_numbers_of_evaluation_batches():
+    parts = [evaluation_batches([windows_of(5)], batch_size=4, own=own) for own in ([0, 1], [2, 3])]
+    assert [[rows_of(batch) for batch in part] for part in parts] == [[[0, 1], [4, 0]], [[2, 3], [0, 0]]]
 
 
 def test_device_batches_are_global_arrays_and_end_with_the_data():
@@ -136,14 +123,6 @@ def test_fewer_windows_than_a_batch_is_an_error_with_both_numbers():
     ):
         training_batches([windows_of(3), windows_of(2)], batch_size=8, seed=0)
     training_batches([windows_of(8)], batch_size=8, seed=0)
-
-
-@pytest.mark.parametrize(("batch_size", "nearest"), [(7, "6 or 9"), (2, "3")])
-def test_a_batch_size_not_divisible_by_processes_names_the_nearest_ones(batch_size, nearest):
-    with pytest.raises(
-        ConfigError, match=rf"data.batch_size={batch_size} is not divisible by 3 processes; use {nearest}$"
-    ):
-        training_batches([windows_of(9)], batch_size=batch_size, seed=0, process_count=3)
 
 
 def test_without_grain_the_error_has_the_pip_command(monkeypatch):

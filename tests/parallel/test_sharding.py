@@ -19,6 +19,7 @@ from jaxllm.models import ModelConfig, build_model, build_scalar_model
 from jaxllm.models.config import LoRAConfig
 from jaxllm.parallel import sharding
 from jaxllm.parallel.sharding import (
+    AXES,
     BATCH,
     MeshConfig,
     batch_sharding,
@@ -86,7 +87,8 @@ def all_params(config, key):
 )
 def test_the_free_axis_takes_the_remaining_devices(config, shape):
     mesh = make_mesh(config)
-    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    data, fsdp, tensor = shape
+    assert tuple(mesh.shape.items()) == tuple(zip(AXES, (data, fsdp, 1, tensor), strict=True))
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
@@ -100,10 +102,10 @@ def test_a_mesh_takes_the_devices_it_is_given():
     [
         (
             MeshConfig(2, 2, 1),
-            r"data=2 x fsdp=2 x tensor=1 is 4 devices, but there are 8; set one size to -1",
+            r"data=2 x fsdp=2 x sequence=1 x tensor=1 is 4 devices, but there are 8; set one size to -1",
         ),
-        (MeshConfig(-1, 3, 1), r"8 devices are not divisible by fsdp=3 x tensor=1"),
-        (MeshConfig(16, -1, 1), r"8 devices are not divisible by data=16 x tensor=1"),
+        (MeshConfig(-1, 3, 1), r"8 devices are not divisible by fsdp=3 x sequence=1 x tensor=1"),
+        (MeshConfig(16, -1, 1), r"8 devices are not divisible by data=16 x sequence=1 x tensor=1"),
         (MeshConfig(-1, -1, 1), r"at most one of them -1.*'fsdp': -1"),
         (MeshConfig(8, 0, 1), r"1 or more.*'fsdp': 0"),
         (MeshConfig(8, -2, 1), r"1 or more.*'fsdp': -2"),

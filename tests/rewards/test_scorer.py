@@ -74,7 +74,7 @@ def scorer_of(tmp_path, monkeypatch):
 def score(scorer, *texts):
     scoring = scorer.begin([{}] * len(texts))
     scoring.add(range(len(texts)), texts)
-    return scoring.result(np.zeros((len(texts), 1)), np.ones(len(texts)), lambda: None)
+    return scorer.finish(scoring.result(lambda: None), np.zeros((len(texts), 1)), np.ones(len(texts)))
 
 
 # Before a run
