@@ -31,7 +31,6 @@ from jaxllm.losses import (
     whiten,
 )
 from jaxllm.models import Model, Params, ScalarModel, build_model, build_scalar_model
-from jaxllm.models.lora import TRAINED
 from jaxllm.rewards.reward_model import read_statistics
 from jaxllm.rl import hooks, inputs
 from jaxllm.rl.config import RolloutTrainConfig
@@ -168,18 +167,19 @@ def loss_fn(
 
 
 class ActorCritic(NamedTuple):
-    """Two models in one tree of parameters, {"policy", "critic"}. With adapters, the critic has adapters and
-    a head of its own on the policy's frozen weights, and None in their place."""
+    """Two models in one tree of parameters, {"policy", "critic"}. With adapters, the critic has what trains
+    for itself, on the policy's frozen weights, and None in their place."""
 
     policy: Model
     critic: ScalarModel
+    trainable: str
 
     def init(self, key: jax.Array) -> Params:
         policy_key, critic_key = jax.random.split(key)
-        critic = self.critic.init(critic_key)
+        params = {"policy": self.policy.init(policy_key), "critic": self.critic.init(critic_key)}
         if self.policy.config.lora.rank is not None:
-            critic = split_params(critic, TRAINED)[0]
-        return {"policy": self.policy.init(policy_key), "critic": critic}
+            params["critic"] = split_params(params, self.trainable)[0]["critic"]
+        return params
 
 
 def critic_params(params: Params) -> Params:
@@ -191,7 +191,7 @@ def critic_params(params: Params) -> Params:
 def build(config: Config) -> tuple[ActorCritic, LossFn]:
     """The two models and the loss."""
     policy, critic, knobs = build_model(config.model), build_scalar_model(config.model), config.objective
-    return ActorCritic(policy, critic), functools.partial(
+    return ActorCritic(policy, critic, config.trainable), functools.partial(
         loss_fn,
         model=policy,
         critic=critic,

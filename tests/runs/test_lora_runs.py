@@ -144,6 +144,13 @@ def test_a_resumed_ppo_run_ends_as_an_uninterrupted_one(folder, ppo_run, tmp_pat
     assert rows_of(tmp_path / "r") == rows_of(ppo_run)
 
 
+def test_a_critic_has_for_itself_what_trains_besides(folder):
+    config = ppo_config(folder, optimizer__trainable="embed")
+    critic = build_program(config, jax.devices()[:1]).abstract_state.params["critic"]
+    assert critic["embed"]["table"].shape == (512, 64)
+    assert critic["final_norm"]["scale"] is None
+
+
 def test_a_critic_of_another_base_begins_as_the_policy(folder, tmp_path, capsys):
     config = make_config("reward_model", data__train=folder / "reward_model.jsonl", training__steps=4)
     whole = run(config, tmp_path / "whole", init_from=folder / "policy")
