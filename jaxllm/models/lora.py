@@ -58,7 +58,7 @@ def merge_lora(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params
 
     def merged(layer: Params) -> Params:
         if isinstance(kernel := layer.get("kernel"), Quantized):
-            return merged(layer | {"kernel": dequantize(kernel)})
+            return merged(layer | {"kernel": jax.jit(dequantize)(kernel)})
         if "lora" not in layer:
             return {name: merged(x) if isinstance(x, dict) else x for name, x in layer.items()}
         kernel, (a, b) = layer["kernel"], (layer["lora"]["a"], layer["lora"]["b"])
