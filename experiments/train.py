@@ -52,12 +52,16 @@ def main(config: "TrainConfig", flags: "FlagValues") -> None:
     from jaxllm.runs.process import set_up_process
     from jaxllm.runs.program import dry_run
     from jaxllm.runs.train import train
-    from jaxllm.runs.weights import with_model_of
+    from jaxllm.runs.weights import check_init_from, model_note, with_model_of
     from jaxllm.stages import build_program, find_stage
 
     if flags.dry_run:
         set_up_process()
-        print(dry_run(build_program(with_model_of(config, flags.init_from))))
+        check_init_from(flags.init_from)
+        used = with_model_of(config, flags.init_from)
+        if note := model_note(config, used):
+            print(note)
+        print(dry_run(build_program(used)))
         return
     if flags.workdir is None:
         raise ConfigError("--workdir=FOLDER is missing")

@@ -193,7 +193,7 @@ class Program(Generic[ConfigT, ModelT]):
         stored = config.model.param_dtype + (
             "" if quantize == "none" else f" and {quantize} (frozen kernels)"
         )
-        trained = "" if self.num_trained == parameters else f", {self.num_trained:,} of them trained"
+        trained = "" if self.num_trained == parameters else f"; {self.num_trained:,} trained"
         tokens, steps = self.tokens_per_step, config.training.steps
         flops = self.flops_per_token
         rows = data.batch_size // (mesh["data"] * mesh["fsdp"]) // config.training.num_microbatches

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
+
 from jaxllm.config import as_dict, differences, first_few, parse
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder, is_peft_folder
 from jaxllm.models import Params
 from jaxllm.models.config import HOW, ModelConfig
 from jaxllm.models.hf import check_hf, load_hf_config
-from jaxllm.models.lora import adapted_layers
+from jaxllm.models.lora import ADAPTERS, adapted_layers
 from jaxllm.parallel.processes import first_process_decides
 from jaxllm.runs.checkpoints import (
     Base,
@@ -58,7 +60,9 @@ def initial_weights(
         parent, digest = Path(record["path"]), record["hash"]
         base = record_base(record, init_from)
     if parent is None and (rank := program.config.model.lora.rank) is not None:
-        raise ConfigError(f"model.lora.rank={rank} needs --init_from=RUN: adapters change a trained model")
+        raise ConfigError(
+            f"model.lora.rank={rank} needs --init_from: a run or a Hugging Face model, which adapters change"
+        )
 
     def found() -> Path | None:
         if parent is None or not folder.resuming:
@@ -114,9 +118,11 @@ def with_frozen(stage: Stage, program: Program[Any, Any], state: TrainState, bas
     """A state as a checkpoint holds it (`Program.saved`), with the frozen parameters of its base."""
     if base is None:
         return state
-    frozen, name = split_params(program.placed_state.params, program.trainable)[1], stage.policy_prefix
-    policy = read_base_params(base, "this run", frozen[name] if name else frozen)
-    params = frozen | {name: policy} if name else policy
+    wanted, name = program.placed_state.params, stage.policy_prefix
+    # All that the base has: what trains of it, such as the embedding, is then taken from the state.
+    rest = split_params(wanted[name] if name else wanted, ADAPTERS)[1]
+    policy = read_base_params(base, "this run", rest)
+    params = jax.tree.map(lambda _: None, wanted) | {name: policy} if name else policy
     return state._replace(params=merge_params(state.params, params))
 
 
@@ -124,6 +130,12 @@ def initial_params(program: Program[Any, Any], parent: Path, optional: Collectio
     """The weights of a checkpoint. Those under `optional` names may be missing there, and are then fresh, as
     are adapters."""
     return program.complete(read_policy(parent, program.placed_state.params, optional))
+
+
+def check_init_from(init_from: str | None) -> None:
+    """ConfigError where --init_from is neither a run nor a Hugging Face model."""
+    if init_from is not None and folder_with_config(Path(init_from).expanduser()) is None:
+        raise ConfigError(f"--init_from={init_from} does not exist, or holds no config.json")
 
 
 def with_model_of(config: ConfigT, init_from: str | None) -> ConfigT:
@@ -158,7 +170,7 @@ def parent_model(folder: Path) -> ModelConfig:
 
 def folder_with_config(path: Path) -> Path | None:
     """Where a run, RUN/best, a step folder, a Hugging Face model or adapters have a config; None: nowhere."""
-    places = (path, path.parent) if path.name == "best" else (path,)
+    places = (path, path.parent) if path.name in ("best", "checkpoints") else (path,)
     return next((x for x in places if (x / "config.json").exists() or is_peft_folder(x)), None)
 
 

@@ -86,6 +86,16 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(folder, adapted, tmp_path):
     assert arrays_of(tmp_path / "r") == arrays_of(adapted)
 
 
+def test_what_trains_besides_is_resumed_too(folder, tmp_path):
+    config = sft_config(folder, optimizer__trainable="embed")
+    whole = run(config, tmp_path / "whole", init_from=folder / "policy")
+    shutil.copytree(whole, tmp_path / "r")
+    shutil.rmtree(tmp_path / "r" / "checkpoints" / "4")
+    run(config, tmp_path / "r")
+    assert arrays_of(tmp_path / "r") == arrays_of(whole)
+    assert "params/embed/table" in arrays_of(whole)
+
+
 def test_adapters_are_of_their_base_alone(folder, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(folder / "policy", base)
@@ -120,7 +130,7 @@ def test_training_continues_with_the_adapters_of_a_parent_or_with_them_merged(fo
 
 
 def test_adapters_need_a_trained_model(folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"model.lora.rank=2 needs --init_from=RUN"):
+    with pytest.raises(ConfigError, match=r"model.lora.rank=2 needs --init_from: a run or"):
         run(sft_config(folder), tmp_path / "r")
 
 
@@ -205,7 +215,7 @@ def test_the_optimizer_holds_what_trains_and_the_dry_run_says_so(folder):
     text = dry_run(program)
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert f"{total:,} parameters" in text
-    assert f"{sum(trained) // 4:,} of them trained" in text
+    assert f"; {sum(trained) // 4:,} trained)" in text
     assert f"state: {sum(trained) / 1e9:.3f} GB trained parameters + " in text
     assert (
         json.loads((checkpoint_of(folder / "policy") / "config.json").read_text())["model"]["lora"]["rank"]
