@@ -120,7 +120,10 @@ def test_an_unknown_stage_of_a_pipeline_is_an_error_that_lists_the_stages():
         ({"training__num_microbatches": "3"}, "data.batch_size=16 .*training.num_microbatches=3: use 24"),
         ({"training__num_microbatches": "0"}, "training.num_microbatches=0 must be at least 1"),
         ({"training__steps": "0"}, "training.steps=0 must be at least 1"),
-        ({"mesh__data": "3"}, "mesh: data=3 x fsdp=1 x tensor=1 is 3 devices, but there are 8; set one"),
+        (
+            {"mesh__data": "3"},
+            "mesh: data=3 x fsdp=1 x sequence=1 x tensor=1 is 3 devices, but there are 8; set one",
+        ),
         ({"mesh__fsdp": "-1"}, "at most one of them -1"),
         ({"data__sequence_length": "1024"}, "data.sequence_length=1024 is over model.max_length=512"),
         ({"model__num_kv_heads": "3"}, "model.num_kv_heads=3 does not divide model.num_heads=4"),

@@ -144,7 +144,9 @@ def ppo_batch(rollout, values, step=4, **changes):
         kl=lambda *_: (zeros, np.where(rollout.mask, np.float32(0.25), 0)),
         importance_weights=lambda *_: None,
     )
-    batch, row = algorithm.make_batch(SimpleNamespace(step=step, params={"policy": 0, "critic": 0}), rollout)
+    batch, row = algorithm.make_batch(
+        SimpleNamespace(step=step, params={"policy": {}, "critic": {}}), rollout
+    )
     return batch, row, algorithm.kl_coefficient
 
 

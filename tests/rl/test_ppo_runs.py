@@ -254,7 +254,7 @@ def test_an_unsuitable_reward_model_is_an_error_with_the_fix(folder, tmp_path):
     check_error("policy", "is not a reward model; pass the run of one")
     no_evaluation = {"training__evaluate_every": 0, "training__steps": 2, "checkpoint__best_metric": None}
     train_reward_model(folder, "unmeasured", **no_evaluation)
-    check_error("unmeasured", r"without an evaluation.*set reward.normalize=False")
+    check_error("unmeasured", r"without an evaluation.*set reward.normalize=false")
     train_reward_model(folder, "foreign", init_from=None)
     check_error("foreign", "another tokenizer than the policy: train it from the same model")
     larger = {"model__num_layers": 2, "tokenizer__path": folder / "policy" / "tokenizer.model"}

@@ -69,7 +69,7 @@ def test_two_processes_stopped_and_resumed_equal_one(folder, tmp_path):
     codes, outputs = end(started)
     assert codes == [75, 75], outputs
     assert "all processes save and stop after the same step" in outputs[0]
-    assert "devices as PROCESS.DEVICE: data x fsdp x tensor = [[[0.0] [1.0]]]" in outputs[0]
+    assert "devices as PROCESS.DEVICE: data x fsdp x sequence x tensor = [[[[0.0]] [[1.0]]]]" in outputs[0]
     assert "\nstep " not in outputs[1]  # what it prints is in a file of its own
     codes, outputs = end(start(folder, two))
     assert codes == [0, 0], outputs

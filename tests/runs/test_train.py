@@ -200,7 +200,7 @@ def test_a_run_on_a_mesh_prints_its_start_up_report(text, tmp_path, capsys):
     run(config, tmp_path / "mesh")
     printed = capsys.readouterr().out
     for line in (
-        r"devices: 8 x cpu \(cpu\), mesh data=2 x fsdp=2 x tensor=2",
+        r"devices: 8 x cpu \(cpu\), mesh data=2 x fsdp=2 x sequence=1 x tensor=2",
         r"model: [\d,]+ parameters",
         r"batch: 8 rows, 256 tokens of 32 a sequence; 2 rows a device at a time",
         r"400 rows read, 400 kept",

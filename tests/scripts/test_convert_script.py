@@ -171,7 +171,9 @@ def test_an_export_keeps_what_generation_config_says_of_its_source(convert, expo
     shutil.copytree(exported, tmp_path / "hf")
     ids = json.loads((exported / "generation_config.json").read_text())
     kept = {"temperature": 0.6, "do_sample": True, "transformers_version": "4.51.0"}
-    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(kept | {"eos_token_id": 1}))
+    (tmp_path / "hf" / "generation_config.json").write_text(
+        json.dumps(kept | {"eos_token_id": ids["eos_token_id"][0]})
+    )
     assert convert("export", f"--checkpoint={tmp_path / 'hf'}", f"--output={tmp_path / 'again'}") == 0
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == kept | ids
     for file in exported.iterdir():
