@@ -419,7 +419,7 @@ def test_a_reward_model_trains_from_a_reward_model_its_head_alone_if_wanted(
     before, after = params_of(reward_run[0], program), params_of(tmp_path / "head", program)
     assert not np.array_equal(before.pop("scalar_head")["kernel"], after.pop("scalar_head")["kernel"])
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    assert "32 of them trained" in capsys.readouterr().out
+    assert "; 32 trained)" in capsys.readouterr().out
     first = read_metrics(tmp_path / "head" / "metrics.jsonl")[0]
     assert first["eval/accuracy"] == 1.0  # step 0 has the head of the parent
 
