@@ -74,59 +74,35 @@ def attend_xla(
     """Attention in blocks of queries, each over only the keys that causality and the window allow.
 
     Half the work of a full square; the backward pass recomputes the scores, so no [B, H, T, T] is stored.
+    Where each device has a part of every row's tokens, its queries attend to the keys of all parts; which of
+    these are later is not known when it compiles, so that all are computed.
     """
     B, T, H, h = q_BTHh.shape
     K = k_BTKh.shape[2]
+    offset, segment_ids_BS = 0, segment_ids_BT
+    if split := sequence.is_split():
+        offset = sequence.first_position(T)
+        k_BTKh, v_BTKh, segment_ids_BS = jax.tree.map(sequence.gathered, (k_BTKh, v_BTKh, segment_ids_BT))
+    S = k_BTKh.shape[1]
     q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
     k, v = k_BTKh.transpose(0, 2, 1, 3), v_BTKh.transpose(0, 2, 1, 3)
     block = max(64, -(-T // 8))  # at most 8 blocks: more would only make the program larger
 
-    def attend_block(start: int, q: Array, k: Array, v: Array, segment_ids_BT: Array | None) -> jax.Array:
+    def attend_block(
+        start: int, q: Array, k: Array, v: Array, queries_BT: Array | None, keys_BS: Array | None
+    ) -> jax.Array:
         stop = min(start + block, T)
-        first = 0 if window is None else max(0, start - window + 1)
-        queries, keys = jnp.arange(start, stop), jnp.arange(first, stop)
+        first = 0 if split or window is None else max(0, start - window + 1)
+        last = S if split else stop
+        queries, keys = offset + jnp.arange(start, stop), jnp.arange(first, last)
         mask = causal_mask(queries[:, None], keys[None, :], window)[None, None, None]
-        if segment_ids_BT is not None:
-            same = segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, first:stop]
+        if queries_BT is not None and keys_BS is not None:
+            same = queries_BT[:, start:stop, None] == keys_BS[:, None, first:last]
             mask = mask & same[:, None, None]
-        return attend(q[..., start:stop, :], k[:, :, first:stop], v[:, :, first:stop], mask, config)
+        return attend(q[..., start:stop, :], k[:, :, first:last], v[:, :, first:last], mask, config)
 
     attend_block = jax.checkpoint(attend_block, static_argnums=0)  # saves q, k, v and not their slices
-    blocks = [attend_block(start, q, k, v, segment_ids_BT) for start in range(0, T, block)]
-    out = jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
-    return checkpoint_name(out, OUTPUT_NAME)
-
-
-def attend_split(
-    q_BTHh: Array,
-    k_BTKh: Array,
-    v_BTKh: Array,
-    segment_ids_BT: Array | None,
-    window: int | None,
-    config: ModelConfig,
-) -> jax.Array:
-    """Attention where each device has a part of every row's tokens: its queries to the keys of all parts.
-
-    The mask makes it causal. Which keys are later is not known when it compiles, so that they are computed.
-    """
-    B, T, H, h = q_BTHh.shape
-    K = k_BTKh.shape[2]
-    first, block = sequence.first_position(T), max(64, -(-T // 8))
-    q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
-    k, v = (sequence.gathered(jnp.asarray(x)).transpose(0, 2, 1, 3) for x in (k_BTKh, v_BTKh))
-    segments_BS = None if segment_ids_BT is None else sequence.gathered(jnp.asarray(segment_ids_BT))
-    keys = jnp.arange(k.shape[2])
-
-    def attend_block(start: int, q: Array, k: Array, v: Array) -> jax.Array:
-        stop = min(start + block, T)
-        mask = causal_mask(first + jnp.arange(start, stop)[:, None], keys[None, :], window)[None, None, None]
-        if segment_ids_BT is not None and segments_BS is not None:
-            same = segment_ids_BT[:, start:stop, None] == segments_BS[:, None]
-            mask = mask & same[:, None, None]
-        return attend(q[..., start:stop, :], k, v, mask, config)
-
-    attend_block = jax.checkpoint(attend_block, static_argnums=0)  # saves q, k, v and not the scores
-    blocks = [attend_block(start, q, k, v) for start in range(0, T, block)]
+    blocks = [attend_block(start, q, k, v, segment_ids_BT, segment_ids_BS) for start in range(0, T, block)]
     out = jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
     return checkpoint_name(out, OUTPUT_NAME)
 
@@ -271,8 +247,8 @@ class Attention(nn.Module):
             out_BTHh = attend_cache(q_BTHh, cache, context.positions_BT, window, c)
         else:
             implementation = {"xla": attend_xla, "cudnn": attend_cudnn, "splash": attend_splash}[c.attention]
-            if sequence.is_split():
-                implementation = attend_split
+            if sequence.is_split():  # the kernels know of no parts
+                implementation = attend_xla
             out_BTHh = implementation(q_BTHh, k_BTKh, v_BTKh, context.segment_ids_BT, window, c)
         output = Linear(c, c.width, c.output_bias, scale=0.5 / c.num_layers, name="output")
         return output(out_BTHh.reshape(B, T, -1)), cache
