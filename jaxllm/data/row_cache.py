@@ -6,6 +6,7 @@ format is read anew.
 """
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +28,7 @@ from jaxllm.data.source_cache import (
     Part,
     complete,
     drop_unusable,
+    id_dtype,
     in_batches,
     mapped,
     mapped_tokens,
@@ -113,7 +115,7 @@ def cached_examples(
     key = xxhash.xxh3_128_hexdigest(repr(identity).encode("utf-8", "surrogatepass"))
 
     def build(folder: Path) -> None:
-        dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
+        dtype = id_dtype(tokenizer.vocab_size)
         options = {"rename": tuple(config.rename), "dtype": dtype, "policy": policy}
         encode = functools.partial(encode_rows, encode=encoder.encode, **options)
         try:
@@ -123,14 +125,12 @@ def cached_examples(
                 rename.merge(_merged(folder / _NOTES))
             drop_unusable(folder, bad_rows)
             raise
-        content = xxhash.xxh3_128()
         with (folder / _CONTENT).open("rb") as file:
-            while block := file.read(2**24):
-                content.update(block)
+            fingerprint = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
         meta = {
             "source": source.name,
             "dtype": dtype.name,
-            "fingerprint": content.hexdigest(),
+            "fingerprint": fingerprint,
             "sequences": (folder / "offsets").stat().st_size // 8 - 1,
             "notes": _merged(folder / _NOTES),
             "counts": asdict(counts),

@@ -147,6 +147,11 @@ class Progress:
         self.bar.close()
 
 
+def id_dtype(vocab_size: int) -> np.dtype:
+    """The smallest dtype of a cache's token ids."""
+    return np.dtype("uint16" if vocab_size <= 2**16 else "uint32")
+
+
 def mapped(path: Path, dtype: str, size: int | None = None) -> np.ndarray:
     """The array of a file, memory-mapped. ValueError where it does not have `size` elements, or no whole
     number of them."""

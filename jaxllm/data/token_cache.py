@@ -20,6 +20,7 @@ from jaxllm.data.source_cache import (
     Part,
     complete,
     drop_unusable,
+    id_dtype,
     in_batches,
     mapped,
     mapped_tokens,
@@ -58,7 +59,7 @@ def cached_tokens(
     key = xxhash.xxh3_128_hexdigest(f"{_FORMAT} {source.content_hash} {tokenizer.hash}".encode())
 
     def build(folder: Path) -> None:
-        dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
+        dtype = id_dtype(tokenizer.vocab_size)
         encode = functools.partial(tokenize, tokenizer=tokenizer, dtype=dtype, policy=policy)
         try:
             counts = write_source(folder, source, encode, ("text_hashes", "text_keys"), policy, _batches)

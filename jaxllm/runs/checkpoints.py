@@ -85,6 +85,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
+def read_model(folder: Path) -> ModelConfig:
+    """The model of any folder that `read_config` reads."""
+    return parse(ModelConfig, read_config(folder)["model"], "model")
+
+
 def read_metadata(folder: Path) -> dict[str, Any]:
     """What a run saved with the arrays of a step folder; nothing in a Hugging Face model or adapters."""
     if is_hf_folder(folder) or is_peft_folder(folder):
@@ -113,14 +118,17 @@ class Base(NamedTuple):
     """The checkpoint with the frozen weights that adapters belong to."""
 
     path: Path  # a step folder, or a Hugging Face model
-    hash: str
+    hash: str | None  # None: unknown, as PEFT's files say none
+
+    def hashed(self) -> "Base":
+        """With the hash of its content, which is read where it is unknown."""
+        return self._replace(hash=self.hash or checkpoint_hash(self.path))
 
 
 def read_base(folder: Path) -> Base | None:
     """The base of a folder that holds adapters alone; None where it holds all parameters."""
     if is_peft_folder(folder):
-        path = read_peft(folder).base
-        return Base(path, checkpoint_hash(path))
+        return Base(read_peft(folder).base, hash=None)
     base = read_metadata(folder).get("base")
     return None if base is None else Base(Path(base["path"]), base["hash"])
 
@@ -196,7 +204,8 @@ def read_base_params(base: Base, adapters: Path | str, wanted: Any, optional: Co
         raise CheckpointError(
             f"{adapters} holds adapters of {base.path}, which is missing: move it back, or put a link there"
         )
-    if checkpoint_hash(find_checkpoint(base.path)) != base.hash:  # and none of its files is damaged
+    found = find_checkpoint(base.path)  # none of its files is damaged
+    if base.hash is not None and checkpoint_hash(found) != base.hash:
         raise CheckpointError(
             f"{adapters} holds adapters of {base.path}, which has changed since: its hash was {base.hash}"
         )
@@ -205,7 +214,7 @@ def read_base_params(base: Base, adapters: Path | str, wanted: Any, optional: Co
 
 def read_merged(folder: Path, wanted: Any, optional: Collection[str] = ()) -> Params:
     """The parameters of a folder with adapters as those of a model without, which computes the same."""
-    config = parse(ModelConfig, read_config(folder)["model"], "model")
+    config = read_model(folder)
     abstract = jax.eval_shape(build_model(config).init, jax.random.key(0))["blocks"]
     sharding = jax.tree.leaves(wanted)[0].sharding
     if isinstance(sharding, NamedSharding):

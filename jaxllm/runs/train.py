@@ -246,7 +246,7 @@ def parent_record(initial: InitialWeights) -> dict[str, Any] | None:
     return record if initial.base is None else record | {"base": base_record(initial.base)}
 
 
-def base_record(base: Base) -> dict[str, str]:
+def base_record(base: Base) -> dict[str, str | None]:
     """What run.json and the checkpoints of a run with adapters hold of their base."""
     return {"path": str(base.path), "hash": base.hash}
 

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 import jax
 
-from jaxllm.config import as_dict, differences, first_few, parse
+from jaxllm.config import as_dict, differences, first_few
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder, is_peft_folder
 from jaxllm.models import Params
-from jaxllm.models.config import HOW, ModelConfig
-from jaxllm.models.hf import check_hf, load_hf_config
+from jaxllm.models.config import HOW
+from jaxllm.models.hf import check_hf
 from jaxllm.models.lora import ADAPTERS, adapted_layers
 from jaxllm.parallel.processes import first_process_decides
 from jaxllm.runs.checkpoints import (
@@ -23,6 +23,7 @@ from jaxllm.runs.checkpoints import (
     read_base_params,
     read_config,
     read_kind,
+    read_model,
     read_policy,
 )
 from jaxllm.runs.config import TrainConfig
@@ -89,8 +90,8 @@ def base_of(config: TrainConfig, parent: Path, name: str) -> Base | None:
         return None
     base = read_base(parent)
     if base is None:
-        return Base(parent, checkpoint_hash(parent))
-    given, here = parent_model(parent).lora, config.model.lora
+        return Base(parent, hash=None).hashed()
+    given, here = read_model(parent).lora, config.model.lora
     fields = ["rank", "alpha", "rank_stabilized"]
     differ = [field for field in fields if getattr(given, field) != getattr(here, field)]
     if adapted_layers(given, config.model) != adapted_layers(here, config.model):
@@ -101,7 +102,7 @@ def base_of(config: TrainConfig, parent: Path, name: str) -> Base | None:
             f"{', '.join(found)}; set these fields as there, or merge them first (experiments/convert.py "
             f"export)"
         )
-    return base
+    return base.hashed()
 
 
 def record_base(record: Mapping[str, Any], init_from: str | None) -> Base | None:
@@ -143,8 +144,7 @@ def with_model_of(config: ConfigT, init_from: str | None) -> ConfigT:
     stays as the config says."""
     if init_from is None or (folder := folder_with_config(Path(init_from).expanduser())) is None:
         return config
-    model = load_hf_config(folder) if is_hf_folder(folder) else parent_model(folder)
-    model = replace(model, **{name: getattr(config.model, name) for name in HOW})
+    model = replace(read_model(folder), **{name: getattr(config.model, name) for name in HOW})
     return replace(config, model=model)
 
 
@@ -161,11 +161,6 @@ def model_note(config: TrainConfig, used: TrainConfig) -> str | None:
     """What of config.model is not used because --init_from has a model; None where nothing differs."""
     found = list(differences(as_dict(config)["model"], as_dict(used)["model"], "model"))
     return f"note: the model is that of --init_from: {first_few(found)}" if found else None
-
-
-def parent_model(folder: Path) -> ModelConfig:
-    """The model of a run folder or of a step folder."""
-    return parse(ModelConfig, read_config(folder)["model"], "model")
 
 
 def folder_with_config(path: Path) -> Path | None:

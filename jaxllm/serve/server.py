@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax
 
-from jaxllm.config import parse
 from jaxllm.errors import ConfigError, RunError
 
 try:
@@ -24,11 +23,11 @@ except ImportError as error:
 
 from jaxllm.data.records import check_rename
 from jaxllm.evaluation.completions import read_messages
-from jaxllm.models import ModelConfig, build_model
+from jaxllm.models import build_model
 from jaxllm.models.config import for_platform
 from jaxllm.rollout.engine import IDLE, Engine
 from jaxllm.rollout.sampling import SamplingConfig
-from jaxllm.runs.checkpoints import check_generates, checkpoint_template, load_folder, read_config, read_kind
+from jaxllm.runs.checkpoints import check_generates, checkpoint_template, load_folder, read_kind, read_model
 from jaxllm.runs.process import set_up_process
 from jaxllm.serve.app import build_app
 from jaxllm.serve.comparison_queue import ComparisonQueue, Messages
@@ -167,9 +166,7 @@ def plan_memory(folders: Mapping[str, Path], rows: int, max_length: int | None) 
     models = {}
     for name, folder in folders.items():
         check_generates(read_kind(folder), f"--checkpoint={name}")
-        config = for_platform(
-            parse(ModelConfig, read_config(folder)["model"], "model"), jax.default_backend()
-        )
+        config = for_platform(read_model(folder), jax.default_backend())
         params = jax.tree.leaves(jax.eval_shape(build_model(config).init, jax.random.key(0)))
         models[name] = Sizes(config, sum(math.prod(x.shape) * x.dtype.itemsize for x in params))
     planned = fitting_plan(models, rows, max_length, available_memory())

@@ -252,7 +252,8 @@ def critic_folder(config: Config, parent: Path) -> Path | None:
     weights.check_shape(config, folder, f"{name} (initializes the critic)")
     if config.model.lora.rank is None:
         return folder
-    if read_base(folder) != weights.base_of(config, parent, "--init_from"):
+    base = read_base(folder)
+    if base is None or base.hashed() != weights.base_of(config, parent, "--init_from"):
         print(f"note: the critic begins as the policy, whose frozen weights it shares: {name} has others")
         return None
     weights.base_of(config, folder, f"{name} (initializes the critic)")

@@ -68,7 +68,7 @@ def test_training_continues_with_them(adapters, rows, tmp_path):
     fields |= {"model.lora.targets": "attention/query|mlp/down", "training.steps": "1"}
     train_stage("sft_chat", tmp_path / "run", str(adapters), **fields | {"optimizer.learning_rate": "1e-9"})
     np.testing.assert_allclose(logits(tmp_path / "run"), logits(adapters), atol=1e-5)
-    assert read_base(find_checkpoint(tmp_path / "run")) == read_base(adapters)
+    assert read_base(find_checkpoint(tmp_path / "run")) == read_base(adapters).hashed()
     with pytest.raises(ConfigError, match=r"--init_from=.* has adapters .*: rank 2 -> 3, targets"):
         train_stage(
             "sft_chat",
