@@ -83,6 +83,13 @@ def reward_model(rows, chat_model):
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for what runs keep between them."""
+    monkeypatch.setenv("JAXLLM_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def run_process(tmp_path):
     """(script, *flags, stdin="") -> exit code, stdout and stderr of a process in an empty folder."""
 

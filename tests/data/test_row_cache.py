@@ -18,6 +18,8 @@ from jaxllm.errors import ConfigError, DataError
 from jaxllm.files import CACHE_VARIABLE
 from jaxllm.stages.dpo import ReferenceConfig
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 ROLES = ("system", "user", "assistant", "tool", "end")
 
 
@@ -80,13 +82,6 @@ def records(kind, count=40):
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty folder for caches."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from jaxllm.data.token_cache import cached_tokens
 from jaxllm.errors import DataError
 from jaxllm.files import CACHE_VARIABLE
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 SKIP = BadRowPolicy("skip", 0.5)
 STOP = BadRowPolicy("stop", 0.5)
 
@@ -42,13 +44,6 @@ def unreadable(content_hash="hash") -> Source:
         raise AssertionError("the source was read")
 
     return Source("a.jsonl", content_hash, 1, rows)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty folder for caches."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from jaxllm.data.examples import Example
 from jaxllm.data.preferences import PairRows
 from jaxllm.errors import Stopped
 from jaxllm.evaluation.reference import reference_log_probs
-from jaxllm.files import CACHE_VARIABLE
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def pairs(lengths) -> PairRows:
@@ -22,12 +23,6 @@ def pairs(lengths) -> PairRows:
 
 SOURCES = (pairs(range(1, 8)), pairs(range(11, 15)))  # 7 and 4 pairs: batches of 2, the last of them padded
 EXPECTED = [[n, n + 1] for n in (*range(1, 8), *range(11, 15))]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
