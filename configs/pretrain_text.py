@@ -79,6 +79,9 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.optimizer.clip_norm = 1.0  # None: no clipping
     config.optimizer.muon_momentum = 0.95
     config.optimizer.trainable = ""  # regular expression: train only parameters whose path has a match
+    # Sizes at which learning_rate was tuned; rates and initial weights of this size follow (muP). None: do not.
+    config.optimizer.base_width = config_dict.placeholder(int)
+    config.optimizer.base_layers = config_dict.placeholder(int)
 
     config.mesh = ConfigDict()  # devices along each axis; -1: all that are left
     config.mesh.data = -1  # data parallelism: copies of the model

@@ -53,6 +53,8 @@ ADDED: dict[str, tuple[str, Any]] = {
     "objective.critic_clip_norm": ("objective.critic_warmup", None),
     "data.template_options": ("data.template", []),
     "data.validation_tokens": ("data.text_key", None),
+    "optimizer.base_width": ("optimizer.learning_rate", None),
+    "optimizer.base_layers": ("optimizer.learning_rate", None),
     "model.mlp": ("model.mlp_width", "gated"),
     "model.position_embedding": ("model.rope_theta", "rotary"),
     "model.local_rope_theta": ("model.rope_theta", None),

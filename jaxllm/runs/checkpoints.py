@@ -26,7 +26,10 @@ from jaxllm.models.hf.peft import fill_adapters, load_peft_config, read_peft
 from jaxllm.models.lora import ADAPTERS, merge_lora
 from jaxllm.models.quantize import is_quantized, quantize, unquantized
 from jaxllm.parallel.sharding import path_name, placed
+from jaxllm.runs.config import factors_of
 from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint, read_arrays, saved_dtypes
+from jaxllm.training.optimizer import OptimizerConfig
+from jaxllm.training.parametrization import scaled
 from jaxllm.training.state import init_state, is_none, merge_params, split_params
 
 HEADS = ("head", "scalar_head")  # a language model has the first, and lacks the second
@@ -248,8 +251,12 @@ def load_folder(
     model: Model | ScalarModel = build_model(trained) if kind.generates else build_scalar_model(trained)
     wanted = jax.eval_shape(model.init, jax.random.key(0))
     if untrained:
-        key = jax.random.key(config["seed"])
-        params = init_state(key, init=jax.jit(model.init), optimizer=optax.identity()).params
+        init = factors_of(parse(OptimizerConfig, config["optimizer"], "optimizer"), trained).init
+        params = init_state(
+            jax.random.key(config["seed"]),
+            init=jax.jit(lambda key: scaled(model.init(key), init)),
+            optimizer=optax.identity(),
+        ).params
     else:
         params = read_policy(folder, wanted if mesh is None else placed(wanted, mesh))
     return LoadedModel(folder, kind, model, params, tokenizer, read_metadata(folder))

@@ -12,6 +12,7 @@ from jaxllm.parallel.sharding import MeshConfig
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.training.loop import LoopConfig
 from jaxllm.training.optimizer import OptimizerConfig, ParameterGroup
+from jaxllm.training.parametrization import Factors, size_factors
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,17 @@ class TrainConfig:
     def parameter_group(self) -> ParameterGroup | None:
         """Parameters that are trained otherwise than the rest, if any."""
         return None
+
+
+def factors_of(optimizer: OptimizerConfig, model: ModelConfig) -> Factors:
+    """What initial weights and learning rates are multiplied by for the size of the model."""
+    width, layers = optimizer.base_width, optimizer.base_layers
+    if width is None and layers is None:
+        return Factors({}, {})
+    if model.zero_centered_norm:  # its final norm cannot be scaled by a factor
+        raise ConfigError(
+            "optimizer.base_width and base_layers do not support model.zero_centered_norm: set them to none"
+        )
+    return size_factors(
+        optimizer.name, model.width / (width or model.width), model.num_layers / (layers or model.num_layers)
+    )

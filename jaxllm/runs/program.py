@@ -24,9 +24,10 @@ from jaxllm.parallel.sharding import (
     placed,
     shardings,
 )
-from jaxllm.runs.config import TrainConfig
+from jaxllm.runs.config import TrainConfig, factors_of
 from jaxllm.training.metrics import parameter_count
 from jaxllm.training.optimizer import make_optimizer, make_schedule
+from jaxllm.training.parametrization import scaled
 from jaxllm.training.state import TrainState, init_state, is_none, merge_params, split_params
 from jaxllm.training.step import LossFn, train_step
 
@@ -90,9 +91,15 @@ class Program(Generic[ConfigT, ModelT]):
         self.model = cast(ModelT, model)
         self.batch_shapes = stage.batch_shapes(config)
         self.schedule = make_schedule(config.optimizer, config.training.steps)
-        optimizer = make_optimizer(config.optimizer, self.schedule, config.parameter_group)
+        factors = factors_of(config.optimizer, config.model)
+        optimizer = make_optimizer(config.optimizer, self.schedule, config.parameter_group, factors.rate)
         self.trainable = trainable = config.trainable
-        self.init = functools.partial(init_state, init=model.init, optimizer=optimizer, trainable=trainable)
+        self.init = functools.partial(
+            init_state,
+            init=lambda key: scaled(model.init(key), factors.init),
+            optimizer=optimizer,
+            trainable=trainable,
+        )
         self.abstract_state = jax.eval_shape(self.init, jax.random.key(config.seed))
         self.shardings = shardings(self.abstract_state, self.mesh)
         self.batch_sharding = batch_sharding(self.mesh)

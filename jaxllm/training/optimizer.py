@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -10,6 +11,7 @@ import optax
 
 from jaxllm.errors import ConfigError
 from jaxllm.parallel.sharding import matching
+from jaxllm.training.parametrization import scaled
 
 # The embedding and the head act row by row rather than as maps between features: Muon leaves them, and all
 # vectors, to AdamW.
@@ -34,11 +36,16 @@ class OptimizerConfig:
     clip_norm: float | None  # gradients of a larger global norm are scaled down to it; None: never
     muon_momentum: float
     trainable: str  # regular expression: only parameters with it in their path are trained; "": all
+    base_width: int | None  # the learning rate was tuned at this width: see `parametrization`; None: at any
+    base_layers: int | None  # and at this depth
 
     def __post_init__(self):
         for name in ("learning_rate", "final_learning_rate", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must not be negative")
+        for name in ("base_width", "base_layers"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"optimizer.{name}={value} must be at least 1, or none")
         for name in ("decay_pattern", "trainable"):
             try:
                 re.compile(getattr(self, name))
@@ -109,11 +116,14 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, group: ParameterGroup | None = None
+    config: OptimizerConfig,
+    schedule: optax.Schedule,
+    group: ParameterGroup | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
     """Gradient clipping, update direction, weight decay and learning rate, in this order.
 
-    AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: see `scale_by_muon`. Raises ConfigError for
+    `rates` multiply the update of the parameters whose path has a match, but not their weight decay. AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: see `scale_by_muon`. Raises ConfigError for
     an unknown name.
     """
     direction = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
@@ -124,16 +134,18 @@ def make_optimizer(
         )
     elif config.name != "adamw":
         raise ConfigError(f"optimizer.name={config.name!r}: choose one of adamw, muon")
-    clip, rates = clip_by(config.clip_norm), [optax.scale_by_learning_rate(schedule)]
+    if rates:
+        direction = optax.chain(direction, optax.stateless(lambda updates, _: scaled(updates, rates)))
+    clip, learning_rates = clip_by(config.clip_norm), [optax.scale_by_learning_rate(schedule)]
     if group is not None:
         inside = functools.partial(matching, group.pattern)
         if group.clip_norm is not None:
             clip = optax.partition({True: clip_by(group.clip_norm), False: clip}, inside)
-        rates.append(optax.masked(optax.scale(group.rate), inside))
+        learning_rates.append(optax.masked(optax.scale(group.rate), inside))
     decay = optax.add_decayed_weights(
         config.weight_decay, mask=lambda params: matching(config.decay_pattern, params)
     )
-    return optax.chain(clip, direction, decay, *rates)
+    return optax.chain(clip, direction, decay, *learning_rates)
 
 
 def clip_by(norm: float | None) -> optax.GradientTransformation:

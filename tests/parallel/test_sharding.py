@@ -59,6 +59,8 @@ def abstract_state(config, optimizer_name):
             clip_norm=1.0,
             muon_momentum=0.95,
             trainable="",
+            base_width=None,
+            base_layers=None,
         ),
         lambda count: 1e-3 * jnp.ones_like(count, jnp.float32),
     )

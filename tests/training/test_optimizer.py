@@ -26,6 +26,8 @@ CONFIG = OptimizerConfig(
     clip_norm=None,
     muon_momentum=0.95,
     trainable="",
+    base_width=None,
+    base_layers=None,
 )
 
 

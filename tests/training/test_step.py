@@ -160,6 +160,8 @@ def named_optimizer(name):
         clip_norm=1.0,
         muon_momentum=0.95,
         trainable="",
+        base_width=None,
+        base_layers=None,
     )
     return make_optimizer(config, optax.constant_schedule(0.1))
 
