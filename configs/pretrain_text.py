@@ -79,7 +79,7 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.optimizer.clip_norm = 1.0  # None: no clipping
     config.optimizer.muon_momentum = 0.95
     config.optimizer.trainable = ""  # regular expression: train only parameters whose path has a match
-    # Sizes at which learning_rate was tuned; rates and initial weights of this size follow (muP). None: do not.
+    # The size at which learning_rate was tuned; this one's rates and initial weights follow (muP). None: not.
     config.optimizer.base_width = config_dict.placeholder(int)
     config.optimizer.base_layers = config_dict.placeholder(int)
 

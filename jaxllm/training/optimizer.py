@@ -123,8 +123,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Gradient clipping, update direction, weight decay and learning rate, in this order.
 
-    `rates` multiply the update of the parameters whose path has a match, but not their weight decay. AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: see `scale_by_muon`. Raises ConfigError for
-    an unknown name.
+    `rates` multiply the update of the parameters whose path has a match, but not their weight decay. AdamW:
+    Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: see `scale_by_muon`. Raises ConfigError for an
+    unknown name.
     """
     direction = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     if config.name == "muon":

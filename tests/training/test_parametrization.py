@@ -94,9 +94,7 @@ def test_decay_is_not_scaled():
                 jax.tree.map(jnp.zeros_like, state.params), state.opt_state, state.params
             )[0]
         )
-        for made in (
-            program(optimizer__base_width=base, optimizer__weight_decay=0.1) for base in (32, None)
-        )
+        for made in (program(optimizer__base_width=base, optimizer__weight_decay=0.1) for base in (32, None))
         for state in [jax.jit(lambda key, made=made: made.init(key))(jax.random.key(0))]
     )
     for name in ("blocks/attention/query/kernel", "embed/table"):
