@@ -8,13 +8,13 @@ whether held-out metrics differ by more than chance. report.html and report.md a
 the run, or into `report/` for several. The report needs an extra: pip install 'jaxllm[plot]'.
 """
 
-import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
+from jaxllm.command_line import define_run_flags, runs_as_flags
 from jaxllm.config import run_script
 from jaxllm.errors import ConfigError
 
@@ -26,9 +26,7 @@ def define_flags(flag_values: "FlagValues") -> None:
     """This script's flags."""
     from absl import flags
 
-    flags.DEFINE_multi_string(
-        "run", [], "folder of a run or of a pipeline; --run= may be left out", flag_values=flag_values
-    )
+    define_run_flags(flag_values)
     flags.DEFINE_string("output", None, "folder to write the report into", flag_values=flag_values)
 
 
@@ -43,15 +41,6 @@ def main(_: None, flags: "FlagValues") -> None:
     runs = [Path(run).expanduser() for run in flags.run]
     folder = runs[0] if len(runs) == 1 else Path("report")
     print(write_report(runs, folder if flags.output is None else Path(flags.output).expanduser()))
-
-
-def runs_as_flags(argv: list[str]) -> list[str]:
-    """RUN as --run=RUN, except for the value that follows a flag, as in `--output FOLDER`."""
-    takes_value = {"--run", "-run", "--output", "-output"}
-    return argv[:1] + [
-        argument if argument.startswith("-") or before in takes_value else f"--run={argument}"
-        for before, argument in itertools.pairwise(argv)
-    ]
 
 
 if __name__ == "__main__":

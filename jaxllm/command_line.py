@@ -1,6 +1,7 @@
 """Flags that several scripts share. Imports little, so that --help is quick."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -76,3 +77,20 @@ def named_as_flags(flags: Mapping[str, str]) -> Iterator[None]:
             if str(error).startswith(field):
                 raise ConfigError(flag + str(error).removeprefix(field)) from None
         raise
+
+
+def define_run_flags(flag_values: "FlagValues") -> None:
+    """--run, of which there may be several."""
+    from absl import flags
+
+    what = "folder of a run, a pipeline or a sweep; --run= may be left out"
+    flags.DEFINE_multi_string("run", [], what, flag_values=flag_values)
+
+
+def runs_as_flags(argv: list[str]) -> list[str]:
+    """RUN as --run=RUN, except for the value that follows a flag, as in `--output FOLDER`."""
+    takes_value = {"--run", "-run", "--output", "-output", "--metric", "-metric"}
+    return argv[:1] + [
+        argument if argument.startswith("-") or before in takes_value else f"--run={argument}"
+        for before, argument in itertools.pairwise(argv)
+    ]

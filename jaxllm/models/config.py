@@ -222,15 +222,20 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     used.
     """
     heads, layers = config.num_heads * config.head_dim, layer_shapes(config)
-    block = sum(rows * columns for rows, columns in layers.values())
     windows = [layer_window(config, kind) for kind in layer_kinds(config)]
     attended = sum(min(sequence_length / 2, window or sequence_length) for window in windows)
-    matrices = config.num_layers * block + config.width * config.vocab_size
+    matrices = matrix_parameters(config)
     if config.lora.rank is None:
         return 6.0 * matrices + 12.0 * heads * attended
     shapes = [shape for path, shape in layers.items() if config.lora.applies_to(path)]
     adapters = config.num_layers * config.lora.rank * sum(map(sum, shapes))
     return 4.0 * matrices + 6.0 * adapters + 12.0 * heads * attended
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Parameters in the matrix products of a token: of the blocks and the head, tied or not."""
+    block = sum(rows * columns for rows, columns in layer_shapes(config).values())
+    return config.num_layers * block + config.width * config.vocab_size
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -250,6 +250,17 @@ def read_all(paths: list[Path]) -> list[Run | Pipeline]:
     return found
 
 
+def read_trials(paths: list[Path]) -> list[Run]:
+    """The runs in these folders, each a run or a folder of runs; ConfigError where there are none."""
+    found: list[Path] = []
+    for folder in (path.expanduser().absolute() for path in paths):
+        inside = sorted(file.parent for file in folder.glob("*/run.json"))
+        found += [folder] if (folder / "run.json").exists() else inside
+    if not found:
+        raise ConfigError(f"no run in {', '.join(map(str, paths)) or 'no folder'}: pass folders of runs")
+    return [read_run(folder, name) for folder, name in zip(found, distinct_names(found), strict=True)]
+
+
 def distinct_names(folders: list[Path]) -> list[str]:
     """The last part of each path, or as many parts as tell the paths apart."""
     for length in range(1, max(len(folder.parts) for folder in folders) + 1):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments import report as script
+from jaxllm.command_line import runs_as_flags
 from jaxllm.config import load_config, parse, run_script
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig, flops_per_token
@@ -375,7 +376,7 @@ def test_the_script_takes_folders_and_prints_where_the_report_is(run, run_proces
 
 
 def run_report(*flags):
-    return run_script(script.main, None, script.define_flags, script.runs_as_flags(["report.py", *flags]))
+    return run_script(script.main, None, script.define_flags, runs_as_flags(["report.py", *flags]))
 
 
 def test_the_report_is_written_into_the_folder_of_one_run_and_beside_several(run, monkeypatch, capsys):
