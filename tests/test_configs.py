@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 from pathlib import Path
 
 import jax
@@ -65,8 +66,19 @@ def test_a_later_stage_builds_with_the_parameters_of_the_pretrained_model(name):
 
 
 def test_every_config_file_is_tested():
-    tested = {"pretrain_text.py", *PIPELINES, *LATER_STAGES}
+    tested = {"pretrain_text.py", *PIPELINES, *LATER_STAGES, *SWEEPS}
     assert {path.name for path in CONFIGS.glob("*.py")} == tested
+
+
+SWEEPS = ("isoflops.py", "learning_rates.py")
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_trial_of_a_sweep_builds(name):
+    trials = list(importlib.import_module(f"configs.{name.removesuffix('.py')}").sweep())
+    assert len({str(trial) for trial in trials}) == len(trials) > 1
+    for trial in trials:
+        parse_config(name, {field: str(value) for field, value in trial.items()})
 
 
 PIPELINES = {
