@@ -3,7 +3,7 @@
     python experiments/sweep.py --config=configs/learning_rates.py --workdir=runs/rates --launcher=local
     python experiments/report.py runs/rates
 
-The argument is the optimizer: `:muon` or `:adamw`. On built-in text; add --config.data.train=FILE for your own.
+The argument is the optimizer: `:muon` or `:adamw`. On built-in text, or on yours: --config.data.train=FILE.
 """
 
 from collections.abc import Iterator
