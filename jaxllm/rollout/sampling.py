@@ -107,6 +107,38 @@ def within_vocabulary(logits: jax.Array, vocab_size: int | None) -> jax.Array:
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
 
+def relative_probabilities(logits: jax.Array) -> jax.Array:
+    """softmax(logits) over the last axis, before the division by its sum: the largest is 1."""
+    return jnp.exp(logits - logits.max(-1, keepdims=True))
+
+
+BLOCK = 128  # tokens whose probabilities are summed before the sums are
+
+
+def draw(weights: jax.Array, keys: jax.Array) -> jax.Array:
+    """A token for each row of weights [B, V] (at least 0, not all 0), with this probability before the sum.
+
+    By the inverse of the cumulative distribution: first a block of tokens, then a token of it, with a uniform
+    number each, so that only short rows are accumulated. Gumbel noise would need a number for every logit,
+    which takes longer than all else. A token of weight 0 is never drawn.
+    """
+    B, V = weights.shape
+    blocks = jnp.pad(weights, [(0, 0), (0, -V % BLOCK)]).reshape(B, -1, BLOCK)
+    first, second = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys).T
+    block = invert(blocks.sum(-1), first)
+    within = invert(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0], second)
+    return jnp.minimum(block * BLOCK + within, V - 1)  # where weights are NaN
+
+
+def invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The first entry of each row [B, N] at which the cumulative weight exceeds a fraction [B] of all."""
+    cumulative = jnp.cumsum(weights, axis=-1)
+    # Sums round: they may step over an entry of weight 0, and none may exceed the target.
+    found = (cumulative > uniform[:, None] * cumulative[:, -1:]) & (weights > 0)
+    last = weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)
+    return jnp.where(found.any(-1), jnp.argmax(found, axis=-1), last)
+
+
 def sample(
     logits: jax.Array, keys: jax.Array, config: SamplingConfig, vocab_size: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
@@ -127,7 +159,7 @@ def sample(
             kept = top_p(kept, config.top_p)
         if config.min_p is not None:
             kept = min_p(kept, config.min_p)
-        tokens = jax.vmap(jax.random.categorical)(keys, kept)
+        tokens = draw(relative_probabilities(kept), keys)
     temperature = 1.0 if config.greedy else config.temperature
     log_probs = token_log_probs(logits[:, None], tokens[:, None], temperature=temperature)
     return tokens.astype(jnp.int32), log_probs[:, 0]
@@ -169,5 +201,5 @@ def sample_rows(
     kept = where_used(k < V, lambda z: drop_smallest(z, jnp.int32(1), V - k), kept)
     kept = where_used(tail > 0, lambda z: drop_smallest(z, jax.nn.softmax(z, axis=-1), tail), kept)
     kept = where_used(share > 0, lambda z: min_p(z, share), kept)
-    drawn = jax.vmap(jax.random.categorical)(keys, kept)
+    drawn = draw(relative_probabilities(kept), keys)
     return jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)

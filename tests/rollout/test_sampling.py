@@ -122,6 +122,24 @@ def test_tokens_are_sampled_by_their_probability(config, expected):
     assert chi_squared < 17  # at most 3 degrees of freedom: exceeded once in 1400 seeds
 
 
+def test_a_large_vocabulary_is_sampled_by_its_probabilities():
+    """Over several blocks of tokens, with blocks and tokens that never occur."""
+    logits = 2 * jax.random.normal(jax.random.key(3), (700,))
+    logits = logits.at[130:390].set(-jnp.inf).at[::7].set(-jnp.inf)
+    counts = draws(logits, PLAIN, number=100_000)
+    expected = np.asarray(jax.nn.softmax(logits)) * counts.sum()
+    assert len(counts) == 700
+    assert counts[expected == 0].sum() == 0
+    often = expected > 5
+    chi_squared = np.sum((counts[often] - expected[often]) ** 2 / expected[often])
+    assert abs(chi_squared - often.sum()) < 4 * np.sqrt(2 * often.sum())
+
+
+def test_a_row_of_nan_draws_a_token_that_exists():
+    tokens, _ = draw(jnp.full((3, 130), jnp.nan), jax.random.split(jax.random.key(0), 3), PLAIN)
+    assert (np.asarray(tokens) < 130).all()
+
+
 def test_a_row_is_sampled_by_its_own_key_whatever_the_batch():
     logits, keys = random_logits(), jax.random.split(jax.random.key(1), 6)
     tokens, log_probs = draw(logits, keys, PLAIN)
