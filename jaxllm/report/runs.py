@@ -97,13 +97,17 @@ class Run:
     @property
     def flops(self) -> float | None:
         """Of the training updates: tokens times the FLOPs per token by `flops_per_token`."""
+        stage, tokens = self.stage_module, self.tokens
+        unembeds = [stage is None or stage.generates]
+        if stage is not None and stage.policy_prefix:
+            unembeds.append(False)  # the critic
         try:
             model = parse(ModelConfig, self.config["model"], "model")
-            per_token = flops_per_token(model, self.config["data"]["sequence_length"])
+            length = self.config["data"]["sequence_length"]
+            per_token = sum(flops_per_token(model, length, unembeds=each) for each in unembeds)
         except (ConfigError, KeyError, TypeError):
             return None
-        has_critic = self.stage_module is not None and self.stage_module.policy_prefix != ""
-        return None if self.tokens is None else self.tokens * per_token * (2 if has_critic else 1)
+        return None if tokens is None else tokens * per_token
 
     @property
     def parameters(self) -> int | None:

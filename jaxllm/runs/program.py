@@ -189,7 +189,8 @@ class Program(Generic[ConfigT, ModelT]):
     @property
     def flops_per_token(self) -> float:
         """Of training, for all models."""
-        return len(self.models) * flops_per_token(self.config.model, self.config.data.sequence_length)
+        model, length = self.config.model, self.config.data.sequence_length
+        return sum(flops_per_token(model, length, unembeds="scalar_head" not in x) for x in self.models)
 
     def describe(self) -> str:
         """Devices, mesh, parameters and batch arithmetic, in a few lines."""

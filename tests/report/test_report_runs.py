@@ -174,9 +174,9 @@ def test_metrics_and_cost_are_those_of_the_run(run):
         assert f"| {' | '.join(row)} |" in markdown
 
 
-def test_parameters_are_counted_and_ppo_trains_a_critic_too(tmp_path):
+def test_parameters_and_flops_are_of_all_models_that_train(tmp_path):
     found = {}
-    for stage in ("pretrain", "ppo"):
+    for stage in ("pretrain", "reward_model", "ppo"):
         folder = write_run(tmp_path / stage, config(stage))
         for step in (9, 10):  # the newest counts
             checkpoint = folder / "checkpoints" / str(step)
@@ -185,7 +185,10 @@ def test_parameters_are_counted_and_ppo_trains_a_critic_too(tmp_path):
             (checkpoint / "arrays.json").write_text(json.dumps(shapes))
         found[stage] = read_run(folder, stage)
     assert found["ppo"].parameters == 21
-    assert found["ppo"].flops == 2 * found["pretrain"].flops
+    model = config()["model"]
+    head = 6 * model["width"] * model["vocab_size"] * found["ppo"].tokens
+    assert found["reward_model"].flops == found["pretrain"].flops - head
+    assert found["ppo"].flops == found["pretrain"].flops + found["reward_model"].flops
 
 
 @pytest.mark.parametrize("stage", sorted(path.stem for path in (ROOT / "jaxllm/stages").glob("[!_]*.py")))
