@@ -1,16 +1,17 @@
 """What it costs to read a Hugging Face checkpoint: seconds, host memory, and the hash that a run records.
 
-    python benchmarks/hf_import.py [--gigabytes=1] [--rounds=3]
+    python benchmarks/hf_import.py [--gigabytes=1] [--rounds=3] [--devices=8]
 
 A random Llama-like checkpoint of that size (bfloat16, three shards) is written to a temporary folder, and
 read by a process of its own in each round: `load_hf`, then `checkpoint_hash`. On a CPU the parameters
 themselves lie in the memory of the host, so that their size is part of the peak: what is above it, reading
 needed besides. Pages of files do not count, the system takes them back. The files were just written, so no
-round waits for a disk.
+round waits for a disk. Of several `--devices`, on a CPU, each holds its part of the parameters.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -73,13 +74,14 @@ def measure(folder: Path) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from jaxllm.models.hf import load_hf
+    from jaxllm.models.hf import load_hf, load_hf_config
+    from jaxllm.runs.checkpoints import local_mesh
     from jaxllm.training.checkpoint import checkpoint_hash
 
     jnp.zeros(1).block_until_ready()
     start = time.perf_counter()
     with PeakMemory() as memory:
-        _, params = load_hf(folder)
+        _, params = load_hf(folder, mesh=local_mesh(load_hf_config(folder)))
         jax.block_until_ready(params)
     loaded = time.perf_counter()
     checkpoint_hash(folder)
@@ -96,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure is not None:
@@ -104,9 +107,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         size = write_checkpoint(Path(folder), options.gigabytes)
         command = [sys.executable, __file__, f"--measure={folder}"]
+        flags = f"--xla_force_host_platform_device_count={options.devices}"
         rounds = []
         for _ in range(options.rounds):
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            output = subprocess.run(
+                command, check=True, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags}
+            ).stdout
             rounds.append(json.loads(output.splitlines()[-1]))
 
     def column(name: str, scale: float = 1.0) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
 from jaxllm.command_line import (
+    define_dtype,
     define_sampling_flags,
     define_template_options,
     named_as_flags,
@@ -33,6 +34,7 @@ def define_flags(flag_values: "FlagValues") -> None:
     define = flags.DEFINE_string
     define("checkpoint", None, "run folder, RUN/best or step folder", flag_values=flag_values)
     define("system", None, "system message at the start of every conversation", flag_values=flag_values)
+    define_dtype(flag_values)
     define_template_options(flag_values)
     define_sampling_flags(flag_values)
 
@@ -49,6 +51,7 @@ def main(_: None, flags: "FlagValues") -> None:
             system=flags.system,
             template_options=flags.template_options,
             seed=flags.seed,
+            dtype=flags.dtype,
         )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
 from jaxllm.command_line import (
+    define_dtype,
     define_process_flags,
     define_sampling_flags,
     define_template_options,
@@ -50,6 +51,7 @@ def define_flags(flag_values: "FlagValues") -> None:
     flags.DEFINE_bool("untrained", False, "use random weights, by --checkpoint's config and seed", **where)
     flags.DEFINE_integer("samples", 1, "completions of each prompt", **where)
     flags.DEFINE_integer("max_rows", 256, "number of prompts, from the first", **where)
+    define_dtype(flag_values)
     define_template_options(flag_values)
     define_sampling_flags(flag_values)
     define_process_flags(flag_values)
@@ -108,6 +110,7 @@ def main(_: None, flags: "FlagValues") -> None:
             max_rows=flags.max_rows,
             sampling=sampling,
             seed=flags.seed,
+            dtype=flags.dtype,
             output=None if flags.output is None else Path(flags.output).expanduser(),
         )
 

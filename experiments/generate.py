@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from jaxllm.command_line import define_sampling_flags, read_sampling
+from jaxllm.command_line import define_dtype, define_sampling_flags, read_sampling
 from jaxllm.config import run_script
 from jaxllm.errors import ConfigError
 
@@ -27,6 +27,7 @@ def define_flags(flag_values: "FlagValues") -> None:
         "prompt", [""], "text to continue; can be given several times", flag_values=flag_values
     )
     flags.DEFINE_integer("num_samples", 1, "continuations of each prompt", flag_values=flag_values)
+    define_dtype(flag_values)
     define_sampling_flags(flag_values)
 
 
@@ -38,12 +39,13 @@ def main(_: None, flags: "FlagValues") -> None:
 
     from jaxllm.data.show import printable
     from jaxllm.rollout.generate import generate
-    from jaxllm.runs.checkpoints import check_generates, load_checkpoint
+    from jaxllm.runs.checkpoints import check_generates, inference_dtype, load_checkpoint, local_mesh
     from jaxllm.runs.process import set_up_process
 
     sampling = read_sampling(flags)
     set_up_process()
-    loaded = check_generates(load_checkpoint(flags.checkpoint), f"--checkpoint={flags.checkpoint}")
+    loaded = load_checkpoint(flags.checkpoint, local_mesh, dtype=inference_dtype(flags.dtype))
+    check_generates(loaded, f"--checkpoint={flags.checkpoint}")
     model, tokenizer = loaded.model, loaded.tokenizer
     texts = [prompt for prompt in flags.prompt for _ in range(flags.num_samples)]
     completions = generate(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
+from jaxllm.command_line import define_dtype
 from jaxllm.config import run_script
 from jaxllm.errors import ConfigError
 
@@ -29,13 +30,14 @@ def define_flags(flag_values: "FlagValues") -> None:
     flags.DEFINE_string("input", None, "rows to score: .jsonl, .parquet, a dataset", **where)
     flags.DEFINE_string("output", None, "file to write rows and rewards to (.jsonl)", **where)
     flags.DEFINE_list("rename", [], "THEIRS=OURS for each column with another name", **where)
+    define_dtype(flag_values)
 
 
 def main(_: None, flags: "FlagValues") -> None:
     """Score the rows, write them with their rewards, and print means."""
     from jaxllm.data.records import check_rename
     from jaxllm.evaluation.scoring import score_rows
-    from jaxllm.runs.checkpoints import check_scores, load_checkpoint
+    from jaxllm.runs.checkpoints import check_scores, inference_dtype, load_checkpoint, local_mesh
     from jaxllm.runs.process import set_up_process
 
     if flags.input is None:
@@ -45,7 +47,8 @@ def main(_: None, flags: "FlagValues") -> None:
         raise ConfigError(f"--output={flags.output}: there is no such folder")
     check_rename(flags.rename)
     set_up_process()
-    loaded = check_scores(load_checkpoint(flags.checkpoint), f"--checkpoint={flags.checkpoint}")
+    loaded = load_checkpoint(flags.checkpoint, local_mesh, dtype=inference_dtype(flags.dtype))
+    check_scores(loaded, f"--checkpoint={flags.checkpoint}")
     score_rows(loaded, flags.input, rename=flags.rename, output=output)
 
 

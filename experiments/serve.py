@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
 from jaxllm.command_line import (
+    define_dtype,
     define_sampling_flags,
     define_template_options,
     named_as_flags,
@@ -63,6 +64,7 @@ def define_flags(flag_values: "FlagValues") -> None:
     flags.DEFINE_integer(
         "max_length", None, "tokens of a prompt and its completion; default: as many as fit", **where
     )
+    define_dtype(flag_values)
     define_template_options(flag_values)
     define_sampling_flags(flag_values)
 

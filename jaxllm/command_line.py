@@ -42,6 +42,19 @@ def define_template_options(flag_values: "FlagValues") -> None:
     )
 
 
+def define_dtype(flag_values: "FlagValues") -> None:
+    """--dtype."""
+    from absl import flags
+
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16"],
+        "of parameters and computation; default: bfloat16 on GPUs and TPUs, on CPUs as the model was trained",
+        flag_values=flag_values,
+    )
+
+
 def define_process_flags(flag_values: "FlagValues") -> None:
     """Which process of several this is: for launchers that JAX does not know."""
     from absl import flags

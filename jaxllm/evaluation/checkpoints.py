@@ -20,7 +20,13 @@ from jaxllm.parallel.processes import is_first
 from jaxllm.rewards.load import load_reward
 from jaxllm.rewards.pool import json_value
 from jaxllm.rollout.sampling import SamplingConfig
-from jaxllm.runs.checkpoints import check_generates, checkpoint_template, load_checkpoint
+from jaxllm.runs.checkpoints import (
+    check_generates,
+    checkpoint_template,
+    inference_dtype,
+    load_checkpoint,
+    local_mesh,
+)
 
 
 def evaluate_checkpoint(
@@ -38,6 +44,7 @@ def evaluate_checkpoint(
     max_rows: int,
     sampling: SamplingConfig,
     seed: int,
+    dtype: str | None,
     output: Path | None,
 ) -> None:
     """Complete the prompts of a source, score the completions, write them to `output`, and print means.
@@ -46,11 +53,13 @@ def evaluate_checkpoint(
     """
     for reward in rewards:
         load_reward(reward)  # an unknown one is an error before anything is loaded
-    loaded = load_checkpoint(checkpoint, untrained=untrained)
+    dtype = inference_dtype(dtype)
+    loaded = load_checkpoint(checkpoint, local_mesh, dtype=dtype, untrained=untrained)
     check_generates(loaded, f"--checkpoint={checkpoint}")
     reference_model = None
     if reference is not None:
-        reference_model = check_generates(load_checkpoint(reference), f"--reference={reference}")
+        reference_model = load_checkpoint(reference, local_mesh, dtype=dtype)
+        check_generates(reference_model, f"--reference={reference}")
         if reference_model.tokenizer.hash != loaded.tokenizer.hash:
             raise ConfigError(f"--reference={reference} has another tokenizer than --checkpoint")
     if plain:
@@ -68,6 +77,7 @@ def evaluate_checkpoint(
         samples=samples,
         sampling=sampling,
         seed=seed,
+        dtype=dtype,
     )
     if not is_first():  # all have the completions
         return

@@ -23,7 +23,6 @@ from jaxllm.evaluation.preference import mean, numbered
 from jaxllm.losses import overlong_penalty
 from jaxllm.models import Params
 from jaxllm.parallel.global_arrays import gather, share
-from jaxllm.parallel.sharding import MeshConfig, make_mesh
 from jaxllm.random_streams import EVALUATION, stream
 from jaxllm.rewards.pool import Scores
 from jaxllm.rewards.reward_model import RewardModel
@@ -32,7 +31,7 @@ from jaxllm.rollout.collect import collect
 from jaxllm.rollout.generate import Completions, bucket, gather_completions
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.rollout.score import log_probs_in_batches
-from jaxllm.runs.checkpoints import LoadedModel
+from jaxllm.runs.checkpoints import LoadedModel, local_mesh
 from jaxllm.runs.sampling_weights import SamplingWeights
 from jaxllm.training.watchdog import leave_together
 
@@ -275,9 +274,10 @@ def complete_prompts(
     samples: int,
     sampling: SamplingConfig,
     seed: int,
+    dtype: str | None = None,
 ) -> ScoredCompletions:
     """So many completions of each prompt by a checkpoint, with the rewards that `reward.functions` and
-    `reward.model` of a config name."""
+    `reward.model` of a config name; the reward model computes in `dtype`, as in `load_checkpoint`."""
     rewards = RewardConfig(
         functions=tuple(functions),
         weights=(1.0,) * len(functions),
@@ -301,7 +301,8 @@ def complete_prompts(
             normalize=True,
             rows=ROWS,
             length=length,
-            mesh=first_device(),
+            mesh=local_mesh,
+            dtype=dtype,
         )
     with RewardScorer(rewards, model) as scorer:
         scorer.try_out([prompt.row for prompt in prompts[:TRIAL_ROWS]])
@@ -322,15 +323,10 @@ def complete_prompts(
         )
 
 
-def first_device() -> jax.sharding.Mesh:
-    """A mesh of this process's first device."""
-    return make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
-
-
 def kl_to(reference: LoadedModel, completions: ScoredCompletions, temperature: float) -> np.ndarray:
     """Float32 [N], in nats: log-prob of each completion under its own model, less that under `reference`. Its
     mean over completions that were sampled unfiltered is the KL divergence of the one from the other."""
-    score = log_probs_in_batches(reference.model, temperature, ROWS, first_device())
+    score = log_probs_in_batches(reference.model, temperature, ROWS, reference.mesh)
     log_probs = score(reference.params, completions.tokens)
     starts = completions.prompt_lengths - 1
     rows = zip(

@@ -183,6 +183,17 @@ def placed(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def undivided(tree: Any, mesh: Mesh) -> list[str]:
+    """The leaves that a rule shards, but that are whole on each device: none of their sizes is divisible."""
+
+    def is_sharded_by_rule(name: str) -> bool:
+        return any(axis is not None and mesh.shape[axis] > 1 for axis in rule_for(name))
+
+    found = jax.tree_util.tree_leaves_with_path(shardings(tree, mesh))
+    names = [path_name(path) for path, sharding in found if sharding.is_fully_replicated]
+    return [name for name in names if is_sharded_by_rule(name)]
+
+
 def whole(tree: Any, mesh: Mesh) -> Any:
     """The shardings of a tree without `fsdp`: replicated over it, so that no use gathers a parameter."""
 

@@ -22,7 +22,7 @@ from jaxllm.files import write_text
 from jaxllm.pipeline.config import GatesConfig
 from jaxllm.rewards.pool import json_value
 from jaxllm.rollout.sampling import SamplingConfig
-from jaxllm.runs.checkpoints import check_generates, checkpoint_template, load_checkpoint
+from jaxllm.runs.checkpoints import check_generates, checkpoint_template, load_checkpoint, local_mesh
 
 # A row's `prompt` as it is.
 AS_IT_IS = cast(PromptOptions, SimpleNamespace(rename=(), prompt_format=None, system=None))
@@ -63,7 +63,7 @@ class PipelineCompletions:
         Rows with references are scored by the rubric, and all by the reward model if `scored_by_model`.
         `plain` prompts have no chat template.
         """
-        loaded = check_generates(load_checkpoint(self.folder / stage), stage)
+        loaded = check_generates(load_checkpoint(self.folder / stage, local_mesh), stage)
         template = PlainTextTemplate(loaded.tokenizer) if plain else checkpoint_template(loaded)
         sampling = unfiltered(temperature, self.config.max_new_tokens)
         prompts = self.prompts(template, loaded.model.config.max_length - sampling.max_new_tokens)
@@ -79,7 +79,7 @@ class PipelineCompletions:
         )
         kl = None
         if reference is not None:
-            kl = kl_to(load_checkpoint(self.folder / reference), completions, temperature)
+            kl = kl_to(load_checkpoint(self.folder / reference, local_mesh), completions, temperature)
         rows = [
             {**prompt.row, **row}
             for prompt, row in zip(prompts, completion_rows(completions, kl), strict=True)
@@ -133,7 +133,7 @@ def complete_by_all(config: GatesConfig, folder: Path, seed: int) -> dict[str, A
     shown = []
     for name, stage, kind in SHOWN:
         continues = stage == "pretrain"
-        loaded = load_checkpoint(folder / stage, untrained=name == "random")
+        loaded = load_checkpoint(folder / stage, local_mesh, untrained=name == "random")
         template = PlainTextTemplate(loaded.tokenizer) if continues else checkpoint_template(loaded)
         prompts = [Prompt(template.prompt([{"role": "user", "content": text}]), {}) for text in config.shown]
         completions = complete_prompts(

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.jinja_template import without_defaults
@@ -12,7 +11,14 @@ from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import is_hf_folder
 from jaxllm.rollout.score import InBatches
-from jaxllm.runs.checkpoints import check_scores, checkpoint_template, load_folder, read_kind, read_metadata
+from jaxllm.runs.checkpoints import (
+    OnMesh,
+    check_scores,
+    checkpoint_template,
+    load_folder,
+    read_kind,
+    read_metadata,
+)
 from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint
 
 
@@ -63,11 +69,13 @@ class RewardModel:
         normalize: bool,
         rows: int,
         length: int,
-        mesh: Mesh,
+        mesh: OnMesh,
+        dtype: str | None = None,
     ):
-        """To read `rows` sequences of `length` tokens at a time, written with this tokenizer and template."""
+        """To read `rows` sequences of `length` tokens at a time, written with this tokenizer and template.
+        `mesh` and `dtype` are as in `load_checkpoint`."""
         name = f"reward.model={checkpoint}"
-        loaded = load_folder(check_reward_model(checkpoint), mesh)
+        loaded = load_folder(check_reward_model(checkpoint), mesh, dtype=dtype)
         if loaded.tokenizer.hash != tokenizer.hash:
             raise ConfigError(f"{name} has another tokenizer than the policy: train it from the same model")
         if (source := checkpoint_template(loaded).source) != template.source:
@@ -89,7 +97,7 @@ class RewardModel:
         self.params = loaded.params
         model = loaded.model
         self.rewards = InBatches(
-            lambda params, tokens, lengths: model.rewards(params, tokens, lengths).values, rows, mesh
+            lambda params, tokens, lengths: model.rewards(params, tokens, lengths).values, rows, loaded.mesh
         )
 
     def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:

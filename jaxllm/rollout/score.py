@@ -46,10 +46,13 @@ def next_token_log_probs(
 
 
 class InBatches:
-    """A function of parameters and any number of rows, applied to `rows` rows at a time: it compiles once."""
+    """A function of parameters and any number of rows, applied to `rows` rows at a time, or to a few more
+    where the mesh does not divide these: it compiles once."""
 
     def __init__(self, function: Callable[..., jax.Array], rows: int, mesh: Mesh):
-        self.function, self.rows, self.sharding = jax.jit(function), rows, batch_sharding(mesh)
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.function, self.sharding = jax.jit(function), batch_sharding(mesh)
+        self.rows = -(-rows // shards) * shards
 
     def __call__(self, params: Params, *columns: np.ndarray) -> np.ndarray:
         """function(params, *columns) for columns [N, ...], on the host: [N, ...]. Of several processes, all

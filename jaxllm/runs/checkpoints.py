@@ -1,7 +1,10 @@
 """A trained model from its checkpoint: weights, tokenizer, chat template."""
 
 import json
-from collections.abc import Collection, Sequence
+import math
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -25,7 +28,7 @@ from jaxllm.models.hf import fill_hf, is_reward_model, load_hf_config
 from jaxllm.models.hf.peft import fill_adapters, load_peft_config, read_peft
 from jaxllm.models.lora import ADAPTERS, merge_lora
 from jaxllm.models.quantize import is_quantized, quantize, unquantized
-from jaxllm.parallel.sharding import path_name, placed
+from jaxllm.parallel.sharding import MeshConfig, make_mesh, path_name, placed, undivided
 from jaxllm.runs.config import factors_of
 from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint, read_arrays, saved_dtypes
 from jaxllm.training.optimizer import OptimizerConfig
@@ -60,6 +63,7 @@ class LoadedModel(NamedTuple):
     kind: ModelKind
     model: Any
     params: Params
+    mesh: Mesh  # that the parameters are on
     tokenizer: BaseTokenizer
     metadata: dict[str, Any]
 
@@ -166,29 +170,35 @@ def policy_name(folder: Path) -> str:
 
 def read_cast(folder: Path, wanted: Any, prefix: str, optional: Collection[str] = ()) -> Params:
     """`read_arrays`, with floats cast to the dtypes that are wanted, and kernels quantized that are wanted
-    so, one after the other."""
+    so: one after the other, so that no two are in memory in the dtype they were saved in."""
     saved = saved_dtypes(folder, prefix)
-    kernels = jax.tree_util.tree_leaves_with_path(wanted, is_leaf=is_quantized)
-    optional = (*optional, *(path_name(path) for path, leaf in kernels if is_quantized(leaf)))
 
-    def as_saved(path: tuple[Any, ...], leaf: Any) -> Any:
-        dtype = jnp.dtype(saved.get(path_name(path), leaf.dtype))
-        floats = jnp.issubdtype(dtype, jnp.floating) and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.update(dtype=dtype) if floats else leaf
+    def is_changed(name: str, leaf: Any) -> bool:
+        if is_quantized(leaf):
+            return True
+        dtype = jnp.dtype(saved.get(name, leaf.dtype))
+        both_float = jnp.issubdtype(dtype, jnp.floating) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return both_float and dtype != leaf.dtype
 
-    def read_quantized(path: tuple[Any, ...], leaf: Any) -> Any:
-        if not is_quantized(leaf):
-            return None
+    def read_changed(path: tuple[Any, ...], leaf: Any) -> Any:
         name = path_name(path)
-        kernel = read_arrays(folder, unquantized(leaf, saved.get(name, "float32")), prefix=f"{prefix}/{name}")
-        places = jax.tree.map(lambda x: x.sharding or kernel.sharding, leaf)
-        return jax.jit(quantize, static_argnums=1, out_shardings=places)(kernel, leaf.kind)
+        if name not in changed:
+            return None
+        dtype, kernel = saved.get(name, "float32"), f"{prefix}/{name}"
+        if not is_quantized(leaf):
+            return read_arrays(folder, leaf.update(dtype=jnp.dtype(dtype)), prefix=kernel).astype(leaf.dtype)
+        array = read_arrays(folder, unquantized(leaf, dtype), prefix=kernel)
+        places = jax.tree.map(lambda x: x.sharding or array.sharding, leaf)
+        return jax.jit(quantize, static_argnums=1, out_shardings=places)(array, leaf.kind)
 
-    rest = jax.tree.map(lambda x: None if is_quantized(x) else x, wanted, is_leaf=is_quantized)
-    read = read_arrays(folder, tree_map_with_path(as_saved, rest), prefix=prefix, optional=optional)
-    read = jax.tree.map(lambda x, leaf: x if x is None else x.astype(leaf.dtype), read, rest, is_leaf=is_none)
-    quantized = tree_map_with_path(read_quantized, wanted, is_leaf=is_quantized)
-    return jax.tree.map(lambda x, y: y if x is None else x, read, quantized, is_leaf=is_none)
+    leaves = jax.tree_util.tree_leaves_with_path(wanted, is_leaf=is_quantized)
+    changed = {path_name(path) for path, leaf in leaves if is_changed(path_name(path), leaf)}
+    same = tree_map_with_path(
+        lambda path, x: None if path_name(path) in changed else x, wanted, is_leaf=is_quantized
+    )
+    read = read_arrays(folder, same, prefix=prefix, optional=(*optional, *changed))
+    apart = tree_map_with_path(read_changed, wanted, is_leaf=is_quantized)
+    return jax.tree.map(lambda x, y: y if x is None else x, read, apart, is_leaf=is_none)
 
 
 def read_adapters(folder: Path, wanted: Any, optional: Collection[str] = ()) -> Params:
@@ -227,39 +237,84 @@ def read_merged(folder: Path, wanted: Any, optional: Collection[str] = ()) -> Pa
     return params | {"blocks": jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), blocks, wanted["blocks"])}
 
 
-def load_checkpoint(
-    path: str | Path | None, mesh: jax.sharding.Mesh | None = None, *, untrained: bool = False
-) -> LoadedModel:
-    """The newest valid checkpoint of a run folder (RUN/best: its best), on a mesh or the first device.
+# The mesh that a model is loaded on, or what chooses it for the model; None: this process's first device.
+OnMesh = Mesh | Callable[[ModelConfig], Mesh] | None
 
-    Of PPO's two models this is the policy. `untrained`: the random weights at step 0 of a run with this
-    config and no --init_from.
+
+def load_checkpoint(
+    path: str | Path | None, mesh: OnMesh = None, *, dtype: str | None = None, untrained: bool = False
+) -> LoadedModel:
+    """The newest valid checkpoint of a run folder (RUN/best: its best).
+
+    Of PPO's two models this is the policy. `dtype`: of parameters and computation; None: as it was trained.
+    `untrained`: the random weights at step 0 of a run with this config and no --init_from.
     """
     if path is None:
         raise ConfigError("--checkpoint=RUN_FOLDER is missing")
-    return load_folder(find_checkpoint(path), mesh, untrained=untrained)
+    return load_folder(find_checkpoint(path), mesh, dtype=dtype, untrained=untrained)
 
 
 def load_folder(
-    folder: Path, mesh: jax.sharding.Mesh | None = None, *, untrained: bool = False
+    folder: Path, mesh: OnMesh = None, *, dtype: str | None = None, untrained: bool = False
 ) -> LoadedModel:
     """`load_checkpoint` of a step folder that `find_checkpoint` has found to be whole."""
-    config, kind = read_config(folder), read_kind(folder)
-    trained = for_platform(parse(ModelConfig, config["model"], "model"), jax.default_backend())
+    kind = read_kind(folder)
+    trained, config = read_model(folder), loaded_config(folder, dtype)
     tokenizer = read_tokenizer(folder)
-    check_vocabulary(tokenizer, trained.vocab_size)
-    model: Model | ScalarModel = build_model(trained) if kind.generates else build_scalar_model(trained)
-    wanted = jax.eval_shape(model.init, jax.random.key(0))
+    check_vocabulary(tokenizer, config.vocab_size)
+    build = build_model if kind.generates else build_scalar_model
+    model: Model | ScalarModel = build(config)
+    if mesh is None:
+        mesh = make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
+    elif not isinstance(mesh, Mesh):
+        mesh = mesh(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    wanted = placed(shapes, mesh)
+    if names := undivided(shapes, mesh):
+        print(
+            f"note: {folder}: {len(names)} of {len(jax.tree.leaves(shapes))} arrays, such as {names[0]}, are "
+            f"whole on each of {mesh.size} devices: their sizes are not divisible",
+            file=sys.stderr,
+        )
     if untrained:
-        init = factors_of(parse(OptimizerConfig, config["optimizer"], "optimizer"), trained).init
-        params = init_state(
-            jax.random.key(config["seed"]),
-            init=jax.jit(lambda key: scaled(model.init(key), init)),
-            optimizer=optax.identity(),
-        ).params
+        params = random_params(folder, build(trained), wanted)
     else:
-        params = read_policy(folder, wanted if mesh is None else placed(wanted, mesh))
-    return LoadedModel(folder, kind, model, params, tokenizer, read_metadata(folder))
+        params = read_policy(folder, wanted)
+    return LoadedModel(folder, kind, model, params, mesh, tokenizer, read_metadata(folder))
+
+
+def random_params(folder: Path, model: Model | ScalarModel, wanted: Any) -> Params:
+    """The parameters at step 0 of a run with the config of a folder and no --init_from, cast and placed."""
+    config = read_config(folder)
+    init = factors_of(parse(OptimizerConfig, config["optimizer"], "optimizer"), model.config).init
+    places = jax.tree.map(lambda x: x.sharding, wanted)
+    made = jax.jit(lambda key: scaled(model.init(key), init), out_shardings=places)
+    params = init_state(jax.random.key(config["seed"]), init=made, optimizer=optax.identity()).params
+    return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), params, wanted)
+
+
+def loaded_config(folder: Path, dtype: str | None) -> ModelConfig:
+    """The model of a folder as this machine computes it, in `dtype`, as in `load_checkpoint`."""
+    config = for_platform(read_model(folder), jax.default_backend())
+    if dtype is None:
+        return config
+    # Of the implementations of attention, cuDNN's alone does not support float32.
+    attention = "xla" if (config.attention, dtype) == ("cudnn", "float32") else config.attention
+    return replace(config, param_dtype=dtype, compute_dtype=dtype, attention=attention)
+
+
+def inference_dtype(flag: str | None) -> str | None:
+    """What --dtype stands for, as `load_checkpoint` takes it: by default bfloat16, but on CPUs, which compute
+    float32 as fast, that of the training."""
+    return flag or (None if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def local_mesh(config: ModelConfig) -> Mesh:
+    """All devices of this process: along `tensor` as many as divide key-value heads and MLP, so that each
+    computes its own, and the others along `fsdp`."""
+    devices = jax.local_devices()
+    tensor = math.gcd(len(devices), config.num_kv_heads, config.mlp_width)
+    return make_mesh(MeshConfig(data=1, fsdp=-1, tensor=tensor), devices)
 
 
 def read_tokenizer(folder: Path) -> BaseTokenizer:

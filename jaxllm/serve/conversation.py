@@ -13,7 +13,14 @@ from jaxllm.data.sources import BadRow
 from jaxllm.errors import ConfigError
 from jaxllm.rollout.generate import stream
 from jaxllm.rollout.sampling import SamplingConfig
-from jaxllm.runs.checkpoints import LoadedModel, check_generates, checkpoint_template, load_checkpoint
+from jaxllm.runs.checkpoints import (
+    LoadedModel,
+    check_generates,
+    checkpoint_template,
+    inference_dtype,
+    load_checkpoint,
+    local_mesh,
+)
 from jaxllm.runs.process import set_up_process
 
 CHUNK = 4  # tokens decoded between two updates of the screen
@@ -110,10 +117,12 @@ def chat_in_terminal(
     system: str | None,
     template_options: Sequence[str],
     seed: int,
+    dtype: str | None,
 ) -> None:
     """Reads lines from stdin and replies until /exit or the end of the input."""
     set_up_process()
-    loaded = check_generates(load_checkpoint(checkpoint), f"--checkpoint={checkpoint}")
+    loaded = load_checkpoint(checkpoint, local_mesh, dtype=inference_dtype(dtype))
+    check_generates(loaded, f"--checkpoint={checkpoint}")
     conversation = Conversation(loaded, sampling, system, seed, template_options)
     if not loaded.conversational:
         print("note: this model was only pretrained and not trained on conversations", file=sys.stderr)

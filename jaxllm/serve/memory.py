@@ -4,16 +4,19 @@ The engine's cache grows with the longest request that it holds, for all rows at
 rows that are all as long as --max_length allows.
 """
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxllm.errors import ConfigError
-from jaxllm.models import ModelConfig
+from jaxllm.models import ModelConfig, build_model
+from jaxllm.parallel.sharding import shardings
 from jaxllm.rollout.engine import GROWTH, MIN_SLOTS
 
 # A head and a pair of positions, of `prefill`: 3.7 to 4.7 by XLA's memory_analysis on a CPU.
@@ -23,14 +26,27 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class Sizes(NamedTuple):
-    """What a plan needs to know about a checkpoint."""
+    """What a plan needs to know about a checkpoint on one of its devices."""
 
     config: ModelConfig
     param_bytes: int
+    tensor: int = 1  # devices among which the heads of the cache are split
+
+
+def sizes_on(mesh: Callable[[ModelConfig], Mesh], config: ModelConfig) -> Sizes:
+    """The sizes of a model on each device of its mesh."""
+    chosen = mesh(config)
+    params = jax.eval_shape(build_model(config).init, jax.random.key(0))
+    own = jax.tree.map(
+        lambda x, place: math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize,
+        params,
+        shardings(params, chosen),
+    )
+    return Sizes(config, sum(jax.tree.leaves(own)), chosen.shape["tensor"])
 
 
 class Plan(NamedTuple):
-    """The memory of all models that are served together, in bytes."""
+    """The memory of one device for all models that are served together, in bytes."""
 
     max_length: int  # tokens of a prompt and its completion
     params: int
@@ -48,12 +64,13 @@ class Plan(NamedTuple):
 
 
 def available_memory() -> int:
-    """Bytes of the device that models run on; on a CPU those of the machine or of its control group."""
+    """Bytes of one device; on a CPU its share of those of the machine or of its control group."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if CGROUP_LIMIT.exists() and (text := CGROUP_LIMIT.read_text().strip()).isdecimal():
             limit = min(limit, int(text))
+        limit //= jax.local_device_count()
     return int(SHARE * limit)
 
 
@@ -76,12 +93,13 @@ def plan(models: Mapping[str, Sizes], rows: int, max_length: int, available: int
     lengths = {name: min(max_length, sizes.config.max_length) for name, sizes in models.items()}
     each = [(sizes.config, rows, lengths[name]) for name, sizes in models.items()]
     params = [sizes.param_bytes for sizes in models.values()]
+    caches = [cache_bytes(*one) // sizes.tensor for one, sizes in zip(each, models.values(), strict=True)]
     return Plan(
         max(lengths.values()),
         sum(params),
-        sum(cache_bytes(*one) for one in each),
+        sum(caches),
         # While a checkpoint is loaded, its layers are copied apart; no request is there yet.
-        max(max(working_bytes(*one) for one in each), max(params) - sum(cache_bytes(*one) for one in each)),
+        max(max(working_bytes(*one) for one in each), max(params) - sum(caches)),
         available,
     )
 

@@ -1,7 +1,6 @@
 """The server: checks the options, loads the checkpoints, and runs until it is interrupted."""
 
 import contextlib
-import math
 import os
 import secrets
 import signal
@@ -10,8 +9,6 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import jax
 
 from jaxllm.errors import ConfigError, RunError
 
@@ -23,16 +20,23 @@ except ImportError as error:
 
 from jaxllm.data.records import check_rename
 from jaxllm.evaluation.completions import read_messages
-from jaxllm.models import build_model
-from jaxllm.models.config import for_platform
 from jaxllm.rollout.engine import IDLE, Engine
 from jaxllm.rollout.sampling import SamplingConfig
-from jaxllm.runs.checkpoints import check_generates, checkpoint_template, load_folder, read_kind, read_model
+from jaxllm.runs.checkpoints import (
+    OnMesh,
+    check_generates,
+    checkpoint_template,
+    inference_dtype,
+    load_folder,
+    loaded_config,
+    local_mesh,
+    read_kind,
+)
 from jaxllm.runs.process import set_up_process
 from jaxllm.serve.app import build_app
 from jaxllm.serve.comparison_queue import ComparisonQueue, Messages
 from jaxllm.serve.connections import Protocol
-from jaxllm.serve.memory import Plan, Sizes, available_memory, fitting_plan
+from jaxllm.serve.memory import Plan, available_memory, fitting_plan, sizes_on
 from jaxllm.serve.model_names import name_checkpoints
 from jaxllm.serve.preferences import PreferenceFile
 from jaxllm.serve.served_model import ServedModel
@@ -61,6 +65,7 @@ class ServerOptions:
     raters_per_pair: int
     rows: int  # completions that each model decodes at a time
     max_length: int | None  # tokens of a prompt and its completion; None: as many as fit the memory
+    dtype: str | None  # of parameters and computation; None: see `inference_dtype`
     template_options: Sequence[str]  # NAME=VALUE for the chat templates, where a request gives no others
     seed: int
 
@@ -118,11 +123,18 @@ def serve(options: ServerOptions, sampling: SamplingConfig) -> None:
             print(f"removed an incomplete last line: {file.cut_off[:60]!r}...", file=sys.stderr)
         queue = ComparisonQueue(file, read_prompts(options), options.raters_per_pair)
         folders = {name: find_checkpoint(path) for name, path in paths.items()}  # all, before any is loaded
-        planned = plan_memory(folders, options.rows, options.max_length)
+        dtype = inference_dtype(options.dtype)
+        planned = plan_memory(folders, options.rows, options.max_length, dtype)
         models = {}
         for name, folder in folders.items():
             models[name] = load_model(
-                name, folder, options.rows, planned.max_length, options.template_options
+                name,
+                folder,
+                options.rows,
+                planned.max_length,
+                options.template_options,
+                mesh=local_mesh,
+                dtype=dtype,
             )
             stack.callback(models[name].engine.close)
             warm_up(models[name])
@@ -161,14 +173,13 @@ def read_prompts(options: ServerOptions) -> list[Messages]:
     )
 
 
-def plan_memory(folders: Mapping[str, Path], rows: int, max_length: int | None) -> Plan:
-    """The memory that serving these step folders takes, which is printed. ConfigError where there is less."""
+def plan_memory(folders: Mapping[str, Path], rows: int, max_length: int | None, dtype: str | None) -> Plan:
+    """The memory of each device that serving these step folders takes, which is printed. ConfigError where
+    there is less."""
     models = {}
     for name, folder in folders.items():
         check_generates(read_kind(folder), f"--checkpoint={name}")
-        config = for_platform(read_model(folder), jax.default_backend())
-        params = jax.tree.leaves(jax.eval_shape(build_model(config).init, jax.random.key(0)))
-        models[name] = Sizes(config, sum(math.prod(x.shape) * x.dtype.itemsize for x in params))
+        models[name] = sizes_on(local_mesh, loaded_config(folder, dtype))
     planned = fitting_plan(models, rows, max_length, available_memory())
     print(f"memory for {rows} rows of up to {planned.max_length} tokens: {planned}", flush=True)
     for name, sizes in models.items():
@@ -187,9 +198,12 @@ def load_model(
     rows: int,
     max_length: int | None = None,
     template_options: Sequence[str] = (),
+    *,
+    mesh: OnMesh = None,
+    dtype: str | None = None,
 ) -> ServedModel:
     """A checkpoint with its engine running; the caller closes the engine."""
-    loaded = check_generates(load_folder(folder), f"--checkpoint={name}")
+    loaded = check_generates(load_folder(folder, mesh, dtype=dtype), f"--checkpoint={name}")
     if not loaded.conversational:
         print(f"note: {name} was only pretrained and not trained on conversations", file=sys.stderr)
     template = checkpoint_template(loaded, template_options)

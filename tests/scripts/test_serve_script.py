@@ -130,10 +130,10 @@ def test_a_missing_checkpoint_is_an_error_before_any_is_loaded(start):
 def test_an_engine_is_closed_where_the_next_checkpoint_cannot_be_loaded(start, chat_model, tmp_path):
     other, load, threads = shutil.copytree(chat_model, tmp_path / "other"), server.load_model, []
 
-    def load_one(name, *given):
+    def load_one(name, *given, **options):
         if name == "other":
             raise ConfigError("cannot be loaded")
-        model = load(name, *given)
+        model = load(name, *given, **options)
         threads.append(model.engine._thread)
         return model
 

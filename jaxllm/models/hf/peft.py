@@ -230,7 +230,7 @@ def place(array: np.ndarray, leaf: jax.ShapeDtypeStruct, name: str) -> jax.Array
     """The array where the leaf belongs; CheckpointError where it has another shape."""
     if array.shape != leaf.shape:
         raise CheckpointError(f"{WEIGHTS}: {name} has shape {array.shape} (transposed), not {leaf.shape}")
-    sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
+    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: array[index].astype(leaf.dtype))
 
 

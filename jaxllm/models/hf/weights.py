@@ -288,7 +288,7 @@ def make_loader(files: TensorFiles, names: list[str], transposed: bool, start: i
     def load(leaf: Leaf) -> Any:
         kernel = unquantized(leaf, "float32") if isinstance(leaf, Quantized) else leaf
         shape, dtype = kernel.shape[int(stacked) :], kernel.dtype
-        first_device = SingleDeviceSharding(jax.devices()[0])
+        first_device = SingleDeviceSharding(jax.local_devices()[0])
         sharding: Any = kernel.sharding or first_device
         place = sharding  # of one layer
         if stacked and isinstance(sharding, NamedSharding):
