@@ -1,5 +1,5 @@
-"""What is kept between runs, in one folder: tokens and rows, log-probs of a reference, hashes of sources, and
-compiled programs.
+"""What is kept between runs, in one folder: tokens and rows, downloads, log-probs of a reference, hashes of
+sources, and compiled programs.
 
 A cache is built under a lock, so that two runs that need it build it once, in `NAME.partial`, which becomes
 `NAME` when it is complete. A killed build leaves what it has for the next one, which continues it.

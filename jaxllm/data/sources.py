@@ -8,7 +8,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +22,7 @@ from jaxllm.data.raw_rows import is_empty as is_empty
 from jaxllm.data.raw_rows import json_type as json_type
 from jaxllm.data.raw_rows import without_bom as without_bom
 from jaxllm.data.readers import can_read, reader, suffix
+from jaxllm.data.remote_files import RemoteFile, find_files, is_url
 from jaxllm.errors import DataError, RunError
 
 if TYPE_CHECKING:
@@ -47,46 +48,62 @@ class Source:
 def open_source(name: str, *, split: str, text_key: str | None, synthetic_rows: int, seed: int) -> Source:
     """Open the source `name`. Its rows are the texts under `text_key`, or whole records where that is None.
 
-    `name` is a file or a glob of files that `readers` knows; a folder saved by datasets; `hf:NAME`,
-    `hf:NAME:SUBSET` or `hf:NAME:SUBSET:SPLIT` for the hub (`hf-stream:` downloads while it is read); or
-    `synthetic` or `synthetic:KIND` for the toy world. `split` ("train" or "validation") is the one to read
-    where the name chooses none. As a record, a .txt file or a synthetic document is `{"text": ...}`. Raises
-    DataError.
+    `name` is a file or a glob of files that `readers` knows, here or behind a URL; a folder saved by
+    datasets; `hf:NAME`, `hf:NAME:SUBSET` or `hf:NAME:SUBSET:SPLIT` for the hub (`hf-stream:` downloads while
+    it is read); or `synthetic` or `synthetic:KIND` for the toy world. `split` ("train" or "validation") is
+    the one to read where the name chooses none. As a record, a .txt file or a synthetic document is
+    `{"text": ...}`. Raises DataError.
     """
     if name.partition(":")[0] == "synthetic":
         return _synthetic_source(name, split, text_key, synthetic_rows, seed)
+    if is_url(name):
+        return _files_source(name, {file.download(): file.url for file in _readable_files(name)}, text_key)
     if name.startswith(_HUB):
         return _hub_source(name, split, text_key)
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return _dataset_source(name, _load_from_folder(path, split), text_key)
-    return _files_source(name, _matching_files(path, name), text_key)
+    return _files_source(name, {path: path for path in _matching_files(path, name)}, text_key)
 
 
 def check_source(name: str) -> None:
     """Raise DataError where `open_source` would find a missing file or an unknown kind. Reads no row and does
-    not contact the hub."""
+    not contact the hub; of files behind a URL it asks whether they are there."""
     path = os.path.expanduser(name)
     if name.partition(":")[0] == "synthetic":
         open_source(name, split="train", text_key=None, synthetic_rows=1, seed=0)
+    elif is_url(name):
+        _readable_files(name)
     elif not name.startswith(_HUB) and not os.path.isdir(path):
         _matching_files(path, name)
 
 
-def _files_source(name: str, paths: list[str], text_key: str | None) -> Source:
+def _files_source(name: str, paths: Mapping[str, str], text_key: str | None) -> Source:
+    """The rows of files on this machine; `paths` has what the user knows each by."""
+
     def rows() -> Iterator[Row]:
         before = 0
-        for path in paths:
+        for path, shown in paths.items():
             row = None
-            for row in reader(path)(path, text_key):
-                yield row._replace(done=before + row.done)
+            try:
+                for row in reader(path)(path, text_key):
+                    yield row._replace(where=row.where.replace(path, shown, 1), done=before + row.done)
+            except DataError as error:
+                raise DataError(str(error).replace(path, shown)) from error
             before += os.path.getsize(path)
             if row is None:
-                yield Row(f"{path}:1", before, "").rejected("empty file")
+                yield Row(f"{shown}:1", before, "").rejected("empty file")
 
     heads = [f"{suffix(path)} {os.path.getsize(path)}\n" for path in paths]
     content = content_hash(repr(text_key), list(zip(heads, paths, strict=True)))
     return Source(name, content, sum(map(os.path.getsize, paths)), rows)
+
+
+def _readable_files(url: str) -> list[RemoteFile]:
+    files = find_files(url)
+    for file in files:
+        reader(file.url)  # fail on an unknown kind before anything is downloaded
+    return files
 
 
 def _matching_files(path: str, name: str) -> list[str]:
