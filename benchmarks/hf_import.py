@@ -76,7 +76,7 @@ def measure(folder: Path) -> dict[str, float]:
 
     from jaxllm.models.hf import load_hf, load_hf_config
     from jaxllm.runs.checkpoints import local_mesh
-    from jaxllm.training.checkpoint import checkpoint_hash
+    from jaxllm.training.step_folder import checkpoint_hash
 
     jnp.zeros(1).block_until_ready()
     start = time.perf_counter()

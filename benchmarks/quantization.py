@@ -23,8 +23,8 @@ from jaxllm.models import ModelConfig, Params, build_model
 from jaxllm.models.config import LoRAConfig
 from jaxllm.models.lora import ADAPTERS
 from jaxllm.runs.checkpoints import read_config, read_policy, read_tokenizer
-from jaxllm.training.checkpoint import find_checkpoint
 from jaxllm.training.state import is_none, split_params
+from jaxllm.training.step_folder import find_checkpoint
 
 KINDS = ("float32", "bfloat16", "int8", "nf4")
 

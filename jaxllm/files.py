@@ -209,7 +209,7 @@ def _ended_holder(file: BinaryIO, path: Path, now: float) -> str | None:
         return None
     holder = f"process {pid} on {host} since {since}"
     if host == socket.gethostname():
-        if is_free is False or (is_free is None and _runs(pid)):
+        if is_free is False or (is_free is None and is_running(pid)):
             raise BlockingIOError(holder)
     elif is_free is False or silent < SILENCE:
         raise BlockingIOError(f"{holder}, seen {silent:.0f} s ago; if it has ended, remove {path}")
@@ -227,7 +227,8 @@ def _flock(file: BinaryIO) -> bool | None:
         return None
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process of this host runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -11,8 +11,9 @@ from tiny_runs import parse_config
 
 from jaxllm.runs.train import train
 from jaxllm.stages import find_stage
-from jaxllm.training.checkpoint import find_checkpoint, read_arrays
+from jaxllm.training.checkpoint import read_arrays
 from jaxllm.training.metrics import read_metrics
+from jaxllm.training.step_folder import find_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = {

@@ -215,6 +215,25 @@ def first_process_decides(choose: Callable[[], T]) -> T:
     return found["choice"]
 
 
+def together(name: str, act: Callable[[], T]) -> list[T]:
+    """What `act()`, a JSON value, returns in each process. What it raises in one ends the call in all, there
+    as a RunError. May be called from another thread, with names of its own."""
+    if jax.process_count() == 1:
+        return [act()]
+    failure, own = None, {}
+    try:
+        own = {"value": act()}
+    except Exception as error:
+        failure, own = error, {"failure": f"{type(error).__name__}: {error}".partition("\n")[0]}
+    found = [json.loads(text) for text in exchange(name, json.dumps(own), NO_TIMEOUT)]
+    if failure is not None:
+        raise failure
+    for process, each in enumerate(found):
+        if "failure" in each:
+            raise RunError(f"process {process}: {each['failure']}")
+    return [each["value"] for each in found]
+
+
 @contextlib.contextmanager
 def first_alone(name: str) -> Iterator[None]:
     """The first process runs the block before the others: what it leaves on a disk they find there."""

@@ -19,7 +19,7 @@ from jaxllm.runs.checkpoints import (
     read_kind,
     read_metadata,
 )
-from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint
+from jaxllm.training.step_folder import checkpoint_hash, find_checkpoint
 
 
 class RewardStatistics(NamedTuple):

@@ -30,10 +30,12 @@ from jaxllm.models.lora import ADAPTERS, merge_lora
 from jaxllm.models.quantize import is_quantized, quantize, unquantized
 from jaxllm.parallel.sharding import MeshConfig, make_mesh, path_name, placed, undivided
 from jaxllm.runs.config import factors_of
-from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint, read_arrays, saved_dtypes
+from jaxllm.store import local_copy, local_path
+from jaxllm.training.checkpoint import read_arrays, saved_dtypes
 from jaxllm.training.optimizer import OptimizerConfig
 from jaxllm.training.parametrization import scaled
 from jaxllm.training.state import init_state, is_none, merge_params, split_params
+from jaxllm.training.step_folder import checkpoint_hash, find_checkpoint
 
 HEADS = ("head", "scalar_head")  # a language model has the first, and lacks the second
 TEMPLATE_FILE = "template.jinja"  # of a run whose conversations have another template than the tokenizer's
@@ -137,7 +139,7 @@ def read_base(folder: Path) -> Base | None:
     if is_peft_folder(folder):
         return Base(read_peft(folder).base, hash=None)
     base = read_metadata(folder).get("base")
-    return None if base is None else Base(Path(base["path"]), base["hash"])
+    return None if base is None else Base(local_path(base["path"]), base["hash"])
 
 
 def read_policy(folder: Path, wanted: Any, optional: Collection[str] = ()) -> Params:
@@ -213,7 +215,7 @@ def read_adapters(folder: Path, wanted: Any, optional: Collection[str] = ()) -> 
 
 def read_base_params(base: Base, adapters: Path | str, wanted: Any, optional: Collection[str] = ()) -> Params:
     """The frozen parameters that `adapters` belong to. CheckpointError where they are gone or others."""
-    if not base.path.exists():
+    if not local_copy(base.path).exists():
         raise CheckpointError(
             f"{adapters} holds adapters of {base.path}, which is missing: move it back, or put a link there"
         )

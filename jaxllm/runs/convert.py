@@ -32,7 +32,8 @@ from jaxllm.runs.checkpoints import (
     read_config,
     saved_template,
 )
-from jaxllm.training.checkpoint import Checkpoints, checkpoint_hash, find_checkpoint
+from jaxllm.training.checkpoint import Checkpoints
+from jaxllm.training.step_folder import checkpoint_hash, find_checkpoint
 
 TOLERANCE = 1e-3  # of logits in float32
 

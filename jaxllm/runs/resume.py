@@ -9,6 +9,7 @@ import numpy as np
 from jaxllm.config import Difference, as_dict, differences, parse
 from jaxllm.errors import ConfigError
 from jaxllm.runs.config import TrainConfig
+from jaxllm.store import local_path, url_of
 from jaxllm.training.optimizer import OptimizerConfig, make_schedule
 
 # How long, how often, what is logged and kept.
@@ -58,7 +59,7 @@ MAY_DIFFER = FREE + ROUNDING + MOVABLE
 
 
 def resume_notes(
-    before: Mapping[str, Any], config: TrainConfig, workdir: Path, step: int, updates: int
+    before: Mapping[str, Any], config: TrainConfig, workdir: str, step: int, updates: int
 ) -> Iterator[str]:
     """A line for each kind of change between the stored config of a run and the one that it resumes with, at
     `step`, after so many `updates`."""
@@ -75,7 +76,7 @@ def resume_notes(
 
 
 def schedule_note(
-    before: Mapping[str, Any], config: TrainConfig, workdir: Path, step: int, updates: int
+    before: Mapping[str, Any], config: TrainConfig, workdir: str, step: int, updates: int
 ) -> Iterator[str]:
     """A line where another number of steps changes the learning rate of the next update."""
     try:
@@ -97,10 +98,10 @@ def parent_note(init_from: str | None, parent: Path | None) -> Iterator[str]:
     initialized from."""
     if init_from is None:
         return
-    given = Path(init_from).expanduser().resolve()
+    given = local_path(init_from).resolve()
     given = given.parent if given.name in ("best", "checkpoints") else given
     if parent is None or given not in (parent.resolve(), *parent.resolve().parents):
-        origin = "random weights" if parent is None else parent
+        origin = "random weights" if parent is None else url_of(parent)
         yield f"--init_from={init_from} is not used: the run resumes, and was initialized from {origin}"
 
 

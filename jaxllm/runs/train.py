@@ -38,6 +38,7 @@ from jaxllm.runs.program import Program
 from jaxllm.runs.resume import MAY_DIFFER, check_number_of_sources, parent_note, resume_notes
 from jaxllm.runs.stage import Stage
 from jaxllm.runs.weights import initial_weights, model_note, run_with_parent, with_frozen, with_model_of
+from jaxllm.store import url_of
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.early_stopping import EarlyStopping
 from jaxllm.training.loop import Loop
@@ -69,11 +70,11 @@ def train(
     if note := model_note(given, config):
         print(note, flush=True)
     program: Program[Any, Any] = Program(stage, config, devices)
-    with lock_run(workdir), processes.own_output(logs_of(workdir)):
+    with lock_run(workdir) as upload, processes.own_output(logs_of(workdir)):
         folder = open_run(workdir, as_dict(config), resume=resume, may_differ=MAY_DIFFER)
         if folder.before is not None:
             check_number_of_sources(folder.before, config)
-        train_in(folder, stage, program, init_from=init_from, profile=profile, command=command)
+        train_in(folder, stage, program, init_from=init_from, profile=profile, command=command, upload=upload)
 
 
 def train_in(
@@ -84,8 +85,9 @@ def train_in(
     init_from: str | None,
     profile: tuple[int, int] | None,
     command: list[str],
+    upload: Callable[[], None] = lambda: None,
 ) -> None:
-    """`train` in a run folder that this process holds."""
+    """`train` in a run folder that this process holds. `upload`: as `lock_run` yields it."""
     config: TrainConfig = program.config
     initial = initial_weights(stage, program, folder, init_from)
     tokenizer = run_tokenizer(stage, config, folder, initial)
@@ -97,11 +99,13 @@ def train_in(
         data = stage.load(inputs)
     processes.check_equal("tokenizer", tokenizer.hash, DataError)
     processes.check_equal("data", data.fingerprint, DataError)
-    print(f"{data.report}\nrun folder: {folder.path}", flush=True)
+    print(f"{data.report}\nrun folder: {url_of(folder.path)}", flush=True)
     check_best_metric(config, data)
     with (
         closing(stage.make_source(inputs, data)) as source,
-        saving(Checkpoints(folder.checkpoints, keep=config.checkpoint.keep, log=tqdm.write)) as checkpoints,
+        saving(
+            Checkpoints(folder.checkpoints, keep=config.checkpoint.keep, log=tqdm.write, before_commit=upload)
+        ) as checkpoints,
     ):
         record_start(
             folder,
@@ -112,10 +116,11 @@ def train_in(
             files=files,
             clock=template.clock,
         )
+        upload()
         state, metadata = initial_state(stage, program, folder, checkpoints, initial)
         if folder.before is not None:
             step, skipped = int(state.step), int(state.skipped_steps)
-            notes = resume_notes(folder.before, config, folder.path, step, step - skipped)
+            notes = resume_notes(folder.before, config, url_of(folder.path), step, step - skipped)
             for line in (*notes, *parent_note(init_from, initial.parent)):
                 print(f"note: {line}", flush=True)
         source.restore(metadata)
@@ -163,7 +168,7 @@ def train_in(
             )
             with processes.naming_lost():
                 state = loop.run(state, unfinished_row)
-    print(f"done: {describe_end(int(state.step), early_stopping)}, all in {folder.path}")
+    print(f"done: {describe_end(int(state.step), early_stopping)}, all in {url_of(folder.path)}")
 
 
 def run_tokenizer(
@@ -242,13 +247,13 @@ def parent_record(initial: InitialWeights) -> dict[str, Any] | None:
     """What run.json holds of the checkpoint that a run is initialized from."""
     if initial.parent is None:
         return None
-    record = {"path": str(initial.parent), "hash": initial.hash}
+    record = {"path": url_of(initial.parent), "hash": initial.hash}
     return record if initial.base is None else record | {"base": base_record(initial.base)}
 
 
 def base_record(base: Base) -> dict[str, str | None]:
     """What run.json and the checkpoints of a run with adapters hold of their base."""
-    return {"path": str(base.path), "hash": base.hash}
+    return {"path": url_of(base.path), "hash": base.hash}
 
 
 def initial_state(
@@ -267,7 +272,9 @@ def initial_state(
         print(f"resumed at step {step}", flush=True)
         return state, metadata
     state = program.fresh_state(None if initial.parent is None else initial.params())
-    weights = f"the weights of {initial.parent}" if initial.parent else "random weights (no --init_from)"
+    weights = (
+        f"the weights of {url_of(initial.parent)}" if initial.parent else "random weights (no --init_from)"
+    )
     print(f"fresh run with {weights}", flush=True)
     return state, {}
 

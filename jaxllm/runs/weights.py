@@ -15,7 +15,6 @@ from jaxllm.models import Params
 from jaxllm.models.config import HOW
 from jaxllm.models.hf import check_hf
 from jaxllm.models.lora import ADAPTERS, adapted_layers
-from jaxllm.parallel.processes import first_process_decides
 from jaxllm.runs.checkpoints import (
     Base,
     check_generates,
@@ -30,9 +29,15 @@ from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import InitialWeights
 from jaxllm.runs.program import Program
 from jaxllm.runs.stage import Stage
-from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint
+from jaxllm.store import Store, is_url, local_copy, local_path
 from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import TrainState, merge_params, split_params
+from jaxllm.training.step_folder import (
+    agree_on_checkpoint,
+    checkpoint_hash,
+    copy_with_config,
+    find_checkpoint,
+)
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
@@ -46,7 +51,7 @@ def initial_weights(
     parent, base = None, None
     if init_from and not folder.resuming:
         try:
-            parent = Path(first_process_decides(lambda: str(find_checkpoint(init_from))))
+            parent = agree_on_checkpoint(init_from)
         except CheckpointError as error:
             raise ConfigError(f"--init_from: {error}") from None
         if is_hf_folder(parent):
@@ -58,7 +63,7 @@ def initial_weights(
             check_generates(read_kind(parent), f"--init_from={init_from}")
         base = base_of(program.config, parent, f"--init_from={init_from}")
     if folder.resuming and (record := folder.record["parent"]):
-        parent, digest = Path(record["path"]), record["hash"]
+        parent, digest = local_path(record["path"]), record["hash"]
         base = record_base(record, init_from)
     if parent is None and (rank := program.config.model.lora.rank) is not None:
         raise ConfigError(
@@ -69,7 +74,7 @@ def initial_weights(
         if parent is None or not folder.resuming:
             return parent
         # It may have moved to where --init_from says now.
-        found = find_checkpoint(init_from if init_from and not parent.exists() else parent)
+        found = find_checkpoint(init_from if init_from and not local_copy(parent).exists() else parent)
         if checkpoint_hash(found) != digest:
             raise CheckpointError(
                 f"{found} is not the checkpoint that this run was initialized from: the hash was {digest}"
@@ -109,7 +114,7 @@ def record_base(record: Mapping[str, Any], init_from: str | None) -> Base | None
     """The base of a run that resumes, which may have moved to where --init_from says."""
     if (base := record.get("base")) is None:
         return None
-    path = Path(base["path"])
+    path = local_copy(base["path"])
     if init_from and not path.exists() and base["path"] == record["path"]:
         path = find_checkpoint(init_from)
     return Base(path, base["hash"])
@@ -135,14 +140,14 @@ def initial_params(program: Program[Any, Any], parent: Path, optional: Collectio
 
 def check_init_from(init_from: str | None) -> None:
     """ConfigError where --init_from is neither a run nor a Hugging Face model."""
-    if init_from is not None and folder_with_config(Path(init_from).expanduser()) is None:
+    if init_from is not None and folder_with_config(copy_with_config(init_from)) is None:
         raise ConfigError(f"--init_from={init_from} does not exist, or holds no config.json")
 
 
 def with_model_of(config: ConfigT, init_from: str | None) -> ConfigT:
     """The config, with the model of --init_from. How it is computed (dtypes, remat, attention, adapters)
     stays as the config says."""
-    if init_from is None or (folder := folder_with_config(Path(init_from).expanduser())) is None:
+    if init_from is None or (folder := folder_with_config(copy_with_config(init_from))) is None:
         return config
     model = replace(read_model(folder), **{name: getattr(config.model, name) for name in HOW})
     return replace(config, model=model)
@@ -150,9 +155,10 @@ def with_model_of(config: ConfigT, init_from: str | None) -> ConfigT:
 
 def run_with_parent(workdir: str) -> str | None:
     """The run folder itself, where it holds a run that was initialized from a checkpoint."""
-    file = Path(workdir).expanduser() / "run.json"
+    name = "run.json"
     try:
-        return workdir if json.loads(file.read_bytes())["parent"] else None
+        content = Store(workdir).read(name) if is_url(workdir) else (local_path(workdir) / name).read_bytes()
+        return workdir if json.loads(content)["parent"] else None
     except (OSError, ValueError, KeyError):  # no run yet; or one that `open_run` has more to say about
         return None
 

@@ -40,7 +40,7 @@ from jaxllm.serve.memory import Plan, available_memory, fitting_plan, sizes_on
 from jaxllm.serve.model_names import name_checkpoints
 from jaxllm.serve.preferences import PreferenceFile
 from jaxllm.serve.served_model import ServedModel
-from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint
+from jaxllm.training.step_folder import checkpoint_hash, find_checkpoint
 
 MIN_TOKEN_LENGTH = 12  # characters
 TOKEN_VARIABLE = "JAXLLM_TOKEN"

@@ -44,10 +44,10 @@ from jaxllm.runs.panels import COMPLETION_LENGTH, KL, REWARD, Panel
 from jaxllm.runs.program import Program
 from jaxllm.runs.stage import Headline
 from jaxllm.training.batch_source import BatchSource
-from jaxllm.training.checkpoint import find_checkpoint
 from jaxllm.training.optimizer import ParameterGroup
 from jaxllm.training.state import TrainState, is_none, merge_params, split_params
 from jaxllm.training.step import LossFn
+from jaxllm.training.step_folder import find_checkpoint
 
 headline = Headline("eval/reward/model", highest=True)
 generates = True

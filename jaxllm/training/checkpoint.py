@@ -2,40 +2,47 @@
 
 `checkpoints/STEP/` holds `state/` (Orbax's files), `arrays.json` (name, dtype and shape of each array),
 `metadata.json`, small files that the caller adds, and `manifest.json`: size and hash of all of these. A
-folder without a manifest is left over from a killed save. One that does not match its manifest is damaged,
-which Orbax alone does not notice: a flipped bit restores as another number.
+folder without a manifest is left over from a killed save. One that does not match its manifest is damaged
+(`jaxllm.training.step_folder`).
 
 Only this module uses Orbax. It passes a flat dict from names such as `params/layers/query` to arrays, so
-that any tree of arrays can be saved, and any part of it read back, on any mesh.
+that any tree of arrays can be saved, and any part of it read back, on any mesh. The files of an array are in
+the folder of its name, so that any part can also be hashed and downloaded alone.
 """
 
-import hashlib
-import itertools
 import json
 import logging
-import re
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-import xxhash
 
 from jaxllm.config import did_you_mean
-from jaxllm.errors import CheckpointError, ConfigError, NoCheckpoint
-from jaxllm.files import is_hf_folder, is_leftover, is_peft_folder, to_json, write_file
-from jaxllm.parallel.processes import first_process_decides
+from jaxllm.errors import CheckpointError, ConfigError, ProcessLost, RunError
+from jaxllm.files import to_json, write_file
+from jaxllm.parallel.processes import first_process_decides, together
 from jaxllm.parallel.sharding import path_name
+from jaxllm.store import StoreError, publish, store_of
+from jaxllm.training.step_folder import (
+    MANIFEST,
+    Files,
+    all_step_folders,
+    damage,
+    delete,
+    find_checkpoint,
+    flush_folders,
+    hash_files,
+    own_files,
+    replace_metadata,
+    set_aside,
+    step_folders,
+)
 
 PyTree = Any  # of jax.Arrays, or of their shapes
-
-MANIFEST = "manifest.json"
-_STEP = re.compile("0|[1-9][0-9]*")
 
 # Orbax logs each error as pages of traceback before it raises it; raising is enough.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -49,6 +56,7 @@ class Checkpoints:
       keep: number of the newest checkpoints to keep.
       keep_every: steps divisible by this are never deleted.
       log: called with `saved step N` once the checkpoint is complete, from another thread.
+      before_commit: called before a checkpoint on an object store is valid, to upload what belongs to it.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class Checkpoints:
         keep: int,
         keep_every: int | None = None,
         log: Callable[[str], None] = print,
+        before_commit: Callable[[], None] = lambda: None,
     ) -> None:
         if keep < 1:
             raise ConfigError(f"checkpoint.keep={keep} must be at least 1")
@@ -67,9 +76,19 @@ class Checkpoints:
         self._keep_every = keep_every
         self._log = log
         self.best_step: int | None = None  # never deleted either
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._before_commit = before_commit
+        self._store = store_of(self.folder)
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=self._processes),
+            multiprocessing_options=self._processes,
+        )
         self._thread: threading.Thread | None = None
-        self._failure: CheckpointError | None = None
+        self._failure: RunError | None = None
+
+    @property
+    def _processes(self) -> ocp.options.MultiprocessingOptions:
+        """Each process of a run on a store writes into a copy of its own; else they share the folder."""
+        return ocp.options.MultiprocessingOptions(primary_host=0 if self._store is None else None)
 
     def save(
         self, step: int, state: PyTree, metadata: Mapping[str, Any], files: Mapping[str, bytes] | None = None
@@ -85,8 +104,10 @@ class Checkpoints:
         size = sum(array.nbytes for array in arrays.values())
         if not first_process_decides(lambda: _prepare_folder(folder, size)):
             if jax.process_index() == 0:
-                _replace_metadata(folder, to_json(metadata))
+                replace_metadata(folder, to_json(metadata))
             return
+        if self._store is not None:
+            shutil.rmtree(folder, ignore_errors=True)  # a killed save's, in this process's copy
         documents = {
             "arrays.json": to_json({name: _describe(array) for name, array in arrays.items()}),
             "metadata.json": to_json(metadata),
@@ -112,40 +133,75 @@ class Checkpoints:
     def _commit(self, step: int, documents: Mapping[str, bytes], size: int, best_step: int | None) -> None:
         folder = self.folder / str(step)
         try:
-            self._orbax.wait_until_finished()
-            if jax.process_index() != 0:
-                return
-            for name, content in documents.items():
-                write_file(folder / name, content)
-            _write_manifest(folder)
+            self._write(folder, documents)
+        except ProcessLost as error:
+            self._failure = error
+            return
         except Exception as error:
             self._failure = _clean_up_failed_save(error, folder, size)
+            return
+        if jax.process_index() != 0:
             return
         try:
             self._log(f"saved step {step}")
             self._delete_old(step, best_step)
-        except OSError as error:
+        except (OSError, StoreError) as error:
             self._failure = CheckpointError(
                 f"step {step} was saved, but logging or cleanup failed: {_first_line(error)}"
             )
 
+    def _write(self, folder: Path, documents: Mapping[str, bytes]) -> None:
+        """Complete what Orbax writes. Each process hashes and uploads its part of the files: those in its
+        copy, or of a folder that all share an equal number. The manifest is last."""
+        first, shared = jax.process_index() == 0, self._store is None
+
+        def finish() -> None:
+            self._orbax.wait_until_finished()
+            for name, content in documents.items() if first else ():
+                write_file(folder / name, content)
+
+        def hash_part() -> Files:
+            found = list(own_files(folder).items())
+            part = found[jax.process_index() :: jax.process_count()] if shared else found
+            return hash_files(dict(part), flush=shared)
+
+        together("checkpoint written", finish)
+        files: Files = {}
+        owners: dict[str, int] = {}
+        for process, part in enumerate(together("checkpoint hashed", hash_part)):
+            for name, (bytes_, digest) in part.items():
+                if owners.setdefault(name, process) == process:
+                    files[name] = (bytes_, digest)
+
+        def upload() -> None:
+            if self._store is not None:
+                own = [name for name, owner in owners.items() if owner == jax.process_index()]
+                self._store.upload({f"{folder.name}/{name}": folder / name for name in own})
+                shutil.rmtree(folder / "state")
+                self._before_commit()
+
+        together("checkpoint uploaded", upload)
+        if first:
+            if shared:
+                flush_folders(folder)
+            write_file(folder / MANIFEST, to_json({"files": files}))
+            publish(folder / MANIFEST)
+
     def _delete_old(self, newest: int, best: int | None) -> None:
-        """Delete the checkpoints that are not kept, after the newest has been read back and found valid."""
+        """Delete the checkpoints that are not kept, if the newest is there."""
         steps = [step for step in self.steps() if step <= newest]
         obsolete = {
             self.folder / str(s)
             for s in steps[: -self._keep]
             if s != best and not (self._keep_every and s % self._keep_every == 0)
         }
-        older = (folder for folder in step_folders(self.folder) if int(folder.name) < newest)
+        older = (folder for folder in all_step_folders(self.folder) if int(folder.name) < newest)
         obsolete |= {folder for folder in older if not (folder / MANIFEST).exists()}  # killed while deleting
-        if obsolete and (what := damage(self.folder / str(newest))):
+        if obsolete and (what := damage(self.folder / str(newest), hashes=False)):
             self._failure = CheckpointError(f"{what}; the older checkpoints are kept")
             return
         for folder in obsolete:
-            # The manifest first, so that a half-deleted folder is not valid.
-            (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+            delete(folder)
 
     def steps(self) -> list[int]:
         """The steps valid by manifest, file list and sizes, ascending; `restore` checks the hashes too."""
@@ -155,9 +211,14 @@ class Checkpoints:
         """State and metadata of `step`; None stands for the newest valid step."""
         self.wait()
         wanted = self.folder if step is None else self.folder / str(step)
-        found = first_process_decides(lambda: int(find_checkpoint(wanted).name))
+        found = first_process_decides(lambda: int(find_checkpoint(wanted, whole=True).name))
         folder = self.folder / str(found)
-        return read_arrays(folder, abstract_state), json.loads((folder / "metadata.json").read_bytes())
+        if self._store is not None and jax.process_index() > 0:
+            find_checkpoint(folder, whole=True)  # into this process's copy
+        state = read_arrays(folder, abstract_state)
+        if self._store is not None:
+            shutil.rmtree(folder / "state")  # of the copy
+        return state, json.loads((folder / "metadata.json").read_bytes())
 
     def rewind(self, step: int) -> None:
         """Rename the checkpoints after `step`, before a run resumes from there.
@@ -166,53 +227,9 @@ class Checkpoints:
         deleted: `30/` becomes `30.aside-1/`.
         """
         if jax.process_index() == 0:
-            for folder in step_folders(self.folder):
+            for folder in all_step_folders(self.folder):
                 if int(folder.name) > step:
-                    _set_aside(folder)
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The newest valid step folder in a run folder or in a folder of checkpoints; or a step folder itself.
-
-    A folder with a Hugging Face model, or with adapters in PEFT's files, is one too. RUN/best stands for the
-    best step, as recorded in the newest one. Damaged and unfinished step folders are named on stderr and
-    skipped. Raises CheckpointError where no valid one is found.
-    """
-    path = Path(path).expanduser().absolute()
-    if is_hf_folder(path) or is_peft_folder(path):
-        return path
-    if path.name == "best" and not path.exists() and (path.parent / "checkpoints").is_dir():
-        newest = find_checkpoint(path.parent)
-        path = newest.with_name(str(_best_step(newest)))
-    inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if not inside.is_dir():
-        raise NoCheckpoint(f"{path} does not exist")
-    if _STEP.fullmatch(inside.name):
-        if what := damage(inside):
-            raise CheckpointError(what)
-        return inside
-    for folder in reversed(step_folders(inside)):
-        what = damage(folder)
-        if what is None:
-            return folder
-        print(f"warning: skipping a checkpoint: {what}", file=sys.stderr)
-    raise CheckpointError(
-        f"{path} holds no valid checkpoint: pass another one, or start a new run in another --workdir"
-    )
-
-
-def _best_step(newest: Path) -> int:
-    best = json.loads((newest / "metadata.json").read_bytes()).get("best")
-    if best is None:
-        raise NoCheckpoint(
-            f"{newest}: its run recorded no best step: set checkpoint.best_metric, or pass a step"
-        )
-    if not best["step"]:
-        raise NoCheckpoint(
-            f"{newest}: no step of its run has a better {best['metric']} than the initial weights; pass the "
-            f"checkpoint that it was initialized from"
-        )
-    return best["step"]
+                    set_aside(folder)
 
 
 def read_arrays(folder: Path, abstract: PyTree, prefix: str = "", optional: Collection[str] = ()) -> PyTree:
@@ -247,7 +264,9 @@ def read_arrays(folder: Path, abstract: PyTree, prefix: str = "", optional: Coll
     }
     restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        own = ocp.options.MultiprocessingOptions(primary_host=None)  # each process reads by itself
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=own)
+        with ocp.Checkpointer(handler, multiprocessing_options=own) as orbax:
             arrays = orbax.restore(
                 folder / "state", args=ocp.args.PyTreeRestore(targets, restore_args, partial_restore=True)
             )
@@ -293,99 +312,12 @@ def _describe(array: Any) -> str:
     return f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
-# Folders and files
-
-
-def damage(folder: Path, *, hashes: bool = True) -> str | None:
-    """Why a step folder is not a valid checkpoint, or None if it is. `hashes=False` compares sizes only.
-
-    Files that its manifest does not list do not matter: `.DS_Store`, leftovers of a copy.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        expected = {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
-    except FileNotFoundError:
-        return f"{folder} is unfinished: it has no {MANIFEST}"
-    except OSError as error:
-        return f"{folder} cannot be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{folder} is damaged: {MANIFEST} cannot be read"
-    for name, (size, _) in expected.items():
-        if not (folder / name).is_file():
-            return f"{folder} is damaged: {name} is missing"
-        if (found := (folder / name).stat().st_size) != size:
-            return f"{folder} is damaged: {name} has {found} bytes, not {size}"
-    if hashes:
-        for name, digest in _hash_all({name: folder / name for name in expected}).items():
-            if digest != expected[name][1]:
-                return f"{folder} is damaged: the content of {name} has changed"
-    return None
-
-
-def checkpoint_hash(folder: Path) -> str:
-    """One hash of all files of a valid step folder, as they were saved first, or of a Hugging Face model or
-    adapters."""
-    if is_hf_folder(folder) or is_peft_folder(folder):
-        found = [path for path in sorted(folder.iterdir()) if path.is_file() and not is_leftover(path.name)]
-        return xxhash.xxh3_128_hexdigest(to_json(_hash_all({path.name: path for path in found})))
-    content = (folder / MANIFEST).read_bytes()
-    return json.loads(content).get("hash") or xxhash.xxh3_128_hexdigest(content)
-
-
-def _write_manifest(folder: Path) -> None:
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    own = {name: found[name] for name in sorted(found) if not is_leftover(found[name].name)}
-    files = {name: (own[name].stat().st_size, digest) for name, digest in _hash_all(own).items()}
-    write_file(folder / MANIFEST, to_json({"files": files}))
-
-
-def _replace_metadata(folder: Path, content: bytes) -> None:
-    """Replace the metadata of a valid step folder, which is valid at every moment."""
-    name = "metadata.json"
-    if (folder / name).read_bytes() == content:
-        return
-    manifest = json.loads((folder / MANIFEST).read_bytes())
-    manifest["hash"] = checkpoint_hash(folder)  # by which runs know the parent that they are initialized from
-    manifest["files"].pop(name, None)
-    write_file(folder / MANIFEST, to_json(manifest))  # a file that it does not list may change
-    write_file(folder / name, content)
-    manifest["files"][name] = (len(content), xxhash.xxh3_128_hexdigest(content))
-    write_file(folder / MANIFEST, to_json(manifest))
-
-
-def _hash_all(files: Mapping[str, Path]) -> dict[str, str]:
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(files, pool.map(digest, files.values()), strict=True))
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """The step folders, complete or not, by ascending step."""
-    return sorted(
-        (path for path in folder.glob("*") if _STEP.fullmatch(path.name) and path.is_dir()),
-        key=lambda path: int(path.name),
-    )
-
-
-def _set_aside(folder: Path) -> None:
-    """Rename a step folder so that it no longer counts; delete it if it was never complete."""
-    if not (folder / MANIFEST).exists():
-        shutil.rmtree(folder)
-        return
-    numbers = itertools.count(1)
-    aside = (folder.with_name(f"{folder.name}.aside-{number}") for number in numbers)
-    folder.rename(next(path for path in aside if not path.exists()))
-
-
 def _prepare_folder(folder: Path, size: int) -> bool:
     """Whether a step must still be saved. If so, its folder no longer exists and the disk has room for it."""
     if folder.exists():
-        if damage(folder) is None:
+        if damage(folder, hashes=False) is None:
             return False
-        _set_aside(folder)
+        set_aside(folder)
     # Orbax would find out later: it fails at the next save, in several threads at once.
     if shutil.disk_usage(folder.parent).free < size:
         raise CheckpointError(f"step {folder.name} was not saved: {_full_disk(folder.parent, size)}")

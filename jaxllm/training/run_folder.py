@@ -14,7 +14,7 @@ import re
 import secrets
 import shlex
 import subprocess
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from jaxllm.config import differences, first_few
 from jaxllm.config_versions import stamped, upgrade
 from jaxllm.errors import ConfigError, DataError, NoCheckpoint
 from jaxllm.files import is_leftover, locked, to_json, write_file
-from jaxllm.parallel.processes import first_process_decides
-from jaxllm.training.checkpoint import MANIFEST, step_folders
+from jaxllm.parallel.processes import first_process_decides, is_first
+from jaxllm.store import copy_of, is_url, local_path, url_of
+from jaxllm.training.step_folder import MANIFEST, step_folders
+from jaxllm.training.workdir import LOCK, stored_folder
 
-LOCK = "lock"  # held by the process that uses the folder, and removed by it
 # What a start may leave in a run folder besides config.json: tokenizer and chat template.
 START_FILES = frozenset(
     (
@@ -78,11 +79,18 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def lock_run(workdir: str) -> Iterator[None]:
-    """A context in which no other process uses the run folder. ConfigError that names the one that does."""
+def lock_run(workdir: str) -> Iterator[Callable[[], None]]:
+    """A context in which no other process uses the run folder. ConfigError that names the one that does.
+
+    Yields a function that uploads what has changed in it, for a folder on an object store.
+    """
     path = _run_path(workdir)
+    if is_url(workdir):
+        with stored_folder(workdir) as upload:
+            yield upload
+        return
     if jax.process_index() != 0:
-        yield
+        yield lambda: None
         return
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -95,7 +103,7 @@ def lock_run(workdir: str) -> Iterator[None]:
         print(f"the lock of {lock.left_by} was left behind: that process has ended", flush=True)
     try:
         with lock:
-            yield
+            yield lambda: None
     finally:
         with contextlib.suppress(OSError):
             path.rmdir()  # if nothing was written
@@ -124,46 +132,52 @@ def open_run(
         raise ConfigError(f"--resume={resume} must be auto, must, never or a step")
     path = _run_path(workdir)
     try:
-        resuming = bool(first_process_decides(lambda: _claim(path, config, resume, may_differ)))
+        resuming, record = first_process_decides(lambda: _claim(path, config, resume, may_differ))
     except OSError as error:
         raise ConfigError(f"--workdir={workdir}: {error.strerror}") from error
+    if is_url(workdir) and not is_first():  # it has a copy of its own
+        write_file(path / "run.json", to_json(record))
     step = int(resume) if resume.isdecimal() else None
     before = _stored_config(path) if resuming and (path / "config.json").exists() else None
-    return RunFolder(path, _read(path / "run.json")["id"], resuming, step, before)
+    return RunFolder(path, record["id"], resuming, step, before)
 
 
 def _run_path(workdir: str) -> Path:
-    path = Path(workdir).expanduser().absolute()
-    if not workdir or "://" in workdir or not _NAME.fullmatch(path.name):
+    path = copy_of(workdir, jax.process_index()) if is_url(workdir) else local_path(workdir)
+    if not workdir or not _NAME.fullmatch(path.name):
         raise ConfigError(
-            f"--workdir={workdir} must be a local folder whose name has only letters, digits, '.', '_', '-'"
+            f"--workdir={workdir} must be a folder whose name has only letters, digits, '.', '_', '-'"
         )
     return path
 
 
-def _claim(path: Path, config: Mapping[str, Any], resume: str, may_differ: Collection[str]) -> bool:
-    """Whether there is a checkpoint of this run to resume from. Creates the `run.json` of a new run."""
+def _claim(
+    path: Path, config: Mapping[str, Any], resume: str, may_differ: Collection[str]
+) -> tuple[bool, dict[str, Any]]:
+    """Whether there is a checkpoint of this run to resume from, and its `run.json`, which is created for a
+    new run."""
+    where = url_of(path)
     if not (path / "run.json").exists():
         path.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in path.iterdir()} - {"logs", LOCK}  # a launcher may have created logs/
         if found := [name for name in names if not is_leftover(name)]:
-            raise ConfigError(f"{path} is not a run folder, it holds {min(found)}: choose another --workdir")
+            raise ConfigError(f"{where} is not a run folder, it holds {min(found)}: choose another --workdir")
         run_id = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
         record = {"id": run_id, "parent": None, "fingerprints": {}, "starts": []}
         write_file(path / "run.json", to_json(record))
     record = _read(path / "run.json")
     if record["starts"]:
         if resume == "never":
-            raise ConfigError(f"--resume=never: {path} holds run {record['id']}; choose another --workdir")
+            raise ConfigError(f"--resume=never: {where} holds run {record['id']}; choose another --workdir")
         _check_same_config(path, record["id"], config, may_differ)
     # Damaged ones count too: a run whose checkpoints are all damaged must not start from step 0 unnoticed.
     saved = [folder.name for folder in step_folders(path / "checkpoints") if (folder / MANIFEST).exists()]
     if resume == "must" and not saved:
-        raise NoCheckpoint(f"--resume=must: {path} holds no checkpoint; use --resume=auto to start the run")
+        raise NoCheckpoint(f"--resume=must: {where} holds no checkpoint; use --resume=auto to start the run")
     if resume.isdecimal() and str(int(resume)) not in saved:
         steps = f"only the steps {', '.join(saved)}" if saved else "no checkpoint"
-        raise NoCheckpoint(f"--resume={resume}: {path} holds {steps}")
-    return bool(saved)
+        raise NoCheckpoint(f"--resume={resume}: {where} holds {steps}")
+    return bool(saved), record
 
 
 def _check_same_config(
@@ -175,7 +189,7 @@ def _check_same_config(
         unsaved = not step_folders(path / "checkpoints")
         start_anew = ", or delete the folder, in which no step was saved" if unsaved else ""
         raise ConfigError(
-            f"{path} holds run {run_id} with another config: {first_few(found)}. "
+            f"{url_of(path)} holds run {run_id} with another config: {first_few(found)}. "
             f"Choose another --workdir, or set these fields to the values in its config.json{start_anew}"
         )
 
@@ -221,7 +235,7 @@ def record_start(
                     before[name] = fingerprints[name]
                     continue
                 raise DataError(
-                    f"the {name} differs from that of the run in {run.path}: fingerprint "
+                    f"the {name} differs from that of the run in {url_of(run.path)}: fingerprint "
                     f"{before.get(name)} there, {fingerprints.get(name)} here. Choose another --workdir, or "
                     f"restore the {name}"
                 )
@@ -243,7 +257,7 @@ def record_start(
     if run.resuming and (moved := _other_machine(record["starts"][-1:], start)):
         print(f"note: {moved} since the last start: the bits may differ from those of an uninterrupted run")
     record["starts"].append(start)
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 or is_url(url_of(run.path)):  # where each process has a copy of its own
         if not run.resuming:
             _replace_files(run, files or {})
         write_file(run.path / "config.json", to_json(stamped(config)))

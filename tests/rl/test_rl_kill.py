@@ -61,12 +61,12 @@ def compile(self, whole=Program.compile):
     return train_step
 
 
-def write_manifest(folder, whole=checkpoint._write_manifest):
+def own_files(folder, whole=checkpoint.own_files):  # just before the manifest
     return die() if phase == "save" and folder.name == str(2 * int(iteration) + 2) else whole(folder)
 
 
 rollouts.RolloutSource.roll_out, rollouts.collect, scorer.Scoring.result = roll_out, collect, result
-Program.compile, checkpoint._write_manifest = compile, write_manifest
+Program.compile, checkpoint.own_files = compile, own_files
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

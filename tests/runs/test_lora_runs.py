@@ -15,7 +15,7 @@ from jaxllm.parallel.sharding import matching
 from jaxllm.runs.checkpoints import load_checkpoint
 from jaxllm.runs.program import dry_run
 from jaxllm.stages import build_program
-from jaxllm.training.checkpoint import checkpoint_hash
+from jaxllm.training.step_folder import checkpoint_hash
 
 RANK = {"model__lora__rank": 2, "model__lora__alpha": 4.0}
 

@@ -15,8 +15,8 @@ from jaxllm.runs.checkpoints import load_checkpoint, read_policy
 from jaxllm.runs.convert import export_checkpoint
 from jaxllm.runs.program import tree_bytes
 from jaxllm.stages import build_program
-from jaxllm.training.checkpoint import find_checkpoint
 from jaxllm.training.state import split_params
+from jaxllm.training.step_folder import find_checkpoint
 
 QLORA = {"model.lora.rank": "2", "model.lora.quantize": "nf4", "training.sample_every": "0"}
 

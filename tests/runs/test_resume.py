@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 from rl_runs import read_all
 
-from jaxllm.training.checkpoint import find_checkpoint
+from jaxllm.training.step_folder import find_checkpoint
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12

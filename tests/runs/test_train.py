@@ -24,9 +24,10 @@ from jaxllm.runs.program import dry_run
 from jaxllm.runs.train import run_tokenizer, train
 from jaxllm.runs.weights import initial_weights, model_note, with_model_of
 from jaxllm.stages import build_program, find_stage, pretrain
-from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint, read_arrays
+from jaxllm.training.checkpoint import read_arrays
 from jaxllm.training.metrics import read_metrics
 from jaxllm.training.run_folder import RunFolder, lock_run
+from jaxllm.training.step_folder import checkpoint_hash, find_checkpoint
 
 FILES = {
     "pretrain": ("pretrain_text.py", "good.jsonl"),

@@ -10,7 +10,7 @@ from tiny_runs import train_stage
 from jaxllm.errors import ConfigError
 from jaxllm.runs.checkpoints import checkpoint_template, load_checkpoint, read_base
 from jaxllm.runs.convert import export_adapters, export_checkpoint
-from jaxllm.training.checkpoint import find_checkpoint
+from jaxllm.training.step_folder import find_checkpoint
 
 LORA = {"model.lora.rank": "2", "model.lora.alpha": "4", "model.lora.targets": "query|down"}
 TOKENS = np.arange(12).reshape(1, 12)

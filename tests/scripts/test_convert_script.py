@@ -24,7 +24,7 @@ from jaxllm.runs.checkpoints import checkpoint_template, load_checkpoint
 from jaxllm.runs.convert import generation_config
 from jaxllm.runs.train import train
 from jaxllm.stages import build_program, find_stage, ppo
-from jaxllm.training.checkpoint import checkpoint_hash, find_checkpoint
+from jaxllm.training.step_folder import checkpoint_hash, find_checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "convert.py"
 

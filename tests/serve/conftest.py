@@ -4,7 +4,7 @@ import pytest
 from http_server import serving
 
 from jaxllm.serve.server import load_model
-from jaxllm.training.checkpoint import find_checkpoint
+from jaxllm.training.step_folder import find_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ import pytest
 from saved_states import abstract, assert_same, make_state, save, shardings
 
 from jaxllm.errors import CheckpointError
-from jaxllm.training.checkpoint import find_checkpoint, read_arrays
+from jaxllm.training.checkpoint import read_arrays
+from jaxllm.training.step_folder import find_checkpoint
 
 
 def test_state_metadata_and_files_are_restored(checkpoints):

@@ -8,8 +8,8 @@ import pytest
 from saved_states import abstract, assert_same, flip_bit, make_state, save
 
 from jaxllm.errors import CheckpointError
-from jaxllm.training import checkpoint
-from jaxllm.training.checkpoint import checkpoint_hash, damage, find_checkpoint
+from jaxllm.training import checkpoint, step_folder
+from jaxllm.training.step_folder import checkpoint_hash, damage, find_checkpoint
 
 
 def test_a_flipped_bit_in_any_file_is_noticed_and_the_previous_step_is_used(checkpoints, capsys):
@@ -20,10 +20,52 @@ def test_a_flipped_bit_in_any_file_is_noticed_and_the_previous_step_is_used(chec
     for path in files:
         bit = choose.randrange(path.stat().st_size * 8)
         flip_bit(path, bit)
-        assert find_checkpoint(checkpoints.folder).name == "1", f"bit {bit} of {path}"
+        assert find_checkpoint(checkpoints.folder, whole=True).name == "1", f"bit {bit} of {path}"
         assert f"{checkpoints.folder}/2 is damaged: " in capsys.readouterr().err
         flip_bit(path, bit)
-    assert find_checkpoint(checkpoints.folder).name == "2"
+    assert find_checkpoint(checkpoints.folder, whole=True).name == "2"
+
+
+def test_who_reads_parameters_alone_checks_all_sizes_and_hashes_no_optimizer_state(checkpoints, monkeypatch):
+    save(checkpoints, 1)
+    folder, hashed = checkpoints.folder / "1", set()
+    whole = step_folder.hash_files
+    monkeypatch.setattr(step_folder, "hash_files", lambda files: hashed.update(files) or whole(files))
+    assert find_checkpoint(folder) == folder
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {name for name in names - hashed if not name.startswith(("state/opt_state/", "state/key/"))} == {
+        "manifest.json",
+        "state/step/.zarray",
+        "state/step/0",
+    }
+    for name, noticed in (("state/opt_state/0/count/0", False), ("state/params/layers/query/0.0", True)):
+        flip_bit(folder / name, 9)
+        assert (damage(folder, whole=False) is not None) == noticed, name
+        flip_bit(folder / name, 9)
+    os.truncate(folder / "state/opt_state/0/count/0", 3)
+    with pytest.raises(CheckpointError, match="count/0 has 3 bytes, not 13"):
+        find_checkpoint(folder)
+
+
+def test_what_was_just_saved_is_read_once_and_every_file_and_folder_is_flushed(checkpoints, monkeypatch):
+    flushed, opened, reads = [], step_folder.os.fsync, []
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (flushed.append(os.readlink(f"/proc/self/fd/{fd}")), opened(fd))
+    )
+    whole = checkpoint.hash_files
+    monkeypatch.setattr(step_folder, "hash_files", lambda *_, **__: pytest.fail("read again"))
+    monkeypatch.setattr(
+        checkpoint,
+        "hash_files",
+        lambda files, flush: (reads.extend(files.values()), whole(files, flush=flush))[1],
+    )
+    checkpoints._keep = 1
+    save(checkpoints, 1, 2)
+    folder = checkpoints.folder / "2"
+    paths = {path for path in folder.rglob("*") if path.name != "manifest.json"}
+    assert {str(path) for path in {folder, folder.parent, *paths}} <= set(flushed)
+    files = [path for path in paths if path.is_file()]
+    assert sorted(path for path in reads if folder in path.parents) == sorted(files)
 
 
 def test_every_flipped_bit_of_the_manifest_is_noticed(checkpoints):
@@ -67,9 +109,9 @@ def test_a_foreign_file_comes_and_goes_without_damage(checkpoints, name):
     (checkpoints.folder / "1" / name).touch()
     assert damage(checkpoints.folder / "1") is None
     file = checkpoints.folder / "2" / name
-    write = checkpoint._write_manifest
+    list_files = checkpoint.own_files
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_write_manifest", lambda folder: (file.touch(), write(folder)))
+        patch.setattr(checkpoint, "own_files", lambda folder: (file.touch(), list_files(folder))[1])
         save(checkpoints, 2)
     file.unlink()
     assert damage(checkpoints.folder / "2") is None
@@ -86,14 +128,14 @@ def test_a_step_that_is_saved_again_has_the_new_metadata_and_is_valid_at_every_m
 ):
     save(checkpoints, 1)
     folder, found = checkpoints.folder / "1", []
-    write = checkpoint.write_file
+    write = step_folder.write_file
 
     def watched(path, content):
         write(path, content)
         found.append((path.name, damage(folder)))
 
     digest = checkpoint_hash(folder)
-    monkeypatch.setattr(checkpoint, "write_file", watched)
+    monkeypatch.setattr(step_folder, "write_file", watched)
     for _ in range(2):
         checkpoints.save(1, make_state(1), {"step": 1, "metrics": {"eval/loss": 0.5}})
     files = ["manifest.json", "metadata.json", "manifest.json"]
@@ -118,7 +160,7 @@ def test_leftovers_of_a_killed_save_are_ignored_and_replaced(checkpoints, leftov
 
 def test_a_damaged_step_that_is_saved_again_is_renamed(checkpoints):
     save(checkpoints, 1)
-    flip_bit(checkpoints.folder / "1/arrays.json", 0)
+    truncate_file(checkpoints.folder / "1")
     save(checkpoints, 1)
     assert sorted(os.listdir(checkpoints.folder)) == ["1", "1.aside-1"]
     assert damage(checkpoints.folder / "1") is None

@@ -20,7 +20,8 @@ from saved_states import make_state, save
 
 from jaxllm.errors import CheckpointError
 from jaxllm.training import checkpoint
-from jaxllm.training.checkpoint import Checkpoints, find_checkpoint, read_arrays
+from jaxllm.training.checkpoint import Checkpoints, read_arrays
+from jaxllm.training.step_folder import find_checkpoint
 
 
 @pytest.fixture

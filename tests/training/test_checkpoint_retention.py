@@ -4,11 +4,12 @@ import os
 import time
 
 import pytest
-from saved_states import flip_bit, make_state, save
+from saved_states import make_state, save
 
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.training import checkpoint
-from jaxllm.training.checkpoint import Checkpoints, damage, find_checkpoint
+from jaxllm.training import checkpoint, step_folder
+from jaxllm.training.checkpoint import Checkpoints
+from jaxllm.training.step_folder import damage, find_checkpoint
 
 
 def test_a_step_is_reported_as_saved_once_the_manifest_exists(tmp_path, monkeypatch):
@@ -53,7 +54,7 @@ def test_the_old_best_step_is_kept_until_the_new_one_is_saved(tmp_path):
 
 
 def test_a_half_deleted_step_is_not_valid(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed before it
+    monkeypatch.setattr(step_folder.shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed before it
     checkpoints = Checkpoints(tmp_path, keep=1)
     save(checkpoints, 1, 2)
     assert checkpoints.steps() == [2]
@@ -81,7 +82,7 @@ def test_a_step_that_was_just_saved_is_kept_even_if_a_later_one_exists(tmp_path)
 def test_nothing_is_deleted_before_the_newer_step_is_found_valid(tmp_path):
     def damage_it(line):
         if line == "saved step 2":
-            flip_bit(tmp_path / "2/arrays.json", 0)
+            os.truncate(tmp_path / "2/arrays.json", 3)
 
     checkpoints = Checkpoints(tmp_path, keep=1, log=damage_it)
     save(checkpoints, 1)
