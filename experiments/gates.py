@@ -38,11 +38,18 @@ def config_class(config: "ConfigDict") -> type:
 
 def main(config: "PipelineConfig", flags: "FlagValues") -> None:
     """Measure all gates and print a line for each."""
+    from jaxllm.files import is_url
     from jaxllm.pipeline.gates import measure_gates
+    from jaxllm.store import copy_of
+    from jaxllm.training.workdir import stored_folder
 
     if flags.workdir is None:
         raise ConfigError("--workdir=FOLDER is missing")
-    measure_gates(config, Path(flags.workdir).expanduser().absolute())
+    if not is_url(flags.workdir):
+        measure_gates(config, Path(flags.workdir).expanduser().absolute())
+        return
+    with stored_folder(flags.workdir):
+        measure_gates(config, copy_of(flags.workdir, 0))
 
 
 if __name__ == "__main__":

@@ -32,14 +32,16 @@ def define_flags(flag_values: "FlagValues") -> None:
 
 def main(_: None, flags: "FlagValues") -> None:
     """Write the report and print where it is."""
+    from jaxllm.files import is_url
     from jaxllm.report import write_report
+    from jaxllm.store import local_copy
 
     if not flags.run:
         raise ConfigError(
             "no run given; pass one or more folders: python experiments/report.py runs/quickstart"
         )
-    runs = [Path(run).expanduser() for run in flags.run]
-    folder = runs[0] if len(runs) == 1 else Path("report")
+    runs = [local_copy(run) for run in flags.run]
+    folder = runs[0] if len(runs) == 1 and not is_url(flags.run[0]) else Path("report")
     print(write_report(runs, folder if flags.output is None else Path(flags.output).expanduser()))
 
 

@@ -23,15 +23,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NewType, TypeVar, Union, cast
 
 from jaxllm.config_versions import current_name, replacement
 from jaxllm.errors import ConfigError, RunError, Stopped
-from jaxllm.files import CACHE_VARIABLE, is_full_disk, use_cache_folder
+from jaxllm.files import CACHE_VARIABLE, is_full_disk, is_url, use_cache_folder
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
     from ml_collections import ConfigDict
 
+# Flags with a path that cannot be on an object store. Those of runs and checkpoints can.
+LOCAL_FLAGS = {"cache_dir", "output", "preferences", "token_file"}
 Text = NewType("Text", str)  # declares prose: on the command line a comma in it separates nothing
 Config = TypeVar("Config")
 Values = Union[Mapping[str, Any], "ConfigDict"]
+
+
+def check_local(path: str | None, name: str) -> None:
+    """ConfigError where a path, `name` to the user, is on an object store."""
+    if path is not None and is_url(path):
+        raise ConfigError(f"{name}={path} must be a local path, not one on an object store")
 
 
 def parse(config_class: type[Config], values: "Values", path: str = "config") -> Config:
@@ -189,6 +197,8 @@ def run_script(
         if config_class is not None and script_flags.print_config:
             print(json.dumps(as_dict(config), indent=2))
             return 0
+        for name in LOCAL_FLAGS & set(script_flags):
+            check_local(script_flags[name].value, f"--{name}")
         if script_flags.cache_dir is not None:
             use_cache_folder(script_flags.cache_dir)
         return main(config, script_flags) or 0

@@ -57,6 +57,11 @@ def write_file(path: Path, content: bytes) -> None:
         os.close(directory)
 
 
+def is_url(path: str | Path) -> bool:
+    """Whether a path names an object store, such as gs://bucket/run."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", str(path)) is not None
+
+
 def to_json(value: Any) -> bytes:
     """`value` as indented JSON."""
     return json.dumps(value, indent=1).encode()

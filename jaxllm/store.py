@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 import xxhash
 
 from jaxllm.errors import ConfigError, RunError
-from jaxllm.files import cache_folder, is_leftover, write_file
+from jaxllm.files import cache_folder, is_leftover, is_url, write_file
 
 THREADS = 16  # of uploads and downloads: a single stream does not fill a network
-_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)")
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 # What only one kind of reader wants, and may be large: arrays, traces, what another machine's process wrote.
 _LARGE = re.compile(r"(.*/)?(state/.*|profile/.*|lock|.*\.tmp)")
@@ -32,17 +31,6 @@ _LARGE = re.compile(r"(.*/)?(state/.*|profile/.*|lock|.*\.tmp)")
 
 class StoreError(RunError):
     """An object store does not do what it is asked to."""
-
-
-def is_url(path: str | Path) -> bool:
-    """Whether a path names an object store."""
-    return _URL.fullmatch(str(path)) is not None
-
-
-def check_local(path: str | None, name: str) -> None:
-    """ConfigError where a path, `name` to the user, is on an object store."""
-    if path is not None and is_url(path):
-        raise ConfigError(f"{name}={path} must be a local path: object stores are not supported here")
 
 
 class Object(NamedTuple):
@@ -185,13 +173,12 @@ def _in_threads(act: Callable[[Any], None], items: Iterable[Any]) -> None:
 
 def copy_of(url: str, process: int | None = None) -> Path:
     """Where the copy of a URL lies: the one to read, or a run folder that a process writes."""
-    match = _URL.fullmatch(url)
-    assert match is not None
+    scheme, _, path = url.partition("://")
     kind = "stores" if process is None else f"workdirs/{process}"
-    parts = [part for part in match[2].split("/") if part]
+    parts = [part for part in path.split("/") if part]
     if ".." in parts:
         raise ConfigError(f"{url} must not contain ..")
-    return cache_folder().absolute().joinpath(kind, match[1], *parts)
+    return cache_folder().absolute().joinpath(kind, scheme, *parts)
 
 
 def url_of(path: str | Path) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from jaxllm.config import check_local
 from jaxllm.data.records import Record, Rename, check_rename
 from jaxllm.data.sources import BadRow, Row, Source, open_source
 from jaxllm.errors import ConfigError, DataError
@@ -120,6 +121,7 @@ class RecordConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_local(self.template, "data.template")
         check_rename(self.rename)
 
 

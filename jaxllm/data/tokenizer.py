@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from jaxllm.config import check_local
 from jaxllm.data.base_tokenizer import HF_TOKENIZER_FILE, BaseTokenizer, without_lone_surrogates
 from jaxllm.data.byte_level import (
     MERGES_FILE,
@@ -66,6 +67,9 @@ class TokenizerConfig:
     path: str | None  # a sentencepiece .model, a tokenizer.json, or a folder; None: train one
     vocab_size: int  # tokens of a trained one; fewer where the text is too small for so many
     train_bytes: int  # how many bytes of the run's text to train it on
+
+    def __post_init__(self):
+        check_local(self.path, "tokenizer.path")
 
 
 class Tokenizer(BaseTokenizer):

@@ -22,14 +22,16 @@ from typing import Any, NamedTuple
 
 from jaxllm.config import as_dict, differences, load_config, parse
 from jaxllm.errors import ConfigError, DataError, RunError, Stopped
-from jaxllm.files import locked
+from jaxllm.files import is_url, locked
 from jaxllm.pipeline.completions import HELD_OUT
 from jaxllm.pipeline.config import PARENTS, PipelineConfig
 from jaxllm.pipeline.held_out import write_held_out
 from jaxllm.pipeline.record import Record, rewarded_by_model
 from jaxllm.report import check_extra, write_report
 from jaxllm.stages import build_program, find_stage
+from jaxllm.store import copy_of, url_of
 from jaxllm.training.metrics import read_metrics
+from jaxllm.training.workdir import stored_folder
 
 SPEND_EVERY = 10.0  # seconds
 
@@ -63,10 +65,13 @@ def run_pipeline(
     """
     check_extra()  # now, and not after the last stage
     check_sources(config)
-    folder = Path(workdir).expanduser().absolute()
+    if is_url(workdir) and process_flags:
+        raise ConfigError(
+            f"--workdir={workdir}: a pipeline of several processes needs a folder that all of them share"
+        )
     if process > 0:
         return follow_pipeline(config, config_file, workdir, scripts, process, process_flags)
-    with claimed(folder):
+    with claimed(workdir) as folder:
         if not (folder / "pipeline.json").exists() and not (folder / HELD_OUT).exists():
             write_held_out(config, folder)
         keeps_apart = (folder / HELD_OUT).exists()  # a pipeline of an earlier version resumes as it began
@@ -85,7 +90,7 @@ def run_pipeline(
             print(f"{title} {clock(seconds):>6}  {outcome}", flush=True)
             for warning in warnings(log):
                 print(f"      {warning}", flush=True)
-    return conclude(folder, record, must_pass=config.gates.must_pass)
+        return conclude(folder, record, must_pass=config.gates.must_pass)
 
 
 def follow_pipeline(
@@ -132,7 +137,7 @@ def conclude(folder: Path, record: "Record", must_pass: bool) -> int:
         print(f"{marks[gate['passed']]:12}  {gate['name']:12} {gate['says']}")
     value = record.value
     print(f"{clock(value['seconds'])} in all, {value['peak_memory_bytes'] / 1e9:.1f} GB of memory at most")
-    print(f"report: {write_report([folder], folder)}")
+    print(f"report: {url_of(write_report([folder], folder))}")
     return 0 if gates["passed"] or not must_pass else RunError.exit_code
 
 
@@ -176,18 +181,20 @@ def stage_commands(
         return [sys.executable, path, *(f"--{name}={value}" for name, value in flags.items())]
 
     commands = {}
-    folder = Path(workdir).expanduser().absolute()  # in fields, whose values a run compares when it resumes
+    # In fields, whose values a run compares when it resumes.
+    folder = copy_of(workdir, 0) if is_url(workdir) else Path(workdir).expanduser().absolute()
     for name, parent in PARENTS.items():
         more = {**process_flags} if parent is None else {**process_flags, "init_from": f"{workdir}/{parent}"}
         if rewarded_by_model(getattr(config, name)):
-            more["config.reward.model"] = f"{folder}/reward_model"
+            more["config.reward.model"] = f"{url_of(folder)}/reward_model"
         if keeps_apart and name != "pretrain":
             file, own = f"{folder}/{HELD_OUT}", getattr(config, name).data.held_out or ()
             more["config.data.held_out"] = as_flag([*own, file]) if own or "," in file else file
         commands[name] = command(
             scripts.train, f"{config_file}:{name}", f"{workdir}/{name}", f"{name}.", **more
         )
-    commands["gates"] = command(scripts.gates, config_file, workdir, "")
+    # On a store the pipeline holds the folder, and uploads what is written into its copy.
+    commands["gates"] = command(scripts.gates, config_file, str(folder) if is_url(workdir) else workdir, "")
     return commands
 
 
@@ -277,8 +284,13 @@ def passing_on(process: subprocess.Popen) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Lock the folder for this process."""
+def claimed(workdir: str) -> Iterator[Path]:
+    """Lock the folder for this process. Yields its path, or that of its copy."""
+    if is_url(workdir):
+        with stored_folder(workdir):
+            yield copy_of(workdir, 0)
+        return
+    folder = Path(workdir).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = locked(folder / "lock")
@@ -287,7 +299,7 @@ def claimed(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"--workdir={folder}: {error.strerror}") from None
     with file:
-        yield
+        yield folder
 
 
 # Progress

@@ -32,6 +32,7 @@ from jaxllm.runs.checkpoints import (
     read_config,
     saved_template,
 )
+from jaxllm.store import local_copy
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.step_folder import checkpoint_hash, find_checkpoint
 
@@ -138,6 +139,7 @@ def generation_config(loaded: LoadedModel) -> dict[str, Any]:
 
 def import_checkpoint(folder: str, output: Path) -> None:
     """Write a Hugging Face model as a run folder with one checkpoint, that of step 0."""
+    folder = str(local_copy(folder))
     check_is_hf(folder)
     check_empty(output)
     loaded = load_checkpoint(folder)
@@ -162,6 +164,7 @@ def import_checkpoint(folder: str, output: Path) -> None:
 def check_checkpoint(folder: str, *, length: int = 64, new_tokens: int = 64) -> None:
     """Compare a Hugging Face model as transformers and as jaxllm compute it, in float32 on random tokens: the
     largest difference of logits, and how many greedy tokens agree. CheckpointError where they differ."""
+    folder = str(local_copy(folder))
     check_is_hf(folder)
     if is_reward_model(folder):
         raise ConfigError(f"--checkpoint={folder} is a reward model; check compares language models")

@@ -27,9 +27,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.data.sources import open_source
 from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.errors import ConfigError
+from jaxllm.files import is_url
 from jaxllm.parallel import processes
 from jaxllm.parallel.global_arrays import place
 from jaxllm.parallel.sharding import MeshConfig, make_mesh, order_of_devices
+from jaxllm.store import Store, StoreError, local_path
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 CLOCK_LIMIT = 2.0  # seconds apart: locks and checkpoints are told apart by times
@@ -76,7 +79,9 @@ def diagnose(folders: Sequence[str], tokenizer: str | None, sources: Sequence[st
 
 def exchange_facts(folders: Sequence[str], tokenizer: str | None, sources: Sequence[str]) -> list[str]:
     """The Facts of every process as JSON."""
-    paths = [Path(folder).expanduser().absolute() for folder in folders]
+    for folder in folders:
+        check_store(folder)
+    paths = [local_path(folder) for folder in folders if not is_url(folder)]
     name = f".doctor-{processes.first_process_decides(lambda: secrets.token_hex(4))}.tmp"
     disks = {str(path): free_disk(path) for path in paths}
     fingerprints = {} if tokenizer is None else {f"tokenizer {tokenizer}": load_tokenizer(tokenizer).hash}
@@ -104,6 +109,17 @@ def exchange_facts(folders: Sequence[str], tokenizer: str | None, sources: Seque
             coordinator=processes.coordinator(),
         )
         return processes.exchange("facts", json.dumps(asdict(facts)))
+
+
+def check_store(folder: str) -> None:
+    """ConfigError where this process cannot write to a URL; nothing for any other folder."""
+    if is_url(folder):
+        name = f".doctor-{secrets.token_hex(4)}.tmp"
+        try:
+            Store(folder).write(name, b"")
+            Store(folder).delete([name])
+        except StoreError as error:
+            raise ConfigError(f"{folder} cannot be written to: {error}") from error
 
 
 @contextlib.contextmanager

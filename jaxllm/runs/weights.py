@@ -10,7 +10,7 @@ import jax
 
 from jaxllm.config import as_dict, differences, first_few
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.files import is_hf_folder, is_peft_folder
+from jaxllm.files import is_hf_folder, is_peft_folder, is_url
 from jaxllm.models import Params
 from jaxllm.models.config import HOW
 from jaxllm.models.hf import check_hf
@@ -29,7 +29,7 @@ from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import InitialWeights
 from jaxllm.runs.program import Program
 from jaxllm.runs.stage import Stage
-from jaxllm.store import Store, is_url, local_copy, local_path
+from jaxllm.store import Store, local_copy, local_path
 from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import TrainState, merge_params, split_params
 from jaxllm.training.step_folder import (

@@ -7,6 +7,7 @@ Reading it executes nothing and unpickles nothing.
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
@@ -25,9 +26,9 @@ import jaxllm
 from jaxllm.config import differences, first_few
 from jaxllm.config_versions import stamped, upgrade
 from jaxllm.errors import ConfigError, DataError, NoCheckpoint
-from jaxllm.files import is_leftover, locked, to_json, write_file
-from jaxllm.parallel.processes import first_process_decides, is_first
-from jaxllm.store import copy_of, is_url, local_path, url_of
+from jaxllm.files import is_leftover, is_url, locked, to_json, write_file
+from jaxllm.parallel.processes import NO_TIMEOUT, barrier, first_process_decides, is_first
+from jaxllm.store import copy_of, local_path, url_of
 from jaxllm.training.step_folder import MANIFEST, step_folders
 from jaxllm.training.workdir import LOCK, stored_folder
 
@@ -86,7 +87,8 @@ def lock_run(workdir: str) -> Iterator[Callable[[], None]]:
     """
     path = _run_path(workdir)
     if is_url(workdir):
-        with stored_folder(workdir) as upload:
+        ready = functools.partial(barrier, "lock of the run folder", NO_TIMEOUT)
+        with stored_folder(workdir, jax.process_index(), ready) as upload:
             yield upload
         return
     if jax.process_index() != 0:

@@ -19,9 +19,9 @@ from pathlib import Path
 import xxhash
 
 from jaxllm.errors import CheckpointError, NoCheckpoint
-from jaxllm.files import is_hf_folder, is_leftover, is_peft_folder, to_json, write_file
+from jaxllm.files import is_hf_folder, is_leftover, is_peft_folder, is_url, to_json, write_file
 from jaxllm.parallel.processes import first_process_decides
-from jaxllm.store import is_url, local_copy, local_path, publish, store_of, url_of
+from jaxllm.store import local_copy, local_path, publish, store_of, url_of
 
 MANIFEST = "manifest.json"
 Files = dict[str, tuple[int, str]]  # by name inside the folder: size and hash

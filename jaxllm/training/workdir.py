@@ -12,11 +12,8 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
-import jax
-
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.files import BEAT, SILENCE, is_leftover, is_running, to_json
-from jaxllm.parallel import processes
 from jaxllm.store import Store, StoreError, copy_of, update_copy
 
 LOCK = "lock"  # held by the process that uses the folder, and removed by it
@@ -24,15 +21,18 @@ UPLOAD_EVERY = 60.0  # seconds; and before each checkpoint, and at the end
 
 
 @contextlib.contextmanager
-def stored_folder(url: str) -> Iterator[Callable[[], None]]:
+def stored_folder(
+    url: str, process: int = 0, locked: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[], None]]:
     """A context in which this run alone works on the copy of `url` in `copy_of(url, process)`.
 
     At the start the copy is made equal to the store; what changes in it is then uploaded, checkpoints aside.
     Yields a function that uploads at once. In a run of several processes each has a copy of its own, and all
-    but the first upload their logs only. Raises ConfigError where another process holds the folder.
+    but the first upload their logs only; `locked` is a barrier that they reach once the first has the lock.
+    Raises ConfigError where another process holds the folder.
     """
-    folder, store, content = copy_of(url, jax.process_index()), Store(url), b""
-    if processes.is_first():
+    folder, store, content = copy_of(url, process), Store(url), b""
+    if process == 0:
         try:
             content, left_by = _lock(store)
         except BlockingIOError as error:
@@ -43,14 +43,14 @@ def stored_folder(url: str) -> Iterator[Callable[[], None]]:
             raise ConfigError(f"--workdir={url}: {error}") from error
         if left_by is not None:
             print(f"the lock of {left_by} was left behind: that process has ended", flush=True)
-    processes.barrier("lock of the run folder", processes.NO_TIMEOUT)
+    locked()
     folder.mkdir(parents=True, exist_ok=True)
     if dropped := update_copy(folder):
         print(
             f"{folder} held {len(dropped)} files that {url} does not have, such as {dropped[0]}: dropped",
             flush=True,
         )
-    upload = _Upload(store, folder, content)
+    upload = _Upload(store, folder, content, only="" if process == 0 else "logs/")
     try:
         yield upload
     except BaseException:
@@ -63,9 +63,9 @@ def stored_folder(url: str) -> Iterator[Callable[[], None]]:
 class _Upload:
     """Uploads the changed files of a copy when it is called, and every so often."""
 
-    def __init__(self, store: Store, folder: Path, content: bytes) -> None:
+    def __init__(self, store: Store, folder: Path, content: bytes, only: str) -> None:
         self.store, self.folder, self.content = store, folder, content
-        self.only = "" if processes.is_first() else "logs/"
+        self.only = only  # what other names do not begin with is not uploaded
         # Logs of a killed process may not be on the store yet.
         self.known = {name: state for name, state in self._files().items() if not name.startswith("logs/")}
         self.lost = False
@@ -82,7 +82,8 @@ class _Upload:
             for name in [name for name, state in found.items() if self.known.get(name) != state]:
                 with contextlib.suppress(FileNotFoundError):  # it may be replaced or deleted just now
                     self.store.write(name, (self.folder / name).read_bytes())
-            self.store.delete(self.known.keys() - found.keys())
+            gone = self.known.keys() - found.keys()
+            self.store.delete(name for name in gone if not (self.folder / name).exists())
             self.known = found
 
     def close(self) -> None:
