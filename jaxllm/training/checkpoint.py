@@ -26,7 +26,7 @@ from jaxllm.errors import CheckpointError, ConfigError, ProcessLost, RunError
 from jaxllm.files import to_json, write_file
 from jaxllm.parallel.processes import first_process_decides, together
 from jaxllm.parallel.sharding import path_name
-from jaxllm.store import StoreError, publish, store_of
+from jaxllm.store import StoreError, publish, store_of, update_copy
 from jaxllm.training.step_folder import (
     MANIFEST,
     Files,
@@ -214,6 +214,7 @@ class Checkpoints:
         found = first_process_decides(lambda: int(find_checkpoint(wanted, whole=True).name))
         folder = self.folder / str(found)
         if self._store is not None and jax.process_index() > 0:
+            update_copy(folder)
             find_checkpoint(folder, whole=True)  # into this process's copy
         state = read_arrays(folder, abstract_state)
         if self._store is not None:

@@ -182,6 +182,31 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path, shared, uninterrupt
     assert outcome(workdir) == expected
 
 
+def test_a_run_on_an_object_store_is_killed_and_resumed_by_another_machine(tmp_path, shared, uninterrupted):
+    store = tmp_path / "store"
+
+    def on_store(cache):
+        arguments = command("pretrain", shared, store)
+        named = {
+            f"--workdir={store}": f"--workdir=file://{store}",
+            f"--cache_dir={cache_of(store)}": f"--cache_dir={tmp_path / cache}",
+        }
+        return [named.get(each, each) for each in arguments]
+
+    code, output = interrupt(on_store("one"), signal.SIGKILL, "saved step 6")
+    assert code == -signal.SIGKILL, output
+    assert (store / "lock").exists()
+    code, output = interrupt(on_store("two"), signal.SIGTERM, "step 8/")
+    assert code == 75, output
+    assert "was left behind: that process has ended" in output
+    assert "resumed at step " in output
+    code, output = run(on_store("one"))
+    assert code == 0, output
+    assert f"run folder: file://{store}" in output
+    assert outcome(store) == uninterrupted("pretrain")
+    assert not (store / "lock").exists()
+
+
 def test_a_stopped_run_saves_exits_with_75_and_prints_the_command_that_resumes(
     tmp_path, shared, uninterrupted
 ):

@@ -21,7 +21,7 @@ from saved_states import make_state, save
 from jaxllm.errors import CheckpointError
 from jaxllm.training import checkpoint
 from jaxllm.training.checkpoint import Checkpoints, read_arrays
-from jaxllm.training.step_folder import find_checkpoint
+from jaxllm.training.step_folder import damage, find_checkpoint
 
 
 @pytest.fixture
@@ -148,6 +148,8 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxllm.errors import CheckpointError
+from jaxllm.files import is_url
+from jaxllm.store import copy_of
 from jaxllm.training.checkpoint import Checkpoints
 
 jax.config.update("jax_num_cpu_devices", 1)
@@ -155,7 +157,8 @@ jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[3]))
 mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 rows = NamedSharding(mesh, PartitionSpec("data"))
 state = {"x": jax.make_array_from_callback((8,), rows, lambda index: jnp.arange(8.0)[index])}
-checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)
+url = is_url(sys.argv[1])
+checkpoints = Checkpoints(copy_of(sys.argv[1], int(sys.argv[3])) if url else Path(sys.argv[1]), keep=1)
 checkpoints.save(1, state, {})
 checkpoints.save(1, state, {})  # by neither process again
 restored, _ = checkpoints.restore(None, state)
@@ -167,14 +170,17 @@ except CheckpointError as error:
 """
 
 
-def test_two_processes_save_one_checkpoint_and_agree_on_errors(tmp_path):
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_two_processes_save_one_checkpoint_and_agree_on_errors(tmp_path, scheme):
+    """On a shared disk; on a store, each with a disk of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", ONE_OF_TWO, tmp_path, str(port), str(index)],
+            [sys.executable, "-c", ONE_OF_TWO, f"{scheme}{tmp_path}/run", str(port), str(index)],
             stdout=subprocess.PIPE,
+            env={**os.environ, "JAXLLM_CACHE_DIR": f"{tmp_path}/cache-{index}"},
             text=True,
         )
         for index in range(2)
@@ -185,5 +191,7 @@ def test_two_processes_save_one_checkpoint_and_agree_on_errors(tmp_path):
         (True, True),
         (False, True),
     ]
-    x = read_arrays(find_checkpoint(tmp_path), jax.ShapeDtypeStruct((8,), jnp.float32), prefix="x")
+    folder = tmp_path / "run" / "1"
+    assert damage(folder) is None
+    x = read_arrays(folder, jax.ShapeDtypeStruct((8,), jnp.float32), prefix="x")
     np.testing.assert_array_equal(x, np.arange(8.0))
