@@ -19,7 +19,7 @@ import pytest
 from configs import quickstart, sft_chat
 from jaxllm.config import as_dict, override, parse
 from jaxllm.config_versions import stamped
-from jaxllm.errors import DataError
+from jaxllm.errors import ConfigError, DataError
 from jaxllm.files import to_json, write_file
 from jaxllm.pipeline import completions, gates
 from jaxllm.pipeline import run as pipeline
@@ -242,6 +242,20 @@ def test_overrides_are_passed_on_to_the_stages():
     assert f"--config.data.held_out={file}" in flags["sft"]
     assert f"--config.data.held_out=('benchmark.jsonl', '{file}')" in flags["dpo"]
     assert "--config.data.text=('mine.txt',)" in flags["gates"]
+
+
+def test_a_pipeline_on_an_object_store_hands_urls_to_its_stages_and_its_copy_to_the_gates(cache):
+    url, copy = "memory://bucket/pipe", cache / "workdirs" / "0" / "memory" / "bucket" / "pipe"
+    scripts = pipeline.Scripts(*(ROOT / "experiments" / f"{name}.py" for name in ("train", "gates")))
+    commands = pipeline.stage_commands(make_config(), f"{ROOT}/configs/quickstart.py", url, scripts)
+    assert {f"--workdir={url}/sft", f"--init_from={url}/pretrain"} < set(commands["sft"])
+    assert f"--config.data.held_out={copy}/held_out.jsonl" in commands["sft"]
+    assert f"--config.reward.model={url}/reward_model" in commands["ppo"]
+    assert f"--workdir={copy}" in commands["gates"]
+    with pytest.raises(ConfigError, match="needs a folder that all of them share"):
+        pipeline.run_pipeline(
+            make_config(), config_file="x", workdir=url, scripts=scripts, process_flags={"process_id": "1"}
+        )
 
 
 def test_a_stage_can_have_data_of_its_own_but_no_seed_of_its_own():

@@ -37,17 +37,25 @@ def test_changed_files_are_uploaded_when_asked_and_at_the_end_and_the_lock_is_re
 
 @pytest.mark.parametrize("error", [Stopped("by a signal"), KeyError("a bug")])
 def test_files_are_uploaded_after_an_error_and_the_lock_is_removed(url, error):
-    with pytest.raises(type(error)), stored_folder(url):
-        (copy_of(url, 0) / "metrics.jsonl").write_text("1")
-        raise error
+    def fail():
+        with stored_folder(url):
+            (copy_of(url, 0) / "metrics.jsonl").write_text("1")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
     assert Store(url).list().keys() == {"metrics.jsonl"}
 
 
 def test_the_error_that_ends_a_run_is_not_hidden_by_a_failing_upload(url, monkeypatch):
-    with pytest.raises(KeyError), stored_folder(url):
-        (copy_of(url, 0) / "metrics.jsonl").write_text("1")
-        monkeypatch.setattr(Store, "write", lambda *_: (_ for _ in ()).throw(StoreError("down")))
-        raise KeyError("a bug")
+    def fail():
+        with stored_folder(url):
+            (copy_of(url, 0) / "metrics.jsonl").write_text("1")
+            monkeypatch.setattr(Store, "write", lambda *_: (_ for _ in ()).throw(StoreError("down")))
+            raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        fail()
 
 
 def test_a_failed_upload_is_a_warning_that_is_repeated_once_it_works(url, monkeypatch, capsys):
@@ -73,8 +81,8 @@ def test_a_failed_upload_is_a_warning_that_is_repeated_once_it_works(url, monkey
 
 def test_a_second_process_is_refused_with_the_name_of_the_first(url):
     message = (
-        rf"{url} is in use by process {os.getpid()} on {socket.gethostname()} since .*, seen \d+ s ago; if it has "
-        rf"ended, remove {url}/lock; wait for it, or choose another --workdir"
+        rf"{url} is in use by process {os.getpid()} on {socket.gethostname()} since .*, seen \d+ s ago; "
+        rf"if it has ended, remove {url}/lock; wait for it, or choose another --workdir"
     )
     with stored_folder(url):
         with pytest.raises(ConfigError, match=message), stored_folder(url):
