@@ -39,13 +39,14 @@ def stored_folder(
             raise ConfigError(
                 f"{url} is in use by {error}; wait for it, or choose another --workdir"
             ) from None
-        except StoreError as error:
+        except (StoreError, FileNotFoundError) as error:  # the latter: there is no such bucket
             raise ConfigError(f"--workdir={url}: {error}") from error
         if left_by is not None:
             print(f"the lock of {left_by} was left behind: that process has ended", flush=True)
     locked()
+    dropped = update_copy(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if dropped := update_copy(folder):
+    if dropped:
         print(
             f"{folder} held {len(dropped)} files that {url} does not have, such as {dropped[0]}: dropped",
             flush=True,

@@ -145,7 +145,8 @@ def test_another_process_of_the_run_has_a_copy_of_its_own_and_uploads_its_logs(u
         assert Store(url).list().keys() == {"lock", "logs/process-1.txt"}
 
 
-def test_a_store_that_cannot_be_used_is_an_error_of_the_flag(url, monkeypatch):
-    monkeypatch.setattr(Store, "create", lambda *_: (_ for _ in ()).throw(StoreError("no credentials")))
-    with pytest.raises(ConfigError, match=f"--workdir={url}: no credentials"), stored_folder(url):
+@pytest.mark.parametrize("error", [StoreError("no credentials"), FileNotFoundError("no such bucket")])
+def test_a_store_that_cannot_be_used_is_an_error_of_the_flag(url, monkeypatch, error):
+    monkeypatch.setattr(Store, "create", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(ConfigError, match=f"--workdir={url}: no "), stored_folder(url):
         pass
