@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import xxhash
 
@@ -59,9 +59,10 @@ class Store:
 
     def list(self) -> dict[str, Object]:
         """All objects, by their names below the URL."""
-        with self._named():
+        found: dict[str, Any] = {}
+        with self._named(), contextlib.suppress(FileNotFoundError):  # nor is there a bucket
             self.fs.invalidate_cache()
-            found = self.fs.find(self.root, detail=True)
+            found = cast("dict[str, Any]", self.fs.find(self.root, detail=True))
         return {
             path[len(self.root) + 1 :]: Object(info["size"], _version(info))
             for path, info in found.items()
@@ -77,9 +78,8 @@ class Store:
         """Create or replace an object."""
         with self._named(name):
             if self.fs.protocol[0] == "file":  # which writes in place, unlike any object store
-                path = Path(self.root, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_file(path, content)
+                self._make_parent(name)
+                write_file(Path(self.root, name), content)
             else:
                 self.fs.pipe_file(f"{self.root}/{name}", content)
 
@@ -87,8 +87,7 @@ class Store:
         """Create an object, if there is none of this name; whether there was none."""
         path = f"{self.root}/{name}"
         with self._named(name):
-            if self.fs.protocol[0] == "file":
-                self.fs.makedirs(self.root, exist_ok=True)
+            self._make_parent(name)
             try:
                 self.fs.pipe_file(path, content, mode="create")
             except FileExistsError:
@@ -110,7 +109,7 @@ class Store:
 
         def put(item: tuple[str, Path]) -> None:
             with self._named(item[0]):
-                self.fs.makedirs(f"{self.root}/{item[0]}".rpartition("/")[0], exist_ok=True)
+                self._make_parent(item[0])
                 self.fs.put_file(str(item[1]), f"{self.root}/{item[0]}")
 
         _in_threads(put, files.items())
@@ -142,10 +141,14 @@ class Store:
 
         def duplicate(item: tuple[str, str]) -> None:
             with self._named(item[0]):
-                self.fs.makedirs(f"{self.root}/{item[1]}".rpartition("/")[0], exist_ok=True)
+                self._make_parent(item[1])
                 self.fs.cp_file(f"{self.root}/{item[0]}", f"{self.root}/{item[1]}")
 
         _in_threads(duplicate, names.items())
+
+    def _make_parent(self, name: str) -> None:
+        if self.fs.protocol[0] == "file":  # any other has no folders, or makes them
+            Path(self.root, name).parent.mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager
     def _named(self, name: str = "") -> Iterator[None]:
