@@ -223,12 +223,10 @@ def update_copy(local: Path) -> list[str]:
     store = store_of(local)
     assert store is not None
     found = store.list()
-    writes = cache_folder().absolute() / "workdirs" in local.parents
     record = local.with_name(f"{local.name}.versions.json")
     known: dict[str, str] = {}
-    if not writes:
-        with contextlib.suppress(OSError, ValueError):
-            known = json.loads(record.read_bytes())
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(record.read_bytes())
     dropped = []
     files = [path for path in local.rglob("*") if path.is_file()]
     for name, path in {path.relative_to(local).as_posix(): path for path in files}.items():
@@ -240,7 +238,7 @@ def update_copy(local: Path) -> list[str]:
     small = {name: each for name, each in found.items() if _LARGE.fullmatch(name) is None}
     changed = [name for name, each in small.items() if not _is_same(local / name, each, known.get(name))]
     store.download({name: local / name for name in changed})
-    if found and not writes:
+    if found and cache_folder().absolute() / "stores" in local.parents:
         with contextlib.suppress(OSError):  # of another process that does the same
             write_file(record, json.dumps({name: each.version for name, each in small.items()}).encode())
     return sorted(dropped)
