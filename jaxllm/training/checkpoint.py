@@ -189,6 +189,9 @@ class Checkpoints:
 
     def _delete_old(self, newest: int, best: int | None) -> None:
         """Delete the checkpoints that are not kept, if the newest is there."""
+        if what := damage(self.folder / str(newest), hashes=False):
+            self._failure = CheckpointError(f"{what}; the older checkpoints are kept")
+            return
         steps = [step for step in self.steps() if step <= newest]
         obsolete = {
             self.folder / str(s)
@@ -197,9 +200,6 @@ class Checkpoints:
         }
         older = (folder for folder in all_step_folders(self.folder) if int(folder.name) < newest)
         obsolete |= {folder for folder in older if not (folder / MANIFEST).exists()}  # killed while deleting
-        if obsolete and (what := damage(self.folder / str(newest), hashes=False)):
-            self._failure = CheckpointError(f"{what}; the older checkpoints are kept")
-            return
         for folder in obsolete:
             delete(folder)
 
