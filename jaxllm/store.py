@@ -10,6 +10,7 @@ The rest of the code works on local paths. A path below `--cache_dir` may be the
 """
 
 import contextlib
+import difflib
 import json
 import os
 import re
@@ -40,21 +41,29 @@ class Object(NamedTuple):
     version: str  # changes with its content
 
 
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it; ConfigError for a scheme that needs a package, or
+    that it does not know."""
+    import fsspec
+
+    scheme = url.partition("://")[0]
+    try:
+        return fsspec.url_to_fs(url)
+    except ImportError as error:
+        extra = f"jaxllm[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else f"what it needs ({error})"
+        raise ConfigError(f"{url} needs a package: pip install '{extra}'") from None
+    except ValueError:
+        close = difflib.get_close_matches(scheme, fsspec.available_protocols(), 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{url}: {scheme}:// is no known kind of store{hint}") from None
+
+
 class Store:
     """The objects below a URL. What fails is a StoreError, what is missing a FileNotFoundError."""
 
     def __init__(self, url: str) -> None:
-        import fsspec
-
         self.url = url.rstrip("/")
-        scheme = url.partition("://")[0]
-        try:
-            self.fs, root = fsspec.url_to_fs(self.url)
-        except ImportError as error:
-            extra = f"jaxllm[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else f"what it needs ({error})"
-            raise ConfigError(f"{url} needs a package: pip install '{extra}'") from None
-        except ValueError as error:
-            raise ConfigError(f"{url}: {error}") from None
+        self.fs, root = file_system(self.url)
         self.root = root.rstrip("/")
 
     def list(self) -> dict[str, Object]:

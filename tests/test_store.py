@@ -76,12 +76,12 @@ def test_a_failure_of_a_store_is_one_line_that_names_the_object(url, monkeypatch
     [
         ("gs://bucket/run", r"pip install 'jaxllm\[gcs\]'"),
         ("s3://bucket/run", r"pip install 'jaxllm\[s3\]'"),
-        ("nothing://bucket/run", "Protocol not known: nothing"),
+        ("nothing://bucket/run", "nothing:// is no known kind of store"),
     ],
 )
 def test_a_store_whose_package_is_missing_says_what_to_install(url, message, monkeypatch):
     def missing(url):
-        raise ValueError("Protocol not known: nothing") if "nothing" in url else ImportError("install it")
+        raise ValueError("nothing:// is no known kind of store") if "nothing" in url else ImportError("install it")
 
     monkeypatch.setattr(fsspec, "url_to_fs", missing)
     with pytest.raises(ConfigError, match=message):

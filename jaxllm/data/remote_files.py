@@ -11,16 +11,9 @@ from typing import Any, NamedTuple
 import xxhash
 
 from jaxllm.caches import read_or_build
-from jaxllm.data.raw_rows import nearest
 from jaxllm.errors import DataError
 from jaxllm.files import cache_folder, is_full_disk
-
-_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
-
-
-def is_url(name: str) -> bool:
-    """Whether a source is named by a URL."""
-    return "://" in name
+from jaxllm.store import file_system
 
 
 class RemoteFile(NamedTuple):
@@ -47,7 +40,7 @@ class RemoteFile(NamedTuple):
             except Exception as error:
                 if isinstance(error, OSError) and is_full_disk(error):
                     raise
-                raise DataError(f"{self.url}: {_reason(self.url, error)}") from error
+                raise DataError(f"{self.url}: {_reason(error)}") from error
             if partial.stat().st_size != self.info["size"]:
                 raise DataError(
                     f"{self.url}: {partial.stat().st_size} of {self.info['size']} bytes arrived; run it again"
@@ -61,17 +54,15 @@ class RemoteFile(NamedTuple):
 
 def find_files(url: str) -> list[RemoteFile]:
     """The files that a URL names, of a glob in order of name. Raises DataError where there is none, and where
-    the store cannot be reached: an unknown scheme, a missing extra, no access."""
-    import fsspec
-
+    the store cannot be reached; ConfigError where a package is missing, or the scheme is unknown."""
+    store, path = file_system(url)
     try:
-        store, path = fsspec.core.url_to_fs(url)
         is_glob = "*" in path or "[" in path  # a `?` begins the query of an https:// URL
         found = store.glob(path, detail=True) if is_glob else {path: store.info(path)}
     except FileNotFoundError:
         raise DataError(f"{url!r} does not exist") from None
     except Exception as error:  # each store's client has its own
-        raise DataError(f"{url}: {_reason(url, error)}") from error
+        raise DataError(f"{url}: {_reason(error)}") from error
     files = [(path, info) for path, info in sorted(found.items()) if info["type"] == "file"]
     if not files:
         raise DataError(f"no file matches {url!r}")
@@ -81,13 +72,5 @@ def find_files(url: str) -> list[RemoteFile]:
     ]
 
 
-def _reason(url: str, error: Exception) -> str:
-    import fsspec
-
-    scheme = url.partition("://")[0]
-    if isinstance(error, ImportError):
-        fix = f"pip install 'jaxllm[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else str(error)
-        return f"{scheme}:// needs an extra: {fix}"
-    if "Protocol not known" in str(error):
-        return f"{scheme}:// is no known kind of store{nearest(scheme, fsspec.available_protocols())}"
+def _reason(error: Exception) -> str:
     return f"cannot be read ({type(error).__name__}: {error})".splitlines()[0]

@@ -22,8 +22,9 @@ from jaxllm.data.raw_rows import is_empty as is_empty
 from jaxllm.data.raw_rows import json_type as json_type
 from jaxllm.data.raw_rows import without_bom as without_bom
 from jaxllm.data.readers import can_read, reader, suffix
-from jaxllm.data.remote_files import RemoteFile, find_files, is_url
+from jaxllm.data.remote_files import RemoteFile, find_files
 from jaxllm.errors import DataError, RunError
+from jaxllm.files import is_url
 
 if TYPE_CHECKING:
     import datasets
