@@ -119,4 +119,5 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.sample.sampling.min_p = config_dict.placeholder(float)
 
     config.wandb_project = config_dict.placeholder(str)  # also log to Weights & Biases
+    config.trackio_project = config_dict.placeholder(str)  # also log to trackio, on this machine's disk
     return config

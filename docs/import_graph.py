@@ -41,7 +41,7 @@ LAYERS = (
         "jaxllm.random_streams",
         "jaxllm.toy_world",
     ),
-    ("jaxllm.caches", "jaxllm.config", "jaxllm.parallel", "jaxllm.store"),
+    ("jaxllm.caches", "jaxllm.config", "jaxllm.launch", "jaxllm.parallel", "jaxllm.store"),
     ("jaxllm.data", "jaxllm.models"),
     ("jaxllm.rollout", "jaxllm.training"),
     ("jaxllm.command_line", "jaxllm.runs"),

@@ -297,6 +297,19 @@ def override(section: "ConfigDict", config_class: type, field: str, text: str, p
         raise ConfigError(f"{path}.{rest}: unknown key, {path} is {_describe(kind)}")
 
 
+def with_fields(instance: Config, given: Iterable[str], path: str) -> Config:
+    """A dataclass with fields replaced, each given as FIELD=VALUE and read as the command line reads it."""
+    from ml_collections import ConfigDict
+
+    values = ConfigDict(dataclasses.asdict(cast(Any, instance)))
+    for each in given:
+        field, equals, text = each.partition("=")
+        if not equals:
+            raise ConfigError(f"{path}={each} must be FIELD=VALUE")
+        override(values, type(instance), field, text, path)
+    return parse(type(instance), values, path)
+
+
 def _read_text(kind: Any, text: str) -> Any:
     """What `text` stands for in this type; `_parse_value` names a text that stands for nothing in it."""
     from absl.flags import BooleanParser

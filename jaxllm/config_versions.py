@@ -64,6 +64,7 @@ ADDED: dict[str, tuple[str, Any]] = {
     "model.attention_scale": ("model.head_dim", None),
     "model.scale_embeddings": ("model.tie_embeddings", False),
     "mesh.sequence": ("mesh.tensor", 1),
+    "trackio_project": ("wandb_project", None),
     "model.lora": (
         "model.param_dtype",
         {
@@ -111,7 +112,7 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
         config.get(section, {}).pop(name, None)
     for field, (beside, value) in ADDED.items():
         section, _, name = field.rpartition(".")
-        place = config.get(section)
+        place = config.get(section) if section else config
         if isinstance(place, dict) and beside.rpartition(".")[2] in place:
             place.setdefault(name, value)
     return config

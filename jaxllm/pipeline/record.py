@@ -20,6 +20,7 @@ HARMLESS = (
     "training.hang_timeout",
     "checkpoint.keep",
     "wandb_project",
+    "trackio_project",
 )
 # The pipeline sets these itself, to files that may have moved.
 OWN = ("reward.model", "data.held_out")

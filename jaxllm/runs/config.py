@@ -66,6 +66,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
     wandb_project: str | None
+    trackio_project: str | None
 
     def __post_init__(self):
         for name, unset in (("patience", 0), ("target", None)):

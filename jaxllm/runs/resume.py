@@ -30,6 +30,7 @@ FREE = (
     "evaluation.num_sources",
     "sample",
     "wandb_project",
+    "trackio_project",
     "reward.workers",
     "reward.error_reward",  # was 0.0 by default, and concerns calls that fail alone
 )

@@ -45,6 +45,7 @@ from jaxllm.training.loop import Loop
 from jaxllm.training.metrics import MetricWriter, NoMetrics, Throughput, last_complete_row
 from jaxllm.training.run_folder import RunFolder, lock_run, logs_of, open_run, record_start
 from jaxllm.training.state import TrainState
+from jaxllm.training.trackers import start_trackers
 from jaxllm.training.watchdog import Watchdog
 
 
@@ -202,7 +203,9 @@ def make_writer(folder: RunFolder, last_row: int, config: TrainConfig) -> Metric
     """Where the metrics go: into the run folder, by the first process."""
     if not processes.is_first():
         return NoMetrics()
-    return MetricWriter(folder.path, last_row, config.wandb_project, as_dict(config))
+    projects = {"wandb": config.wandb_project, "trackio": config.trackio_project}
+    trackers = start_trackers(folder.path, folder.id, projects, as_dict(config))
+    return MetricWriter(folder.path, last_row, trackers)
 
 
 def run_template(

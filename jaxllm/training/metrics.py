@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import jax
 from jaxllm.files import naming, write_file
 from jaxllm.losses import Weighted
 from jaxllm.training.state import Params
+from jaxllm.training.trackers import Tracker
 
 Metrics = dict[str, float]  # "area/name" -> number, as in a row of metrics.jsonl
 
@@ -93,14 +95,15 @@ class Throughput:
 
 
 class MetricWriter:
-    """Writes `metrics.jsonl`, TensorBoard events and, if asked, wandb: each step once, also after a resume.
+    """Writes `metrics.jsonl`, TensorBoard events and trackers: each step once, also after a resume.
 
     Rows after `last_step` are leftovers of a run that continued after its last checkpoint: they are dropped
     from the file, and TensorBoard's events are rewritten from the rest. Of a step with several rows the last
-    is kept.
+    is kept. A tracker gets all steps that it does not have: it keeps such leftovers, which it cannot drop,
+    and what it lost when the run was killed is logged again.
     """
 
-    def __init__(self, workdir: Path, last_step: int, wandb_project: str | None, config: dict[str, Any]):
+    def __init__(self, workdir: Path, last_step: int, trackers: Sequence[Tracker] = ()):
         from tensorboardX.event_file_writer import EventsWriter
 
         path = workdir / "metrics.jsonl"
@@ -113,9 +116,10 @@ class MetricWriter:
         (workdir / "tb").mkdir(exist_ok=True)
         self.tensorboard: EventsWriter | None = EventsWriter(str(workdir / "tb" / "events"))
         self.flushed, self.flush_every = time.monotonic(), 10.0  # seconds
-        self.wandb = start_wandb(wandb_project, workdir, config) if wandb_project else None
+        self.trackers = trackers
         for row in rows.values():
             self._to_tensorboard(row)
+            self._to_trackers(row)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Write one step's metrics, which are on disk on return. JSON has no NaN: such a value is null."""
@@ -125,12 +129,12 @@ class MetricWriter:
             self.file.flush()
             os.fsync(self.file.fileno())
         self._to_tensorboard(row)
-        if self.wandb is not None:
-            try:
-                self.wandb.log({name: x for name, x in row.items() if name != "step"}, step=step)
-            except Exception as error:
-                logging.warning("logging to wandb failed; continuing without it: %s", error)
-                self.wandb = None
+        self._to_trackers(row)
+
+    def _to_trackers(self, row: dict[str, Any]) -> None:
+        values = {name: x for name, x in row.items() if name != "step"}
+        for tracker in self.trackers:
+            tracker.log(row["step"], values)
 
     def _to_tensorboard(self, row: dict[str, Any]) -> None:
         from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
@@ -153,16 +157,13 @@ class MetricWriter:
                 writer.close()
 
     def close(self) -> None:
-        """Close the files and end the wandb run."""
+        """Close the files and the trackers' runs."""
         with suppress(OSError):  # a full disk, which `write` has reported
             self.file.close()
             if self.tensorboard is not None:
                 self.tensorboard.close()
-        if self.wandb is not None:
-            try:
-                self.wandb.finish()
-            except Exception as error:
-                logging.warning("wandb failed to finish its run: %s", error)
+        for tracker in self.trackers:
+            tracker.finish()
 
 
 class NoMetrics:
@@ -179,19 +180,6 @@ def last_complete_row(step: int, resuming: bool, unfinished_row: Metrics | None)
     """The last step with a complete row in metrics.jsonl, where a run starts or resumes at `step`: the row of
     a step whose evaluation is repeated is written again."""
     return step - (unfinished_row is not None or not resuming)
-
-
-def start_wandb(project: str, workdir: Path, config: dict[str, Any]) -> Any:
-    """A wandb run, or None with a warning: a failing tracker does not stop training."""
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        return wandb.init(project=project, dir=str(workdir), config=config)
-    except ImportError:
-        logging.warning("wandb is not installed, continuing without it: pip install 'jaxllm[wandb]'")
-    except Exception as error:
-        logging.warning("wandb did not start, continuing without it: %s", error)
-    return None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -151,9 +151,13 @@ def test_only_fingerprints_of_synthetic_text_of_version_1_are_not_compared(
 def test_added_fields_have_the_value_by_which_older_runs_trained():
     for field, (beside, value) in ADDED.items():
         (section, _, name), old = field.rpartition("."), beside.rpartition(".")[2]
-        assert upgrade({section: {old: 1}})[section][name] == value
-        assert upgrade({section: {old: 1, name: 7}})[section][name] == 7
-        assert upgrade({section: {}})[section] == {}
+
+        def upgraded(fields, section=section):
+            return upgrade({section: fields})[section] if section else upgrade(fields)
+
+        assert upgraded({old: 1})[name] == value
+        assert upgraded({old: 1, name: 7})[name] == 7
+        assert upgraded({}) == {}
 
 
 @pytest.mark.parametrize("field", REMOVED)

@@ -69,7 +69,7 @@ class Run:
         }
         config = LoopConfig(**settings | changes)
         self.folder, self.saved = folder, []
-        self.writer = MetricWriter(folder, start, None, {})
+        self.writer = MetricWriter(folder, start)
         self.loop = Loop(
             config=config,
             train_step=train_step,
