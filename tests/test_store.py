@@ -81,7 +81,7 @@ def test_a_failure_of_a_store_is_one_line_that_names_the_object(url, monkeypatch
 )
 def test_a_store_whose_package_is_missing_says_what_to_install(url, message, monkeypatch):
     def missing(url):
-        raise ValueError("nothing:// is no known kind of store") if "nothing" in url else ImportError("install it")
+        raise ValueError("unknown") if "nothing" in url else ImportError("install it")
 
     monkeypatch.setattr(fsspec, "url_to_fs", missing)
     with pytest.raises(ConfigError, match=message):
