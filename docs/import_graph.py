@@ -49,6 +49,7 @@ LAYERS = (
     ("jaxllm.evaluation",),
     ("jaxllm.rl",),
     ("jaxllm.stages",),
+    ("jaxllm.sweep",),
     ("jaxllm.report", "jaxllm.serve"),
     ("jaxllm.pipeline",),
     ("configs", "experiments"),

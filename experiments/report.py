@@ -3,9 +3,10 @@
     python experiments/report.py runs/quickstart
     python experiments/report.py runs/seed0 runs/seed1 runs/seed2 --output=runs/seeds
 
-Each argument is the folder of a run or of a pipeline. Several are compared: which settings differ, and
-whether held-out metrics differ by more than chance. report.html and report.md are written into the folder of
-the run, or into `report/` for several. The report needs an extra: pip install 'jaxllm[plot]'.
+Each argument is the folder of a run, of a pipeline or of a sweep. Several runs are compared: which settings
+differ, and whether held-out metrics differ by more than chance. report.html and report.md are written into
+the folder, or into `report/` for several; of a sweep, report.csv too. The report needs an extra:
+pip install 'jaxllm[plot]'.
 """
 
 import sys
@@ -28,12 +29,17 @@ def define_flags(flag_values: "FlagValues") -> None:
 
     define_run_flags(flag_values)
     flags.DEFINE_string("output", None, "folder to write the report into", flag_values=flag_values)
+    text = "of a sweep: compare its trials by this metric, not by the one that it was run for"
+    flags.DEFINE_string("metric", None, text, flag_values=flag_values)
+    flags.DEFINE_enum(
+        "goal", None, ["lowest", "highest"], "which values of --metric are better", flag_values=flag_values
+    )
 
 
 def main(_: None, flags: "FlagValues") -> None:
     """Write the report and print where it is."""
     from jaxllm.files import is_url
-    from jaxllm.report import write_report
+    from jaxllm.report import write_report, write_sweep_report
     from jaxllm.store import local_copy
 
     if not flags.run:
@@ -42,7 +48,11 @@ def main(_: None, flags: "FlagValues") -> None:
         )
     runs = [local_copy(run) for run in flags.run]
     folder = runs[0] if len(runs) == 1 and not is_url(flags.run[0]) else Path("report")
-    print(write_report(runs, folder if flags.output is None else Path(flags.output).expanduser()))
+    folder = folder if flags.output is None else Path(flags.output).expanduser()
+    if flags.metric is not None or flags.goal is not None:
+        print(write_sweep_report(runs, folder, flags.metric, flags.goal))
+    else:
+        print(write_report(runs, folder))
 
 
 if __name__ == "__main__":

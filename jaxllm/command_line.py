@@ -102,7 +102,7 @@ def define_run_flags(flag_values: "FlagValues") -> None:
 
 def runs_as_flags(argv: list[str]) -> list[str]:
     """RUN as --run=RUN, except for the value that follows a flag, as in `--output FOLDER`."""
-    takes_value = {"--run", "-run", "--output", "-output", "--metric", "-metric"}
+    takes_value = {f"{dash}{name}" for dash in ("-", "--") for name in ("run", "output", "metric", "goal")}
     return argv[:1] + [
         argument if argument.startswith("-") or before in takes_value else f"--run={argument}"
         for before, argument in itertools.pairwise(argv)

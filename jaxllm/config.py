@@ -357,10 +357,27 @@ def _read_items(item: Any, whole: str) -> Any:
     return tuple(_read_text(item, part) for part in parts if part)
 
 
+def as_flag(value: Any) -> str:
+    """A value of a config as `--config.FIELD=` takes it."""
+    if isinstance(value, list | tuple):
+        return str(tuple(value))
+    return "none" if value is None else str(value)
+
+
 def load_config(file_and_argument: str) -> "ConfigDict":
     """What `get_config()` returns in the Python file FILE.py, or `get_config(ARG)` for FILE.py:ARG."""
     from ml_collections import ConfigDict
 
+    config = use_config_file(file_and_argument, lambda module, given: _call(module.get_config, given))
+    if not isinstance(config, ConfigDict):
+        file = file_and_argument.partition(":")[0]
+        raise ConfigError(f"{file}: get_config() returned a {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def use_config_file(file_and_argument: str, use: Callable[[types.ModuleType, list[str]], Any]) -> Any:
+    """What `use(module, arguments)` returns for the Python file FILE.py: no argument, or the ARG of
+    FILE.py:ARG. What goes wrong in the file becomes a ConfigError that names its line."""
     file, colon, argument = file_and_argument.partition(":")
     path = Path(file).expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
@@ -375,12 +392,9 @@ def load_config(file_and_argument: str) -> "ConfigDict":
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        config = _call(module.get_config, [argument] if colon else [])
+        return use(module, [argument] if colon else [])
     except Exception as error:
         raise ConfigError(_one_line(error, file, path)) from error
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(f"{file}: get_config() returned a {type(config).__name__}, not a ConfigDict")
-    return config
 
 
 def _call(get_config: Callable[..., Any], arguments: list[str]) -> Any:

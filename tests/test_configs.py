@@ -10,10 +10,9 @@ import pytest
 from tiny_runs import parse_config
 
 from configs.base.models import SHAPES
-from jaxllm.config import as_dict, load_config, override, parse
+from jaxllm.config import as_dict, as_flag, load_config, override, parse
 from jaxllm.errors import ConfigError
 from jaxllm.pipeline.config import PARENTS, PipelineConfig
-from jaxllm.pipeline.run import as_flag
 from jaxllm.runs.resume import MAY_DIFFER
 from jaxllm.stages import build_program
 from jaxllm.training.metrics import parameter_count
@@ -70,7 +69,7 @@ def test_every_config_file_is_tested():
     assert {path.name for path in CONFIGS.glob("*.py")} == tested
 
 
-SWEEPS = ("isoflops.py", "learning_rates.py")
+SWEEPS = ("isoflops.py", "learning_rates.py", "sweep_pretrain.py")
 
 
 @pytest.mark.parametrize("name", SWEEPS)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jaxllm.config import as_dict, differences, load_config, parse
+from jaxllm.config import as_dict, as_flag, differences, load_config, parse
 from jaxllm.errors import ConfigError, DataError, RunError, Stopped
 from jaxllm.files import is_url, locked
 from jaxllm.pipeline.completions import HELD_OUT
@@ -196,13 +196,6 @@ def stage_commands(
     # On a store the pipeline holds the folder, and uploads what is written into its copy.
     commands["gates"] = command(scripts.gates, config_file, str(folder) if is_url(workdir) else workdir, "")
     return commands
-
-
-def as_flag(value: Any) -> str:
-    """A value of a config as `--config.FIELD=` takes it."""
-    if isinstance(value, list):
-        return str(tuple(value))
-    return "none" if value is None else str(value)
 
 
 def run_stage(

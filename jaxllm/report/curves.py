@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxllm.report.document import Gallery, Legend, Picture
@@ -11,6 +11,7 @@ from jaxllm.runs.panels import Curve, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
 
 COLORS = 8  # defined in style.css; further lines are told apart by dashes
@@ -99,12 +100,9 @@ _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
 def picture(title: str, unit: str, lines: Sequence[Line], name: str) -> Picture:
     """Lines over the training steps. `name` must be unique within the page."""
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(4.4, 2.6), layout="constrained")
+    def draw(figure: "Figure") -> None:
         axes = figure.add_subplot()
         for line in lines:
             _draw(axes, line)
@@ -114,16 +112,29 @@ def picture(title: str, unit: str, lines: Sequence[Line], name: str) -> Picture:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
         axes.yaxis.set_major_locator(MaxNLocator(5))
+
+    legend = [line.legend for line in lines] if len(lines) > 1 else []
+    return Picture(title, to_svg(draw, name), legend)
+
+
+def to_svg(draw: Callable[["Figure"], None], name: str, size: tuple[float, float] = (4.4, 2.6)) -> str:
+    """What `draw` draws into a figure, in the page's style, as an <svg> element. Colors are `placeholder`s;
+    `name` must be unique within the page; the size is in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
         file = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
-    legend = [line.legend for line in lines] if len(lines) > 1 else []
-    return Picture(title, _for_page(file.getvalue(), name), legend)
+    return _for_page(file.getvalue(), name)
 
 
 def _draw(axes: "Axes", line: Line) -> None:
     steps, values = [p.step for p in line.points], [p.value for p in line.points]
-    color = _placeholder(line.legend.color)
+    color = placeholder(line.legend.color)
     if line.in_background:
         axes.plot(steps, values, color=color, linewidth=0.9, zorder=1)
         return
@@ -136,7 +147,8 @@ def _draw(axes: "Axes", line: Line) -> None:
         axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
 
 
-def _placeholder(color: int) -> str:
+def placeholder(color: int) -> str:
+    """For --series-COLOR of the page."""
     return f"#0303{color:02x}"
 
 
@@ -148,7 +160,7 @@ def _for_page(svg: str, name: str) -> str:
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"font-family: [^;\"]*; ", "", svg)
-    colors = {_INK: "--muted", _RULE: "--rule"} | {_placeholder(i): f"--series-{i}" for i in range(COLORS)}
-    for placeholder, variable in colors.items():
-        svg = svg.replace(placeholder, f"var({variable})")
+    colors = {_INK: "--muted", _RULE: "--rule"} | {placeholder(i): f"--series-{i}" for i in range(COLORS)}
+    for drawn, variable in colors.items():
+        svg = svg.replace(drawn, f"var({variable})")
     return svg.strip()

@@ -23,6 +23,7 @@ class Table(NamedTuple):
     rows: list[tuple[str, ...]]
     title: str = ""
     folded: bool = False  # opened by a click
+    sortable: bool = False  # by a click on a column's header
 
     def is_numeric(self, column: int) -> bool:
         """Whether all cells of the column are numbers; they are then aligned on the right."""

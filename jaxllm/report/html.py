@@ -1,5 +1,8 @@
-"""A report as one HTML file, light or dark as the reader's system is, with no script and no external file."""
+"""A report as one HTML file, light or dark as the reader's system is, with no external file. Its only script
+sorts tables, in pages that have one to sort."""
 
+import base64
+import hashlib
 import html
 import re
 from pathlib import Path
@@ -22,6 +25,8 @@ from jaxllm.report.document import (
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 _STYLE = (Path(__file__).parent / "style.css").read_text()
+_SORT = (Path(__file__).parent / "sort.js").read_text()
+_SORT_HASH = base64.b64encode(hashlib.sha256(_SORT.encode()).digest()).decode()
 
 LONG_CELL = 32  # characters; only longer cells wrap, so that no column gets too narrow on a phone
 _CELL_STYLES = {"passed": "good", "failed": "bad", "different": "strong"}
@@ -33,19 +38,21 @@ def to_html(report: Report) -> str:
     links = "".join(f'<a href="#{_anchor(text)}">{_text(text)}</a>' for text in headings)
     facts = "".join(f"<span>{_text(fact)}</span>" for fact in report.facts)
     verdict = report.verdict
+    sorts = any(isinstance(block, Table) and block.sortable for block in report.blocks)
+    policy = f"{_POLICY}; script-src 'sha256-{_SORT_HASH}'" if sorts else _POLICY
     summary = f'<p class="verdict {verdict.style}">{_text(verdict.text)}</p>' if verdict else ""
     return "\n".join(
         [
             "<!DOCTYPE html>",
             '<html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{_text(report.title)}</title>",
             f"<style>{_STYLE}</style></head><body><main>",
             f'<header><h1>{_text(report.title)}</h1>{summary}<p class="facts">{facts}</p>',
             f"<nav>{links}</nav></header>" if len(headings) > 1 else "</header>",
             *map(_block, report.blocks),
-            "</main></body></html>\n",
+            f"</main>{f'<script>{_SORT}</script>' if sorts else ''}</body></html>\n",
         ]
     )
 
@@ -84,8 +91,9 @@ def _table(table: Table) -> str:
         cells = "".join(_cell(cell, kind) for cell, kind in zip(row, numeric, strict=True))
         rows.append(f"<tr>{cells}</tr>")
     caption = f"<caption>{_text(table.title)}</caption>" if table.title and not table.folded else ""
+    kind = ' class="sortable"' if table.sortable else ""
     whole = (
-        f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table{kind}>{caption}<thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     return f"<details><summary>{_text(table.title)}</summary>{whole}</details>" if table.folded else whole
