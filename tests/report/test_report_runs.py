@@ -386,7 +386,7 @@ def test_the_report_is_written_into_the_folder_of_one_run_and_beside_several(run
     monkeypatch.chdir(run.parent)
     write_run(run.parent / "other", config())
     assert run_report("mine") == run_report("mine", "--run=other") == 0
-    assert capsys.readouterr().out.splitlines() == ["mine/report.html", "report/report.html"]
+    assert capsys.readouterr().out.splitlines() == [f"{run}/report.html", "report/report.html"]
 
 
 @pytest.mark.parametrize(
