@@ -30,6 +30,7 @@ def get_config(stage: str = "") -> ConfigDict:
 
     config.reward_model.training.steps = 450
     config.reward_model.data.batch_size = 128
+    config.reward_model.training.num_microbatches = 2
     config.reward_model.optimizer.learning_rate = 1e-5
 
     config.ppo.training.steps = 1600
@@ -41,6 +42,7 @@ def get_config(stage: str = "") -> ConfigDict:
 
     config.dpo.training.steps = 450
     config.dpo.data.batch_size = 128
+    config.dpo.training.num_microbatches = 2
     config.dpo.optimizer.learning_rate = 1e-6
 
     config.sft_reasoning.training.steps = 200

@@ -49,7 +49,7 @@ LAYERS = (
     ("jaxllm.evaluation",),
     ("jaxllm.rl",),
     ("jaxllm.stages",),
-    ("jaxllm.sweep",),
+    ("jaxllm.plan", "jaxllm.sweep"),
     ("jaxllm.report", "jaxllm.serve"),
     ("jaxllm.pipeline",),
     ("configs", "experiments"),

@@ -66,7 +66,9 @@ def model(size: str) -> ConfigDict:
     config.scale_embeddings = False  # by sqrt(width)
     config.scan_layers = layers > 12  # compile one block for all; unrolled, steps are a little faster
     config.remat = "none"  # recompute in the backward pass: "none", "attention", "dots" or "full"
-    config.attention = "xla"  # "xla" everywhere, "cudnn" on NVIDIA, "splash" on TPU
+    # "xla" everywhere, "cudnn" on NVIDIA, "splash" on TPU. "cudnn_packed" takes packed documents without a
+    # mask (Hopper and later, up to 64 of them a row); it compiles, but has not run on a GPU yet.
+    config.attention = "xla"
     config.compute_dtype = "float32"  # "bfloat16" on accelerators
     config.param_dtype = "float32"
     config.lora = ConfigDict()  # train low-rank adapters beside frozen weights (Hu et al. 2021)

@@ -18,6 +18,7 @@ from jaxllm.models.layers import Angles, Linear, RMSNorm, rotate
 from jaxllm.parallel import sequence
 
 OUTPUT_NAME = "attention_output"
+PACKED_DOCUMENTS = 64  # of a row, at most, with model.attention=cudnn_packed
 MASKED = -1e30  # finite, so that a query whose keys are all masked averages the values; -inf would give NaN
 
 
@@ -131,6 +132,53 @@ def attend_cudnn(
     )
 
 
+def attend_cudnn_packed(
+    q_BTHh: Array,
+    k_BTKh: Array,
+    v_BTKh: Array,
+    segment_ids_BT: Array | None,
+    window: int | None,
+    config: ModelConfig,
+) -> jax.Array:
+    """cuDNN's flash attention with the documents of a row as sequences of their own (Hopper and later).
+
+    It has no bias [B, 1, T, T], and no gradient of one, which is what a mask becomes.
+
+    The result is NaN where a row has more than PACKED_DOCUMENTS documents.
+    """
+    if segment_ids_BT is None or window is not None:
+        return attend_cudnn(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, window, config)
+    from jax._src.cudnn import fused_attention_stablehlo as fused  # jax.nn's function has no such arguments
+
+    lengths_BM, starts_BM, number_B = documents_of(segment_ids_BT, PACKED_DOCUMENTS)
+    starts_BN = jnp.pad(starts_BM, [(0, 0), (0, 1)], constant_values=-1)
+    # JAX takes the offsets of keys to be those of queries, which they are with as many heads.
+    k_BTHh, v_BTHh = (jnp.repeat(x, q_BTHh.shape[2] // x.shape[2], axis=2) for x in (k_BTKh, v_BTKh))
+    out_BTHh = fused.dot_product_attention(
+        jnp.asarray(q_BTHh),
+        k_BTHh,
+        v_BTHh,
+        q_seqlen=lengths_BM,
+        kv_seqlen=lengths_BM,
+        q_offsets=starts_BN,
+        kv_offsets=starts_BN,
+        scale=attention_scale(config),
+        mask_type=fused.MaskType.PADDING_CAUSAL,
+    )
+    return jnp.where(number_B[:, None, None, None] > PACKED_DOCUMENTS, jnp.nan, cast(jax.Array, out_BTHh))
+
+
+def documents_of(segment_ids_BT: Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Lengths and starts [B, most] of the documents of each row, -1 beyond the last, and their number [B]."""
+    changes = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    document_BT = jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), [(0, 0), (1, 0)])
+    number_B = document_BT[:, -1] + 1
+    lengths_BM = jnp.sum(document_BT[:, :, None] == jnp.arange(most), axis=1, dtype=jnp.int32)
+    starts_BM = jnp.cumsum(lengths_BM, axis=1, dtype=jnp.int32) - lengths_BM
+    exists_BM = jnp.arange(most) < number_B[:, None]
+    return jnp.where(exists_BM, lengths_BM, -1), jnp.where(exists_BM, starts_BM, -1), number_B
+
+
 def attend_splash(
     q_BTHh: Array,
     k_BTKh: Array,
@@ -184,6 +232,14 @@ def attend_splash(
     return attend_shard(*inputs)[:, :T]
 
 
+IMPLEMENTATIONS = {
+    "xla": attend_xla,
+    "cudnn": attend_cudnn,
+    "cudnn_packed": attend_cudnn_packed,
+    "splash": attend_splash,
+}
+
+
 def attend_cache(
     q_BTHh: Array, cache: LayerCache, positions_BT: Array, window: int | None, config: ModelConfig
 ) -> jax.Array:
@@ -198,13 +254,24 @@ def attend_cache(
 
 def write_cache(cache: LayerCache, k_BTKh: Array, v_BTKh: Array, positions_BT: Array) -> LayerCache:
     """The cache with T new keys and values of each row in its slots positions[b]."""
-    B, K, _, _ = cache.keys_BKSh.shape
-    # XLA updates a cache in place by a scatter, but copies it to update a slice of a row.
-    at = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None], positions_BT[:, None, :]
-    return LayerCache(
-        cache.keys_BKSh.at[at].set(k_BTKh.transpose(0, 2, 1, 3).astype(cache.keys_BKSh.dtype)),
-        cache.values_BKSh.at[at].set(v_BTKh.transpose(0, 2, 1, 3).astype(cache.values_BKSh.dtype)),
-    )
+
+    def scattered(slots_BKSh: jax.Array, new_BKTh: Array) -> jax.Array:
+        # XLA updates a cache in place by a scatter, but copies it to update a slice of a row. It is batched
+        # over the rows: a scatter by their numbers would gather the new keys of all devices.
+        return jax.vmap(lambda slots, new, at: slots.at[:, at].set(new))(slots_BKSh, new_BKTh, positions_BT)
+
+    def selected(slots_BKSh: jax.Array, new_BK1h: Array) -> jax.Array:
+        here_BS = jnp.arange(slots_BKSh.shape[2]) == positions_BT
+        return jnp.where(here_BS[:, None, :, None], new_BK1h, slots_BKSh)
+
+    def write(slots_BKSh: jax.Array, new_BTKh: Array) -> jax.Array:
+        new_BKTh = new_BTKh.transpose(0, 2, 1, 3).astype(slots_BKSh.dtype)
+        if positions_BT.shape[1] > 1:
+            return scattered(slots_BKSh, new_BKTh)
+        # A TPU copies the cache to scatter into it: docs/plan.md has both.
+        return jax.lax.platform_dependent(slots_BKSh, new_BKTh, tpu=selected, default=scattered)
+
+    return LayerCache(write(cache.keys_BKSh, k_BTKh), write(cache.values_BKSh, v_BTKh))
 
 
 class Attention(nn.Module):
@@ -246,7 +313,7 @@ class Attention(nn.Module):
         if cache is not None and attend_to_cache:
             out_BTHh = attend_cache(q_BTHh, cache, context.positions_BT, window, c)
         else:
-            implementation = {"xla": attend_xla, "cudnn": attend_cudnn, "splash": attend_splash}[c.attention]
+            implementation = IMPLEMENTATIONS[c.attention]
             if sequence.is_split():  # the kernels know of no parts
                 implementation = attend_xla
             out_BTHh = implementation(q_BTHh, k_BTKh, v_BTKh, context.segment_ids_BT, window, c)

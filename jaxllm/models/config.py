@@ -8,7 +8,7 @@ from jaxllm.errors import ConfigError
 QUANTIZATIONS = ("none", "int8", "nf4")
 
 # Implementations of attention, and the platform that each needs.
-ATTENTION = {"xla": None, "cudnn": "gpu", "splash": "tpu"}
+ATTENTION = {"xla": None, "cudnn": "gpu", "cudnn_packed": "gpu", "splash": "tpu"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class ModelConfig:
     scale_embeddings: bool  # multiply embedded tokens by sqrt(width)
     scan_layers: bool  # one compiled block for all layers; False unrolls them
     remat: str  # what the backward pass recomputes: one of REMAT
-    attention: str  # "xla", "cudnn" (NVIDIA GPUs) or "splash" (TPUs)
+    attention: str  # "xla", "cudnn" or "cudnn_packed" (NVIDIA GPUs), "splash" (TPUs)
     compute_dtype: str
     param_dtype: str
     lora: LoRAConfig
@@ -173,13 +173,15 @@ def check_model_config(config: ModelConfig) -> None:
             f"layers of the kind local need a window, and only they use it"
         )
     check_lora(config)
-    if config.attention == "cudnn" and config.attention_softcap is not None:
+    if config.attention.startswith("cudnn") and config.attention_softcap is not None:
         raise ConfigError(
-            "model.attention=cudnn does not support model.attention_softcap; use model.attention=xla"
+            f"model.attention={config.attention} does not support model.attention_softcap; use "
+            "model.attention=xla"
         )
-    if config.attention == "cudnn" and config.compute_dtype == "float32":
+    if config.attention.startswith("cudnn") and config.compute_dtype == "float32":
         raise ConfigError(
-            "model.attention=cudnn does not support model.compute_dtype=float32; use bfloat16 or float16"
+            f"model.attention={config.attention} does not support model.compute_dtype=float32; use bfloat16 "
+            "or float16"
         )
 
 

@@ -163,9 +163,10 @@ class Transformer:
 
     def embed(self, params: Params, tokens: Array) -> jax.Array:
         """The rows [B, T, D] of the embedding table for tokens [B, T]."""
-        # Gather whole rows: from a table split along D, XLA would have to reshard the result.
-        table = constrain(params["embed"]["table"].astype(self.compute_dtype), P("tensor", None))
-        x = table[tokens]
+        # Gather whole rows: from a table split along D, XLA would have to reshard the result. Only these are
+        # cast: the gradient of a cast table would add up in the compute dtype, where 256 + 1 = 256.
+        table = constrain(params["embed"]["table"], P("tensor", None))
+        x = table[tokens].astype(self.compute_dtype)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.width**0.5, self.compute_dtype)
         return constrain(x, BATCH)
@@ -176,7 +177,7 @@ class Transformer:
             same = segment_ids[:, 1:] == segment_ids[:, :-1]
             first = jnp.where(jnp.pad(same, [(0, 0), (1, 0)]), 0, positions)
             positions = positions - jax.lax.cummax(first, axis=1)
-        return params["embed"]["positions"].astype(self.compute_dtype)[positions]
+        return params["embed"]["positions"][positions].astype(self.compute_dtype)
 
     def run_block(
         self,

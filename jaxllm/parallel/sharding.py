@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.errors import ConfigError
@@ -148,7 +148,7 @@ def rule_for(path: str) -> P:
     return matches[0][1]
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A NamedSharding for every leaf (array or ShapeDtypeStruct) of a state tree.
 
     A dimension that is not divisible by its mesh axis (an odd vocabulary over tensor=4) is not sharded; a
@@ -174,7 +174,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(resolve, tree)
 
 
-def placed(tree: Any, mesh: Mesh) -> Any:
+def placed(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The ShapeDtypeStructs of a tree with their shardings: the target that a checkpoint is restored to."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

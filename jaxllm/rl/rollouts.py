@@ -103,11 +103,9 @@ class RolloutSource(BatchSource):
         self.config: RolloutConfig = self.program.config.rollout
         # Endless: every index has a prompt.
         self.prompts: Any = shuffled_rows(data.train, data.weights, self.program.config.seed)
-        if self.config.dtype is not None:
-            dtypes = {"compute_dtype": self.config.dtype, "param_dtype": self.config.dtype}
-            policy = build_model(replace(self.program.config.model, **dtypes))
+        sampler = sampling_model(policy, self.config)
         self.completer = Completer(
-            sample=partial(collect, policy, decode_batch_size=self.config.decode_batch_size),
+            sample=partial(collect, sampler, decode_batch_size=self.config.decode_batch_size),
             tokenizer=inputs.tokenizer,
             stop_ids=inputs.template.stop_ids,
             scorer=scorer,
@@ -234,6 +232,13 @@ class RolloutSource(BatchSource):
         rollout = join(kept, config)
         timing = {"time/rollout": time.perf_counter() - began - waited, "time/reward": waited}
         return rollout, timing | rollout_metrics(rollout, config) | resampling_metrics(kept, config)
+
+
+def sampling_model(policy: Model, config: RolloutConfig) -> Model:
+    """The policy, in the dtype that it samples in."""
+    if config.dtype is None:
+        return policy
+    return build_model(replace(policy.config, compute_dtype=config.dtype, param_dtype=config.dtype))
 
 
 def make_rollout(prompts: Sequence[Prompt], scored: ScoredCompletions, config: RolloutConfig) -> Rollout:

@@ -33,6 +33,7 @@ from jaxllm.rollout.generate import (
     prefill,
     resize,
     resize_jit,
+    split_rows,
     stop_reasons,
     unstack,
 )
@@ -49,7 +50,8 @@ def free_rows(model: Model, keys: jax.Array, slots: int) -> DecodeState:
     rows = jnp.ones(keys.shape, jnp.int32)
     tokens, log_probs = jnp.zeros((len(rows), slots), jnp.int32), jnp.zeros((len(rows), slots), jnp.float32)
     cache = model.init_cache(len(rows), slots)
-    return DecodeState(tokens, log_probs, rows, rows, rows, rows > 0, keys, jnp.int32(0), cache)
+    state = DecodeState(tokens, log_probs, rows, rows, rows, rows > 0, keys, jnp.int32(0), cache)
+    return split_rows(state)
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -64,7 +66,7 @@ def refill(
         # has written there.
         return old.at[rows, *map(slice, new.shape[1:])].set(new, mode="drop") if old.ndim else old
 
-    return jax.tree.map(put, state, new)
+    return split_rows(jax.tree.map(put, state, new))
 
 
 @partial(jax.jit, static_argnames="slots")
@@ -79,6 +81,14 @@ def tail_slots(slots: int, last_slots: int) -> int:
     return max(slots, last_slots) if last_slots <= TAIL_DIVISOR * slots else slots
 
 
+def batch_sizes(num_prompts: int, group_size: int, decode_batch_size: int) -> tuple[int, int, int]:
+    """(B, R, P) for so many prompts."""
+    number = num_prompts * group_size
+    B = min(decode_batch_size, bucket(number))
+    R = B if number <= B else -(-B // REFILL_DIVISOR)
+    return B, R, min(-(-R // group_size), bucket(num_prompts))
+
+
 class Block(NamedTuple):
     """Completions that start together, with their prompts."""
 
@@ -89,12 +99,11 @@ class Block(NamedTuple):
 
 
 def read_blocks(
-    model: Model, params: Params, prompts: tuple[np.ndarray, ...], keys: jax.Array, rows: int
+    model: Model, params: Params, prompts: tuple[np.ndarray, ...], keys: jax.Array, rows: int, P: int
 ) -> Iterator[Block]:
     """All completions of padded prompts, `rows` at a time. Each prompt is prefilled once, when needed."""
     tokens, lengths, limits = prompts
     N, G = len(tokens), len(keys) // len(tokens)
-    P = min(-(-rows // G), bucket(N))
     for first in range(0, N, P):
         at = np.minimum(np.arange(first, first + P), N - 1)  # the last prefill may repeat a prompt
         prefilled = prefill(model, params, tokens[at], lengths[at], limits[at], keys[at * G], tokens.shape[1])
@@ -121,11 +130,11 @@ def decode_chunks(
     The arrays of a state are deleted once the next one is requested.
     """
     number = len(keys)
-    B = min(decode_batch_size, bucket(number))
-    R, tail = B if number <= B else -(-B // REFILL_DIVISOR), B // TAIL_DIVISOR
+    B, R, P = batch_sizes(len(prompts), number // len(prompts), decode_batch_size)
+    tail = B // TAIL_DIVISOR
     params = unstack(params)
     padded = tokens, _, limits = pad_prompts(model, prompts, sampling.max_new_tokens)
-    blocks = read_blocks(model, params, padded, keys, R)
+    blocks = read_blocks(model, params, padded, keys, R, P)
     first_slots = more_slots(model, tokens.shape[1])
     last_slots = min(bucket(limits.max().item()), model.config.max_length)
     sampling = replace(sampling, max_new_tokens=1)  # state.limits has it; this way no program depends on it

@@ -18,10 +18,12 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.errors import DataError
 from jaxllm.models import Cache, Model, Params, unstack_layers
 from jaxllm.parallel.global_arrays import gather, to_host
+from jaxllm.parallel.sharding import BATCH, constrain
 from jaxllm.rollout.sampling import SamplingConfig, sample
 
 MIN_SLOTS = 32  # prompt positions, and slots by which a cache grows: fewer would only add programs
@@ -76,6 +78,19 @@ class DecodeState(NamedTuple):
     cache: Cache
 
 
+def split_rows(state: DecodeState) -> DecodeState:
+    """The state with its rows constrained to `data` and `fsdp`, the heads of its cache to `tensor`.
+
+    Left to itself the compiler replicates a new state: every device would have the whole cache.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    num_heads = state.cache[0].keys_BKSh.shape[1]
+    tensor = None if mesh.empty or num_heads % mesh.shape.get("tensor", 1) else "tensor"
+    heads, rows = P(*BATCH, tensor), state._replace(cache=())
+    rows = jax.tree.map(lambda array: constrain(array, BATCH) if array.ndim else array, rows)
+    return rows._replace(cache=jax.tree.map(lambda array: constrain(array, heads), state.cache))
+
+
 def bucket(size: int) -> int:
     """`size` rounded up to 2^n or 3 * 2^n."""
     power = 1 << (size - 1).bit_length()
@@ -90,11 +105,12 @@ def resize(state: DecodeState, slots: int) -> DecodeState:
         edges[axis] = (0, slots - array.shape[axis], 0)
         return jax.lax.pad(array, jnp.zeros((), array.dtype), edges)
 
-    return state._replace(
+    resized = state._replace(
         tokens=pad(state.tokens, 1),
         log_probs=pad(state.log_probs, 1),
         cache=jax.tree.map(lambda array: pad(array, 2), state.cache),
     )
+    return split_rows(resized)
 
 
 resize_jit = jax.jit(resize, static_argnames="slots")
@@ -139,7 +155,11 @@ def decode_steps(
 
     `draw(logits[B, V], keys[B])` returns the next tokens and their log-probs.
     """
-    rows, slots = jnp.arange(state.tokens.shape[0]), state.tokens.shape[1]
+    slots = state.tokens.shape[1]
+    # By row, so that each device finds the slots of its own rows. A finished row writes beyond its end, which
+    # is never read.
+    read_slot = jax.vmap(lambda row, slot: row[slot])
+    write_slot = jax.vmap(lambda row, slot, value: row.at[slot].set(value, mode="drop"))
     last_step = state.steps + max_steps
 
     def keep_decoding(state: DecodeState) -> jax.Array:
@@ -150,19 +170,19 @@ def decode_steps(
         # Each step reads the last token, whose keys and values are written now. The first step reads the last
         # token of the prompt again, so that the prefill need not compute logits.
         last = state.lengths - 1
-        logits, cache = next_logits(model, params, state.tokens[rows, last], last, state.cache)
+        logits, cache = next_logits(model, params, read_slot(state.tokens, last), last, state.cache)
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths - state.prompt_lengths)
         tokens, log_probs = draw(logits, keys)
-        here = (rows, state.lengths)  # a finished row writes beyond its end, which is never read
         lengths = state.lengths + ~state.done
-        return state._replace(
-            tokens=state.tokens.at[here].set(tokens, mode="drop"),
-            log_probs=state.log_probs.at[here].set(log_probs, mode="drop"),
+        state = state._replace(
+            tokens=write_slot(state.tokens, state.lengths, tokens),
+            log_probs=write_slot(state.log_probs, state.lengths, log_probs),
             lengths=lengths,
             done=state.done | jnp.isin(tokens, stop_ids) | (lengths >= state.limits),
             steps=state.steps + 1,
             cache=cache,
         )
+        return split_rows(state)
 
     return jax.lax.while_loop(keep_decoding, decode_step, state)
 

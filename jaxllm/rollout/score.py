@@ -64,6 +64,15 @@ class InBatches:
             parts.append(self.function(params, *batch))
         return np.concatenate(to_host(parts))[:number]
 
+    def trace(self, params: Params, *columns: jax.ShapeDtypeStruct) -> jax.stages.Traced:
+        """The function for one batch of columns [N, ...], to be compiled for the devices of the mesh."""
+        shapes = [(self.rows, *column.shape[1:]) for column in columns]
+        batch = [
+            jax.ShapeDtypeStruct(shape, column.dtype, sharding=self.sharding)
+            for shape, column in zip(shapes, columns, strict=True)
+        ]
+        return self.function.trace(params, *batch)
+
 
 def log_probs_in_batches(model: Model, temperature: float, rows: int, mesh: Mesh) -> InBatches:
     """(params, tokens [N, T]) -> log-probs [N, T] of `next_token_log_probs`, on the host."""

@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxllm.config import nearest_multiples
 from jaxllm.errors import ConfigError
@@ -151,13 +151,17 @@ class Program(Generic[ConfigT, ModelT]):
 
     def compile(self) -> jax.stages.Compiled:
         """The train step for just these shapes, which can therefore never compile again."""
+        return self.trace().lower().compile()
+
+    def trace(self) -> jax.stages.Traced:
+        """The train step for just these shapes, to be compiled for the devices of the mesh."""
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.batch_sharding),
             self.batch_shapes,
         )
         step = jax.jit(self.train_step, donate_argnums=0, out_shardings=(self.shardings, None))
         with jax.set_mesh(self.mesh):
-            return step.lower(self.placed_state, batch).compile()
+            return step.trace(self.placed_state, batch)
 
     @property
     def tokens_per_step(self) -> int:
@@ -245,7 +249,7 @@ def trained_size(params: Any, trainable: str) -> tuple[int, int]:
     return tree_bytes(trained), parameter_count(trained)
 
 
-def check_sizes(config: TrainConfig, mesh: Mesh) -> None:
+def check_sizes(config: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
     """ConfigError, with the nearest values that work, where batch, mesh and lengths do not go together."""
     data, pieces = config.data, config.training.num_microbatches
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]

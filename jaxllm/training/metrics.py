@@ -20,16 +20,26 @@ from jaxllm.training.trackers import Tracker
 
 Metrics = dict[str, float]  # "area/name" -> number, as in a row of metrics.jsonl
 
-# Dense bfloat16 matrix-product peak (no sparsity) in FLOP/s a chip, from the vendors' data sheets.
+# Dense bfloat16 matrix-product peak (no sparsity) in FLOP/s of a device, by how JAX's device_kind begins (a
+# v5p's is "TPU v5"). From the vendors' data sheets; one TPU7x is two devices.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
     "TPU v4": 275e12,
+    "TPU v4 lite": 138e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
 }
 
 
@@ -50,8 +60,8 @@ def parameter_count(params: Params) -> int:
 
 def peak_flops(device_kind: str) -> float | None:
     """The bfloat16 peak of a chip in FLOP/s, or None for one that is not in the table."""
-    known = [peak for name, peak in PEAK_FLOPS.items() if device_kind.startswith(name)]
-    return known[0] if known else None
+    known = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 def memory_peak_gb() -> float | None:

@@ -1,16 +1,19 @@
 """Optimizers and learning-rate schedules by name, all from optax."""
 
 import functools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.errors import ConfigError
-from jaxllm.parallel.sharding import matching
+from jaxllm.parallel.sharding import constrain, matching, path_name, rule_for
 from jaxllm.training.parametrization import scaled
 
 # The embedding and the head act row by row rather than as maps between features: Muon leaves them, and all
@@ -98,6 +101,28 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
+def split_layers(tree: Any, whole: bool) -> Any:
+    """Matrices [layer, in, out] with the layers split over `fsdp` and `tensor` under a mesh, and each matrix
+    whole on its device: orthogonalizing a matrix that is itself split communicates in each of 15 products.
+
+    One axis moves at a time, as an all-to-all; with `whole` false only the first has moved, which is the way
+    back. Where the number of layers is not divisible, the matrices stay as they are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+
+    def move(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        _, rows, columns = rule_for(path_name(path))
+        sizes = mesh.shape.get(rows, 1), mesh.shape.get(columns, 1)
+        if x.shape[0] % math.prod(sizes) or x.shape[2] % sizes[1]:
+            return x
+        x = constrain(x, P(rows, None, columns))
+        return constrain(x, P((rows, columns))) if whole else x
+
+    return jax.tree_util.tree_map_with_path(move, tree)
+
+
 def scale_by_muon(momentum: float) -> optax.GradientTransformation:
     """Orthogonalized momentum for stacked matrices [layer, in, out] (Jordan et al. 2024).
 
@@ -112,7 +137,13 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
     rescale = optax.stateless_with_tree_map(
         lambda update, _: update * 0.2 * max(jnp.shape(update)[-2:]) ** 0.5
     )
-    return optax.chain(orthogonalize, rescale)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        state = state._replace(mu=split_layers(state.mu, whole=True))
+        updates, state = orthogonalize.update(split_layers(updates, whole=True), state, params)
+        return split_layers(updates, whole=False), state._replace(mu=split_layers(state.mu, whole=False))
+
+    return optax.chain(optax.GradientTransformation(orthogonalize.init, update), rescale)
 
 
 def make_optimizer(

@@ -12,11 +12,12 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from jaxllm.models import LayerCache, build_model
+from jaxllm.models import LayerCache, attention, build_model
 from jaxllm.models.attention import (
     attend,
     attend_cache,
     attend_cudnn,
+    attend_cudnn_packed,
     attend_splash,
     attend_xla,
     write_cache,
@@ -165,6 +166,40 @@ def test_the_arguments_of_cudnn_describe_the_same_attention(tiny, monkeypatch):
     assert set(implementations) == {"cudnn"}
 
 
+def test_cudnn_gets_each_packed_document_as_a_sequence(tiny, monkeypatch):
+    """JAX's own preparation of the arguments says where each lies among the rows: the kernel needs a GPU."""
+
+    def kernel(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
+        assert mask_type == fused_attention_stablehlo.MaskType.PADDING_CAUSAL
+        B, T, H, h = q.shape
+        prepared = fused_attention_stablehlo._fix_seqlen_offsets(
+            q_seqlen, kv_seqlen, q_offsets, kv_offsets, q, k
+        )
+        lengths, key_lengths, starts, key_starts = (np.asarray(x).ravel() for x in prepared)
+        np.testing.assert_array_equal(lengths, key_lengths)
+        np.testing.assert_array_equal(starts, key_starts)
+        q, k, v = (np.asarray(x).reshape(B * T, H, h) for x in (q, k, v))
+        out = np.full((B * T, H, h), np.nan)
+        for length, start in zip(lengths, starts // (H * h), strict=False):
+            if length:
+                at = slice(start, start + length)
+                out[at] = plain_attention(q[at][None], k[at][None], v[at][None], None, tiny)[0]
+        return jnp.asarray(out.reshape(B, T, H, h))
+
+    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", kernel)
+    q, k, v = queries_keys_values(tiny, 4, 30)
+    segment_ids = np.zeros((4, 30), int)  # of one document, of three and padding, of two, of one a token
+    segment_ids[1] = np.repeat([1, 2, 3, 0], [5, 1, 20, 4])
+    segment_ids[2, 7:] = 1
+    segment_ids[3] = np.arange(30)
+    out = attend_cudnn_packed(q, k, v, segment_ids, None, tiny)
+    np.testing.assert_allclose(out, plain_attention(q, k, v, segment_ids, tiny), atol=1e-5)
+    monkeypatch.setattr(attention, "PACKED_DOCUMENTS", 20)
+    out = attend_cudnn_packed(q, k, v, segment_ids, None, tiny)
+    assert np.isnan(out[3]).all()  # loud, where it would be wrong
+    assert np.isfinite(out[:3]).all()
+
+
 @pytest.mark.parametrize(
     "mesh", [None, MeshConfig(2, 2, 2), MeshConfig(8, 1, 1), MeshConfig(1, 2, 4)], ids=str
 )
@@ -213,6 +248,10 @@ def test_kernels_lower_and_repeat_the_forward_pass_only_where_remat_says_so(
 
     installed = SimpleNamespace(cudnn_get_version=lambda: 91000)
     monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", installed)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
+    packed = replace(config, sliding_window=None, layer_pattern=("global",), attention="cudnn_packed")
+    packed = lowered_gradient(replace(packed, compute_dtype="bfloat16"), "cuda")
+    assert packed.count("__cudnn$fmhaSoftmax(") == forward  # without a bias
     cudnn = lowered_gradient(replace(config, attention="cudnn", compute_dtype="bfloat16"), "cuda")
     assert cudnn.count("__cudnn$fmhaScaleBiasSoftmax(") == forward
     assert cudnn.count("__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1

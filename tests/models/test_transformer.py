@@ -298,6 +298,18 @@ def test_parameters_are_stored_in_param_dtype(tiny):
 # Heads, biases, initial values
 
 
+def test_the_gradient_of_the_embedding_adds_up_in_float32(tiny):
+    model = build_model(replace(tiny, compute_dtype="bfloat16", tie_embeddings=False))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    table = jnp.zeros(params["embed"]["table"].shape)
+    tokens = jnp.full((2, 400), 7)
+
+    def total(table):
+        return model.embed({"embed": {"table": table}}, tokens).astype(jnp.float32).sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(table)[7], 800)  # bfloat16 stays at 256
+
+
 def test_tied_head_is_the_embedding_and_untied_one_its_own_matrix(tiny):
     tied, untied = build_model(tiny), build_model(replace(tiny, tie_embeddings=False))
     params = random_params(untied)

@@ -146,9 +146,23 @@ def test_parameters_are_counted_by_shape():
     assert parameter_count(shapes) == 2 * block + 512 * 64 + 64
 
 
-def test_only_hardware_in_the_table_has_a_peak():
-    assert peak_flops("cpu") is None
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+@pytest.mark.parametrize(
+    ("kind", "peak"),  # as JAX names devices
+    [
+        ("cpu", None),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H100 of another kind", None),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("TPU v5", 459e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v6 lite", 918e12),
+    ],
+)
+def test_a_device_in_the_table_has_the_peak_of_its_kind(kind, peak):
+    assert peak_flops(kind) == peak
 
 
 def test_throughput_excludes_the_time_before_a_restart(monkeypatch):

@@ -9,7 +9,15 @@ import optax
 import pytest
 
 from jaxllm.errors import ConfigError
-from jaxllm.training.optimizer import OptimizerConfig, ParameterGroup, make_optimizer, make_schedule
+from jaxllm.parallel.sharding import MeshConfig, make_mesh, shardings
+from jaxllm.plan.hlo import read_program
+from jaxllm.training.optimizer import (
+    OptimizerConfig,
+    ParameterGroup,
+    make_optimizer,
+    make_schedule,
+    scale_by_muon,
+)
 
 CONFIG = OptimizerConfig(
     name="adamw",
@@ -140,6 +148,23 @@ def test_muon_orthogonalizes_the_matrix_of_each_layer_and_leaves_the_rest_to_ada
         assert (singular < 1.3).all(), (layer, singular)
     for path in (("embed", "table"), ("head", "kernel")):
         np.testing.assert_allclose(muon[path[0]][path[1]], adamw[path[0]][path[1]], rtol=1e-6)
+
+
+def test_muon_on_a_mesh_moves_each_matrix_to_one_device_and_gives_the_same_updates():
+    """Nothing is sent while it orthogonalizes: gradients, momentum and updates go over each axis and back."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    tree = {"blocks": {"mlp": {"up": {"kernel": jnp.cos(jnp.arange(8 * 4 * 6.0)).reshape(8, 4, 6)}}}}
+    muon = scale_by_muon(0.95)
+    state = muon.init(tree)
+    expected = muon.update(tree, state)
+    with jax.set_mesh(mesh):
+        split = jax.device_put((tree, state), (shardings(tree, mesh), shardings(state, mesh)))
+        run = jax.jit(muon.update, out_shardings=(shardings(tree, mesh), shardings(state, mesh)))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run(*split), expected)
+        text = run.lower(*split).compile().as_text()
+    sent = [each for each in read_program(text, dict(mesh.shape)).collectives if each.bytes > 16]
+    assert {each.op for each in sent} == {"all-to-all"}
+    assert sum(each.count for each in sent) <= 12  # 15 products of split matrices would each send
 
 
 def test_clipping_keeps_the_direction_and_bounds_the_length():

@@ -1,0 +1,1 @@
+"""Plans: a run's own programs, compiled for hardware that is not there."""
