@@ -124,7 +124,7 @@ def executed(
 def started_here(name: str, lines: list[str]) -> set[str] | None:
     """The collectives that a piece of asynchronous ones starts; None: the computation is no such piece.
 
-    A TPU's text repeats a collective in the piece that starts it, in those that go on and in the one that ends
+    A TPU's text repeats a collective in the piece that starts it, in those after it and in the one that ends
     it. One piece may end a collective and start another.
     """
     starts = [line for line in lines if '"AsyncCollectiveStart"' in line]
