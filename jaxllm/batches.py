@@ -6,6 +6,8 @@ B sequences, T positions. A batch is a plain NamedTuple of arrays: numpy on the 
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 Array = Any  # np.ndarray, jax.Array, or the jax.ShapeDtypeStruct of either: no field depends on which
 
 
@@ -35,6 +37,11 @@ class PairBatch(NamedTuple):
     weight: Array  # float32 [B], weight of the pair in the loss; 0 for pairs that only fill up a batch
     ref_log_probs: Array  # float32 [B, 2], log-probs of the completions under the reference, nats; else 0
 
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """Int [B]: positions that are not padding."""
+        return self.lengths.max(1)
+
 
 class RolloutBatch(NamedTuple):
     """Completions sampled from the policy, with their advantages (PPO, GRPO).
@@ -51,3 +58,19 @@ class RolloutBatch(NamedTuple):
     importance_weights: Array | None = None  # float32 [B, T], policy probability over sampler probability
     values: Array | None = None  # float32 [B, T], the critic's before the first update
     returns: Array | None = None  # float32 [B, T], the critic's targets
+
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """Int [B]: positions up to the last token that counts."""
+        return counted_lengths(self.mask)
+
+
+def counted_lengths(mask: np.ndarray) -> np.ndarray:
+    """Int [B], at least 1: the positions of rows that a loss with this mask [B, T] reads. Position t of the
+    mask is about the next token."""
+    return np.where(mask.any(1), mask.shape[1] + 1 - np.argmax(mask[:, ::-1], axis=1), 1)
+
+
+def positions(batch: Any) -> int:
+    """Number of tokens, padding included, of a batch or of a list of micro-batches."""
+    return sum(each.tokens.size for each in (batch if isinstance(batch, list) else [batch]))

@@ -4,7 +4,7 @@ Grain shuffles, mixes, shards by process and reads ahead. It is imported when a 
 machines that only use the losses or the models need not have it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import jax
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 _ENDLESS = 2**53  # rows; grain computes lengths in float64, in which batches of one of 2**63 rows overflow
 _READ_THREADS, _READ_AHEAD = 2, 4  # batches; building one takes a hundredth of a training step
@@ -100,19 +101,23 @@ def device_batches(
 ) -> Iterator[T]:
     """The batches from `start_step` on as global arrays with this sharding. Given `batch_size`, `dataset` has
     of each batch the process's own rows, by `own_rows`.
-
-    Threads read a few batches ahead, and one batch is placed on the devices before it is requested.
     """
     from jaxllm.parallel.global_arrays import own_rows, place_rows
 
-    grain = _import_grain()
     rows = None if batch_size is None else own_rows(sharding, batch_size)
 
     def placed(batch: T) -> T:
         return place_rows(batch, sharding, rows, batch_size)
 
+    return read_ahead(dataset, placed, start_step)
+
+
+def read_ahead(dataset: "grain.MapDataset[T]", place: "Callable[[T], S]", start_step: int) -> "Iterator[S]":
+    """What `place` makes of each batch from `start_step` on. Threads read a few batches ahead, and one is
+    placed on the devices before it is requested."""
+    grain = _import_grain()
     options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_AHEAD)
-    batches = map(placed, dataset[start_step:].to_iter_dataset(options))
+    batches = map(place, dataset[start_step:].to_iter_dataset(options))
     for ahead in batches:  # at most once: the inner loop uses up the rest
         for batch in batches:
             yield ahead

@@ -326,8 +326,11 @@ def complete_prompts(
 def kl_to(reference: LoadedModel, completions: ScoredCompletions, temperature: float) -> np.ndarray:
     """Float32 [N], in nats: log-prob of each completion under its own model, less that under `reference`. Its
     mean over completions that were sampled unfiltered is the KL divergence of the one from the other."""
-    score = log_probs_in_batches(reference.model, temperature, ROWS, reference.mesh)
-    log_probs = score(reference.params, completions.tokens)
+    score = log_probs_in_batches(
+        reference.model, temperature, ROWS, completions.tokens.shape[1], reference.mesh
+    )
+    ends = completions.prompt_lengths + completions.lengths
+    log_probs = score(reference.params, ends, completions.tokens)
     starts = completions.prompt_lengths - 1
     rows = zip(
         completions.completions.log_probs, log_probs, starts, starts + completions.lengths, strict=True

@@ -220,3 +220,12 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
     if x.shape[0] % math.prod(mesh.shape[axis] for axis in leading if axis):
         return x
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+# Positions that attention and matrix products of a platform compute together.
+POSITIONS = {"cpu": 8, "gpu": 64, "tpu": 128}
+
+
+def width_multiple(mesh: Mesh) -> int:
+    """What the width of a batch should be a multiple of: whole tiles on every device."""
+    return POSITIONS.get(mesh.devices.flat[0].platform, 8) * mesh.shape["sequence"]

@@ -97,12 +97,15 @@ class RewardModel:
         self.params = loaded.params
         model = loaded.model
         self.rewards = InBatches(
-            lambda params, tokens, lengths: model.rewards(params, tokens, lengths).values, rows, loaded.mesh
+            lambda params, tokens, lengths: model.rewards(params, tokens, lengths).values,
+            rows,
+            length,
+            loaded.mesh,
         )
 
     def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Float32 [N] for tokens [N, T], not standardized."""
-        return self.rewards(self.params, tokens, lengths)
+        return self.rewards(self.params, lengths, tokens, lengths)
 
     def normalized(self, rewards: np.ndarray) -> np.ndarray:
         """The same rewards, standardized."""

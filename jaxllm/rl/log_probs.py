@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.batches import counted_lengths
 from jaxllm.errors import NumericsError
 from jaxllm.losses import truncated_importance_weights
 from jaxllm.models import Model, Params
@@ -23,7 +24,9 @@ class LogProbs:
         self.config: RolloutConfig = program.config.rollout
         self.reference = reference
         temperature = self.config.sampling.temperature
-        self.score = log_probs_in_batches(model, temperature, program.microbatch_rows, program.mesh)
+        self.score = log_probs_in_batches(
+            model, temperature, program.microbatch_rows, program.config.data.sequence_length, program.mesh
+        )
 
     def old(self, params: Params, rollout: Rollout, step: int) -> tuple[np.ndarray, Metrics]:
         """The policy's log-probs [N, T] before it trains on a rollout; how far the sampler's were off.
@@ -33,7 +36,7 @@ class LogProbs:
         """
         if not self.config.recompute_log_probs and step > 0:
             return rollout.sampler_log_probs, {}
-        log_probs = self.score(params, rollout.tokens)
+        log_probs = self.score(params, counted_lengths(rollout.mask), rollout.tokens)
         gaps = np.abs(log_probs - rollout.sampler_log_probs)[rollout.mask]
         return log_probs if self.config.recompute_log_probs else rollout.sampler_log_probs, {
             "sampler/log_prob_difference_mean": float(gaps.mean()) if gaps.size else 0.0,
@@ -46,7 +49,8 @@ class LogProbs:
         """The reference's log-probs and the k1 estimate of the KL of the policy with these `params` to it of
         each token, [N, T] both."""
         assert self.reference is not None
-        ref_log_probs = self.score(merge_params(self.reference, params), rollout.tokens)
+        lengths = counted_lengths(rollout.mask)
+        ref_log_probs = self.score(merge_params(self.reference, params), lengths, rollout.tokens)
         kl = np.where(rollout.mask, old_log_probs - ref_log_probs, 0)
         if step == 0 and self.config.recompute_log_probs and kl.any():
             raise NumericsError(

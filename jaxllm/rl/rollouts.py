@@ -29,7 +29,6 @@ from jaxllm.errors import NumericsError
 from jaxllm.evaluation.completions import Completer, ScoredCompletions
 from jaxllm.losses import Weighted
 from jaxllm.models import Model, Params, build_model
-from jaxllm.parallel.global_arrays import place
 from jaxllm.random_streams import ROLLOUT, stream
 from jaxllm.rewards.pool import Scores, gather
 from jaxllm.rewards.scorer import TRIAL_ROWS, RewardScorer
@@ -38,6 +37,7 @@ from jaxllm.rl.health import Health, unrewarded
 from jaxllm.rollout.collect import collect
 from jaxllm.runs.context import RunInputs
 from jaxllm.runs.sampling_weights import SamplingWeights
+from jaxllm.runs.step_by_length import split_batch
 from jaxllm.training.batch_source import BatchSource
 from jaxllm.training.metrics import Metrics
 from jaxllm.training.state import TrainState
@@ -175,7 +175,7 @@ class RolloutSource(BatchSource):
         row.setdefault("time/update", time.perf_counter() - self.updating)
         return row
 
-    def batches(self, state: TrainState, check: Callable[[], None]) -> Iterator[RolloutBatch]:
+    def batches(self, state: TrainState, check: Callable[[], None]) -> Iterator[list[RolloutBatch]]:
         self.state, config = state, self.config
         for iteration in itertools.count(int(state.step) // config.steps):
             last_step = (iteration + 1) * config.steps
@@ -197,7 +197,7 @@ class RolloutSource(BatchSource):
                 draw = np.random.default_rng((self.program.config.seed, iteration, epoch))
                 for rows in np.split(draw.permutation(config.rows), config.num_minibatches):
                     batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], fields)
-                    yield place(batch, self.program.batch_sharding)
+                    yield split_batch(self.program, batch)
             if last_step in self.rows:
                 jax.block_until_ready(self.state.step)
                 self.with_update_time(last_step)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxllm.length_groups import by_length, cut, widths
 from jaxllm.losses import Weighted, linear_token_log_probs
 from jaxllm.models import Model, Params
 from jaxllm.parallel.global_arrays import place, to_host
 from jaxllm.parallel.sequence import by_token
-from jaxllm.parallel.sharding import batch_sharding
+from jaxllm.parallel.sharding import batch_sharding, width_multiple
 
 
 class TokenScores(NamedTuple):
@@ -46,23 +47,33 @@ def next_token_log_probs(
 
 
 class InBatches:
-    """A function of parameters and any number of rows, applied to `rows` rows at a time, or to a few more
-    where the mesh does not divide these: it compiles once."""
+    """A function of parameters and any number of texts of up to `length` tokens, applied to `rows` of them at
+    a time, or to a few more where the mesh does not divide these, by length. It compiles once for each width
+    in use."""
 
-    def __init__(self, function: Callable[..., jax.Array], rows: int, mesh: Mesh):
+    def __init__(self, function: Callable[..., jax.Array], rows: int, length: int, mesh: Mesh):
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.function, self.sharding = jax.jit(function), batch_sharding(mesh)
-        self.rows = -(-rows // shards) * shards
+        self.rows, self.widths = -(-rows // shards) * shards, widths(length, width_multiple(mesh))
 
-    def __call__(self, params: Params, *columns: np.ndarray) -> np.ndarray:
-        """function(params, *columns) for columns [N, ...], on the host: [N, ...]. Of several processes, all
-        have whole columns, and get the whole result."""
-        number, parts = len(columns[0]), []
-        for first in range(0, number, self.rows):
-            rows = np.minimum(np.arange(first, first + self.rows), number - 1)  # the last row fills it up
-            batch = place([column[rows] for column in columns], self.sharding)
-            parts.append(self.function(params, *batch))
-        return np.concatenate(to_host(parts))[:number]
+    def __call__(self, params: Params, lengths: np.ndarray, *columns: np.ndarray) -> np.ndarray:
+        """function(params, *columns) of columns [N, T] or [N], on the host: [N], or [N, T] with 0 beyond the
+        width of a row. What it gives about the first lengths[N] positions must not depend on the others.
+
+        Of several processes, all have whole columns, and get the whole result.
+        """
+        T, groups, results = self.widths[-1], [], []
+        for rows, width in by_length(lengths, self.rows, self.widths):
+            filled = np.resize(rows, self.rows)
+            batch = place([cut(column[filled], T, width) for column in columns], self.sharding)
+            groups.append(rows)
+            results.append(self.function(params, *batch))
+        parts = to_host(results)
+        whole = np.zeros((len(lengths), *((T,) if parts[0].ndim > 1 else ())), parts[0].dtype)
+        for rows, part in zip(groups, parts, strict=True):
+            at = (rows, slice(part.shape[1])) if part.ndim > 1 else rows
+            whole[at] = part[: len(rows)]
+        return whole
 
     def trace(self, params: Params, *columns: jax.ShapeDtypeStruct) -> jax.stages.Traced:
         """The function for one batch of columns [N, ...], to be compiled for the devices of the mesh."""
@@ -74,12 +85,15 @@ class InBatches:
         return self.function.trace(params, *batch)
 
 
-def log_probs_in_batches(model: Model, temperature: float, rows: int, mesh: Mesh) -> InBatches:
-    """(params, tokens [N, T]) -> log-probs [N, T] of `next_token_log_probs`, on the host."""
+def log_probs_in_batches(
+    model: Model, temperature: float, rows: int, length: int, mesh: Mesh
+) -> InBatches:
+    """(params, lengths [N], tokens [N, T]) -> log-probs [N, T] of `next_token_log_probs`, on the host."""
     return InBatches(
         lambda params, tokens: (
             next_token_log_probs(params, tokens, model=model, temperature=temperature).log_probs
         ),
         rows,
+        length,
         mesh,
     )

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxllm.config import nearest_multiples
 from jaxllm.errors import ConfigError
+from jaxllm.length_groups import widths
 from jaxllm.models import Params
 from jaxllm.models.config import ATTENTION, flops_per_token, runs_on
 from jaxllm.models.quantize import is_quantized
@@ -23,6 +24,7 @@ from jaxllm.parallel.sharding import (
     order_of_devices,
     placed,
     shardings,
+    width_multiple,
 )
 from jaxllm.runs.config import TrainConfig, factors_of
 from jaxllm.training.metrics import parameter_count
@@ -149,19 +151,32 @@ class Program(Generic[ConfigT, ModelT]):
             return state
         return state._replace(params=split_params(state.params, self.trainable)[0])
 
-    def compile(self) -> jax.stages.Compiled:
-        """The train step for just these shapes, which can therefore never compile again."""
-        return self.trace().lower().compile()
+    def compile(self, width: int | None = None) -> jax.stages.Compiled:
+        """The train step for batches of just one width, by default that of the config, which can therefore
+        never compile again."""
+        return self.trace(width).lower().compile()
 
-    def trace(self) -> jax.stages.Traced:
+    def trace(self, width: int | None = None) -> jax.stages.Traced:
         """The train step for just these shapes, to be compiled for the devices of the mesh."""
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.batch_sharding),
-            self.batch_shapes,
-        )
+        batch = self.placed_shapes(self.config.data.batch_size, width or self.widths[-1])
         step = jax.jit(self.train_step, donate_argnums=0, out_shardings=(self.shardings, None))
         with jax.set_mesh(self.mesh):
             return step.trace(self.placed_state, batch)
+
+    def placed_shapes(self, rows: int, width: int) -> Any:
+        """The shapes of a batch of so many rows, cut to a width, with their sharding."""
+
+        def shape(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            last = (width,) if len(x.shape) > 1 and x.shape[-1] == self.widths[-1] else x.shape[-1:]
+            shape = (rows, *x.shape[1:-1], *last) if len(x.shape) > 1 else (rows,)
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=self.batch_sharding)
+
+        return jax.tree.map(shape, self.batch_shapes)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """To which rows with padding may be cut."""
+        return widths(self.config.data.sequence_length, width_multiple(self.mesh))
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,12 +1,14 @@
 """The batch source of every stage that trains on rows of files."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxllm.data.loader import device_batches, training_batches
+from jaxllm.data.loader import device_batches, read_ahead, training_batches
 from jaxllm.data.rows import Dataset
 from jaxllm.runs.context import RunInputs
 from jaxllm.runs.program import Program
+from jaxllm.runs.step_by_length import has_padding, split_batch
 from jaxllm.training.batch_source import BatchSource
 from jaxllm.training.state import TrainState
 
@@ -21,18 +23,22 @@ class RowSource(BatchSource):
             weights=data.weights,
             batch_size=program.config.data.batch_size,
             seed=program.config.seed,
-            own=program.own_rows,
+            # Which rows a device gets may depend on the lengths of all.
+            own=None if has_padding(program) else program.own_rows,
         )
 
     def batches(self, state: TrainState, check: Callable[[], None]) -> Iterator[Any]:
-        program = self.program
+        program, start = self.program, int(state.step)
+        self.params = state.params
+        if has_padding(program):
+            split = read_ahead(self.rows, functools.partial(split_batch, program), start)
+            return ([self.data.complete(self.params, batch) for batch in batches] for batches in split)
         placed = device_batches(
             self.rows,
             program.batch_sharding,
-            start_step=int(state.step),
+            start_step=start,
             batch_size=program.config.data.batch_size,
         )
-        self.params = state.params
         return (self.data.complete(self.params, batch) for batch in placed)
 
     def after_step(self, state: TrainState) -> None:

@@ -37,6 +37,7 @@ from jaxllm.runs.process import set_up_process
 from jaxllm.runs.program import Program
 from jaxllm.runs.resume import MAY_DIFFER, check_number_of_sources, parent_note, resume_notes
 from jaxllm.runs.stage import Stage
+from jaxllm.runs.step_by_length import compile_step
 from jaxllm.runs.weights import initial_weights, model_note, run_with_parent, with_frozen, with_model_of
 from jaxllm.store import url_of
 from jaxllm.training.checkpoint import Checkpoints
@@ -133,7 +134,7 @@ def train_in(
             return
         print("compiling the train step ...", end=" ", flush=True)
         began = time.perf_counter()
-        train_step = program.compile()
+        train_step = compile_step(program)
         print(f"{time.perf_counter() - began:.1f} s", flush=True)
         processes.barrier("compiled train step", processes.NO_TIMEOUT)  # else the first seems to hang
         tokens = program.tokens_per_step
@@ -159,7 +160,7 @@ def train_in(
                 save=make_save(stage, context, checkpoints, early_stopping, files),
                 wait=checkpoints.wait,
                 writer=writer,
-                throughput=Throughput(tokens, tokens * program.flops_per_token),
+                throughput=Throughput(tokens, program.flops_per_token),
                 watchdog=watchdog,
                 early_stopping=early_stopping,
                 resume_command=shlex.join(command),

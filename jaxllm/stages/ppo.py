@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.batches import RolloutBatch
+from jaxllm.batches import RolloutBatch, counted_lengths
 from jaxllm.data.rows import Dataset
 from jaxllm.errors import ConfigError
 from jaxllm.losses import (
@@ -290,6 +290,7 @@ class PPO:
         self.values = InBatches(
             lambda params, tokens: model.critic.apply(params, tokens).values,
             program.microbatch_rows,
+            config.data.sequence_length,
             program.mesh,
         )
         self.kl_coefficient = self.knobs.kl_coefficient
@@ -307,7 +308,7 @@ class PPO:
         """Log-probs and values before the first update, KL penalty, GAE."""
         step, knobs = int(state.step), self.knobs
         old_log_probs, row = self.log_probs.old(state.params["policy"], rollout, step)
-        values = self.values(critic_params(state.params), rollout.tokens)
+        values = self.values(critic_params(state.params), counted_lengths(rollout.mask), rollout.tokens)
         _, kl = self.log_probs.kl(state.params["policy"], old_log_probs, rollout, step)
         advantages, returns = jax.device_get(
             advantages_and_returns(

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from jaxllm.batches import positions
 from jaxllm.config import did_you_mean
 from jaxllm.errors import ConfigError, NumericsError, Stopped
 from jaxllm.losses import Weighted
@@ -113,6 +114,7 @@ class Loop:
                     self._write(step - 1, row | self.throughput.read())
             unread = (step, metrics)
             self.throughput.steps += 1
+            self.throughput.tokens += positions(batch)
             self.watchdog.beat()
             self.watchdog.poll()
             if self._is_boundary(step):

@@ -73,31 +73,33 @@ def memory_peak_gb() -> float | None:
 class Throughput:
     """Speed of training between two calls of `read`, without pauses such as evaluation and saving.
 
-    The loop adds to `steps` and to `waited`, the seconds spent waiting for batches.
+    The loop adds to `steps`, to `tokens`, the positions that were computed, and to `waited`, the seconds
+    spent waiting for batches.
     """
 
-    def __init__(self, tokens_per_step: int, flops_per_step: float):
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_step = flops_per_step
+    def __init__(self, tokens_per_step: int, flops_per_token: float):
+        self.tokens_per_step = tokens_per_step  # with all padding
+        self.flops_per_token = flops_per_token
         self.restart()
 
     def restart(self) -> None:
         """Restart the measurement, as after a pause."""
-        self.start, self.steps, self.waited = time.perf_counter(), 0, 0.0
+        self.start, self.steps, self.tokens, self.waited = time.perf_counter(), 0, 0, 0.0
 
     def read(self) -> Metrics:
         """`perf/*` of the steps since the last reading or restart; empty if there were none."""
         if not self.steps:
             return {}
-        step_time = (time.perf_counter() - self.start) / self.steps
+        seconds = time.perf_counter() - self.start
+        step_time = seconds / self.steps
         row = {
-            "perf/tokens_per_second": self.tokens_per_step / step_time,
+            "perf/tokens_per_second": self.tokens / seconds,
             "perf/step_time": step_time,
             "perf/data_wait": self.waited / self.steps,
         }
         peak, memory = peak_flops(jax.devices()[0].device_kind), memory_peak_gb()
         if peak is not None:
-            row["perf/mfu"] = self.flops_per_step / step_time / (peak * jax.device_count())
+            row["perf/mfu"] = self.tokens * self.flops_per_token / seconds / (peak * jax.device_count())
         if memory is not None:
             row["perf/memory_peak_gb"] = memory
         self.restart()

@@ -12,6 +12,7 @@ from jaxllm.training.state import Params, TrainState, merge_params, split_params
 
 Batch = Any  # a tree of arrays [B, ...]: one of jaxllm.batches, each loss function with its own
 LossAndMetrics = tuple[Weighted, dict[str, Weighted]]
+GradientSums = tuple[Params, Weighted, dict[str, Weighted]]  # not divided by their weights
 LossFn = Callable[[Params, Batch, jax.Array], LossAndMetrics]  # (params, batch, key)
 
 
@@ -26,13 +27,13 @@ def split_rows(batch: Batch, num_microbatches: int) -> Batch:
 
 def gradient_sums(
     loss_fn: LossFn, trained: Params, frozen: Params, batch: Batch, key: jax.Array, num_microbatches: int
-) -> tuple[Params, Weighted, dict[str, Weighted]]:
+) -> GradientSums:
     """Gradient of the summed loss with respect to `trained`, the loss and the metrics, over all rows.
 
     They are sums: nothing is divided by its weight yet.
     """
 
-    def one(microbatch: Batch, key: jax.Array) -> tuple[Params, Weighted, dict[str, Weighted]]:
+    def one(microbatch: Batch, key: jax.Array) -> GradientSums:
         def loss_sum(trained: Params) -> tuple[jax.Array, LossAndMetrics]:
             loss, metrics = loss_fn(merge_params(trained, frozen), microbatch, key)
             return loss.sum, (loss, metrics)
@@ -79,7 +80,32 @@ def train_step(
     """
     key = jax.random.fold_in(state.key, state.step)
     trained, frozen = split_params(state.params, trainable)
-    grads, loss, metrics = gradient_sums(loss_fn, trained, frozen, batch, key, num_microbatches)
+    sums = gradient_sums(loss_fn, trained, frozen, batch, key, num_microbatches)
+    return apply_gradient(state, sums, optimizer=optimizer, trainable=trainable)
+
+
+def add_gradient(
+    sums: GradientSums,
+    state: TrainState,
+    microbatch: Batch,
+    index: jax.Array,
+    *,
+    loss_fn: LossFn,
+    trainable: str,
+) -> GradientSums:
+    """`gradient_sums` of a step whose micro-batches have several shapes, one after the other: with those of
+    micro-batch `index`."""
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), index)
+    own = gradient_sums(loss_fn, *split_params(state.params, trainable), microbatch, key, 1)
+    return jax.tree.map(jnp.add, sums, own)
+
+
+def apply_gradient(
+    state: TrainState, sums: GradientSums, *, optimizer: optax.GradientTransformation, trainable: str
+) -> tuple[TrainState, dict[str, Weighted]]:
+    """The end of `train_step`: the next state from the sums over all micro-batches."""
+    grads, loss, metrics = sums
+    trained, frozen = split_params(state.params, trainable)
     grads = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1e-9), grads)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)

@@ -9,6 +9,7 @@ import pytest
 from tiny_runs import parse_config
 
 from jaxllm.batches import PairBatch, TokenBatch
+from jaxllm.runs.step_by_length import compile_step, split_batch
 from jaxllm.stages import build_program
 
 FILES = {
@@ -70,10 +71,13 @@ def pair_batch(seed):
 def run(stage, optimizer, mesh):
     """The losses of a few steps on a mesh, and the last state."""
     program = make_program(stage, optimizer, (MESHES | SPLIT)[mesh])
-    make_batch = token_batch if stage in ("pretrain", "sft") else pair_batch
-    step, state, losses = program.compile(), program.fresh_state(), []
+    step, state, losses = compile_step(program), program.fresh_state(), []
     for i in range(STEPS):
-        state, metrics = step(state, jax.device_put(make_batch(i), program.batch_sharding))
+        if stage in ("pretrain", "sft"):
+            batch = jax.device_put(token_batch(i), program.batch_sharding)
+        else:
+            batch = split_batch(program, pair_batch(i))
+        state, metrics = step(state, batch)
         losses.append(float(metrics["loss"].mean))
     return losses, state
 

@@ -81,7 +81,7 @@ class Run:
             ),
             wait=lambda: self.saved.append("waited"),
             writer=self.writer,
-            throughput=Throughput(tokens_per_step=100, flops_per_step=1e6),
+            throughput=Throughput(tokens_per_step=100, flops_per_token=1e4),
             watchdog=watchdog,
             early_stopping=early_stopping,
             resume_command="the same command",

@@ -168,7 +168,7 @@ def test_a_device_in_the_table_has_the_peak_of_its_kind(kind, peak):
 def test_throughput_excludes_the_time_before_a_restart(monkeypatch):
     clock = iter([0.0, 100.0, 102.0, 102.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    throughput = Throughput(tokens_per_step=50, flops_per_step=1.0)
+    throughput = Throughput(tokens_per_step=50, flops_per_token=1.0)
     throughput.restart()  # an evaluation took 100 s
     throughput.steps += 4
     row = throughput.read()
