@@ -82,7 +82,7 @@ class StepByLength:
                 jax.jit(lambda: jax.tree.map(jnp.zeros_like, sums), out_shardings=places).lower().compile()
             )
             self.apply = (
-                jax.jit(apply, donate_argnums=(0, 1), out_shardings=(program.shardings, None))
+                jax.jit(apply, donate_argnums=0, out_shardings=(program.shardings, None))
                 .lower(state, self.sums)
                 .compile()
             )

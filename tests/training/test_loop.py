@@ -4,8 +4,10 @@ import itertools
 import json
 import os
 import signal
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxllm.errors import ConfigError, NumericsError, Stopped
@@ -18,11 +20,15 @@ from jaxllm.training.state import TrainState
 from jaxllm.training.watchdog import Watchdog
 
 
+class Number(NamedTuple):
+    tokens: np.float32
+
+
 def count_step(state, batch, *, bad_from=10**9):
     """The loss is the number that is the batch; from step bad_from on every step is skipped."""
     step = state.step + 1
     streak = jnp.maximum(step - bad_from + 1, 0)
-    values = {"loss": batch, "skipped_steps": streak, "bad_streak": streak}
+    values = {"loss": batch.tokens, "skipped_steps": streak, "bad_streak": streak}
     metrics = {name: Weighted(jnp.float32(x), jnp.float32(1)) for name, x in values.items()}
     return state._replace(step=step, params=state.params + 1), metrics
 
@@ -35,7 +41,7 @@ class Numbers(BatchSource):
     """Batch i is the number 100 + i."""
 
     def batches(self, state, check):
-        return (100.0 + step for step in itertools.count(int(state.step)))
+        return (Number(np.float32(100 + step)) for step in itertools.count(int(state.step)))
 
 
 class Run:
@@ -148,7 +154,7 @@ def test_hooks_add_to_the_row_of_their_step_and_run_at_the_end(tmp_path, watchdo
 
 def test_a_signal_saves_after_the_step_and_prints_the_command_that_resumes(tmp_path, watchdog):
     def step(state, batch):
-        if batch == 104.0:
+        if batch.tokens == 104.0:
             os.kill(os.getpid(), signal.SIGTERM)
         return count_step(state, batch)
 

@@ -171,6 +171,7 @@ def test_throughput_excludes_the_time_before_a_restart(monkeypatch):
     throughput = Throughput(tokens_per_step=50, flops_per_token=1.0)
     throughput.restart()  # an evaluation took 100 s
     throughput.steps += 4
+    throughput.tokens += 4 * 50
     row = throughput.read()
     assert row["perf/step_time"] == 0.5
     assert row["perf/tokens_per_second"] == 100.0
