@@ -58,6 +58,7 @@ class RolloutBatch(NamedTuple):
     importance_weights: Array | None = None  # float32 [B, T], policy probability over sampler probability
     values: Array | None = None  # float32 [B, T], the critic's before the first update
     returns: Array | None = None  # float32 [B, T], the critic's targets
+    extra_weight: Array | None = None  # float32 [B], added to the loss's: of rows without gradient, left out
 
     @property
     def row_lengths(self) -> np.ndarray:

@@ -103,6 +103,24 @@ def aggregate(values: Array, mask: Array, mode: str, *, max_length: int | None =
             raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
 
 
+def row_weights(mask: Array, mode: str, *, max_length: int | None = None) -> Array:
+    """What each row of a mask [B, T] adds to the weight that `aggregate` gives in this mode, [B].
+
+    >>> import numpy as np
+    >>> [float(x) for x in row_weights(np.array([[1, 1, 0], [0, 0, 0]]), "token_mean")]
+    [2.0, 0.0]
+    """
+    match mode:
+        case "token_mean":
+            return (mask != 0).sum(1)
+        case "sequence_mean" | "sequence_sum":
+            return (mask != 0).any(1)
+        case "constant" if max_length is not None:
+            return 0 * mask[:, 0] + max_length
+        case _:
+            raise ValueError(f"mode={mode!r} is unknown, or needs max_length")
+
+
 def add_auxiliary(
     loss: Weighted, metrics: dict[str, Weighted], aux: Mapping[str, Weighted]
 ) -> tuple[Weighted, dict[str, Weighted]]:

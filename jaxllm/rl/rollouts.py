@@ -77,6 +77,11 @@ class Algorithm(Protocol):
         """Fields [N, ...] of the batches to train on, and metrics."""
         ...
 
+    def weights_without_gradient(self, rollout: Rollout) -> np.ndarray | None:
+        """Float32 [N]: the weight in the loss of each row that has no gradient, NaN for the others. None: all
+        rows have one."""
+        ...
+
     def metadata(self) -> dict[str, Any]:
         """What a checkpoint must hold besides the state."""
         ...
@@ -190,13 +195,14 @@ class RolloutSource(BatchSource):
             if iteration == 0:
                 for line in unrewarded(rollout.scores, rollout.texts[0], rollout.prompts[0].row):
                     tqdm.write(printable(line))
+            weights = self.algorithm.weights_without_gradient(rollout)
             self.last = rollout, fields.advantages
             self.updating = time.perf_counter()
             self.rows[last_step] = row | batch_row | {"time/score": self.updating - began}
             for epoch in range(config.epochs):
                 draw = np.random.default_rng((self.program.config.seed, iteration, epoch))
                 for rows in np.split(draw.permutation(config.rows), config.num_minibatches):
-                    batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], fields)
+                    batch = select(fields, rows, weights, self.program.microbatch_rows)
                     yield split_batch(self.program, batch)
             if last_step in self.rows:
                 jax.block_until_ready(self.state.step)
@@ -239,6 +245,20 @@ def sampling_model(policy: Model, config: RolloutConfig) -> Model:
     if config.dtype is None:
         return policy
     return build_model(replace(policy.config, compute_dtype=config.dtype, param_dtype=config.dtype))
+
+
+def select(fields: RolloutBatch, rows: np.ndarray, weights: np.ndarray | None, multiple: int) -> RolloutBatch:
+    """The rows of an update, a multiple of `multiple`; without as many as possible of those that have no
+    gradient, by `weights_without_gradient`. Their weight in the loss is kept."""
+    extra = None
+    if weights is not None:
+        rows = rows[np.argsort(~np.isnan(weights[rows]), kind="stable")]
+        needed = int(np.isnan(weights[rows]).sum())
+        end = max(1, -(-needed // multiple)) * multiple
+        extra = np.zeros(end, np.float32)
+        extra[0] = weights[rows[end:]].sum()
+        rows = rows[:end]
+    return jax.tree.map(lambda x: np.asarray(x)[rows], fields)._replace(extra_weight=extra)
 
 
 def make_rollout(prompts: Sequence[Prompt], scored: ScoredCompletions, config: RolloutConfig) -> Rollout:

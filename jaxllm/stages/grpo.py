@@ -27,12 +27,13 @@ from jaxllm.losses import (
     whiten,
 )
 from jaxllm.losses.advantages import SCALES
+from jaxllm.losses.aggregate import row_weights
 from jaxllm.losses.grpo import MODES
 from jaxllm.models import Model, Params, build_model
 from jaxllm.rl import hooks, inputs
 from jaxllm.rl.config import RolloutTrainConfig
 from jaxllm.rl.log_probs import LogProbs, kl_metrics
-from jaxllm.rl.rollouts import Metrics, Rollout, RolloutSource
+from jaxllm.rl.rollouts import Metrics, Rollout, RolloutSource, has_signal
 from jaxllm.rollout.score import next_token_log_probs
 from jaxllm.runs.context import RunInputs
 from jaxllm.runs.panels import COMPLETION_LENGTH, KL, REWARD, Panel, panel
@@ -131,7 +132,9 @@ def loss_fn(
         entropy=scores.entropy,
         **options,
     )
-    metrics = {f"policy/{name}": value for name, value in metrics.items()} | {"loss": metrics["loss"]}
+    if batch.extra_weight is not None:
+        loss = loss._replace(weight=loss.weight + batch.extra_weight.sum())
+    metrics = {f"policy/{name}": value for name, value in metrics.items()} | {"loss": loss}
     return add_auxiliary(loss, metrics, scores.aux)
 
 
@@ -159,7 +162,21 @@ def batch_shapes(config: Config) -> RolloutBatch:
         batch = batch._replace(advantages=batch.advantages.update(shape=(config.data.batch_size,)))
     if knobs.kl_coefficient and knobs.kl_in == "loss":
         batch = batch._replace(ref_log_probs=batch.old_log_probs)
+    if leaves_out_rows(config):
+        batch = batch._replace(extra_weight=batch.advantages)
     return batch
+
+
+def leaves_out_rows(config: Config) -> bool:
+    """Whether a group of equal rewards, whose advantages are 0, has no gradient; and there are micro-batches
+    to do without."""
+    knobs = config.objective
+    return (
+        not knobs.kl_coefficient
+        and not knobs.entropy_coefficient
+        and knobs.advantage != "reinforce_plus_plus"
+        and config.training.num_microbatches > 1
+    )
 
 
 class GRPO:
@@ -178,6 +195,14 @@ class GRPO:
 
     def restore(self, metadata: Mapping[str, Any]) -> None:
         pass
+
+    def weights_without_gradient(self, rollout: Rollout) -> np.ndarray | None:
+        if not leaves_out_rows(self.config):
+            return None
+        mode, longest = MODES[self.config.objective.variant], self.config.rollout.sampling.max_new_tokens
+        weights = np.asarray(row_weights(rollout.mask, mode, max_length=longest), np.float32)
+        size = self.config.rollout.group_size
+        return np.where(np.repeat(has_signal(rollout, size), size), np.nan, weights)
 
     def make_batch(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, Metrics]:
         """Log-probs before the first update, KL to the reference, advantages."""

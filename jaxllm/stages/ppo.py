@@ -304,6 +304,9 @@ class PPO:
     def restore(self, metadata: Mapping[str, Any]) -> None:
         self.kl_coefficient = metadata.get("kl_coefficient", self.kl_coefficient)
 
+    def weights_without_gradient(self, rollout: Rollout) -> None:
+        return None  # the critic learns from every row
+
     def make_batch(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, Metrics]:
         """Log-probs and values before the first update, KL penalty, GAE."""
         step, knobs = int(state.step), self.knobs
