@@ -85,9 +85,7 @@ class InBatches:
         return self.function.trace(params, *batch)
 
 
-def log_probs_in_batches(
-    model: Model, temperature: float, rows: int, length: int, mesh: Mesh
-) -> InBatches:
+def log_probs_in_batches(model: Model, temperature: float, rows: int, length: int, mesh: Mesh) -> InBatches:
     """(params, lengths [N], tokens [N, T]) -> log-probs [N, T] of `next_token_log_probs`, on the host."""
     return InBatches(
         lambda params, tokens: (
