@@ -34,6 +34,7 @@ TOPS = ("jaxllm", "configs", "experiments")
 LAYERS = (
     (
         "jaxllm.batches",
+        "jaxllm.length_groups",
         "jaxllm.config_versions",
         "jaxllm.errors",
         "jaxllm.files",
