@@ -65,7 +65,7 @@ def trace_score(program: Program[Any, Any], model: Model, params: Shapes) -> Ste
     """Log-probs of the completions of a rollout, a micro-batch of rows at a time."""
     config = program.config
     rows, length = program.microbatch_rows, config.data.sequence_length
-    score = log_probs_in_batches(model, config.rollout.sampling.temperature, rows, program.mesh)
+    score = log_probs_in_batches(model, config.rollout.sampling.temperature, rows, length, program.mesh)
     traced = score.trace(params, jax.ShapeDtypeStruct((rows, length), jnp.int32))
     flops = flops_per_token(config.model, length) / 3 * rows * length
     return Step(traced, program.mesh, rows * length, flops, params)
