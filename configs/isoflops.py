@@ -52,4 +52,4 @@ def sweep() -> Iterator[dict[str, Any]]:
                 parse(ModelConfig, config.model, "model"), config.data.sequence_length
             )
             steps = round(flops / per_token / tokens)
-            yield {f"model.{name}": value for name, value in size.items()} | {"training.steps": steps}
+            yield {"training.steps": steps} | {f"model.{name}": value for name, value in size.items()}

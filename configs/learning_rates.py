@@ -40,5 +40,5 @@ def sweep() -> Iterator[dict[str, Any]]:
         for rate in RATES:
             common = {"seed": seed, "optimizer.learning_rate": rate}
             yield common
-            yield common | larger | base
+            yield common | base | larger
             yield common | larger

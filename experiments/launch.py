@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without bei
 
 from jaxllm.config import run_script, with_fields
 from jaxllm.errors import ConfigError
+from jaxllm.files import is_url
 from jaxllm.launch.slurm import SlurmOptions, array_script, submit_array
 from jaxllm.launch.templates import fill
 
@@ -51,6 +52,8 @@ def main(_: None, flags: "FlagValues") -> None:
     """Submit the command, or print the file that does."""
     if flags.target is None or not flags.word:
         raise ConfigError("write --target=NAME, the other flags, then -- and the command")
+    if flags.target in TEMPLATES and flags.slurm:
+        raise ConfigError(f"--slurm is for --target=slurm, not {flags.target}: use --set=NAME=VALUE")
     if flags.target in TEMPLATES:
         if not flags.print:
             raise ConfigError(f"--target={flags.target} is not submitted from here: add --print")
@@ -78,8 +81,10 @@ def logs_of(command: list[str]) -> Path:
     """The folder of logs in the WORKDIR of a command; ConfigError where it has none."""
     for word in command:
         if word.startswith("--workdir="):
+            if is_url(word.removeprefix("--workdir=")):
+                raise ConfigError("--folder=FOLDER is missing: SLURM's logs need a disk, not an object store")
             return Path(word.removeprefix("--workdir=")).expanduser() / "logs"
-    raise ConfigError("--folder=FOLDER is missing: the command has no --workdir=")
+    raise ConfigError("--folder=FOLDER is missing: the command has no --workdir=FOLDER, with an =")
 
 
 def words_as_flags(argv: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from jaxllm.config import run_script
+from jaxllm.config import check_local, run_script
 from jaxllm.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ def main(config: "TrainConfig", flags: "FlagValues") -> int:
         raise ConfigError(f"--steps_of={','.join(flags.steps_of)}: choose of {', '.join(PROGRAMS)}")
     if flags.search and flags.steps_of != ["train"]:
         raise ConfigError("--search plans the train step: drop --steps_of")
+    check_local(flags.json, "--json")
+    if flags.json is not None and not Path(flags.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json={flags.json}: its folder does not exist")
     steps = [step for name in flags.steps_of for step in PROGRAMS[name]]
     every = []
     for name in flags.hardware.split(","):

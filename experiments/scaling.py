@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
 from jaxllm.command_line import define_run_flags, runs_as_flags
-from jaxllm.config import run_script
+from jaxllm.config import check_local, run_script
 from jaxllm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def main(_: None, flags: "FlagValues") -> None:
     from jaxllm.report.runs import read_trials
 
     check_extra()
+    for run in flags.run:
+        check_local(run, "--run")
     runs = read_trials([Path(run) for run in flags.run])
     if len(runs) == 1 and flags.metric is None:
         raise ConfigError("--metric=NAME is missing: what to fit to one run, such as eval/sampled_reward")

@@ -70,6 +70,7 @@ def config_class(config: "ConfigDict") -> type:
 
 def main(argv: Sequence[str], config: Any, flags: "FlagValues") -> int:
     """List, print, submit or run the trials. Returns the exit code."""
+    from jaxllm.launch.slurm import SlurmOptions, submit_array
     from jaxllm.sweep.run import Options, run_sweep
     from jaxllm.sweep.trials import Base
 
@@ -78,6 +79,9 @@ def main(argv: Sequence[str], config: Any, flags: "FlagValues") -> int:
     script = "train.py" if hasattr(config, "stage") else "pipeline.py"
     if flags.init_from is not None and script == "pipeline.py":
         raise ConfigError("--init_from: a pipeline trains from random weights")
+    if flags.slurm and flags.launcher != "slurm":
+        raise ConfigError(f"--slurm is for --launcher=slurm, not {flags.launcher}")
+    slurm = with_fields(SlurmOptions(), flags.slurm, "--slurm")
     more = {} if flags.init_from is None else {"init_from": flags.init_from}
     given = [each.lstrip("-") for each in argv]
     overrides = [each.removeprefix("config.").partition("=") for each in given if each.startswith("config.")]
@@ -87,15 +91,8 @@ def main(argv: Sequence[str], config: Any, flags: "FlagValues") -> int:
         config,
         Options(**{name: flags[name].value for name in Options._fields}),
         command=shlex.join(["python", *argv]),
-        submit=functools.partial(submit, flags.slurm),
+        submit=functools.partial(submit_array, options=slurm),
     )
-
-
-def submit(slurm: Sequence[str], commands: Sequence[Sequence[str]], folder: Path) -> str:
-    """Submit the commands as an array job; `slurm` has FIELD=VALUE for its options."""
-    from jaxllm.launch.slurm import SlurmOptions, submit_array
-
-    return submit_array(commands, folder, with_fields(SlurmOptions(), slurm, "--slurm"))
 
 
 if __name__ == "__main__":

@@ -233,7 +233,9 @@ def _flock(file: BinaryIO) -> bool | None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of this host runs."""
+    """Whether a process of this host runs; one that was killed and not waited for does not."""
+    with contextlib.suppress(OSError):  # of Linux: "PID (NAME) STATE ..."
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -50,11 +50,11 @@ def file_system(url: str) -> tuple[Any, str]:
     try:
         return fsspec.url_to_fs(url)
     except ImportError as error:
-        extra = f"jaxllm[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else f"what it needs ({error})"
-        raise ConfigError(f"{url} needs a package: pip install '{extra}'") from None
+        fix = f"pip install 'jaxllm[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else str(error)
+        raise ConfigError(f"{url} needs a package: {fix}") from None
     except ValueError:
         close = difflib.get_close_matches(scheme, fsspec.available_protocols(), 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else ": use gs://, s3://, or a local path"
         raise ConfigError(f"{url}: {scheme}:// is no known kind of store{hint}") from None
 
 
@@ -186,6 +186,8 @@ def _in_threads(act: Callable[[Any], None], items: Iterable[Any]) -> None:
 def copy_of(url: str, process: int | None = None) -> Path:
     """Where the copy of a URL lies: the one to read, or a run folder that a process writes."""
     scheme, _, path = url.partition("://")
+    if scheme in ("file", "local") and not path.startswith("/"):
+        raise ConfigError(f"{url} must be an absolute path: {scheme}:///{path}")
     kind = "stores" if process is None else f"workdirs/{process}"
     parts = [part for part in path.split("/") if part]
     if ".." in parts:
@@ -212,6 +214,9 @@ def store_of(path: Path) -> Store | None:
 
 def local_path(path: str | Path) -> Path:
     """The local path of a URL, or of a path as a user gives it. Downloads nothing."""
+    if found := re.match(r"([a-z][a-z0-9+.-]*):/(?!/)(.*)", str(path)):
+        slashes = "///" if found[1] == "file" else "//"
+        raise ConfigError(f"{path}: a URL of this kind begins with {found[1]}:{slashes}")
     return copy_of(str(path)) if is_url(path) else Path(path).expanduser().absolute()
 
 

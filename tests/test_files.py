@@ -14,7 +14,7 @@ import time
 import pytest
 
 from jaxllm.config import run_script
-from jaxllm.files import locked, write_file, write_text
+from jaxllm.files import is_running, locked, write_file, write_text
 
 
 def test_a_partly_written_file_does_not_replace_the_old_one(tmp_path, monkeypatch):
@@ -144,3 +144,15 @@ def test_a_file_that_did_not_fit_leaves_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, ignored)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_process_that_nobody_has_waited_for_does_not_run():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert is_running(process.pid)
+    process.kill()
+    deadline = time.monotonic() + 10
+    while is_running(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running(process.pid)
+    process.wait()

@@ -158,3 +158,16 @@ def test_what_must_be_a_local_path_says_so(name):
     check_local(None, name)
     with pytest.raises(ConfigError, match=f"{name}=s3://b/x must be a local path"):
         check_local("s3://b/x", name)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gs:/bucket/run", "begins with gs://$"),
+        ("file:/tmp/run", "begins with file:///$"),
+        ("file://tmp/run", "file://tmp/run must be an absolute path: file:///tmp/run"),
+    ],
+)
+def test_a_mistyped_url_is_no_path(path, message):
+    with pytest.raises(ConfigError, match=message):
+        local_path(path)

@@ -65,7 +65,8 @@ def find_files(url: str) -> list[RemoteFile]:
         raise DataError(f"{url}: {_reason(error)}") from error
     files = [(path, info) for path, info in sorted(found.items()) if info["type"] == "file"]
     if not files:
-        raise DataError(f"no file matches {url!r}")
+        is_folder = any(info["type"] == "directory" for info in found.values())
+        raise DataError(f"no file matches {url!r}" + (": it is a folder, add /*" if is_folder else ""))
     return [
         RemoteFile(store.unstrip_protocol(path) if is_glob else url, store, path, info)
         for path, info in files

@@ -261,7 +261,8 @@ def read_trials(paths: list[Path]) -> list[Run]:
         inside = sorted(file.parent for file in folder.glob("*/run.json"))
         found += [folder] if (folder / "run.json").exists() else inside
     if not found:
-        raise ConfigError(f"no run in {', '.join(map(str, paths)) or 'no folder'}: pass folders of runs")
+        where = f"{', '.join(map(str, paths))} holds no run" if paths else "no folder given"
+        raise ConfigError(f"{where}: pass folders of runs or of a sweep")
     return [read_run(folder, name) for folder, name in zip(found, distinct_names(found), strict=True)]
 
 

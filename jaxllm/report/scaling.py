@@ -74,7 +74,8 @@ def trained(run: Run, metric: str) -> Trained:
     """Raises ConfigError where the run has no such metric or no known size."""
     last, flops, tokens = run.last(metric), run.flops, run.tokens
     if last is None or not flops or not tokens:
-        raise ConfigError(f"{run.folder} has no {metric}, or its config has no known size")
+        names = sorted({name for row in run.rows for name in row if name.startswith("eval/")})
+        raise ConfigError(f"{run.folder} has no {metric}: it has {', '.join(names) or 'no evaluations'}")
     return Trained(matrix_parameters(parse(ModelConfig, run.config["model"], "model")), flops, last.value)
 
 
@@ -86,7 +87,13 @@ def fit_isoflops(points: Sequence[Trained], seed: int = 0) -> IsoFLOPs:
     the standard deviation of what these leave, in which several seeds of a size count. Raises ConfigError
     with fewer than two budgets of at least three sizes whose lowest point lies between their sizes.
     """
-    budgets = [each for each in _budgets(points) if len({point.parameters for point in each}) >= 3]
+    found = _budgets(points)
+    budgets = [each for each in found if len({point.parameters for point in each}) >= 3]
+    if len(budgets) < 2:
+        raise ConfigError(
+            f"{len(budgets)} of {len(found)} budgets of FLOPs have at least 3 sizes, and two are needed: see "
+            "configs/isoflops.py"
+        )
     sizes = [np.log([point.parameters for point in each]) for each in budgets]
     losses = [np.array([point.loss for point in each]) for each in budgets]
     flops = np.array([np.mean(np.log([point.flops for point in each])) for each in budgets])

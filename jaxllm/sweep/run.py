@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxllm.config import as_dict
+from jaxllm.config import as_dict, check_local
 from jaxllm.errors import ConfigError, RunError
 from jaxllm.sweep.goal import Goal, find_goal
 from jaxllm.sweep.groups import confirming_trials
 from jaxllm.sweep.local import run_trials
 from jaxllm.sweep.machine import find_machine, split
-from jaxllm.sweep.record import LOGS, Sweep, claimed, open_sweep, read
+from jaxllm.sweep.record import LOGS, Sweep, claimed, logged_metrics, open_sweep, read
 from jaxllm.sweep.search import Search
 from jaxllm.sweep.trials import Base, Trial, make_trials, read_sweep
 
@@ -57,6 +57,7 @@ def run_sweep(base: Base, config: Any, options: Options, *, command: str, submit
       submit: sends commands to a scheduler.
     """
     options.check()
+    check_local(options.workdir, "--workdir")
     folder = Path(options.workdir).expanduser().absolute()
     values, old = as_dict(config), read(folder)
     if old is not None and options.metric is None and options.goal is None:
@@ -104,8 +105,8 @@ def launch(sweep: Sweep, base: Base, options: Options, submit: Submit) -> int:
     left = [trial for trial in sweep.trials if not trial.is_done]
     if options.launcher == "local":
         return run_here(sweep, base, left, options)
-    sweep.save()
     if options.launcher == "print":
+        sweep.save()  # the trials may run elsewhere, and be reported on
         for trial in left:
             print(shlex.join(["python", *base.command(trial, options.workdir)[1:]]))
         return 0
@@ -168,6 +169,9 @@ def run_here(sweep: Sweep, base: Base, left: Sequence[Trial], options: Options) 
 
 def outcome(sweep: Sweep, trial: Trial) -> str:
     """The line that is printed when a trial ends."""
-    value = "" if trial.value is None else f"  {sweep.goal.metric} {trial.value:.4g} at step {trial.step}"
+    value = f"  {sweep.goal.metric} {trial.value:.4g} at step {trial.step}" if trial.value is not None else ""
+    if trial.value is None and trial.status == "finished":
+        names = ", ".join(logged_metrics(sweep.folder / trial.name, sweep.goal))
+        value = f"  no {sweep.goal.metric}; it has {names}: run the sweep again with --metric=ONE OF THEM"
     why = f"  exit code {trial.exit_code}: {trial.message}" if trial.message else ""
     return f"{trial.name}  {trial.status}{value}{why}  {trial.seconds:.0f} s"

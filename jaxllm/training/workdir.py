@@ -32,6 +32,8 @@ def stored_folder(
     Raises ConfigError where another process holds the folder.
     """
     folder, store, content = copy_of(url, process), Store(url), b""
+    if url.startswith("memory://"):
+        print(f"note: {url} lasts no longer than this process", flush=True)
     if process == 0:
         try:
             content, left_by = _lock(store)

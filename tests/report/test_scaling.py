@@ -130,7 +130,7 @@ def test_the_shipped_sweep_has_budgets_of_equal_flops_and_its_law_is_written(tmp
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "no run in no folder: pass folders of runs"),
+        ([], "no folder given: pass folders of runs"),
         (["{tmp}/run"], "--metric=NAME is missing"),
         (["{tmp}/run", "--metric=eval/x"], "--metric=eval/x: {tmp}/run has eval/reward"),
         (["{tmp}/run", "--metric=eval/reward"], "1 evaluations are too few"),

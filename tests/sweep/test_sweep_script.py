@@ -12,6 +12,7 @@ from sweeps import LOSS, RATE, write_config, write_script
 from experiments import sweep as script
 from jaxllm.config import as_dict, load_config, parse, run_script, with_fields
 from jaxllm.errors import ConfigError
+from jaxllm.launch import slurm
 from jaxllm.pipeline.config import PipelineConfig
 from jaxllm.sweep import local, record
 from jaxllm.sweep import run as runs
@@ -93,15 +94,20 @@ def test_a_run_that_finished_elsewhere_is_not_printed_again(run, tmp_path):
 
 def test_slurm_gets_the_trials_that_are_neither_done_nor_queued(run, tmp_path, monkeypatch):
     submitted, queued = [], set()
-    monkeypatch.setattr(script, "submit", lambda slurm, *given: submitted.append((slurm, *given)) or "17")
+
+    def submit(commands, folder, options):
+        submitted.append((options, commands, folder))
+        return "17"
+
+    monkeypatch.setattr(slurm, "submit_array", submit)
     monkeypatch.setattr(runs, "queued_jobs", lambda: queued)
     assert run(SWEEP, "--launcher=slurm", "--slurm=mem=1G", "--slurm=time=1:00")[:2] == (
         0,
         "submitted 4 trials as job 17\n",
     )
-    ((slurm, commands, folder),) = submitted
+    ((options, commands, folder),) = submitted
     sweep = record.read(tmp_path / "runs")
-    assert (slurm, folder) == (["mem=1G", "time=1:00"], sweep.folder / "logs")
+    assert (options.mem, options.time, folder) == ("1G", "1:00", sweep.folder / "logs")
     assert [
         any(trial.name in word for word in command)
         for trial, command in zip(sweep.trials, commands, strict=True)
@@ -112,6 +118,21 @@ def test_slurm_gets_the_trials_that_are_neither_done_nor_queued(run, tmp_path, m
         "submitted 1 trials as job 17\n3 trials are queued or running already\n"
     )
     assert sweep.trials[2].name in " ".join(submitted[1][1][0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--launcher=slurm", "--slurm=nodse=1"], "--slurm.nodse: unknown key, did you mean 'nodes'?"),
+        (["--launcher=local", "--slurm=nodes=1"], "--slurm is for --launcher=slurm, not local"),
+        (["--launcher=print", "--workdir=gs://b/runs"], "--workdir=gs://b/runs must be a local path"),
+    ],
+)
+def test_what_cannot_be_launched_claims_no_folder(run, tmp_path, flags, message):
+    code, _, err = run(SWEEP, *flags)
+    assert code == 78
+    assert message in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_options_of_slurm_are_read_as_the_command_line_is():
