@@ -50,8 +50,8 @@ def result(self, *args, whole=scorer.Scoring.result):
     return die() if here("reward") else whole(self, *args)
 
 
-def compile(self, whole=Program.compile):
-    step = whole(self)
+def compile(self, width, whole=Program.compile):
+    step = whole(self, width)
 
     def train_step(state, batch):
         second = int(state.step) % 2

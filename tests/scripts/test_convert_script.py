@@ -249,8 +249,8 @@ def test_an_import_keeps_a_chat_template_of_its_own(convert, exported, tmp_path)
         ),
         (("import", "--checkpoint=x", "--output=x", "--adapters"), "--adapters is for export"),
         (("export", "--checkpoint=x", "--output=x", "--adapters", "--dtype=bfloat16"), "leave out --dtype"),
-        (("import", "--checkpoint=.", "--output=new"), "--checkpoint=. is no Hugging Face model"),
-        (("check", "--checkpoint=."), "--checkpoint=. is no Hugging Face model"),
+        (("import", "--checkpoint=.", "--output=new"), "is no Hugging Face model"),
+        (("check", "--checkpoint=."), "is no Hugging Face model"),
         (("export", "--checkpoint=.", "--output=."), "--output=. is not empty"),
     ],
 )

@@ -55,7 +55,7 @@ def run_once(folder, disk, boundary, watchdog, **changes):
 
     def train_step(state, batch):
         boundary()
-        metrics = {"loss": batch, "skipped_steps": 0, "bad_streak": 0}
+        metrics = {"loss": batch.tokens, "skipped_steps": 0, "bad_streak": 0}
         state = state._replace(step=state.step + 1, params=state.params + 1)
         return state, {name: Weighted(np.float32(x), np.float32(1)) for name, x in metrics.items()}
 
