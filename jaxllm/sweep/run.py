@@ -143,6 +143,11 @@ def run_here(sweep: Sweep, base: Base, left: Sequence[Trial], options: Options) 
         print("note: this system does not pin processes to cores", flush=True)
     search = Search(sweep, base, count=options.trials, prune=options.prune) if options.trials else None
     sweep.save()
+    waiting = "a search of" if search is not None else "trials:"
+    print(
+        f"{waiting} {options.trials or len(left)}, {len(shares)} at a time, logs in {sweep.folder / LOGS}",
+        flush=True,
+    )
 
     def report(trial: Trial) -> None:
         ended = sum(each.is_done or each.status == "failed" for each in sweep.trials)

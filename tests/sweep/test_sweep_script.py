@@ -157,7 +157,7 @@ def test_failed_trials_are_counted_and_are_the_exit_code(run, tmp_path):
     write_script(tmp_path, r0_1=[78])
     code, out, err = run(SWEEP)
     assert code == 1
-    assert out.count("failed") == 2
+    assert out.count("  failed") == 2
     assert "exit code 78: error: as planned" in out
     assert err == "error: 2 of 4 trials failed; the same command runs them again\n"
 
