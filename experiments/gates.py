@@ -6,6 +6,7 @@ writes WORKDIR/gates.json, the completions that it scored to WORKDIR/answers/, a
 prompts by every model to WORKDIR/shown.json. experiments/pipeline.py runs it after the last stage.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,16 +41,13 @@ def main(config: "PipelineConfig", flags: "FlagValues") -> None:
     """Measure all gates and print a line for each."""
     from jaxllm.files import is_url
     from jaxllm.pipeline.gates import measure_gates
-    from jaxllm.store import copy_of
+    from jaxllm.store import working_path
     from jaxllm.training.workdir import stored_folder
 
     if flags.workdir is None:
         raise ConfigError("--workdir=FOLDER is missing")
-    if not is_url(flags.workdir):
-        measure_gates(config, Path(flags.workdir).expanduser().absolute())
-        return
-    with stored_folder(flags.workdir):
-        measure_gates(config, copy_of(flags.workdir, 0))
+    with stored_folder(flags.workdir) if is_url(flags.workdir) else contextlib.nullcontext():
+        measure_gates(config, working_path(flags.workdir))
 
 
 if __name__ == "__main__":

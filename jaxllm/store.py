@@ -220,6 +220,11 @@ def local_path(path: str | Path) -> Path:
     return copy_of(str(path)) if is_url(path) else Path(path).expanduser().absolute()
 
 
+def working_path(workdir: str, process: int = 0) -> Path:
+    """Where a process works on a run folder: in it, or in its own copy of a URL."""
+    return copy_of(workdir, process) if is_url(workdir) else local_path(workdir)
+
+
 def local_copy(path: str | Path) -> Path:
     """`local_path`, where a URL's small files are those that are on the store now: all but arrays."""
     local = local_path(path)

@@ -29,7 +29,7 @@ from jaxllm.pipeline.held_out import write_held_out
 from jaxllm.pipeline.record import Record, rewarded_by_model
 from jaxllm.report import check_extra, write_report
 from jaxllm.stages import build_program, find_stage
-from jaxllm.store import copy_of, url_of
+from jaxllm.store import url_of, working_path
 from jaxllm.training.metrics import read_metrics
 from jaxllm.training.workdir import stored_folder
 
@@ -182,7 +182,7 @@ def stage_commands(
 
     commands = {}
     # In fields, whose values a run compares when it resumes.
-    folder = copy_of(workdir, 0) if is_url(workdir) else Path(workdir).expanduser().absolute()
+    folder = working_path(workdir)
     for name, parent in PARENTS.items():
         more = {**process_flags} if parent is None else {**process_flags, "init_from": f"{workdir}/{parent}"}
         if rewarded_by_model(getattr(config, name)):
@@ -279,11 +279,11 @@ def passing_on(process: subprocess.Popen) -> Iterator[list[int]]:
 @contextlib.contextmanager
 def claimed(workdir: str) -> Iterator[Path]:
     """Lock the folder for this process. Yields its path, or that of its copy."""
+    folder = working_path(workdir)
     if is_url(workdir):
         with stored_folder(workdir):
-            yield copy_of(workdir, 0)
+            yield folder
         return
-    folder = Path(workdir).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = locked(folder / "lock")

@@ -8,15 +8,8 @@ import numpy as np
 
 from jaxllm.errors import ConfigError
 from jaxllm.report.runs import Run
-from jaxllm.report.scaling import (
-    SAME_BUDGET,
-    Interval,
-    fit_isoflops,
-    fit_sigmoid,
-    hours,
-    sigmoid,
-    trained,
-)
+from jaxllm.report.scaling import Interval, fit_isoflops, fit_sigmoid, hours, sigmoid, trained
+from jaxllm.training.metrics import held_out_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +25,7 @@ class Law(NamedTuple):
 
 def size_law(runs: Sequence[Run], metric: str) -> Law:
     """The best number of parameters for a budget, from runs of several sizes at several budgets."""
-    points = [trained(run, metric) for run in runs]
-    law = fit_isoflops(points)
+    law = fit_isoflops([trained(run, metric) for run in runs])
     rows = [
         f"| {optimum.flops:.3g} | {within(optimum.parameters)} | {optimum.loss:.3f} |"
         + ("" if optimum.in_range else " outside the sizes that were run: not used")
@@ -54,11 +46,9 @@ def size_law(runs: Sequence[Run], metric: str) -> Law:
     ]
     figure, axes = _figure(f"{metric} at equal FLOPs", "parameters", metric)
     for optimum in law.optima:
-        same = [p for p in points if max(p.flops, optimum.flops) < SAME_BUDGET * min(p.flops, optimum.flops)]
-        x, y = np.array([p.parameters for p in same]), np.array([p.loss for p in same])
-        fit = np.polyfit(np.log(x), y, 2)
-        grid = np.geomspace(x.min(), x.max(), 50)
-        [line] = axes.plot(grid, np.polyval(fit, np.log(grid)), label=f"{optimum.flops:.2g} FLOPs")
+        x, y = ([getattr(point, name) for point in optimum.points] for name in ("parameters", "loss"))
+        grid = np.geomspace(min(x), max(x), 50)
+        [line] = axes.plot(grid, optimum.curve(np.log(grid)), label=f"{optimum.flops:.2g} FLOPs")
         axes.plot(x, y, "o", color=line.get_color(), markersize=4)
         if optimum.in_range:
             axes.plot(optimum.parameters.value, optimum.loss, "*", color=line.get_color(), markersize=11)
@@ -71,8 +61,8 @@ def reward_law(run: Run, metric: str) -> Law:
     """A metric of one run against its compute. ConfigError where the run does not have it."""
     compute, values, errors = hours(run, metric)
     if not values:
-        names = sorted({name for row in run.rows for name in row if name.startswith("eval/")})
-        raise ConfigError(f"--metric={metric}: {run.folder} has {', '.join(names) or 'no evaluations'}")
+        names = ", ".join(held_out_names(run.rows))
+        raise ConfigError(f"--metric={metric}: {run.folder} has {names or 'no evaluations'}")
     law = fit_sigmoid(compute, values, errors)
     lines = [
         f"{len(values)} evaluations over {compute[-1]:.3g} device hours of training and rollouts.",

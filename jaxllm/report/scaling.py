@@ -10,6 +10,7 @@ from jaxllm.config import parse
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig, matrix_parameters
 from jaxllm.report.runs import Run
+from jaxllm.training.metrics import held_out_names
 
 RESAMPLES = 1000
 SAME_BUDGET = 1.2  # runs whose FLOPs differ by less than this factor belong to one budget
@@ -38,6 +39,8 @@ class Optimum(NamedTuple):
     parameters: Interval
     loss: float
     in_range: bool  # the parabola opens upwards, and its lowest point lies between the sizes that were run
+    points: list[Trained]
+    curve: Polynomial  # the loss, of log parameters
 
 
 class IsoFLOPs(NamedTuple):
@@ -74,8 +77,8 @@ def trained(run: Run, metric: str) -> Trained:
     """Raises ConfigError where the run has no such metric or no known size."""
     last, flops, tokens = run.last(metric), run.flops, run.tokens
     if last is None or not flops or not tokens:
-        names = sorted({name for row in run.rows for name in row if name.startswith("eval/")})
-        raise ConfigError(f"{run.folder} has no {metric}: it has {', '.join(names) or 'no evaluations'}")
+        names = ", ".join(held_out_names(run.rows))
+        raise ConfigError(f"{run.folder} has no {metric}: it has {names or 'no evaluations'}")
     return Trained(matrix_parameters(parse(ModelConfig, run.config["model"], "model")), flops, last.value)
 
 
@@ -123,6 +126,8 @@ def fit_isoflops(points: Sequence[Trained], seed: int = 0) -> IsoFLOPs:
             Interval(*map(float, np.exp([lowest[i], *_middle(drawn[:, i])]))),
             float(curves[i](lowest[i])),
             bool(used[i]),
+            budgets[i],
+            curves[i],
         )
         for i in range(len(budgets))
     ]

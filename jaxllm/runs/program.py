@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxllm.config import nearest_multiples
 from jaxllm.errors import ConfigError
-from jaxllm.length_groups import widths
+from jaxllm.length_groups import cut, widths
 from jaxllm.models import Params
 from jaxllm.models.config import ATTENTION, flops_per_token, runs_on
 from jaxllm.models.quantize import is_quantized
@@ -166,12 +166,11 @@ class Program(Generic[ConfigT, ModelT]):
     def placed_shapes(self, rows: int, width: int) -> Any:
         """The shapes of a batch of so many rows, cut to a width, with their sharding."""
 
-        def shape(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            last = (width,) if len(x.shape) > 1 and x.shape[-1] == self.widths[-1] else x.shape[-1:]
-            shape = (rows, *x.shape[1:-1], *last) if len(x.shape) > 1 else (rows,)
-            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=self.batch_sharding)
+        def first(batch: Any) -> Any:
+            return jax.tree.map(lambda x: x[:rows], cut(batch, self.widths[-1], width))
 
-        return jax.tree.map(shape, self.batch_shapes)
+        shapes = jax.eval_shape(first, self.batch_shapes)
+        return jax.tree.map(lambda x: x.update(sharding=self.batch_sharding), shapes)
 
     @property
     def widths(self) -> tuple[int, ...]:

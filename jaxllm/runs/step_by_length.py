@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.length_groups import by_length, cut
 from jaxllm.losses import Weighted
@@ -62,43 +64,35 @@ class StepByLength:
     """The step of micro-batches of several widths: a program for each adds to the sums of the gradient."""
 
     def __init__(self, program: Program[Any, Any]):
-        self.program, options = program, program.train_step.keywords
-        names = ("loss_fn", "trainable")
-        self.add_gradient = functools.partial(add_gradient, **{name: options[name] for name in names})
-        state, mesh = program.placed_state, program.mesh
-        trained, frozen = split_params(state.params, options["trainable"])
-        shapes = program.placed_shapes(program.microbatch_rows, program.widths[-1])
+        self.program = program
+        options = program.train_step.keywords
+        loss_fn, trainable = options["loss_fn"], options["trainable"]
+        apply = functools.partial(apply_gradient, optimizer=options["optimizer"], trainable=trainable)
         sums = jax.eval_shape(
-            lambda *args: gradient_sums(options["loss_fn"], *args, num_microbatches=1),
-            *(trained, frozen, shapes, state.key),
+            functools.partial(gradient_sums, loss_fn, num_microbatches=1),
+            *split_params(program.placed_state.params, trainable),
+            program.placed_shapes(program.microbatch_rows, program.widths[-1]),
+            program.placed_state.key,
         )
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        places = (shardings(sums[0], mesh), *jax.tree.map(lambda _: whole, sums[1:]))
+        whole = NamedSharding(program.mesh, P())
+        places = (shardings(sums[0], program.mesh), *jax.tree.map(lambda _: whole, sums[1:]))
         self.sums = jax.tree.map(lambda x, to: x.update(sharding=to), sums, places)
-        names = ("optimizer", "trainable")
-        apply = functools.partial(apply_gradient, **{name: options[name] for name in names})
-        with jax.set_mesh(mesh):
-            self.zeros = (
-                jax.jit(lambda: jax.tree.map(jnp.zeros_like, sums), out_shardings=places).lower().compile()
-            )
-            self.apply = (
-                jax.jit(apply, donate_argnums=0, out_shardings=(program.shardings, None))
-                .lower(state, self.sums)
-                .compile()
-            )
+        zeros = jax.jit(lambda: jax.tree.map(jnp.zeros_like, sums), out_shardings=places)
+        apply = jax.jit(apply, donate_argnums=0, out_shardings=(program.shardings, None))
+        add = functools.partial(add_gradient, loss_fn=loss_fn, trainable=trainable)
+        self.add_gradient = jax.jit(add, donate_argnums=0, out_shardings=places)
+        with jax.set_mesh(program.mesh):
+            self.zeros = zeros.lower().compile()
+            self.apply = apply.lower(program.placed_state, self.sums).compile()
         self.add = functools.cache(self.compile_add)
         self.add(program.widths[-1])
 
     def compile_add(self, width: int) -> jax.stages.Compiled:
         """The program that adds a micro-batch of this width."""
-        places = jax.tree.map(lambda x: x.sharding, self.sums)
-        add = jax.jit(self.add_gradient, donate_argnums=0, out_shardings=places)
-        shapes, index = (
-            self.program.placed_shapes(self.program.microbatch_rows, width),
-            jax.ShapeDtypeStruct((), np.int32),
-        )
-        with jax.set_mesh(self.program.mesh):
-            return add.lower(self.sums, self.program.placed_state, shapes, index).compile()
+        program, index = self.program, jax.ShapeDtypeStruct((), np.int32)
+        batch = program.placed_shapes(program.microbatch_rows, width)
+        with jax.set_mesh(program.mesh):
+            return self.add_gradient.lower(self.sums, program.placed_state, batch, index).compile()
 
     def __call__(self, state: TrainState, batches: list[Batch]) -> tuple[TrainState, dict[str, Weighted]]:
         sums = self.zeros()

@@ -12,7 +12,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.files import is_leftover, locked, to_json, write_file
 from jaxllm.sweep.goal import Goal
 from jaxllm.sweep.trials import Trial
-from jaxllm.training.metrics import read_metrics
+from jaxllm.training.metrics import held_out_names, read_metrics
 
 FILE, LOCK, LOGS = "sweep.json", "lock", "logs"
 JOURNAL = "search.journal"  # of Optuna
@@ -114,9 +114,7 @@ def evaluations(folder: Path, goal: Goal) -> list[tuple[int, float, float | None
 
 def logged_metrics(folder: Path, goal: Goal) -> list[str]:
     """The names of the held-out metrics of a trial, for a message."""
-    rows = read_metrics(folder / goal.run / "metrics.jsonl")
-    names = {name for row in rows for name in row if name.startswith("eval/") and not name.endswith("_se")}
-    return sorted(names)
+    return held_out_names(read_metrics(folder / goal.run / "metrics.jsonl"))
 
 
 def is_complete(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxllm.config import as_dict, check_local
 from jaxllm.errors import ConfigError, RunError
+from jaxllm.store import local_path
 from jaxllm.sweep.goal import Goal, find_goal
 from jaxllm.sweep.groups import confirming_trials
 from jaxllm.sweep.local import run_trials
@@ -58,7 +59,7 @@ def run_sweep(base: Base, config: Any, options: Options, *, command: str, submit
     """
     options.check()
     check_local(options.workdir, "--workdir")
-    folder = Path(options.workdir).expanduser().absolute()
+    folder = local_path(options.workdir)
     values, old = as_dict(config), read(folder)
     if old is not None and options.metric is None and options.goal is None:
         goal = old.goal

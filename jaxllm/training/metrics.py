@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,12 @@ def last_complete_row(step: int, resuming: bool, unfinished_row: Metrics | None)
     """The last step with a complete row in metrics.jsonl, where a run starts or resumes at `step`: the row of
     a step whose evaluation is repeated is written again."""
     return step - (unfinished_row is not None or not resuming)
+
+
+def held_out_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The held-out metrics in the rows of a metrics.jsonl, without their standard errors."""
+    names = {name for row in rows for name in row if name.startswith("eval/") and not name.endswith("_se")}
+    return sorted(names)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from jaxllm.config_versions import stamped, upgrade
 from jaxllm.errors import ConfigError, DataError, NoCheckpoint
 from jaxllm.files import is_leftover, is_url, locked, to_json, write_file
 from jaxllm.parallel.processes import NO_TIMEOUT, barrier, first_process_decides, is_first
-from jaxllm.store import copy_of, local_path, url_of
+from jaxllm.store import url_of, working_path
 from jaxllm.training.step_folder import MANIFEST, step_folders
 from jaxllm.training.workdir import LOCK, stored_folder
 
@@ -145,7 +145,7 @@ def open_run(
 
 
 def _run_path(workdir: str) -> Path:
-    path = copy_of(workdir, jax.process_index()) if is_url(workdir) else local_path(workdir)
+    path = working_path(workdir, jax.process_index())
     if not workdir or not _NAME.fullmatch(path.name):
         raise ConfigError(
             f"--workdir={workdir} must be a folder whose name has only letters, digits, '.', '_', '-'"
