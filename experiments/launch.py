@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from jaxllm.config import run_script, with_fields
+from jaxllm.config import run_script, use_config_file, with_fields
 from jaxllm.errors import ConfigError
 from jaxllm.files import is_url
 from jaxllm.launch.slurm import SlurmOptions, array_script, submit_array
@@ -52,6 +52,9 @@ def main(_: None, flags: "FlagValues") -> None:
     """Submit the command, or print the file that does."""
     if flags.target is None or not flags.word:
         raise ConfigError("write --target=NAME, the other flags, then -- and the command")
+    for word in flags.word:
+        if word.startswith("--config="):
+            use_config_file(word.removeprefix("--config="), lambda module, argument: None)
     if flags.target in TEMPLATES and flags.slurm:
         raise ConfigError(f"--slurm is for --target=slurm, not {flags.target}: use --set=NAME=VALUE")
     if flags.target in TEMPLATES:

@@ -61,6 +61,7 @@ def main(config: "TrainConfig", flags: "FlagValues") -> int:
 
     from jaxllm.files import to_json
     from jaxllm.plan.hardware import find_hardware
+    from jaxllm.plan.programs import steps_of
     from jaxllm.plan.run import plan_step, search
     from jaxllm.plan.show import describe, describe_budget, header
 
@@ -75,6 +76,10 @@ def main(config: "TrainConfig", flags: "FlagValues") -> int:
     if flags.json is not None and not Path(flags.json).absolute().parent.is_dir():
         raise ConfigError(f"--json={flags.json}: its folder does not exist")
     steps = [step for name in flags.steps_of for step in PROGRAMS[name]]
+    if not set(steps) <= set(steps_of(config)):
+        raise ConfigError(
+            f"--steps_of={','.join(flags.steps_of)}: stage={config.stage!r} has no rollouts, only train"
+        )
     every = []
     for name in flags.hardware.split(","):
         hardware = find_hardware(name)

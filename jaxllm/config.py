@@ -62,6 +62,7 @@ def _check_key(name: str, values: "Values", kinds: Mapping[str, Any], path: str)
         new_name, instead = current_name(field), replacement(field)
         hint = f", it is now called {new_name}" if new_name is not None else did_you_mean(name, kinds)
         hint = f", use {instead}" if instead is not None else hint
+        hint = ", leave out 'config.'" if name == "config" else hint
         raise ConfigError(f"{path}.{name}: unknown key{hint}")
     if name not in values:
         raise ConfigError(f"{path}.{name}: missing key")

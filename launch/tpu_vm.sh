@@ -5,6 +5,7 @@
 #       --set=accelerator=v6e-16 --set=runtime=v2-alpha-tpuv6e --set=repository=https://... --set=nfs=10.0.0.2:/runs \
 #       -- python experiments/train.py --config=... --workdir=/shared/mine > mine.sh
 #   bash mine.sh         # waits for the TPUs and runs; after a preemption again: new TPUs, the run resumes
+#   # with --workdir=gs://..., leave out --set=nfs
 #   gcloud compute tpus queued-resources delete mine --zone=us-east5-a --force     # until then they are charged
 #
 # Run for real: nothing. Checked for form: shellcheck, and the flags against gcloud's reference.
@@ -34,13 +35,15 @@ done
 gcloud alpha compute tpus queued-resources ssh "$name" --zone="$zone" --node=all --worker=all --command="$(
   cat << 'REMOTE'
 set -eu
-sudo mkdir -p /shared
-mountpoint -q /shared || sudo mount {{nfs}} /shared
+if [ {{nfs:none}} != none ] && ! mountpoint -q /shared; then
+  sudo mkdir -p /shared
+  sudo mount {{nfs:none}} /shared
+fi
 [ -d jaxllm ] || git clone {{repository}} jaxllm
 cd jaxllm
 [ -d .venv ] || python3 -m venv .venv
 . .venv/bin/activate
-pip install --quiet -e '.[tpu,hf,plot]'
+pip install --quiet -e '.[tpu,hf,plot,gcs]'
 for restart in $(seq 0 50); do
   code=0
   {{command}} || code=$?

@@ -286,6 +286,7 @@ def test_main_gets_the_config_and_the_flags(config_file):
     ("argument", "message"),
     [
         ("--config.training.step=3", "config.training.step: unknown key, did you mean 'steps'?"),
+        ("--config.config.training.steps=3", "config.config: unknown key, leave out 'config.'"),
         ("--config.trainin.steps=3", "config.trainin: unknown key, did you mean 'training'?"),
         ("--config.data.train.x=3", "config.data.train.x: unknown key, config.data.train is a tuple of str"),
         ("--config.training.steps=1.5", "config.training.steps: must be an int, got 1.5"),

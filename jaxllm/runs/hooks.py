@@ -19,6 +19,7 @@ from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import RunContext
 from jaxllm.runs.sampling_weights import SamplingWeights
+from jaxllm.store import url_of
 from jaxllm.training.loop import Hook
 from jaxllm.training.metrics import Metrics
 from jaxllm.training.run_folder import RunFolder
@@ -105,4 +106,4 @@ def write_samples(folder: RunFolder, step: int, texts: Sequence[str], width: int
     file = folder.file("samples", f"{step}.txt")
     write_text(file, "".join(f"{text}\n{'-' * 20}\n" for text in texts))
     first = "\n".join(line[:width] for line in texts[0].splitlines())
-    tqdm.write(printable(f"sample at step {step} (all in {file.parent}): {first}"))
+    tqdm.write(printable(f"sample at step {step} (all in {url_of(file.parent)}): {first}"))

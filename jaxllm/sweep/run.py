@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from jaxllm.config import as_dict, check_local
 from jaxllm.errors import ConfigError, RunError
+from jaxllm.runs.weights import check_init_from
 from jaxllm.store import local_path
 from jaxllm.sweep.goal import Goal, find_goal
 from jaxllm.sweep.groups import confirming_trials
 from jaxllm.sweep.local import run_trials
-from jaxllm.sweep.machine import find_machine, split
+from jaxllm.sweep.machine import Share, find_machine, split
 from jaxllm.sweep.record import LOGS, Sweep, claimed, logged_metrics, open_sweep, read
 from jaxllm.sweep.search import Search
 from jaxllm.sweep.trials import Base, Trial, make_trials, read_sweep
@@ -70,6 +71,10 @@ def run_sweep(base: Base, config: Any, options: Options, *, command: str, submit
     trials, duplicates = make_trials(base, read_sweep(base.config_file) if is_listed else [])
     for line in duplicates:
         print(f"left out: {line}", file=sys.stderr)
+    shares = []
+    if options.launcher == "local":  # elsewhere, there may be other devices and files
+        check_init_from(base.flags.get("init_from"))
+        shares = split(find_machine(), options.parallel)
     new = Sweep(folder, base.config_file, command, goal, values, dict(base.flags), trials)
     if options.dry_run:
         for trial in open_sweep(new, resume=options.resume).trials:
@@ -80,7 +85,7 @@ def run_sweep(base: Base, config: Any, options: Options, *, command: str, submit
         sweep = open_sweep(new, resume=options.resume)
         if options.confirm:
             sweep.trials += confirming_trials(sweep, base, options.confirm)
-        return launch(sweep, base, options, submit)
+        return launch(sweep, base, options, shares, submit)
 
 
 def check_kind(old: Sweep | None, goal: Goal, options: Options) -> None:
@@ -101,11 +106,15 @@ def check_kind(old: Sweep | None, goal: Goal, options: Options) -> None:
         )
 
 
-def launch(sweep: Sweep, base: Base, options: Options, submit: Submit) -> int:
+def launch(sweep: Sweep, base: Base, options: Options, shares: Sequence[Share], submit: Submit) -> int:
     """Start what is not done, in the way that --launcher says."""
     left = [trial for trial in sweep.trials if not trial.is_done]
+    if not left and options.launcher != "local":
+        sweep.save()
+        print(f"all {len(sweep.trials)} trials are done", file=sys.stderr)
+        return 0
     if options.launcher == "local":
-        return run_here(sweep, base, left, options)
+        return run_here(sweep, base, left, options, shares)
     if options.launcher == "print":
         sweep.save()  # the trials may run elsewhere, and be reported on
         for trial in left:
@@ -133,14 +142,14 @@ def queued_jobs() -> set[str]:
         raise ConfigError(f"--launcher=slurm: squeue does not say which trials are queued: {error}") from None
 
 
-def run_here(sweep: Sweep, base: Base, left: Sequence[Trial], options: Options) -> int:
+def run_here(
+    sweep: Sweep, base: Base, left: Sequence[Trial], options: Options, shares: Sequence[Share]
+) -> int:
     """Run the trials, or a search, on this machine."""
     total = options.trials or len(sweep.trials)
     if done := len(sweep.trials) - len(left):
         print(f"{done} of {total} trials are done", flush=True)
-    machine = find_machine()
-    shares = split(machine, options.parallel)
-    if not machine.cores:
+    if not shares[0].cores:
         print("note: this system does not pin processes to cores", flush=True)
     search = Search(sweep, base, count=options.trials, prune=options.prune) if options.trials else None
     sweep.save()

@@ -135,6 +135,20 @@ def test_rows_are_written_to_a_cache_at_different_positions(tiny):
     np.testing.assert_array_equal(cache.values_BKSh, expected_values)
 
 
+def test_a_tpu_selects_where_others_scatter_a_token_into_the_cache(tiny, monkeypatch):
+    # A TPU copies a cache that it scatters into: four times the cycles of a decode step (docs/plan.md).
+    _, *token = queries_keys_values(tiny, 3, 1)
+    zeros, positions = jnp.zeros((3, tiny.num_kv_heads, 6, tiny.head_dim)), jnp.array([[0], [4], [2]])
+    write = jax.jit(lambda k, v: write_cache(LayerCache(zeros, zeros), k, v, positions))
+    traced = write.trace(*token)
+    programs = {each: traced.lower(lowering_platforms=(each,)).as_text() for each in ("cpu", "tpu")}
+    assert {each: "scatter" in text for each, text in programs.items()} == {"cpu": True, "tpu": False}
+    scattered = write(*token)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, tpu, default: tpu(*arguments))
+    selected = write_cache(LayerCache(zeros, zeros), *token, positions)
+    jax.tree.map(np.testing.assert_array_equal, selected, scattered)
+
+
 def test_a_query_over_a_cache_attends_to_its_window_and_to_no_later_slot(tiny):
     config = replace(tiny, sliding_window=3, layer_pattern=("local",))
     q, k, v = queries_keys_values(config, 1, 9)

@@ -134,6 +134,9 @@ def test_the_script_prints_each_plan_and_writes_it(plan, monkeypatch, tmp_path, 
     errors = capsys.readouterr().err
     assert "--hardware=NAME is missing" in errors
     assert "--steps_of=all: choose of train, rollout, score" in errors
+    argv[1] = f"--config={ROOT}/configs/smoke.py:sft"
+    assert run("--hardware=v5e-8", "--steps_of=train,rollout") == 78
+    assert "--steps_of=train,rollout: stage='sft' has no rollouts, only train" in capsys.readouterr().err
 
 
 # By hand

@@ -125,7 +125,17 @@ def test_slurm_prints_the_file_that_it_would_submit(capsys):
 @pytest.mark.parametrize(
     ("flags", "command", "message"),
     [
-        (["--target=gke", "--print", "--set=nam=x"], COMMAND, "--set=name=... --set=hosts=..."),
+        (["--target=gke", "--print", "--set=name=x"], COMMAND, "--set=hosts=..."),
+        (
+            ["--target=gke", "--print", "--set=nam=x"],
+            COMMAND,
+            "--set=nam=: no such place; the file has name,",
+        ),
+        (
+            ["--target=gke", "--print"],
+            ["python", "x.py", "--config=configs/no.py:1m"],
+            "no.py: no such Python",
+        ),
         (["--target=gke", "--print", "--set=name"], COMMAND, "--set=name must be NAME=VALUE"),
         (["--target=gke"], COMMAND, "--target=gke is not submitted from here: add --print"),
         (["--target=gke"], [], "then -- and the command"),

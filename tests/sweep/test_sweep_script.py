@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 from sweeps import LOSS, RATE, write_config, write_script
@@ -90,6 +91,9 @@ def test_a_run_that_finished_elsewhere_is_not_printed_again(run, tmp_path):
     (folder / "config.json").write_text(json.dumps({"training": {"steps": 100}}))
     _, again, _ = run(SWEEP, "--launcher=print")
     assert again.splitlines() == out.splitlines()[1:]
+    for trial in record.read(tmp_path / "runs").trials[1:]:
+        shutil.copytree(folder, tmp_path / "runs" / trial.name)
+    assert run(SWEEP, "--launcher=print")[1:] == ("", "all 4 trials are done\n")
 
 
 def test_slurm_gets_the_trials_that_are_neither_done_nor_queued(run, tmp_path, monkeypatch):
@@ -125,6 +129,8 @@ def test_slurm_gets_the_trials_that_are_neither_done_nor_queued(run, tmp_path, m
     [
         (["--launcher=slurm", "--slurm=nodse=1"], "--slurm.nodse: unknown key, did you mean 'nodes'?"),
         (["--launcher=local", "--slurm=nodes=1"], "--slurm is for --launcher=slurm, not local"),
+        (["--init_from=nowhere", "--dry_run"], "--init_from=nowhere does not exist"),
+        (["--parallel=10000", "--dry_run"], "--parallel=10000 must be between 1 and"),
         (["--launcher=print", "--workdir=gs://b/runs"], "--workdir=gs://b/runs must be a local path"),
     ],
 )
