@@ -4,30 +4,31 @@
     python benchmarks/train_step.py --config=configs/pretrain_text.py:124m \
         --config.model.attention=cudnn --config.model.compute_dtype=bfloat16      # on a GPU
 
-The implementations take turns in each round, so that load on the machine affects all of them. Results are
-medians with the quartiles in brackets. The step is compiled ahead, for one shape, so no compilation is timed.
+Each implementation has a process of its own, and they take turns in each round, so that load on the machine
+affects all of them. Results are medians with the quartiles in brackets. No compilation is timed; the peak of
+memory includes it.
 """
 
-import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.contestants import Contestant, Turns, compare, ratio
 from benchmarks.peers import llama_config
 from jaxllm.config import run_script
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
     from ml_collections import ConfigDict
+    from transformers import LlamaConfig
 
     from jaxllm.runs.config import TrainConfig
-
-PEER_COMPILED = "transformers, torch.compile"
 
 
 def define_flags(flag_values: "FlagValues") -> None:
@@ -68,14 +69,16 @@ def matmul_rate() -> float:
     return 2 * size**3 / min(times)
 
 
-def our_step(config: "TrainConfig") -> Callable[[], None]:
-    """Compile, print sizes, and return a function that takes one step and waits for it."""
+def ours(config: "TrainConfig", steps: int, turns: Turns) -> None:
+    """Compile, print sizes, and take `steps` steps a turn, in a process set up as by experiments/train.py."""
     import jax
     import jax.numpy as jnp
 
     from jaxllm.batches import TokenBatch
+    from jaxllm.runs.process import set_up_process
     from jaxllm.stages import build_program
 
+    set_up_process()
     program = build_program(config)
     start = time.perf_counter()
     step = program.compile()
@@ -92,72 +95,61 @@ def our_step(config: "TrainConfig") -> Callable[[], None]:
 
     def run() -> None:
         nonlocal state
-        state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+            jax.block_until_ready(metrics)
 
-    return run
+    turns.repeat(run)
 
 
-def peer_steps(config: "TrainConfig") -> dict[str, Callable[[], None]]:
-    """transformers' Llama of the config's shape with torch's AdamW, eager and compiled."""
+def peer(llama: "LlamaConfig", rows: int, length: int, compiled: bool, steps: int, turns: Turns) -> None:
+    """transformers' Llama with torch's AdamW. It gets no config of ours, which would import JAX."""
     import torch
     from transformers import LlamaForCausalLM
 
-    shape, data = config.model, config.data
-    llama = llama_config(shape, use_cache=False)
-    tokens = torch.randint(0, shape.vocab_size, (data.batch_size, data.sequence_length))
+    tokens = torch.randint(0, llama.vocab_size, (rows, length))
+    model = LlamaForCausalLM(llama)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    forward = torch.compile(model) if compiled else model
 
-    def make(compiled: bool) -> Callable[[], None]:
-        model = LlamaForCausalLM(llama)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        forward = torch.compile(model) if compiled else model
-
-        def run() -> None:
+    def run() -> None:
+        for _ in range(steps):
             optimizer.zero_grad()
             forward(input_ids=tokens, labels=tokens).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
-        return run
-
-    return {"transformers, eager": make(False), PEER_COMPILED: make(True)}
+    turns.repeat(run)
 
 
 def main(config: "TrainConfig", flags: "FlagValues") -> None:
     """Time all implementations and print a table."""
     from jaxllm.models.config import flops_per_token
-    from jaxllm.runs.process import keep_freed_memory
 
-    keep_freed_memory()  # as experiments/train.py does; it applies to the peer too, in the same process
-    steps = {"jaxllm": our_step(config)}
+    rows, length = config.data.batch_size, config.data.sequence_length
+    contestants: dict[str, Contestant] = {"jaxllm": partial(ours, config, flags.steps)}
     if flags.peer:
-        steps |= peer_steps(config)
+        llama = llama_config(config.model, use_cache=False)
+        for name, compiled in (("transformers, eager", False), ("transformers, torch.compile", True)):
+            contestants[name] = partial(peer, llama, rows, length, compiled, flags.steps)
     rate = matmul_rate()
-    print(f"matmuls on this machine: {rate / 1e9:,.0f} GFLOP/s")
-    for step in steps.values():
-        step()
-        step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(flags.rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            for _ in range(flags.steps):
-                step()
-            times[name].append((time.perf_counter() - start) / flags.steps)
-    tokens = config.data.batch_size * config.data.sequence_length
-    flops = flops_per_token(config.model, config.data.sequence_length)
-    for name, seconds in times.items():
-        low, middle, high = statistics.quantiles(seconds, n=4)
+    print(f"matmuls on this machine: {rate / 1e9:,.0f} GFLOP/s", flush=True)
+    results = compare(contestants, rounds=flags.rounds, warm_up=1)
+    tokens, flops = flags.steps * rows * length, flops_per_token(config.model, length)
+    for name, turns in results.items():
+        low, middle, high = statistics.quantiles([turn.seconds for turn in turns], n=4)
+        cpu = statistics.median(turn.cpu_seconds for turn in turns) / flags.steps
         print(
             f"{name:28} {tokens / middle:9,.0f} tokens/s [{tokens / high:,.0f} to {tokens / low:,.0f}]  "
-            f"{flops * tokens / middle / rate:5.1%} of the matmul rate"
+            f"{flops * tokens / middle / rate:5.1%} of the matmul rate  {cpu:6.2f} CPU s/step  "
+            f"peak {turns[-1].peak_bytes / 1e9:.2f} GB"
         )
-    for name in steps:
+    for name, turns in results.items():
         if name != "jaxllm":
-            pairs = zip(times[name], times["jaxllm"], strict=True)
-            print(f"jaxllm / {name}: {statistics.median(peer / ours for peer, ours in pairs):.2f}x")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"peak memory of this process, all implementations: {peak:.2f} GB")
+            print(
+                f"jaxllm / {name}: {ratio(turns, results['jaxllm'], attrgetter('seconds')):.2f}x, "
+                f"by CPU time {ratio(turns, results['jaxllm'], attrgetter('cpu_seconds')):.2f}x"
+            )
 
 
 if __name__ == "__main__":
