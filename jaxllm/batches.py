@@ -52,10 +52,11 @@ class RolloutBatch(NamedTuple):
 
     tokens: Array  # int32 [B, T]
     mask: Array  # bool [B, T], True where the policy sampled the next token and it counts; EOS included
-    old_log_probs: Array  # float32 [B, T], the policy's before the first update on this rollout, nats
+    old_log_probs: Array | None  # float32 [B, T], the policy's before the first update on this rollout, nats
     advantages: Array  # float32 [B] (GRPO: one per completion) or [B, T] (PPO)
     ref_log_probs: Array | None = None  # float32 [B, T], the frozen reference's, nats
     importance_weights: Array | None = None  # float32 [B, T], policy probability over sampler probability
+    sampler_log_probs: Array | None = None  # float32 [B, T], nats; where the step makes the two fields above
     values: Array | None = None  # float32 [B, T], the critic's before the first update
     returns: Array | None = None  # float32 [B, T], the critic's targets
     extra_weight: Array | None = None  # float32 [B], added to the loss's: of rows without gradient, left out

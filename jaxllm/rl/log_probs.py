@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
-from jaxllm.batches import counted_lengths
+from jaxllm.batches import RolloutBatch, counted_lengths
 from jaxllm.errors import NumericsError
-from jaxllm.losses import truncated_importance_weights
+from jaxllm.losses import Weighted, truncated_importance_weights
+from jaxllm.losses.aggregate import count, masked_sum
 from jaxllm.models import Model, Params
 from jaxllm.rl.config import RolloutConfig
 from jaxllm.rl.rollouts import Metrics, Rollout
@@ -43,14 +45,18 @@ class LogProbs:
             "sampler/log_prob_difference_max": float(gaps.max()) if gaps.size else 0.0,
         }
 
+    def of_reference(self, params: Params, rollout: Rollout) -> np.ndarray:
+        """The reference's log-probs, [N, T]."""
+        assert self.reference is not None
+        lengths = counted_lengths(rollout.mask)
+        return self.score(merge_params(self.reference, params), lengths, rollout.tokens)
+
     def kl(
         self, params: Params, old_log_probs: np.ndarray, rollout: Rollout, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The reference's log-probs and the k1 estimate of the KL of the policy with these `params` to it of
         each token, [N, T] both."""
-        assert self.reference is not None
-        lengths = counted_lengths(rollout.mask)
-        ref_log_probs = self.score(merge_params(self.reference, params), lengths, rollout.tokens)
+        ref_log_probs = self.of_reference(params, rollout)
         kl = np.where(rollout.mask, old_log_probs - ref_log_probs, 0)
         if step == 0 and self.config.recompute_log_probs and kl.any():
             raise NumericsError(
@@ -71,6 +77,30 @@ class LogProbs:
             maximum=self.config.importance_sampling_cap,
         )
         return np.asarray(weights)
+
+
+def log_probs_in_step(
+    log_probs: jax.Array, batch: RolloutBatch, config: RolloutConfig
+) -> tuple[jax.Array, jax.Array | None, dict[str, Weighted]]:
+    """Old log-probs and importance weights [B, T], and the metrics of `LogProbs`, of a rollout that has one
+    update: the policy before it is that of the step itself, with `log_probs` [B, T]."""
+    own, sampler, mask = jax.lax.stop_gradient(log_probs), batch.sampler_log_probs, batch.mask
+    assert sampler is not None
+    metrics = {"sampler/log_prob_difference_mean": masked_sum(abs(own - sampler), mask)}
+    if batch.ref_log_probs is not None:
+        kl = masked_sum(own - batch.ref_log_probs, mask)
+        metrics["kl/reference_token"] = kl
+        metrics["kl/reference"] = Weighted(kl.sum, count(mask.any(1)))
+    weights = None
+    if config.importance_sampling is not None:
+        weights = truncated_importance_weights(
+            own,
+            sampler,
+            mask,
+            level=config.importance_sampling,
+            maximum=config.importance_sampling_cap,
+        )
+    return own if config.recompute_log_probs else sampler, weights, metrics
 
 
 def kl_metrics(kl: np.ndarray, mask: np.ndarray) -> Metrics:

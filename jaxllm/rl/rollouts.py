@@ -165,7 +165,7 @@ class RolloutSource(BatchSource):
 
     def finish_row(self, step: int, row: Metrics) -> Metrics:
         if (step - 1) % self.config.steps == 0:
-            check_first_update(row)
+            check_first_update(row, step)
         if step not in self.rows:
             return row
         row = row | self.with_update_time(step)
@@ -285,14 +285,20 @@ def make_rollout(prompts: Sequence[Prompt], scored: ScoredCompletions, config: R
     )
 
 
-def check_first_update(row: Mapping[str, float]) -> None:
+def check_first_update(row: Mapping[str, float], step: int) -> None:
     """NumericsError where the train step and the scoring before it disagree: at the first update on a rollout
-    the policy is the old policy, so that the mean ratio must be 1 (it is 0 where no token counts)."""
+    the policy is the old policy, so that the mean ratio must be 1 (it is 0 where no token counts); and at
+    that of a run its own reference, so that its KL, where the step computes it, must be 0."""
     ratio = row["policy/ratio"]
     if ratio and abs(ratio - 1) > RATIO_LIMIT:  # NaN is the step's to skip and count
         raise NumericsError(
             f"the first update on a rollout has policy/ratio={ratio:.4g}, which must be 1: the train step "
             f"and the scoring before it disagree; try model.compute_dtype=float32"
+        )
+    if step == 1 and abs(kl := row.get("kl/reference_token", 0.0)) > RATIO_LIMIT:
+        raise NumericsError(
+            f"the first update has kl/reference_token={kl:.3g}, which must be 0: the train step and the "
+            f"scoring by the same weights disagree; try model.compute_dtype=float32"
         )
 
 

@@ -31,8 +31,8 @@ from jaxllm.losses.aggregate import row_weights
 from jaxllm.losses.grpo import MODES
 from jaxllm.models import Model, Params, build_model
 from jaxllm.rl import hooks, inputs
-from jaxllm.rl.config import RolloutTrainConfig
-from jaxllm.rl.log_probs import LogProbs, kl_metrics
+from jaxllm.rl.config import RolloutConfig, RolloutTrainConfig
+from jaxllm.rl.log_probs import LogProbs, kl_metrics, log_probs_in_step
 from jaxllm.rl.rollouts import Metrics, Rollout, RolloutSource, has_signal
 from jaxllm.rollout.score import next_token_log_probs
 from jaxllm.runs.context import RunInputs
@@ -117,24 +117,34 @@ class Config(RolloutTrainConfig):
 
 
 def loss_fn(
-    params: Params, batch: RolloutBatch, key: jax.Array, *, model: Model, temperature: float, **options: Any
+    params: Params,
+    batch: RolloutBatch,
+    key: jax.Array,
+    *,
+    model: Model,
+    rollout: RolloutConfig,
+    **options: Any,
 ) -> tuple[Weighted, dict[str, Weighted]]:
-    """The loss of `grpo_loss` with these options; metrics `policy/NAME`. `temperature` is the sampler's."""
+    """The loss of `grpo_loss` with these options; metrics `policy/NAME`, and those of `log_probs_in_step`."""
     del key  # nothing here is random
+    temperature = rollout.sampling.temperature
     scores = next_token_log_probs(params, batch.tokens, model=model, temperature=temperature)
-    loss, metrics = grpo_loss(
+    old, weights, metrics = batch.old_log_probs, batch.importance_weights, {}
+    if batch.sampler_log_probs is not None:
+        old, weights, metrics = log_probs_in_step(scores.log_probs, batch, rollout)
+    loss, of_policy = grpo_loss(
         scores.log_probs,
-        batch.old_log_probs,
+        old,
         batch.advantages,
         batch.mask,
         ref_log_probs=batch.ref_log_probs,
-        importance_weights=batch.importance_weights,
+        importance_weights=weights,
         entropy=scores.entropy,
         **options,
     )
     if batch.extra_weight is not None:
         loss = loss._replace(weight=loss.weight + batch.extra_weight.sum())
-    metrics = {f"policy/{name}": value for name, value in metrics.items()} | {"loss": loss}
+    metrics |= {f"policy/{name}": value for name, value in of_policy.items()} | {"loss": loss}
     return add_auxiliary(loss, metrics, scores.aux)
 
 
@@ -144,7 +154,7 @@ def build(config: Config) -> tuple[Model, LossFn]:
     return model, functools.partial(
         loss_fn,
         model=model,
-        temperature=config.rollout.sampling.temperature,
+        rollout=config.rollout,
         variant=knobs.variant,
         clip_low=knobs.clip_low,
         clip_high=knobs.clip_high,
@@ -164,7 +174,17 @@ def batch_shapes(config: Config) -> RolloutBatch:
         batch = batch._replace(ref_log_probs=batch.old_log_probs)
     if leaves_out_rows(config):
         batch = batch._replace(extra_weight=batch.advantages)
+    if is_trained_on_once(config):
+        old = batch.old_log_probs
+        batch = batch._replace(sampler_log_probs=old, old_log_probs=None, importance_weights=None)
     return batch
+
+
+def is_trained_on_once(config: Config) -> bool:
+    """Whether a rollout has one update, so that the log-probs of the policy before it are those of the train
+    step itself; and nothing needs them earlier."""
+    knobs = config.objective
+    return config.rollout.steps == 1 and not (knobs.kl_coefficient and knobs.kl_in == "reward")
 
 
 def leaves_out_rows(config: Config) -> bool:
@@ -205,22 +225,25 @@ class GRPO:
         return np.where(np.repeat(has_signal(rollout, size), size), np.nan, weights)
 
     def make_batch(self, state: TrainState, rollout: Rollout) -> tuple[RolloutBatch, Metrics]:
-        """Log-probs before the first update, KL to the reference, advantages."""
-        step = int(state.step)
-        old_log_probs, row = self.log_probs.old(state.params, rollout, step)
-        ref_log_probs, kl = None, np.zeros_like(old_log_probs)
-        if self.log_probs.reference is not None:
-            ref_log_probs, kl = self.log_probs.kl(state.params, old_log_probs, rollout, step)
-            row |= kl_metrics(kl, rollout.mask)
-        batch = RolloutBatch(
-            tokens=rollout.tokens,
-            mask=rollout.mask,
-            old_log_probs=old_log_probs,
-            advantages=np.asarray(advantages(self.config, rollout, kl)),
-            ref_log_probs=ref_log_probs if self.config.objective.kl_in == "loss" else None,
-            importance_weights=self.log_probs.importance_weights(old_log_probs, rollout),
-        )
-        return batch, row
+        """Advantages; log-probs and KL before the first update, unless the step makes them."""
+        step, scorer = int(state.step), self.log_probs
+        kl = np.zeros(rollout.mask.shape, np.float32)
+        batch, row = RolloutBatch(rollout.tokens, rollout.mask, None, None), {}
+        if is_trained_on_once(self.config):
+            batch = batch._replace(sampler_log_probs=rollout.sampler_log_probs)
+            if scorer.reference is not None:
+                batch = batch._replace(ref_log_probs=scorer.of_reference(state.params, rollout))
+        else:
+            old, row = scorer.old(state.params, rollout, step)
+            batch = batch._replace(
+                old_log_probs=old, importance_weights=scorer.importance_weights(old, rollout)
+            )
+            if scorer.reference is not None:
+                ref_log_probs, kl = scorer.kl(state.params, old, rollout, step)
+                row |= kl_metrics(kl, rollout.mask)
+                if self.config.objective.kl_in == "loss":
+                    batch = batch._replace(ref_log_probs=ref_log_probs)
+        return batch._replace(advantages=np.asarray(advantages(self.config, rollout, kl))), row
 
 
 def advantages(config: Config, rollout: Rollout, kl: np.ndarray) -> Any:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_preference_losses import pairs
+from tiny_runs import parse_config
 
 from jaxllm.batches import RolloutBatch, TokenBatch
 from jaxllm.config import load_config, parse
@@ -23,7 +24,7 @@ OBJECTIVES = {
     "grpo": (
         grpo,
         {
-            "temperature": 1.0,
+            "rollout": parse_config("grpo_problems.py:tiny", {}).rollout,
             "variant": "grpo",
             "clip_low": 0.2,
             "clip_high": 0.2,
