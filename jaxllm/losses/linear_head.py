@@ -32,6 +32,7 @@ def linear_token_log_probs(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
+    entropy_gradient: bool = True,
     block_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`token_log_probs` and `token_entropy` of `hidden @ head`, without its [B, T, V] logits.
@@ -46,12 +47,13 @@ def linear_token_log_probs(
       targets: [B, T], integers. One outside [0, V) gives -inf, which the caller has to mask.
       temperature: divides the logits, as in sampling.
       softcap: None is no cap.
+      entropy_gradient: False makes the entropy a constant, which the backward pass need not read.
       block_size: number of positions of T whose logits may exist at once. None chooses: all positions where
         their logits are small, which is fastest, else 512 MiB of logits. The slices are cut from V, which
         gives T / block_size of them, so B and T may be sharded and need not be divisible by anything.
 
     Returns:
-      (log_probs, entropy), float32 [B, T], in nats, both differentiable.
+      (log_probs, entropy), float32 [B, T], in nats, both differentiable (the entropy with entropy_gradient).
 
     Raises:
       ValueError: block_size below 1, a head that does not have the D of hidden.
@@ -63,7 +65,8 @@ def linear_token_log_probs(
     (8.0, 8.0)
     """
     chex.assert_rank([hidden, head, targets], [3, 2, 2])
-    options = _Options(temperature, softcap, _slice_width(targets, head, block_size), entropy=True)
+    width = _slice_width(targets, head, block_size)
+    options = _Options(temperature, softcap, width, entropy=True, entropy_gradient=entropy_gradient)
     statistics = _linear_statistics(hidden, head, targets, options)
     assert statistics.entropy is not None
     return log_probs_of(statistics, options.divisor), statistics.entropy
@@ -112,6 +115,7 @@ class _Options(NamedTuple):
     softcap: float | None
     width: int  # columns of V whose logits exist at once
     entropy: bool
+    entropy_gradient: bool = False
 
     @property
     def divisor(self) -> float:
@@ -132,7 +136,7 @@ class _Residuals(NamedTuple):
     logits: jax.Array | None  # [B, T, V] where V is one slice; None where they are computed again
     top: jax.Array  # [B, T], and so the next two: see `LogitStatistics`
     log_sum: jax.Array
-    entropy: jax.Array | None
+    entropy: jax.Array | None  # None without gradient
 
 
 def _slice_width(targets: jax.Array, head: jax.Array, block_size: int | None) -> int:
@@ -197,7 +201,8 @@ def _forward(
     if options.width < vocab_size:
         total, _ = jax.lax.scan(add_slice, total, others)
         logits = None  # computed again in the backward pass
-    return total, _Residuals(hidden, head, targets, logits, total.top, total.log_sum, total.entropy)
+    entropy = total.entropy if options.entropy_gradient else None
+    return total, _Residuals(hidden, head, targets, logits, total.top, total.log_sum, entropy)
 
 
 def _merge(a: LogitStatistics, b: LogitStatistics, temperature: float) -> LogitStatistics:

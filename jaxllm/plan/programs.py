@@ -65,8 +65,12 @@ def trace_score(program: Program[Any, Any], model: Model, params: Shapes) -> Ste
     """Log-probs of the completions of a rollout, a micro-batch of rows at a time."""
     config = program.config
     rows, length = program.microbatch_rows, config.data.sequence_length
-    score = log_probs_in_batches(model, config.rollout.sampling.temperature, rows, length, program.mesh)
-    traced = score.trace(params, jax.ShapeDtypeStruct((rows, length), jnp.int32))
+    sampling = config.rollout.sampling
+    score = log_probs_in_batches(
+        model, sampling.temperature, rows, length, program.mesh, sampling.max_new_tokens
+    )
+    tokens, mask = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, bool))
+    traced = score.trace(params, tokens, mask)
     flops = flops_per_token(config.model, length) / 3 * rows * length
     return Step(traced, program.mesh, rows * length, flops, params)
 

@@ -25,9 +25,14 @@ class LogProbs:
         of the policy; None: no KL is computed."""
         self.config: RolloutConfig = program.config.rollout
         self.reference = reference
-        temperature = self.config.sampling.temperature
+        sampling = self.config.sampling
         self.score = log_probs_in_batches(
-            model, temperature, program.microbatch_rows, program.config.data.sequence_length, program.mesh
+            model,
+            sampling.temperature,
+            program.microbatch_rows,
+            program.config.data.sequence_length,
+            program.mesh,
+            sampling.max_new_tokens,
         )
 
     def old(self, params: Params, rollout: Rollout, step: int) -> tuple[np.ndarray, Metrics]:
@@ -38,7 +43,7 @@ class LogProbs:
         """
         if not self.config.recompute_log_probs and step > 0:
             return rollout.sampler_log_probs, {}
-        log_probs = self.score(params, counted_lengths(rollout.mask), rollout.tokens)
+        log_probs = self.score(params, counted_lengths(rollout.mask), rollout.tokens, rollout.mask)
         gaps = np.abs(log_probs - rollout.sampler_log_probs)[rollout.mask]
         return log_probs if self.config.recompute_log_probs else rollout.sampler_log_probs, {
             "sampler/log_prob_difference_mean": float(gaps.mean()) if gaps.size else 0.0,
@@ -48,8 +53,8 @@ class LogProbs:
     def of_reference(self, params: Params, rollout: Rollout) -> np.ndarray:
         """The reference's log-probs, [N, T]."""
         assert self.reference is not None
-        lengths = counted_lengths(rollout.mask)
-        return self.score(merge_params(self.reference, params), lengths, rollout.tokens)
+        mask, params = rollout.mask, merge_params(self.reference, params)
+        return self.score(params, counted_lengths(mask), rollout.tokens, mask)
 
     def kl(
         self, params: Params, old_log_probs: np.ndarray, rollout: Rollout, step: int

@@ -13,7 +13,7 @@ from jaxllm.length_groups import by_length, cut, widths
 from jaxllm.losses import Weighted, linear_token_log_probs
 from jaxllm.models import Model, Params
 from jaxllm.parallel.global_arrays import place, to_host
-from jaxllm.parallel.sequence import by_token
+from jaxllm.parallel.sequence import by_token, num_shards
 from jaxllm.parallel.sharding import batch_sharding, width_multiple
 
 
@@ -31,19 +31,41 @@ def next_token_log_probs(
     *,
     model: Model,
     temperature: float = 1.0,
+    counted: tuple[jax.Array, int] | None = None,
+    entropy_gradient: bool = False,
     dropout_key: jax.Array | None = None,
 ) -> TokenScores:
     """Scores of tokens[B, T]. The last position is about nothing (it gets the first token, to be masked).
 
-    The temperature divides the logits, as the sampler's does. dropout_key: as in `Model.apply`.
+    Args:
+      temperature: divides the logits, as the sampler's does.
+      counted: a mask [B, T], and how many positions of a row it has at most: the output head is applied to no
+        others than so many of each row, and scores are of no use where masked. None: to all.
+      entropy_gradient: as in `linear_token_log_probs`.
+      dropout_key: as in `Model.apply`.
     """
     output = model.apply(params, tokens, dropout_key=dropout_key)
-    scores = functools.partial(
-        linear_token_log_probs, temperature=temperature, softcap=model.config.logit_softcap
+    score = functools.partial(
+        linear_token_log_probs,
+        temperature=temperature,
+        softcap=model.config.logit_softcap,
+        entropy_gradient=entropy_gradient,
     )
-    targets = jnp.roll(tokens, -1, axis=1)
-    log_probs, entropy = by_token(scores, sums=False)(output.hidden, model.head(params), targets)
+    hidden, head, targets = output.hidden, model.head(params), jnp.roll(tokens, -1, axis=1)
+    if counted is None or counted[1] >= tokens.shape[1] or num_shards(tokens.shape[1]) > 1:
+        log_probs, entropy = by_token(score, sums=False)(hidden, head, targets)
+    else:
+        mask, count = counted
+        positions = jnp.argsort(mask == 0, axis=1, stable=True)[:, :count]
+        log_probs, entropy = score(pick(hidden, positions), head, pick(targets, positions))
+        log_probs, entropy = (put(jnp.zeros(mask.shape), positions, x) for x in (log_probs, entropy))
     return TokenScores(log_probs, entropy, output.aux)
+
+
+# By row, so that on a mesh each device finds the positions of its own rows.
+UNIQUE = {"unique_indices": True, "mode": "promise_in_bounds"}
+pick = jax.vmap(lambda row, positions: row.at[positions].get(**UNIQUE))
+put = jax.vmap(lambda row, positions, values: row.at[positions].set(values, **UNIQUE))
 
 
 class InBatches:
@@ -85,13 +107,15 @@ class InBatches:
         return self.function.trace(params, *batch)
 
 
-def log_probs_in_batches(model: Model, temperature: float, rows: int, length: int, mesh: Mesh) -> InBatches:
-    """(params, lengths [N], tokens [N, T]) -> log-probs [N, T] of `next_token_log_probs`, on the host."""
-    return InBatches(
-        lambda params, tokens: (
-            next_token_log_probs(params, tokens, model=model, temperature=temperature).log_probs
-        ),
-        rows,
-        length,
-        mesh,
-    )
+def log_probs_in_batches(
+    model: Model, temperature: float, rows: int, length: int, mesh: Mesh, max_counted: int | None = None
+) -> InBatches:
+    """(params, lengths [N], tokens [N, T], mask [N, T]) -> log-probs [N, T] of `next_token_log_probs`, on the
+    host. The mask has at most `max_counted` positions a row; None: there is none."""
+
+    def score(params: Params, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        counted = None if mask is None or max_counted is None else (mask, max_counted)
+        scores = next_token_log_probs(params, tokens, model=model, temperature=temperature, counted=counted)
+        return scores.log_probs
+
+    return InBatches(score, rows, length, mesh)

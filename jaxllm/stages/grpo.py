@@ -123,15 +123,23 @@ def loss_fn(
     *,
     model: Model,
     rollout: RolloutConfig,
+    entropy_coefficient: float,
     **options: Any,
 ) -> tuple[Weighted, dict[str, Weighted]]:
     """The loss of `grpo_loss` with these options; metrics `policy/NAME`, and those of `log_probs_in_step`."""
     del key  # nothing here is random
-    temperature = rollout.sampling.temperature
-    scores = next_token_log_probs(params, batch.tokens, model=model, temperature=temperature)
+    scores = next_token_log_probs(
+        params,
+        batch.tokens,
+        model=model,
+        temperature=rollout.sampling.temperature,
+        counted=(batch.mask, rollout.sampling.max_new_tokens),
+        entropy_gradient=entropy_coefficient != 0,
+    )
     old, weights, metrics = batch.old_log_probs, batch.importance_weights, {}
     if batch.sampler_log_probs is not None:
         old, weights, metrics = log_probs_in_step(scores.log_probs, batch, rollout)
+    assert old is not None
     loss, of_policy = grpo_loss(
         scores.log_probs,
         old,
@@ -140,6 +148,7 @@ def loss_fn(
         ref_log_probs=batch.ref_log_probs,
         importance_weights=weights,
         entropy=scores.entropy,
+        entropy_coefficient=entropy_coefficient,
         **options,
     )
     if batch.extra_weight is not None:

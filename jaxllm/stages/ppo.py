@@ -33,7 +33,7 @@ from jaxllm.losses import (
 from jaxllm.models import Model, Params, ScalarModel, build_model, build_scalar_model
 from jaxllm.rewards.reward_model import read_statistics
 from jaxllm.rl import hooks, inputs
-from jaxllm.rl.config import RolloutTrainConfig
+from jaxllm.rl.config import RolloutConfig, RolloutTrainConfig
 from jaxllm.rl.log_probs import LogProbs, kl_metrics
 from jaxllm.rl.rollouts import Metrics, Rollout, RolloutSource
 from jaxllm.rollout.score import InBatches, next_token_log_probs
@@ -130,7 +130,7 @@ def loss_fn(
     *,
     model: Model,
     critic: ScalarModel,
-    temperature: float,
+    rollout: RolloutConfig,
     clip: float,
     value_clip: float | None,
     value_coefficient: float,
@@ -138,11 +138,19 @@ def loss_fn(
 ) -> tuple[Weighted, dict[str, Weighted]]:
     """Policy loss + value_coefficient value loss - entropy_coefficient entropy, all means over tokens.
 
-    params: {"policy", "critic"}; `temperature` is the sampler's. Metrics are `policy/NAME` and `value/NAME`.
+    params: {"policy", "critic"}. Metrics are `policy/NAME` and `value/NAME`.
     """
     del key  # nothing here is random
-    scores = next_token_log_probs(params["policy"], batch.tokens, model=model, temperature=temperature)
+    scores = next_token_log_probs(
+        params["policy"],
+        batch.tokens,
+        model=model,
+        temperature=rollout.sampling.temperature,
+        counted=(batch.mask, rollout.sampling.max_new_tokens),
+        entropy_gradient=entropy_coefficient != 0,
+    )
     values, value_aux = critic.apply(critic_params(params), batch.tokens)
+    assert batch.old_log_probs is not None
     policy, policy_metrics = ppo_policy_loss(
         scores.log_probs,
         batch.old_log_probs,
@@ -195,7 +203,7 @@ def build(config: Config) -> tuple[ActorCritic, LossFn]:
         loss_fn,
         model=policy,
         critic=critic,
-        temperature=config.rollout.sampling.temperature,
+        rollout=config.rollout,
         clip=knobs.clip,
         value_clip=knobs.value_clip,
         value_coefficient=knobs.value_coefficient,

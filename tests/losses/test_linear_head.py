@@ -57,6 +57,21 @@ def test_linear_log_probs_and_entropy_equal_the_dense_ones(block_size, softcap):
 
 
 @pytest.mark.parametrize("block_size", [2, None])
+def test_an_entropy_without_gradient_is_the_same_constant(block_size):
+    hidden, head, targets = linear_arrays()
+
+    def total(hidden, entropy_weight, **options):
+        found = linear_token_log_probs(hidden, head, targets, block_size=block_size, **options)
+        return (found[0] + entropy_weight * found[1]).sum(), found
+
+    score = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnames="entropy_gradient")
+    (_, constant), gradient = score(hidden, 3.0, entropy_gradient=False)
+    (_, expected), of_log_probs = score(hidden, 0.0)
+    jax.tree.map(np.testing.assert_array_equal, constant, expected)
+    np.testing.assert_allclose(gradient, of_log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [2, None])
 def test_linear_cross_entropy_equals_the_dense_one(block_size):
     hidden, head, targets = linear_arrays()
     mask, knobs = (

@@ -34,7 +34,7 @@ OBJECTIVES = {
     "ppo": (
         ppo,
         {
-            "temperature": 1.0,
+            "rollout": parse_config("ppo_preferences.py:tiny", {}).rollout,
             "clip": 0.2,
             "value_clip": None,
             "value_coefficient": 0.1,
