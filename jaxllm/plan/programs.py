@@ -13,10 +13,10 @@ from jaxllm.parallel.global_arrays import OWN_WEIGHTS, own_mesh, own_shardings
 from jaxllm.rl.config import RolloutTrainConfig
 from jaxllm.rl.rollouts import sampling_model
 from jaxllm.rollout.collect import batch_sizes, free_rows
-from jaxllm.rollout.generate import MIN_SLOTS, bucket, decode, prefill, unstack
+from jaxllm.rollout.generate import MIN_SLOTS, bucket, decode, prefill, unstack_jit
 from jaxllm.rollout.score import log_probs_in_batches
 from jaxllm.runs.program import Program
-from jaxllm.runs.sampling_weights import SamplingWeights
+from jaxllm.runs.sampling_weights import SamplingWeights, cast_floats
 from jaxllm.stages import find_stage
 from jaxllm.training.state import split_params
 
@@ -94,7 +94,7 @@ def trace_rollout(
         return jax.ShapeDtypeStruct(shape, dtype)
 
     with jax.set_mesh(mesh):
-        params = results(unstack.trace(params))
+        params = results(unstack_jit.trace(params))
         keys = array(P, dtype=key_type)
         read = prefill.trace(model, params, array(P, T), array(P), array(P), keys, T)
         if step == "prefill":
@@ -113,16 +113,16 @@ def sampled_by(
     params: Shapes, mesh: jax.sharding.Mesh, config: Any, hosts: int, memory: float
 ) -> tuple[jax.sharding.Mesh, Shapes]:
     """The mesh of those who sample together, and the weights as they hold them."""
+    if hosts > 1:
+        cast = (
+            params if config.dtype is None else jax.eval_shape(lambda x: cast_floats(x, config.dtype), params)
+        )
+        layout = own_shardings(cast, mesh, config.replicate_params)
+        own = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), cast, layout)
+        if device_bytes(own) <= OWN_WEIGHTS * memory:
+            return own_mesh(mesh), own
     weights = SamplingWeights(params, mesh, dtype=config.dtype, replicate=config.replicate_params)
-    if weights.place is not None:
-        params = results(weights.place.trace(params))
-    if hosts == 1:
-        return mesh, params
-    layout = own_shardings(params, mesh, config.replicate_params)
-    own = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, layout)
-    if device_bytes(own) > OWN_WEIGHTS * memory:
-        return mesh, params
-    return own_mesh(mesh), own
+    return mesh, params if weights.place is None else results(weights.place.trace(params))
 
 
 def results(traced: jax.stages.Traced) -> Shapes:

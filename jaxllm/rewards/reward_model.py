@@ -19,6 +19,7 @@ from jaxllm.runs.checkpoints import (
     read_kind,
     read_metadata,
 )
+from jaxllm.runs.sampling_weights import in_compute_dtype
 from jaxllm.training.step_folder import checkpoint_hash, find_checkpoint
 
 
@@ -94,8 +95,8 @@ class RewardModel:
             )
         self.statistics = read_statistics(checkpoint, loaded.folder, normalize)
         self.hash = checkpoint_hash(loaded.folder)
-        self.params = loaded.params
         model = loaded.model
+        self.params = in_compute_dtype(loaded.params, model.config)
         self.rewards = InBatches(
             lambda params, tokens, lengths: model.rewards(params, tokens, lengths).values,
             rows,

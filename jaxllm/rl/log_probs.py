@@ -14,6 +14,7 @@ from jaxllm.rl.config import RolloutConfig
 from jaxllm.rl.rollouts import Metrics, Rollout
 from jaxllm.rollout.score import log_probs_in_batches
 from jaxllm.runs.program import Program
+from jaxllm.runs.sampling_weights import in_compute_dtype
 from jaxllm.training.state import merge_params
 
 
@@ -24,6 +25,7 @@ class LogProbs:
         """`reference` is the trained parameters of the frozen policy (`split_params`), which has the others
         of the policy; None: no KL is computed."""
         self.config: RolloutConfig = program.config.rollout
+        self.model = model.config
         self.reference = reference
         sampling = self.config.sampling
         self.score = log_probs_in_batches(
@@ -43,6 +45,7 @@ class LogProbs:
         """
         if not self.config.recompute_log_probs and step > 0:
             return rollout.sampler_log_probs, {}
+        params = in_compute_dtype(params, self.model)
         log_probs = self.score(params, counted_lengths(rollout.mask), rollout.tokens, rollout.mask)
         gaps = np.abs(log_probs - rollout.sampler_log_probs)[rollout.mask]
         return log_probs if self.config.recompute_log_probs else rollout.sampler_log_probs, {
@@ -53,7 +56,7 @@ class LogProbs:
     def of_reference(self, params: Params, rollout: Rollout) -> np.ndarray:
         """The reference's log-probs, [N, T]."""
         assert self.reference is not None
-        mask, params = rollout.mask, merge_params(self.reference, params)
+        mask, params = rollout.mask, in_compute_dtype(merge_params(self.reference, params), self.model)
         return self.score(params, counted_lengths(mask), rollout.tokens, mask)
 
     def kl(

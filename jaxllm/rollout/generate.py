@@ -29,7 +29,12 @@ from jaxllm.rollout.sampling import SamplingConfig, sample
 MIN_SLOTS = 32  # prompt positions, and slots by which a cache grows: fewer would only add programs
 
 # Called once, not in every chunk of decoding: it copies all parameters.
-unstack = jax.jit(unstack_layers)
+unstack_jit = jax.jit(unstack_layers)
+
+
+def unstack(params: Params) -> Params:
+    """`unstack_layers`; the same arrays where that is done already."""
+    return params if isinstance(params["blocks"], tuple) else unstack_jit(params)
 
 
 class Completions(NamedTuple):

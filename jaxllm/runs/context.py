@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from jaxllm.data.chat_template import ChatTemplate
 from jaxllm.data.rows import Dataset
 from jaxllm.data.tokenizer import BaseTokenizer
@@ -12,6 +15,7 @@ from jaxllm.models import Params
 from jaxllm.parallel.processes import is_first
 from jaxllm.runs.checkpoints import Base
 from jaxllm.runs.program import ConfigT, ModelT, Program
+from jaxllm.runs.sampling_weights import in_compute_dtype
 from jaxllm.training.batch_source import BatchSource
 from jaxllm.training.run_folder import RunFolder
 from jaxllm.training.state import split_params
@@ -22,7 +26,9 @@ class InitialWeights(NamedTuple):
 
     parent: Path | None  # the step folder they are from; None: they are random
     hash: str
-    params: Callable[[], Params]  # the weights themselves, sharded as the run's
+    params: Callable[
+        ..., Params
+    ]  # the weights themselves, sharded as the run's; keep=True: for the next call
     base: Base | None = None  # with adapters: the checkpoint of the frozen weights
 
 
@@ -37,9 +43,12 @@ class RunInputs(Generic[ConfigT, ModelT]):
     initial: InitialWeights
 
     def reference(self) -> Params:
-        """The initial weights of what trains, and None for the rest: all that a frozen copy of the initial
-        policy keeps, which has the rest of the policy (`merge_params`)."""
-        return split_params(self.initial.params(), self.program.trainable)[0]
+        """The initial weights of what trains, in the compute dtype, and None for the rest: all that a frozen
+        copy of the initial policy keeps, which has the rest of the policy (`merge_params`)."""
+        fresh = not self.folder.resuming  # then the state begins as the same weights, which it takes over
+        params = split_params(self.initial.params(keep=fresh), self.program.trainable)[0]
+        frozen = in_compute_dtype(params, self.program.config.model)
+        return jax.tree.map(lambda x, y: jnp.copy(x) if fresh and x is y else x, frozen, params)
 
     @property
     def bad_rows_folder(self) -> Path | None:

@@ -132,6 +132,11 @@ class Program(Generic[ConfigT, ModelT]):
 
         return jax.jit(with_params, out_shardings=self.shardings, donate_argnums=1)(key, params)
 
+    def fresh_params(self) -> Params:
+        """The parameters of `fresh_state` alone: no optimizer state is made."""
+        fresh = jax.jit(lambda key: self.init(key).params, out_shardings=self.shardings.params)
+        return fresh(jax.random.key(self.config.seed))
+
     def complete(self, params: Params) -> Params:
         """The same parameters, with those of `fresh_state` in place of None; no others are made."""
 

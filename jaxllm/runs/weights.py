@@ -81,9 +81,16 @@ def initial_weights(
             )
         return found
 
-    def params() -> Params:
-        here = found()
-        return program.fresh_state().params if here is None else stage.initial_params(program, here)
+    kept: list[Params] = []
+
+    def params(keep: bool = False) -> Params:
+        if kept:
+            read = kept.pop()
+        else:
+            here = found()
+            read = program.fresh_params() if here is None else stage.initial_params(program, here)
+        kept.extend([read] * keep)
+        return read
 
     return InitialWeights(parent, digest or f"seed {program.config.seed}", params, base)
 

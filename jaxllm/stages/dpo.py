@@ -29,6 +29,7 @@ from jaxllm.runs.context import RunContext, RunInputs
 from jaxllm.runs.hooks import evaluation_hooks
 from jaxllm.runs.panels import Panel, panel
 from jaxllm.runs.rows import row_source
+from jaxllm.runs.sampling_weights import in_compute_dtype
 from jaxllm.runs.stage import Headline
 from jaxllm.runs.weights import initial_params as initial_params
 from jaxllm.stages import reward_model
@@ -143,9 +144,13 @@ def completion_log_probs(
     return jnp.where(mask, scores.log_probs.reshape(batch.tokens.shape), 0).sum(-1), scores.aux
 
 
-@functools.partial(jax.jit, static_argnames="model")
 def score_batch(params: Params, batch: PairBatch, *, model: Model) -> jax.Array:
     """`completion_log_probs` for reference and evaluation alike: compiled once, both are equal to the bit."""
+    return _score_batch(in_compute_dtype(params, model.config), batch, model=model)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _score_batch(params: Params, batch: PairBatch, *, model: Model) -> jax.Array:
     return completion_log_probs(params, batch, model=model)[0]
 
 
@@ -179,7 +184,7 @@ def load(inputs: RunInputs[Config, Model]) -> Dataset:
     cached = reference_log_probs(
         key,
         sources,
-        lambda: functools.partial(score, initial.params()),
+        lambda: functools.partial(score, initial.params(keep=not inputs.folder.resuming)),
         batch_size=config.data.batch_size,
         sharding=program.batch_sharding,
         run_folder=inputs.folder.path,
