@@ -1,12 +1,19 @@
-r"""Evaluate a checkpoint on prompts: generate completions and score them.
+r"""Evaluate a checkpoint: on suites of questions, or by scoring completions of prompts.
+
+python experiments/evaluate.py --checkpoint=runs/chat --suite=arc_easy.jsonl,stories.txt
+python experiments/evaluate.py --checkpoint=runs/reasoner --suite=synthetic:additions --rewards=math_answer
 
 python experiments/evaluate.py --checkpoint=runs/reasoner --input=synthetic:problems --rewards=math_answer
 python experiments/evaluate.py --checkpoint=runs/preferred --input=prompts.jsonl --reward_model=runs/reward \
     --output=answers.jsonl --samples=4
 
-Rows are those of GRPO: a `prompt` or `messages`, and the columns that the rewards read. Of preference pairs
-the prompt is used. --reference=runs/chat estimates the KL to that run, from completions sampled without a
-filter. OUTPUT gets a line per completion.
+A suite is a file of multiple-choice questions (accuracy), of questions with an answer (exact match, pass@k)
+or of texts (bits per byte): docs/how-to/evaluate.md. What the model makes of each question goes to
+RUN/suites, where experiments/report.py compares runs, or to the folder OUTPUT.
+
+With --input rows are those of GRPO: a `prompt` or `messages`, and the columns that the rewards read. Of
+preference pairs the prompt is used. --reference=runs/chat estimates the KL to that run, from completions
+sampled without a filter. OUTPUT gets a line per completion.
 Prints means over prompts with their standard errors.
 """
 
@@ -39,8 +46,11 @@ def define_flags(flag_values: "FlagValues") -> None:
 
     where = {"flag_values": flag_values}
     flags.DEFINE_string("checkpoint", None, "run folder, RUN/best or step folder", **where)
+    flags.DEFINE_list("suite", [], "suites: .jsonl, .parquet, .txt, synthetic:additions", **where)
     flags.DEFINE_string("input", None, "prompts: .jsonl, .parquet, a dataset, synthetic:KIND", **where)
-    flags.DEFINE_string("output", None, "file to write the completions to (.jsonl)", **where)
+    flags.DEFINE_string(
+        "output", None, "file to write the completions to (.jsonl); with --suite a folder", **where
+    )
     flags.DEFINE_list("rename", [], "THEIRS=OURS for each column with another name", **where)
     flags.DEFINE_string("prompt_format", None, "a text with {COLUMN}s to fill in", **where)
     flags.DEFINE_string("system", None, "system message before every prompt", **where)
@@ -50,7 +60,7 @@ def define_flags(flag_values: "FlagValues") -> None:
     flags.DEFINE_bool("plain", False, "continue prompts as plain text, without a chat template", **where)
     flags.DEFINE_bool("untrained", False, "use random weights, by --checkpoint's config and seed", **where)
     flags.DEFINE_integer("samples", 1, "completions of each prompt", **where)
-    flags.DEFINE_integer("max_rows", 256, "number of prompts, from the first", **where)
+    flags.DEFINE_integer("max_rows", None, "from the first; default: 256 prompts, or a whole suite", **where)
     define_dtype(flag_values)
     define_template_options(flag_values)
     define_sampling_flags(flag_values)
@@ -59,13 +69,16 @@ def define_flags(flag_values: "FlagValues") -> None:
 
 def check_flags(flags: "FlagValues", sampling: "SamplingConfig") -> None:
     """ConfigError for combinations that are not supported."""
-    if flags.input is None:
-        raise ConfigError("--input=FILE is missing")
+    if (flags.input is None) == (not flags.suite):
+        problem = "(or --suite=FILE) is missing" if flags.input is None else "and --suite exclude each other"
+        raise ConfigError(f"--input=FILE {problem}")
+    if flags.suite:
+        check_suite_flags(flags)
     if flags.output is not None and not Path(flags.output).expanduser().parent.is_dir():
         raise ConfigError(f"--output={flags.output}: there is no such folder")
     for name in ("samples", "max_rows"):
-        if getattr(flags, name) < 1:
-            raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
+        if (value := getattr(flags, name)) is not None and value < 1:
+            raise ConfigError(f"--{name}={value} must be at least 1")
     if flags.plain and flags.template_options:
         raise ConfigError("--template_options has no effect with --plain: remove one of them")
     if sampling.greedy and flags.samples > 1:
@@ -82,36 +95,59 @@ def check_flags(flags: "FlagValues", sampling: "SamplingConfig") -> None:
         )
 
 
+def check_suite_flags(flags: "FlagValues") -> None:
+    """ConfigError for flags that a suite does not read."""
+    for name in ("reward_model", "reference"):
+        if getattr(flags, name) is not None:
+            raise ConfigError(f"--{name} is not read with --suite: remove it, or pass --input")
+    if len(flags.rewards) > 1:
+        raise ConfigError("--rewards names the one function that checks the completions of a suite")
+
+
 def main(_: None, flags: "FlagValues") -> None:
-    """Complete the prompts, score the completions, write them, and print means."""
+    """Measure the suites, or complete the prompts and score the completions; write them, and print means."""
+    if flags.suite and flags.samples == 1 and not flags["temperature"].present:
+        flags.temperature = 0.0
     sampling = read_sampling(flags)
     check_flags(flags, sampling)
 
     from jaxllm.data.records import check_rename
-    from jaxllm.evaluation.checkpoints import evaluate_checkpoint
+    from jaxllm.evaluation.checkpoints import evaluate_checkpoint, evaluate_suites
     from jaxllm.parallel.processes import joined
     from jaxllm.runs.process import set_up_process
 
     check_rename(flags.rename)
-    names = {"reward.model": "--reward_model", "data.template_options": "--template_options"}
+    names = {
+        "reward.model": "--reward_model",
+        "data.template_options": "--template_options",
+        "sampling.": "--",
+    }
+    output = None if flags.output is None else Path(flags.output).expanduser()
+    shared = {
+        "options": flags,
+        "plain": flags.plain,
+        "template_options": flags.template_options,
+        "untrained": flags.untrained,
+        "samples": flags.samples,
+        "sampling": sampling,
+        "seed": flags.seed,
+        "dtype": flags.dtype,
+        "output": output,
+    }
     with joined(flags.coordinator, flags.num_processes, flags.process_id), named_as_flags(names):
         set_up_process()
+        if flags.suite:
+            check = flags.rewards[0] if flags.rewards else "exact_match"
+            evaluate_suites(flags.checkpoint, flags.suite, check=check, max_rows=flags.max_rows, **shared)
+            return
         evaluate_checkpoint(
             flags.checkpoint,
             flags.input,
-            options=flags,
             rewards=flags.rewards,
             reward_model=flags.reward_model,
             reference=flags.reference,
-            plain=flags.plain,
-            template_options=flags.template_options,
-            untrained=flags.untrained,
-            samples=flags.samples,
-            max_rows=flags.max_rows,
-            sampling=sampling,
-            seed=flags.seed,
-            dtype=flags.dtype,
-            output=None if flags.output is None else Path(flags.output).expanduser(),
+            max_rows=256 if flags.max_rows is None else flags.max_rows,
+            **shared,
         )
 
 

@@ -1,8 +1,8 @@
-"""A checkpoint evaluated on a source of prompts: for experiments/evaluate.py."""
+"""A checkpoint evaluated on a source of prompts, or on suites: for experiments/evaluate.py."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxllm.data.chat_template import PlainTextTemplate
@@ -15,6 +15,8 @@ from jaxllm.evaluation.completions import (
     kl_to,
     read_prompts,
 )
+from jaxllm.evaluation.suite_model import SuiteModel
+from jaxllm.evaluation.suites import metrics, read_suites, write_results
 from jaxllm.files import naming
 from jaxllm.parallel.processes import is_first
 from jaxllm.rewards.load import load_reward
@@ -89,8 +91,62 @@ def evaluate_checkpoint(
     print(f"{len(prompts)} prompts, {samples} completions each")
     if not rewards and reward_model is None:
         print("not scored: name --rewards, such as math_answer, or --reward_model")
-    metrics = completion_metrics(completions, samples, "", kl)
-    for name, value in metrics.items():
+    print_metrics(completion_metrics(completions, samples, "", kl))
+
+
+def print_metrics(row: Mapping[str, float], prefix: str = "") -> None:
+    """A line for each metric, with its standard error where it has one."""
+    for name, value in row.items():
         if not name.endswith("_se"):
-            error = metrics[f"{name}_se"]  # NaN where there is one prompt alone
-            print(f"{name} {value:.4g}" + (f" ± {error:.2g}" if not math.isnan(error) else ""))
+            error = row.get(f"{name}_se", math.nan)  # NaN where there is one prompt alone
+            print(f"{prefix}{name} {value:.4g}" + (f" ± {error:.2g}" if not math.isnan(error) else ""))
+
+
+def evaluate_suites(
+    checkpoint: str | None,
+    sources: Sequence[str],
+    *,
+    options: PromptOptions,
+    check: str,
+    plain: bool,
+    template_options: Sequence[str],
+    untrained: bool,
+    samples: int,
+    max_rows: int | None,
+    sampling: SamplingConfig,
+    seed: int,
+    dtype: str | None,
+    output: Path | None,
+) -> None:
+    """Measure suites, print their metrics, and write what the model made of each question: `results_file`.
+
+    The arguments are the flags of experiments/evaluate.py.
+    """
+    suites = read_suites(sources, options, check=check, max_rows=max_rows, seed=seed)
+    loaded = load_checkpoint(checkpoint, local_mesh, dtype=inference_dtype(dtype), untrained=untrained)
+    check_generates(loaded, f"--checkpoint={checkpoint}")
+    if plain or not loaded.conversational:
+        template = PlainTextTemplate(loaded.tokenizer)
+    else:
+        template = checkpoint_template(loaded, template_options)
+    model = SuiteModel(loaded, template, sampling=sampling, samples=samples, seed=seed)
+    for suite in suites:
+        results = model.measure(suite)
+        if not is_first():
+            continue
+        print(f"{suite.name}: {len(results):,} questions")
+        print_metrics(metrics(results), f"{suite.name}/")
+        file = results_file(loaded.folder, suite.name, untrained, output)
+        if file is not None:
+            write_results(file, results)
+            print(f"{suite.name}: results in {file}")
+
+
+def results_file(folder: Path, suite: str, untrained: bool, output: Path | None) -> Path | None:
+    """Where the results of a suite go: `output`/NAME.jsonl, or for the step folder of a run
+    RUN/suites/NAME/STEP.jsonl, where reports find it; None for any other checkpoint."""
+    if output is not None:
+        return output / f"{suite}.jsonl"
+    if folder.parent.name != "checkpoints":
+        return None
+    return folder.parents[1] / "suites" / suite / f"{0 if untrained else folder.name}.jsonl"

@@ -275,9 +275,12 @@ def complete_prompts(
     sampling: SamplingConfig,
     seed: int,
     dtype: str | None = None,
+    weights: SamplingWeights | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> ScoredCompletions:
     """So many completions of each prompt by a checkpoint, with the rewards that `reward.functions` and
-    `reward.model` of a config name; the reward model computes in `dtype`, as in `load_checkpoint`."""
+    `reward.model` of a config name; the reward model computes in `dtype`, as in `load_checkpoint`. `weights`
+    and `check` are as in `Completer`."""
     rewards = RewardConfig(
         functions=tuple(functions),
         weights=(1.0,) * len(functions),
@@ -312,6 +315,7 @@ def complete_prompts(
             stop_ids=template.stop_ids,
             scorer=scorer,
             length=length,
+            weights=weights,
         )
         return completer(
             loaded.params,
@@ -319,7 +323,7 @@ def complete_prompts(
             group_size=samples,
             sampling=sampling,
             keys=jax.random.split(stream(jax.random.key(seed), EVALUATION), len(prompts) * samples),
-            check=lambda: None,
+            check=check,
         )
 
 

@@ -92,7 +92,7 @@ def test_the_kl_of_a_checkpoint_is_0_to_itself_and_more_to_another(chat_model, t
 def test_bad_input_is_an_error_of_one_line(chat_model, reward_model, questions, tmp_path, capsys):
     required = (f"--checkpoint={chat_model}", f"--input={questions}")
     for flags, line in (
-        ((f"--checkpoint={chat_model}",), "--input=FILE is missing"),
+        ((f"--checkpoint={chat_model}",), "--input=FILE (or --suite=FILE) is missing"),
         (
             (f"--checkpoint={reward_model}", f"--input={questions}"),
             "is a reward model and cannot generate",
