@@ -50,7 +50,7 @@ LAYERS = (
     ("jaxllm.evaluation",),
     ("jaxllm.rl",),
     ("jaxllm.stages",),
-    ("jaxllm.plan", "jaxllm.sweep"),
+    ("jaxllm.plan", "jaxllm.sweep", "jaxllm.synthesize"),
     ("jaxllm.report", "jaxllm.serve"),
     ("jaxllm.pipeline",),
     ("configs", "experiments"),

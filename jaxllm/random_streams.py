@@ -10,6 +10,7 @@ the same numbers. Each therefore folds in its constant first:
               |                               -- SAMPLED_EVALUATION, step
               -- ROLLOUT, iteration, attempt
               -- EVALUATION                              experiments/evaluate.py and the gates of a pipeline
+              -- SYNTHESIS, row                          experiments/synthesize.py
 
 and what needs several keys splits the result. A seed of experiments/generate.py, of a chat or of a request to
 the server is the key of that text alone.
@@ -20,7 +21,8 @@ import functools
 import jax
 
 INIT, RUN = 0, 1  # the halves of split(key(seed)): checkpoints hold the second
-ROLLOUT, EVALUATION, SAMPLED_EVALUATION, SAMPLES, DROPOUT = range(2**31, 2**31 + 5)  # beyond any step
+# Beyond any step.
+ROLLOUT, EVALUATION, SAMPLED_EVALUATION, SAMPLES, DROPOUT, SYNTHESIS = range(2**31, 2**31 + 6)
 
 
 def stream(key: jax.Array, *numbers: int | jax.Array) -> jax.Array:

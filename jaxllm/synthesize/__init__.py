@@ -1,0 +1,1 @@
+"""Data sets that local models write: instructions, answers, and preferences by a judge."""
