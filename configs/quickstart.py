@@ -94,6 +94,11 @@ def get_config(stage: str = "") -> ConfigDict:
     config.grpo.training.steps = 320
     config.grpo.training.evaluate_every = 320
 
+    config.synthesize.rows = 200
+    config.synthesize.answers.sampling.max_new_tokens = 64
+    config.synthesize.filters.refusals += ("it depends", "I am not sure", "I do not know", "hard to say")
+    config.synthesize.filters.near_duplicates = None  # exact ones alone, which need no extra
+
     config.gates.max_rows = 500
     config.gates.max_new_tokens = 64
 
@@ -105,5 +110,6 @@ def get_config(stage: str = "") -> ConfigDict:
     config.expected_seconds.dpo = 57.0
     config.expected_seconds.sft_reasoning = 44.0
     config.expected_seconds.grpo = 193.0
+    config.expected_seconds.synthesize = 20.0
     config.expected_seconds.gates = 61.0
     return pipeline.part(config, stage)

@@ -36,6 +36,10 @@ def get_config(stage: str = "") -> ConfigDict:
             section.data.batch_size = 4
         if "num_held_out" in section.get("sample", {}):
             section.sample.num_held_out = 0
+    config.synthesize.rows = config.synthesize.block_rows = config.synthesize.decode_batch_size = 4
+    config.synthesize.answers.per_instruction = 2
+    config.synthesize.answers.sampling.max_new_tokens = 8
+    config.synthesize.filters.near_duplicates = None
     config.gates.must_pass = False
     config.gates.max_rows, config.gates.max_new_tokens = 8, 4
     config.gates.shown = ("What is an LLM?",)

@@ -46,8 +46,8 @@ def get_config() -> ConfigDict:
     config.judge.model = config_dict.placeholder(str)  # rubric: as answers.model; none: that model
     config.judge.normalize = True  # rewards in standard deviations of the reward model's validation set
     config.judge.rubric = (
-        "You grade answers of an assistant. A good answer does what the instruction asks, is correct, complete "
-        "and clear, and has nothing beside the point."
+        "You grade answers of an assistant. A good answer does what the instruction asks, is correct and "
+        "complete, and has nothing beside the point."
     )
     config.judge.sampling = sampling(temperature=0.0, max_new_tokens=64)
 

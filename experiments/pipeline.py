@@ -49,7 +49,8 @@ def main(config: "PipelineConfig", flags: "FlagValues") -> int:
         return 0
     if flags.workdir is None:
         raise ConfigError("--workdir=FOLDER is missing")
-    scripts = Scripts(Path(__file__).with_name("train.py"), Path(__file__).with_name("gates.py"))
+    names = ("train.py", "synthesize.py", "gates.py")
+    scripts = Scripts(*(Path(__file__).with_name(name) for name in names))
     place = find_place(flags.coordinator, flags.num_processes, flags.process_id)
     given = ("coordinator", "num_processes", "process_id")
     return run_pipeline(

@@ -9,6 +9,7 @@ from configs import (
     pretrain_text,
     reward_model_pairs,
     sft_chat,
+    synthesize,
 )
 from jaxllm.errors import ConfigError
 
@@ -52,6 +53,13 @@ def base(size: str) -> ConfigDict:
 
     config.sft_reasoning.data.rename = ("working=completion",)
 
+    # A set that the SFT model writes and the reward model judges. No stage trains on it.
+    config.synthesize = synthesize.get_config()
+    config.synthesize.rows = 0
+    config.synthesize.seed = config.get_oneway_ref("seed")
+    config.synthesize.instructions.source = "file"
+    config.synthesize.instructions.seeds = config.data.get_oneway_ref("chats")
+
     config.gates = ConfigDict()  # thresholds; gates that the data cannot measure are skipped
     config.gates.must_pass = True  # exit with an error if a gate fails
     config.gates.prompts = ("synthetic:preferences",)  # held out; the rubric needs their `reference`
@@ -74,7 +82,7 @@ def base(size: str) -> ConfigDict:
     config.gates.pass_rise = 0.2  # of held-out pass@1 by GRPO, at least
     config.gates.errors = 5.0  # standard errors by which all other gates must be passed
 
-    config.expected_seconds = ConfigDict(dict.fromkeys((*sources, "gates"), 0.0))  # 0: unknown
+    config.expected_seconds = ConfigDict(dict.fromkeys((*sources, "synthesize", "gates"), 0.0))  # 0: unknown
     return config
 
 
@@ -102,10 +110,11 @@ def on_public_data(config: ConfigDict) -> None:
 
 
 def part(config: ConfigDict, stage: str) -> ConfigDict:
-    """The whole pipeline for ""; or the config of one stage, for experiments/train.py."""
+    """The whole pipeline for ""; or the config of one stage, for experiments/train.py, or of `synthesize`."""
     if not stage:
         return config
-    stages = [name for name in config if "stage" in getattr(config[name], "keys", tuple)()]
+    parts = [name for name in config if hasattr(config[name], "keys")]
+    stages = [name for name in parts if {"stage", "instructions"} & set(config[name].keys())]
     if stage not in stages:
         raise ConfigError(f"no stage {stage!r}: choose one of {', '.join(stages)}")
     return config[stage]

@@ -9,6 +9,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.parallel.sharding import MeshConfig
 from jaxllm.stages import dpo, grpo, ppo, pretrain, reward_model, sft
 from jaxllm.stages.sft import Config as SFTConfig
+from jaxllm.synthesize.config import SynthesizeConfig
 
 # Each run in order, and the one that it is initialized from.
 PARENTS = {
@@ -75,6 +76,7 @@ class ExpectedSeconds:
     dpo: float
     sft_reasoning: float
     grpo: float
+    synthesize: float
     gates: float
 
 
@@ -93,6 +95,7 @@ class PipelineConfig:
     dpo: dpo.Config
     sft_reasoning: SFTConfig
     grpo: grpo.Config
+    synthesize: SynthesizeConfig
     gates: GatesConfig
     expected_seconds: ExpectedSeconds
 

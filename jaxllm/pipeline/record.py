@@ -59,12 +59,15 @@ class Record:
         return {"seed": self.config.seed, **as_dict(self.config.gates)}
 
     def is_done(self, name: str) -> bool:
-        """Whether a stage has finished and its folder is there; gates of another config are not done."""
+        """Whether a stage has finished and its folder is there; gates and a set of another config are
+        not done."""
         entry = self._entry(name)
         if name == "gates":
             measured = (self.folder / "gates.json").exists()
             return measured and entry is not None and entry.get("config") == self.gates_config
-        return entry is not None and (self.folder / name / "config.json").exists()
+        written = as_dict(self.config.synthesize) if name == "synthesize" else None
+        is_same = entry is not None and entry.get("config") == written
+        return is_same and (self.folder / name / "config.json").exists()
 
     def spend(self, name: str, seconds: float, memory: int) -> None:
         """Record what a stage that has not finished took in this invocation and those before it."""
@@ -81,10 +84,13 @@ class Record:
         entry = {"name": name, "workdir": name, "parent": PARENTS.get(name), "command": shown(command)}
         if name == "gates":
             entry["config"] = self.gates_config
+        elif name == "synthesize":
+            entry["config"] = as_dict(self.config.synthesize)
         else:  # they were those of other models
             (self.folder / "gates.json").unlink(missing_ok=True)
         self.value.get("unfinished", {}).pop(name, None)
-        self.value["stages"] = [each for each in self.value["stages"] if each["name"] != name]
+        replaced = (name, "synthesize") if name in PARENTS else (name,)
+        self.value["stages"] = [each for each in self.value["stages"] if each["name"] not in replaced]
         self.value["stages"].append(entry | {"seconds": seconds, "peak_memory_bytes": memory})
         self._write()
 

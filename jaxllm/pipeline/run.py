@@ -41,9 +41,10 @@ END_WITH_PARENT = (sys.executable, "-c", _DIE_TOO) if sys.platform == "linux" el
 
 
 class Scripts(NamedTuple):
-    """The command lines that a pipeline runs, of a stage and of the gates."""
+    """The command lines that a pipeline runs: of a stage, of the synthesized set, of the gates."""
 
     train: Path
+    synthesize: Path
     gates: Path
 
 
@@ -121,7 +122,10 @@ def check_sources(config: PipelineConfig) -> None:
 
     named = {f"data.{field}": names for field, names in vars(config.data).items()}
     named |= {f"{name}.data.held_out": getattr(config, name).data.held_out or () for name in PARENTS}
-    for field, names in {**named, "gates.prompts": config.gates.prompts}.items():
+    named["gates.prompts"] = config.gates.prompts
+    if config.synthesize.rows:
+        named["synthesize.instructions.seeds"] = config.synthesize.instructions.seeds
+    for field, names in named.items():
         for name in names:
             try:
                 check_source(name)
@@ -194,7 +198,19 @@ def stage_commands(
             scripts.train, f"{config_file}:{name}", f"{workdir}/{name}", f"{name}.", **more
         )
     # On a store the pipeline holds the folder, and uploads what is written into its copy.
-    commands["gates"] = command(scripts.gates, config_file, str(folder) if is_url(workdir) else workdir, "")
+    local = str(folder) if is_url(workdir) else workdir
+    if config.synthesize.rows:
+        more = {
+            "config.answers.model": f"{url_of(folder)}/sft",
+            "config.judge.model": f"{url_of(folder)}/reward_model",
+        }
+        if keeps_apart:
+            more["config.filters.evaluation_sets"] = f"{folder}/{HELD_OUT}"
+        file = f"{config_file}:synthesize"
+        commands["synthesize"] = command(
+            scripts.synthesize, file, f"{local}/synthesize", "synthesize.", **more
+        )
+    commands["gates"] = command(scripts.gates, config_file, local, "")
     return commands
 
 
@@ -327,7 +343,10 @@ def warnings(log: Path) -> list[str]:
 
 
 def headline(config: PipelineConfig, folder: Path, name: str) -> str:
-    """The headline metric of a stage, if it is one and has measured it."""
+    """The headline metric of a stage, if it has measured it; of a synthesized set, what is kept of it."""
+    if name == "synthesize":
+        report = json.loads((folder / name / "report.json").read_text())
+        return f"{report['sft']} rows and {report['preferences']} pairs kept of {report['rows']} rows"
     if name not in PARENTS:
         return ""
     metric = find_stage(getattr(config, name).stage).headline.metric

@@ -58,6 +58,8 @@ def read_seeds(config: InstructionsConfig, *, needed: int, most: int, seed: int)
 
     found: list[str] = []
     for name in config.seeds:
+        if len(found) >= most:
+            break
         # Of built-in data a source has as many rows as are asked for, and not all are single instructions.
         found += read_messages(
             name, SeedOptions(config.rename), text, split="train", max_rows=4 * most, seed=seed

@@ -209,6 +209,9 @@ def test_a_folder_that_cannot_be_made_is_named_in_one_line(tmp_path):
             pass
 
 
+SCRIPTS = pipeline.Scripts(*(ROOT / "experiments" / f"{name}.py" for name in pipeline.Scripts._fields))
+
+
 def make_config(**changes):
     config = quickstart.get_config()
     for field, text in changes.items():
@@ -228,7 +231,7 @@ def test_overrides_are_passed_on_to_the_stages():
         config,
         f"{ROOT}/configs/quickstart.py",
         "runs/x",
-        pipeline.Scripts(*(ROOT / "experiments" / f"{name}.py" for name in ("train", "gates"))),
+        SCRIPTS,
     )
     flags = {name: set(command[4:]) for name, command in commands.items()}
     assert flags["pretrain"] == {
@@ -242,19 +245,30 @@ def test_overrides_are_passed_on_to_the_stages():
     assert f"--config.data.held_out={file}" in flags["sft"]
     assert f"--config.data.held_out=('benchmark.jsonl', '{file}')" in flags["dpo"]
     assert "--config.data.text=('mine.txt',)" in flags["gates"]
+    folder = Path("runs/x").absolute()
+    assert flags["synthesize"] == {
+        "--config.seed=3",
+        f"--config.answers.model={folder}/sft",
+        f"--config.judge.model={folder}/reward_model",
+        f"--config.filters.evaluation_sets={file}",
+    }
+    none = make_config(synthesize__rows="0")
+    assert "synthesize" not in pipeline.stage_commands(
+        none, f"{ROOT}/configs/quickstart.py", "runs/x", SCRIPTS
+    )
 
 
 def test_a_pipeline_on_an_object_store_hands_urls_to_its_stages_and_its_copy_to_the_gates(cache):
     url, copy = "memory://bucket/pipe", cache / "workdirs" / "0" / "memory" / "bucket" / "pipe"
-    scripts = pipeline.Scripts(*(ROOT / "experiments" / f"{name}.py" for name in ("train", "gates")))
-    commands = pipeline.stage_commands(make_config(), f"{ROOT}/configs/quickstart.py", url, scripts)
+    commands = pipeline.stage_commands(make_config(), f"{ROOT}/configs/quickstart.py", url, SCRIPTS)
     assert {f"--workdir={url}/sft", f"--init_from={url}/pretrain"} < set(commands["sft"])
     assert f"--config.data.held_out={copy}/held_out.jsonl" in commands["sft"]
     assert f"--config.reward.model={url}/reward_model" in commands["ppo"]
     assert f"--workdir={copy}" in commands["gates"]
+    assert {f"--workdir={copy}/synthesize", f"--config.answers.model={url}/sft"} < set(commands["synthesize"])
     with pytest.raises(ConfigError, match="needs a folder that all of them share"):
         pipeline.run_pipeline(
-            make_config(), config_file="x", workdir=url, scripts=scripts, process_flags={"process_id": "1"}
+            make_config(), config_file="x", workdir=url, scripts=SCRIPTS, process_flags={"process_id": "1"}
         )
 
 
@@ -389,6 +403,14 @@ def test_gates_are_measured_again_with_other_gates_after_a_new_stage_or_without_
     finish(tmp_path, config, "gates")
     (tmp_path / "gates.json").unlink()
     assert not Record(tmp_path, config, "x.py").is_done("gates")
+
+
+def test_a_set_is_synthesized_again_with_another_config_or_after_a_new_stage(tmp_path):
+    config = make_config()
+    assert finish(tmp_path, config, *PARENTS, "synthesize", "gates").is_done("synthesize")
+    assert not Record(tmp_path, make_config(synthesize__rows="50"), "x.py").is_done("synthesize")
+    assert finish(tmp_path, config, "synthesize").is_done("gates")
+    assert not finish(tmp_path, config, "sft").is_done("synthesize")
 
 
 def test_a_stage_whose_folder_was_deleted_takes_those_trained_from_it_along(tmp_path):

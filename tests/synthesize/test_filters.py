@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,8 @@ from jaxllm.synthesize import filters
 from jaxllm.synthesize.config import SynthesizeConfig
 from jaxllm.synthesize.filters import Overlaps, duplicate_finder, select
 
-CONFIG = parse(SynthesizeConfig, load_config("configs/synthesize.py")).filters
+FILE = Path(__file__).parents[2] / "configs" / "synthesize.py"
+CONFIG = parse(SynthesizeConfig, load_config(str(FILE))).filters
 CONFIG = dataclasses.replace(CONFIG, near_duplicates=None, answer_length=(2, 60))
 QUESTION = "Why does the sea look blue on a clear day?"
 
