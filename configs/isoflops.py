@@ -16,7 +16,7 @@ from configs import pretrain_text
 from jaxllm.config import parse
 from jaxllm.models.config import ModelConfig, flops_per_token
 
-SIZES = ((2, 32), (2, 48), (3, 64), (4, 96), (4, 128), (6, 160))  # layers, width
+SIZES = ((1, 16), (2, 24), (2, 32), (2, 48), (3, 64), (4, 96))  # layers, width
 BUDGETS = (2.5e11, 5e11, 1e12, 2e12)  # FLOPs of a run
 
 
@@ -42,9 +42,9 @@ def sweep() -> Iterator[dict[str, Any]]:
             size = {
                 "num_layers": layers,
                 "width": width,
-                "num_heads": width // 16,
-                "num_kv_heads": width // 16,
-                "head_dim": 16,
+                "num_heads": width // 8,
+                "num_kv_heads": width // 8,
+                "head_dim": 8,
                 "mlp_width": 3 * width,
             }
             config.model.update(size)
