@@ -26,9 +26,7 @@ class InitialWeights(NamedTuple):
 
     parent: Path | None  # the step folder they are from; None: they are random
     hash: str
-    params: Callable[
-        ..., Params
-    ]  # the weights themselves, sharded as the run's; keep=True: for the next call
+    params: Callable[..., Params]  # the weights, sharded as the run's; keep=True: the next call has the same
     base: Base | None = None  # with adapters: the checkpoint of the frozen weights
 
 
