@@ -27,8 +27,7 @@ from jaxllm.random_streams import EVALUATION, stream
 from jaxllm.rewards.pool import Scores
 from jaxllm.rewards.reward_model import RewardModel
 from jaxllm.rewards.scorer import TRIAL_ROWS, RewardConfig, RewardScorer, gather_processes
-from jaxllm.rollout.collect import collect
-from jaxllm.rollout.generate import Completions, bucket, gather_completions
+from jaxllm.rollout.collect import Completions, bucket, collect, gather_completions
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.rollout.score import log_probs_in_batches
 from jaxllm.runs.checkpoints import LoadedModel, local_mesh

@@ -18,7 +18,7 @@ from jaxllm.evaluation.left_out import print_left_out
 from jaxllm.evaluation.preference import PairScores, mean, numbered, reward_metrics
 from jaxllm.files import naming
 from jaxllm.rewards.pool import json_value
-from jaxllm.rollout.generate import bucket
+from jaxllm.rollout.collect import bucket
 from jaxllm.runs.checkpoints import LoadedModel, checkpoint_template
 
 BATCH = 16  # sequences scored at a time

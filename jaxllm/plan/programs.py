@@ -11,9 +11,9 @@ from jaxllm.models import Model
 from jaxllm.models.config import flops_per_token
 from jaxllm.parallel.global_arrays import OWN_WEIGHTS, own_mesh, own_shardings
 from jaxllm.rl.config import RolloutTrainConfig
-from jaxllm.rl.rollouts import sampling_model
-from jaxllm.rollout.collect import batch_sizes, free_rows
-from jaxllm.rollout.generate import MIN_SLOTS, bucket, decode, prefill, unstack_jit
+from jaxllm.rl.rollouts import rollout_shapes, sampling_model
+from jaxllm.rollout.collect import bucket
+from jaxllm.rollout.decode import decode, free_rows, prefill, unstack_jit
 from jaxllm.rollout.score import log_probs_in_batches
 from jaxllm.runs.program import Program
 from jaxllm.runs.sampling_weights import SamplingWeights, cast_floats
@@ -50,7 +50,6 @@ def trace(program: Program[Any, Any], step: str, memory: float) -> Step:
     config = program.config
     if step not in steps_of(config):
         raise ConfigError(f"--steps_of: stage={config.stage!r} has no {step}, only train")
-    key = jax.eval_shape(lambda: jax.random.key(0))  # made before the mesh is set: it is not here
     prefix = find_stage(config.stage).policy_prefix
     model = getattr(program.model, prefix) if prefix else program.model
     params = program.placed_state.params
@@ -58,7 +57,7 @@ def trace(program: Program[Any, Any], step: str, memory: float) -> Step:
     with jax.set_mesh(program.mesh):
         if step == "score":
             return trace_score(program, model, params)
-        return trace_rollout(program, sampling_model(model, config.rollout), params, step, key.dtype, memory)
+        return trace_rollout(program, sampling_model(model, config.rollout), params, step, memory)
 
 
 def trace_score(program: Program[Any, Any], model: Model, params: Shapes) -> Step:
@@ -75,9 +74,7 @@ def trace_score(program: Program[Any, Any], model: Model, params: Shapes) -> Ste
     return Step(traced, program.mesh, rows * length, flops, params)
 
 
-def trace_rollout(
-    program: Program[Any, Any], model: Model, params: Shapes, step: str, key_type: Any, memory: float
-) -> Step:
+def trace_rollout(program: Program[Any, Any], model: Model, params: Shapes, step: str, memory: float) -> Step:
     """The prefill of one refill, or decoding with as many cache slots as it may need.
 
     Of several hosts, each samples its own prompts on its own devices if the weights fit there.
@@ -87,24 +84,22 @@ def trace_rollout(
     rollout, mesh, params = config.rollout, *sampled_by(params, mesh, config.rollout, hosts, memory)
     hosts = hosts if mesh is not program.mesh else 1
     new, longest = rollout.sampling.max_new_tokens, config.model.max_length
-    B, _, P = batch_sizes(-(-rollout.num_prompts // hosts), rollout.group_size, rollout.decode_batch_size)
-    T = min(bucket(max(config.data.sequence_length - new, MIN_SLOTS)), longest)  # the longest prompt
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     with jax.set_mesh(mesh):
+        shapes = rollout_shapes(config, mesh, hosts)
+        B, P, T = shapes.batches[-1], shapes.P, shapes.sizes[0]
         params = results(unstack_jit.trace(params))
-        keys = array(P, dtype=key_type)
-        read = prefill.trace(model, params, array(P, T), array(P), array(P), keys, T)
+        read = prefill.trace(model, params, array(P, T))
         if step == "prefill":
             flops = flops_per_token(config.model, T, unembeds=False) / 3 * P * T
             return Step(read, mesh, P * T, flops, params)
         slots = min(bucket(T + new), longest)
-        state = results(free_rows.trace(model, array(B, dtype=key_type), slots))
-        traced = decode.trace(
-            model, params, state, array(1), array(), array(), sampling=rollout.sampling, vocab_size=None
-        )
+        state = results(free_rows.trace(model, B, slots))
+        options = {"stop_ids": array(1), "sampling": rollout.sampling}
+        traced = decode.trace(model, params, state, array(B, dtype=bool), array(), array(), **options)
     flops = flops_per_token(config.model, 2 * slots) / 3 * B  # each attends to all slots
     return Step(traced, mesh, B, flops, params, state.cache)
 

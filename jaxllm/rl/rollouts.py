@@ -18,23 +18,27 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxllm.batches import RolloutBatch
+from jaxllm.config import nearest_multiples
 from jaxllm.data.loader import shuffled_rows
 from jaxllm.data.prompts import Prompt
 from jaxllm.data.rows import Dataset
 from jaxllm.data.show import printable
-from jaxllm.errors import NumericsError
+from jaxllm.errors import ConfigError, NumericsError
 from jaxllm.evaluation.completions import Completer, ScoredCompletions
 from jaxllm.losses import Weighted
 from jaxllm.models import Model, Params, build_model
+from jaxllm.parallel.global_arrays import own_mesh
+from jaxllm.parallel.processes import is_first
 from jaxllm.random_streams import ROLLOUT, stream
 from jaxllm.rewards.pool import Scores, gather
 from jaxllm.rewards.scorer import TRIAL_ROWS, RewardScorer
-from jaxllm.rl.config import RolloutConfig
+from jaxllm.rl.config import RolloutConfig, RolloutTrainConfig
 from jaxllm.rl.health import Health, unrewarded
-from jaxllm.rollout.collect import collect
+from jaxllm.rollout.collect import BatchShapes, collect, row_devices
 from jaxllm.runs.context import RunInputs
 from jaxllm.runs.sampling_weights import SamplingWeights
 from jaxllm.runs.step_by_length import split_batch
@@ -109,18 +113,25 @@ class RolloutSource(BatchSource):
         # Endless: every index has a prompt.
         self.prompts: Any = shuffled_rows(data.train, data.weights, self.program.config.seed)
         sampler = sampling_model(policy, self.config)
+        weights = SamplingWeights(
+            algorithm.policy(self.program.abstract_state.params),
+            self.program.mesh,
+            dtype=self.config.dtype,
+            replicate=self.config.replicate_params,
+        )
+        if weights.copied:  # each process samples its own prompts
+            shapes = rollout_shapes(self.program.config, own_mesh(weights.mesh), jax.process_count())
+        else:
+            shapes = rollout_shapes(self.program.config, weights.mesh)
+        if is_first():
+            print(f"rollouts: {shapes.describe(self.config.sampling.max_new_tokens)}", flush=True)
         self.completer = Completer(
-            sample=partial(collect, sampler, decode_batch_size=self.config.decode_batch_size),
+            sample=partial(collect, sampler, decode_batch_size=self.config.decode_batch_size, shapes=shapes),
             tokenizer=inputs.tokenizer,
             stop_ids=inputs.template.stop_ids,
             scorer=scorer,
             length=self.program.config.data.sequence_length,
-            weights=SamplingWeights(
-                algorithm.policy(self.program.abstract_state.params),
-                self.program.mesh,
-                dtype=self.config.dtype,
-                replicate=self.config.replicate_params,
-            ),
+            weights=weights,
         )
         scorer.try_out([self.prompts[i].row for i in range(TRIAL_ROWS)])
         self.consumed = 0  # prompts, since the run began
@@ -238,6 +249,29 @@ class RolloutSource(BatchSource):
         rollout = join(kept, config)
         timing = {"time/rollout": time.perf_counter() - began - waited, "time/reward": waited}
         return rollout, timing | rollout_metrics(rollout, config) | resampling_metrics(kept, config)
+
+
+def rollout_shapes(config: RolloutTrainConfig, mesh: Mesh, processes: int = 1) -> BatchShapes:
+    """The shapes of all rollouts of a run, which its config alone decides: what they sample compiles nothing.
+
+    Raises ConfigError where the rows cannot be split over the devices of `mesh`.
+    """
+    rollout, new_tokens = config.rollout, config.rollout.sampling.max_new_tokens
+    with jax.set_mesh(mesh):
+        devices = row_devices()
+        if rollout.decode_batch_size % devices:
+            sizes = " or ".join(map(str, nearest_multiples(rollout.decode_batch_size, devices)))
+            raise ConfigError(
+                f"rollout.decode_batch_size={rollout.decode_batch_size} is not divisible by mesh.data x "
+                f"mesh.fsdp = {devices}: use {sizes}"
+            )
+        return BatchShapes.of(
+            -(-rollout.num_prompts // processes),
+            rollout.group_size,
+            rollout.decode_batch_size,
+            config.data.sequence_length - new_tokens,
+            config.model.max_length,
+        )
 
 
 def sampling_model(policy: Model, config: RolloutConfig) -> Model:

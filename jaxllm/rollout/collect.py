@@ -1,179 +1,141 @@
 """Many completions of many prompts, by continuous batching: a fixed number of rows decode together, and a
 waiting completion takes the row of a finished one, so that a few long completions do not delay the others.
 
-Shapes: N prompts, G completions a prompt, B rows decoded together, R rows refilled together, P prompts
-prefilled together, S cache slots. The R rows of a refill come from one prefill of P prompts.
-
-The host schedules three compiled programs: one decodes until R rows are free, which the host reads from the
-`done` flags; a second prefills the next P prompts; a third copies them into the free rows, once for each of
-their completions. All of these shapes are fixed except S, which takes a few sizes.
+Shapes: N prompts, G completions a prompt, B rows decoded together, R rows started together, P prompts
+read together, T prompt positions, S cache slots.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.errors import ConfigError
+from jaxllm.errors import ConfigError, DataError
 from jaxllm.models import Model, Params
-from jaxllm.parallel.global_arrays import to_host
-from jaxllm.rollout.generate import (
-    Completions,
-    DecodeState,
-    bucket,
-    check_prompts,
-    completions,
-    decode,
-    more_slots,
-    pad_prompts,
-    prefill,
-    resize,
-    resize_jit,
-    split_rows,
-    stop_reasons,
-    unstack,
-)
+from jaxllm.parallel.global_arrays import gather, to_host
+from jaxllm.rollout.decode import decode
 from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.rollout.scheduler import Request, Scheduler
 
+MIN_SLOTS = 32  # prompt positions, and slots by which a cache grows: fewer would only add programs
 REFILL_DIVISOR = 8  # R = B / 8: smaller refills leave fewer rows idle, but stop the decode loop more often
-TAIL_DIVISOR = 4  # once no completion waits and at most B / 4 rows are active, the batch shrinks to B / 4
+MIN_BATCH = 8  # the batch is halved as rows end, but not below: fewer rows are hardly faster
 CHUNK_STEPS = 64  # decode steps between two calls of `check`, at most
+UNFINISHED = "unfinished"  # the stop reason of a completion that can be continued
 
 
-@partial(jax.jit, static_argnames=("model", "slots"))
-def free_rows(model: Model, keys: jax.Array, slots: int) -> DecodeState:
-    """A state of one row for each key, all of them done."""
-    rows = jnp.ones(keys.shape, jnp.int32)
-    tokens, log_probs = jnp.zeros((len(rows), slots), jnp.int32), jnp.zeros((len(rows), slots), jnp.float32)
-    cache = model.init_cache(len(rows), slots)
-    state = DecodeState(tokens, log_probs, rows, rows, rows, rows > 0, keys, jnp.int32(0), cache)
-    return split_rows(state)
+class Completions(NamedTuple):
+    """One entry a completion, those of a prompt one after the other, in the order of the prompts."""
+
+    tokens: list[list[int]]  # with the stop token, and nothing after it
+    log_probs: list[np.ndarray]  # float32, nats, under the sampling temperature, before any filter
+    stop_reasons: list[str]  # "stop" (a stop token), "length" (its maximum length), or UNFINISHED
+    steps: int  # decode steps, each of which generates one token for every active row
 
 
-@partial(jax.jit, donate_argnames="state")
-def refill(
-    state: DecodeState, prompts: DecodeState, rows: jax.Array, sources: jax.Array, keys: jax.Array
-) -> DecodeState:
-    """Complete prompt sources[r] with keys[r] in row rows[r]. Row indices beyond the last are dropped."""
-    new = jax.tree.map(lambda array: array[sources] if array.ndim else array, prompts)._replace(keys=keys)
-
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        # Slots beyond the prompt keep the tokens of the previous completion: no row reads a slot before it
-        # has written there.
-        return old.at[rows, *map(slice, new.shape[1:])].set(new, mode="drop") if old.ndim else old
-
-    return split_rows(jax.tree.map(put, state, new))
-
-
-@partial(jax.jit, static_argnames="slots")
-def keep_rows(state: DecodeState, rows: jax.Array, slots: int) -> DecodeState:
-    """The same state with only these rows, and with `slots` slots."""
-    return resize(jax.tree.map(lambda array: array[rows] if array.ndim else array, state), slots)
-
-
-def tail_slots(slots: int, last_slots: int) -> int:
-    """Slots of the smaller batch at the end: all that it may need (a single program), unless that would
-    take more memory than the batch before."""
-    return max(slots, last_slots) if last_slots <= TAIL_DIVISOR * slots else slots
+def gather_completions(own: Completions) -> Completions:
+    """The completions of all processes, each of which has made its own, in the order of the processes."""
+    if jax.process_count() == 1:
+        return own
+    arrays = {
+        "lengths": np.array([len(each) for each in own.tokens], np.int32),
+        "tokens": np.array(list(itertools.chain(*own.tokens)), np.int32),
+        "log_probs": np.concatenate([np.empty(0, np.float32), *own.log_probs]),
+    }
+    tokens: list[list[int]] = []
+    log_probs: list[np.ndarray] = []
+    reasons: list[str] = []
+    steps = []
+    for found, (own_reasons, own_steps) in gather(arrays, (own.stop_reasons, own.steps)):
+        ends = np.cumsum(found["lengths"])[:-1] if len(found["lengths"]) else None
+        if ends is not None:
+            tokens += [each.tolist() for each in np.split(found["tokens"], ends)]
+            log_probs += np.split(found["log_probs"], ends)
+        reasons += own_reasons
+        steps.append(own_steps)
+    return Completions(tokens, log_probs, reasons, max(steps))
 
 
-def batch_sizes(num_prompts: int, group_size: int, decode_batch_size: int) -> tuple[int, int, int]:
-    """(B, R, P) for so many prompts."""
-    number = num_prompts * group_size
-    B = min(decode_batch_size, bucket(number))
-    R = B if number <= B else -(-B // REFILL_DIVISOR)
-    return B, R, min(-(-R // group_size), bucket(num_prompts))
-
-
-class Block(NamedTuple):
-    """Completions that start together, with their prompts."""
-
-    completions: range  # indices of at most R completions
-    prompts: DecodeState  # P prompts, prefilled
-    sources: np.ndarray  # int [R], the index of each completion's prompt among them
-    keys: jax.Array  # PRNG keys [R]
-
-
-def read_blocks(
-    model: Model, params: Params, prompts: tuple[np.ndarray, ...], keys: jax.Array, rows: int, P: int
-) -> Iterator[Block]:
-    """All completions of padded prompts, `rows` at a time. Each prompt is prefilled once, when needed."""
-    tokens, lengths, limits = prompts
-    N, G = len(tokens), len(keys) // len(tokens)
-    for first in range(0, N, P):
-        at = np.minimum(np.arange(first, first + P), N - 1)  # the last prefill may repeat a prompt
-        prefilled = prefill(model, params, tokens[at], lengths[at], limits[at], keys[at * G], tokens.shape[1])
-        end = min(first + P, N) * G
-        for start in range(first * G, end, rows):
-            indices = np.minimum(np.arange(start, start + rows), end - 1)
-            yield Block(range(start, indices[-1] + 1), prefilled, indices // G - first, keys[indices])
-
-
-def decode_chunks(
+def check_prompts(
     model: Model,
-    params: Params,
     prompts: Sequence[Sequence[int]],
-    *,
-    sampling: SamplingConfig,
     stop_ids: Sequence[int],
-    keys: jax.Array,
-    decode_batch_size: int,
-    vocab_size: int | None,
-) -> Iterator[tuple[DecodeState, np.ndarray]]:
-    """Decode all completions. Yields the state, and which completion each row holds (-1: none), whenever rows
-    can be refilled, the cache must grow or CHUNK_STEPS steps are done.
-
-    The arrays of a state are deleted once the next one is requested.
-    """
-    number = len(keys)
-    B, R, P = batch_sizes(len(prompts), number // len(prompts), decode_batch_size)
-    tail = B // TAIL_DIVISOR
-    params = unstack(params)
-    padded = tokens, _, limits = pad_prompts(model, prompts, sampling.max_new_tokens)
-    blocks = read_blocks(model, params, padded, keys, R, P)
-    first_slots = more_slots(model, tokens.shape[1])
-    last_slots = min(bucket(limits.max().item()), model.config.max_length)
-    sampling = replace(sampling, max_new_tokens=1)  # state.limits has it; this way no program depends on it
-    stop_tokens = np.array(stop_ids, np.int32)
-    state = free_rows(model, keys[np.zeros(B, int)], first_slots)
-    started, owners = 0, np.full(B, -1)  # completions started, and the completion of each row
-    while started < number or (owners >= 0).any():
-        free = np.flatnonzero(owners < 0)
-        if len(free) == B and state.tokens.shape[1] > first_slots:
-            state = resize_jit(state, first_slots)
-        while started < number and len(free) >= R:
-            block = next(blocks)
-            rows, free = free[: len(block.completions)], free[len(block.completions) :]
-            dropped = np.full(R - len(rows), B)
-            state = refill(state, block.prompts, np.append(rows, dropped), block.sources, block.keys)
-            owners[rows], started = block.completions, block.completions.stop
-        if started == number and 0 < np.sum(owners >= 0) <= tail < len(owners):
-            rows = np.argsort(owners < 0, stable=True)[:tail]
-            state = keep_rows(state, rows, tail_slots(state.tokens.shape[1], last_slots))
-            owners = owners[rows]
-        if started < number:
-            min_rows = B - R
-        else:
-            min_rows = tail if len(owners) > tail else 0
-        state = decode(
-            model,
-            params,
-            state,
-            stop_tokens,
-            CHUNK_STEPS,
-            min_rows,
-            sampling=sampling,
-            vocab_size=vocab_size,
+    keys: jax.Array | np.ndarray,
+    group_size: int = 1,
+) -> None:
+    """DataError, naming the prompt, where the model cannot complete it, or where keys are missing."""
+    longest, vocab_size = model.config.max_length - 1, model.config.vocab_size
+    if keys.shape != (len(prompts) * group_size,) or not len(prompts):
+        raise DataError(
+            f"keys has shape {keys.shape} for {len(prompts)} prompts x {group_size} completions: pass one "
+            f"key for each completion, and at least one prompt"
         )
-        yield state, owners
-        done, lengths = to_host((state.done, state.lengths))
-        owners[done] = -1
-        if lengths[owners >= 0].max(initial=0) == state.tokens.shape[1]:
-            state = resize_jit(state, more_slots(model, state.tokens.shape[1]))
+    for name, tokens in [("stop_ids", stop_ids), *((f"prompts[{i}]", p) for i, p in enumerate(prompts))]:
+        if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            raise DataError(
+                f"{name} has token ids from {min(tokens)} to {max(tokens)}, "
+                f"which must be from 0 to {vocab_size - 1} (model.vocab_size - 1)"
+            )
+    for i, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= longest:
+            raise DataError(
+                f"prompts[{i}] has {len(prompt)} tokens, must have 1 to {longest} (model.max_length - 1)"
+            )
+
+
+def bucket(size: int) -> int:
+    """`size` rounded up to 2^n or 3 * 2^n."""
+    power = 1 << (size - 1).bit_length()
+    return power * 3 // 4 if size <= power * 3 // 4 else power
+
+
+def row_devices() -> int:
+    """The devices over which the current mesh splits rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp"))
+
+
+class BatchShapes(NamedTuple):
+    """The shapes that compiled programs are made for."""
+
+    batches: list[int]  # B, ascending
+    R: int
+    P: int
+    sizes: list[int]  # T, then those of S, ascending
+
+    @classmethod
+    def of(
+        cls, num_prompts: int, group_size: int, decode_batch_size: int, longest: int, max_length: int
+    ) -> "BatchShapes":
+        """Those for so many prompts of at most `longest` tokens, with completions to `max_length` tokens."""
+        number, devices = num_prompts * group_size, row_devices()
+        B = min(decode_batch_size, bucket(number))
+        R = B if number <= B else -(-B // REFILL_DIVISOR)
+        P = min(-(-R // group_size), bucket(num_prompts))
+        batches = [-(-B // devices) * devices]
+        while batches[0] >= 2 * MIN_BATCH and batches[0] % (2 * devices) == 0:
+            batches.insert(0, batches[0] // 2)
+        sizes = [min(bucket(max(longest, MIN_SLOTS)), max_length)]
+        while sizes[-1] < max_length:
+            sizes.append(min(bucket(sizes[-1] + MIN_SLOTS), max_length))
+        return cls(batches, R, P, sizes)
+
+    def describe(self, max_new_tokens: int) -> str:
+        """How many programs may decode, and of what shapes."""
+        slots = self.sizes[1:] or self.sizes
+        longest = self.sizes[0] + max_new_tokens
+        slots = [size for size, before in zip(slots, [0, *slots], strict=False) if before < longest]
+        rows = ", ".join(map(str, self.batches))
+        return (
+            f"at most {len(self.batches) * len(slots)} compiled programs decode "
+            f"({rows} rows x {', '.join(map(str, slots))} cache slots), and one reads "
+            f"{self.P} x {self.sizes[0]} prompt tokens"
+        )
 
 
 def collect(
@@ -189,6 +151,9 @@ def collect(
     vocab_size: int | None = None,
     check: Callable[[], None] = lambda: None,
     on_done: Callable[[list[int], list[list[int]]], None] = lambda indices, tokens: None,
+    until: Callable[[int], bool] = lambda finished: False,
+    started: Completions | None = None,
+    shapes: BatchShapes | None = None,
 ) -> Completions:
     """Complete each prompt group_size times.
 
@@ -200,28 +165,72 @@ def collect(
       vocab_size: as in `generate`.
       check: called between chunks of decoding; may raise to leave.
       on_done: called with the indices and the tokens of the completions that have just finished.
+      until: asked between chunks, with the number of completions that have finished: once it is true, the
+        others are returned as they are, with the stop reason UNFINISHED.
+      started: what a call with these prompts and keys has returned: only its unfinished completions are
+        continued, to the tokens that they would have had without the interruption.
+      shapes: of other calls, to use their programs; None: those for these prompts.
     """
     for name, value in (("group_size", group_size), ("decode_batch_size", decode_batch_size)):
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
     check_prompts(model, prompts, stop_ids, keys, group_size)
-    tokens: list[list[int]] = [[] for _ in range(len(keys))]
-    log_probs = [np.empty(0) for _ in range(len(keys))]
-    for state, owners in decode_chunks(
-        model,
-        params,
-        prompts,
-        sampling=sampling,
-        stop_ids=stop_ids,
-        keys=keys,
-        decode_batch_size=decode_batch_size,
-        vocab_size=vocab_size,
-    ):
+    requests = make_requests(prompts, keys, sampling.max_new_tokens, model.config.max_length)
+    reasons = [UNFINISHED] * len(requests)
+    if started is not None:
+        reasons = list(started.stop_reasons)
+        for request, tokens, log_probs in zip(requests, started.tokens, started.log_probs, strict=True):
+            request.tokens += tokens
+            request.log_probs += log_probs.tolist()
+    index = {request: i for i, request in enumerate(requests) if reasons[i] == UNFINISHED}
+    waiting = deque(index)
+    if shapes is None:
+        longest = max(map(len, prompts))
+        shapes = BatchShapes.of(len(prompts), group_size, decode_batch_size, longest, model.config.max_length)
+    first = next((i for i, rows in enumerate(shapes.batches) if rows >= len(waiting)), -1)
+    scheduler = Scheduler(model, params, shapes.batches[: first + 1 or None], shapes.sizes)
+    options = {
+        "stop_ids": np.array(stop_ids, np.int32),
+        "sampling": replace(sampling, max_new_tokens=1),  # limits have it; this way no program depends on it
+        "vocab_size": vocab_size,
+    }
+    while (waiting or scheduler.ready or scheduler.active) and not until(len(requests) - len(index)):
+        R = min(shapes.R, len(scheduler.requests))
+        while (waiting or scheduler.ready) and len(scheduler.free) >= R:
+            if not scheduler.ready:
+                scheduler.read(waiting, shapes.P)
+            scheduler.start(shapes.R)
+        if waiting or scheduler.ready:
+            min_rows = len(scheduler.requests) - R
+        else:
+            scheduler.shrink()
+            min_rows = scheduler.smaller_batch()
+        finished = scheduler.decode(decode, CHUNK_STEPS, min_rows, **options)
         check()
-        rows = np.flatnonzero((owners >= 0) & to_host(state.done))
-        finished = owners[rows].tolist()
-        for i, completion in zip(finished, completions(state, rows), strict=True):
-            tokens[i], log_probs[i] = completion
         if finished:
-            on_done(finished, [tokens[i] for i in finished])
-    return Completions(tokens, log_probs, stop_reasons(tokens, stop_ids), int(state.steps))
+            found = [index.pop(request) for request in finished]
+            completed = [request.completion for request in finished]
+            for i, reason in zip(found, stop_reasons(completed, stop_ids), strict=True):
+                reasons[i] = reason
+            on_done(found, completed)
+    scheduler.update()
+    log_probs = [np.array(request.log_probs, np.float32) for request in requests]
+    return Completions([request.completion for request in requests], log_probs, reasons, scheduler.steps)
+
+
+def make_requests(
+    prompts: Sequence[Sequence[int]], keys: jax.Array, max_new_tokens: int, max_length: int
+) -> list[Request]:
+    """A request for each of keys[N * G], those of a prompt one after the other."""
+    data, group_size = to_host(jax.random.key_data(keys)), len(keys) // len(prompts)
+    limits = [min(len(prompt) + max_new_tokens, max_length) for prompt in prompts]
+    return [
+        Request(list(prompts[p]), len(prompts[p]), limits[p], data[p * group_size + g])
+        for p in range(len(prompts))
+        for g in range(group_size)
+    ]
+
+
+def stop_reasons(completions: Iterable[Sequence[int]], stop_ids: Sequence[int]) -> list[str]:
+    """Why each completion ended."""
+    return ["stop" if tokens[-1] in stop_ids else "length" for tokens in completions]

@@ -1,14 +1,12 @@
 """Serving by continuous batching: one thread owns the model, and a fixed number of rows decode together the
 completions of requests that come and go.
 
-Shapes: B rows, S cache slots, T prompt positions, P prompts prefilled together.
-
-Every few steps the decode loop stops, delivers the new tokens, frees the rows of finished and canceled
-requests, and admits waiting ones: a compiled program prefills P prompts, another copies them into free rows.
-A completion depends only on its own prompt, sampling and seed. Sampling parameters are arrays with an entry a
-row, so that requests with different ones decode together. S and T take a few sizes, each four times the one
-before: every size compiles a program, and all requests wait while it compiles. The longest request sets S for
-all rows, so `max_length` limits the memory of the cache.
+Every few steps the scheduler stops decoding, new tokens are delivered, the rows of finished and canceled
+requests become free, and waiting requests take them. A completion depends only on its own prompt, sampling
+and seed. Sampling parameters are arrays with an entry a row, so that requests with different ones decode
+together. Prompt positions and cache slots take a few sizes, each four times the one before: every size
+compiles a program, and all requests wait while it compiles. The longest request sets the slots of all rows,
+so `max_length` limits the memory of the cache.
 
 Texts that are given can be scored as well (`Engine.score`): one between two chunks of decoding.
 """
@@ -27,12 +25,14 @@ import numpy as np
 
 from jaxllm.errors import DataError, RunError
 from jaxllm.models import Model, Params
-from jaxllm.rollout.collect import free_rows, refill
-from jaxllm.rollout.generate import DecodeState, check_prompts, decode_steps, prefill, resize_jit, unstack
-from jaxllm.rollout.sampling import RowSampling, SamplingConfig, row_sampling, sample_rows
+from jaxllm.rollout.collect import check_prompts, stop_reasons
+from jaxllm.rollout.decode import decode_by_row
+from jaxllm.rollout.sampling import SamplingConfig, row_sampling
+from jaxllm.rollout.scheduler import Request as Decoding
+from jaxllm.rollout.scheduler import Scheduler
 
 CHUNK_STEPS = 8  # decode steps, at most, between deliveries of new tokens and admissions of new requests
-MIN_SLOTS = 32  # prompt positions
+MIN_SLOTS = 32  # prompt positions; a cache has GROWTH times as many slots, or more
 GROWTH = 4  # from one size to the next
 PREFILL_BATCH = 8  # prompts prefilled together where more than one waits
 MAX_BATCHED_PROMPT = 512  # tokens; a longer prompt is prefilled alone, not with seven padded to its length
@@ -44,13 +44,11 @@ class Busy(RunError):
     """The queue of waiting requests is full."""
 
 
-@dataclass(eq=False)
-class Request:
-    """A prompt to be completed."""
+@dataclass(eq=False, kw_only=True)
+class Request(Decoding):
+    """A prompt to be completed for someone who waits."""
 
-    prompt: Sequence[int]
     sampling: SamplingConfig
-    seed: int
     on_tokens: Callable[[list[int], str | None], None]  # see Engine.submit
     delivered: int  # tokens of the prompt, and of the completion as far as it has been delivered
     canceled: bool = False
@@ -97,27 +95,6 @@ def score_tokens(model: Model, params: Params, tokens: jax.Array, vocab_size: in
     return tuple(jnp.roll(each, 1, axis=0) for each in scored)
 
 
-@partial(jax.jit, static_argnames=("model", "vocab_size"), donate_argnames="state")
-def decode_rows(
-    model: Model,
-    params: Params,
-    state: DecodeState,
-    active: np.ndarray,
-    sampling: RowSampling,
-    stop_ids: jax.Array,
-    vocab_size: int,
-) -> DecodeState:
-    """At most CHUNK_STEPS decode steps of the active rows, each with its own sampling."""
-
-    def draw(logits: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tokens = sample_rows(logits, keys, sampling, vocab_size)
-        return tokens, jnp.zeros(tokens.shape, jnp.float32)  # log-probs are not used here
-
-    # Steps count from 0 in each chunk: in a server that runs for long they would overflow an int32.
-    state = state._replace(done=state.done | ~active, steps=jnp.int32(0))
-    return decode_steps(model, params, state, stop_ids, CHUNK_STEPS, 0, draw)
-
-
 class Engine:
     """Completes prompts, as many at once as there are rows."""
 
@@ -138,10 +115,10 @@ class Engine:
         self.model, self.stop_ids, self.max_waiting = model, tuple(stop_ids), max_waiting
         self.max_length = min(max_length or model.config.max_length, model.config.max_length)
         self.vocab_size = vocab_size or model.config.vocab_size
-        self._params, self._rows = unstack(params), rows
-        self._first_slots = self._size(GROWTH * MIN_SLOTS)
-        self._state = free_rows(model, jax.random.split(jax.random.key(0), rows), self._first_slots)
-        self._owners: list[Request | None] = [None] * rows
+        sizes = [min(MIN_SLOTS, self.max_length)]
+        while sizes[-1] < self.max_length:
+            sizes.append(min(sizes[-1] * GROWTH, self.max_length))
+        self._scheduler: Scheduler[Request] = Scheduler(model, params, [rows], sizes)
         self._waiting: deque[Request] = deque()
         self._to_score: deque[ScoreRequest] = deque()
         self._changed = threading.Condition()
@@ -167,7 +144,17 @@ class Engine:
         """
         check_prompts(self.model, [prompt], self.stop_ids, np.zeros(1))
         self._check_length(len(prompt) + 1)
-        request = Request(prompt, sampling, seed, on_tokens, delivered=len(prompt))
+        limit = min(len(prompt) + sampling.max_new_tokens, self.max_length)
+        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        request = Request(
+            list(prompt),
+            len(prompt),
+            limit,
+            key,
+            sampling=sampling,
+            on_tokens=on_tokens,
+            delivered=len(prompt),
+        )
         self._enqueue(self._waiting, request)
         return request
 
@@ -198,7 +185,7 @@ class Engine:
     @property
     def num_requests(self) -> int:
         """Requests that are being completed or are waiting."""
-        return sum(owner is not None for owner in self._owners) + len(self._waiting)
+        return len(self._scheduler.active) + len(self._scheduler.ready) + len(self._waiting)
 
     def close(self) -> None:
         """Stop the thread. Unfinished requests get the reason "error"."""
@@ -211,7 +198,7 @@ class Engine:
         try:
             while self._await_work():
                 self._admit()
-                if any(self._owners):
+                if self._scheduler.active:
                     self._decode()
                 self._score_next()
         except BaseException as error:
@@ -220,7 +207,8 @@ class Engine:
         finally:
             with self._changed:
                 self._closed = True
-                unfinished = [owner for owner in self._owners if owner] + list(self._waiting)
+                ready = [request for request, _ in self._scheduler.ready]
+                unfinished = self._scheduler.active + ready + list(self._waiting)
                 unscored = list(self._to_score)
                 self._waiting.clear()
                 self._to_score.clear()
@@ -230,77 +218,54 @@ class Engine:
                 request.on_scores(None)
 
     def _await_work(self) -> bool:
-        """Free the rows of canceled requests, shrink the cache to what the others need, and wait for work.
-        False if the engine is closed."""
-        self._owners = [owner and (None if owner.canceled else owner) for owner in self._owners]
-        longest = max((owner.delivered for owner in self._owners if owner), default=0)
-        needed = max(self._first_slots, self._size(longest + 1))
-        if needed < self._state.tokens.shape[1]:
-            self._state = resize_jit(self._state, needed)  # outside the lock, since it may compile
+        """Free the rows of canceled requests, and wait for work. False if the engine is closed."""
+        for request in self._scheduler.active:
+            if request.canceled:
+                self._scheduler.release(request)
+        self._scheduler.fit()  # outside the lock, since it may compile
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or self._waiting or self._to_score or any(self._owners)
+                lambda: self._closed or self._waiting or self._to_score or self._scheduler.active
             )
             return not self._closed
 
     def _admit(self) -> None:
-        """Prefill the prompts of waiting requests into free rows."""
-        free = [row for row, owner in enumerate(self._owners) if owner is None]
+        """Give free rows to waiting requests."""
+        scheduler = self._scheduler
         with self._changed:
             self._waiting = deque(request for request in self._waiting if not request.canceled)
-            first = list(self._waiting)[: min(len(free), PREFILL_BATCH)]
-            short = list(itertools.takewhile(lambda each: len(each.prompt) <= MAX_BATCHED_PROMPT, first))
-            new = short or first[:1]
-            count = len(new)
+            first = list(self._waiting)[: min(len(scheduler.free), PREFILL_BATCH)]
+            short = list(itertools.takewhile(lambda each: len(each.tokens) <= MAX_BATCHED_PROMPT, first))
+            new = deque(short or first[:1])
             for _ in new:
                 self._waiting.popleft()
-            for row, request in zip(free, new, strict=False):
-                self._owners[row] = request
-        if not new:
-            return
-        P = 1 if count == 1 else PREFILL_BATCH
-        lengths = np.ones(P, np.int32)
-        lengths[:count] = [len(request.prompt) for request in new]
-        T = self._size(max(lengths.max(), MIN_SLOTS))
-        tokens, limits, seeds = np.zeros((P, T), np.int32), lengths.copy(), np.zeros(P, np.uint32)
-        rows = np.full(P, self._rows)  # row B is dropped
-        for i, request in enumerate(new):
-            tokens[i, : lengths[i]], seeds[i], rows[i] = request.prompt, request.seed, free[i]
-            limit = len(request.prompt) + request.sampling.max_new_tokens  # Python ints do not overflow
-            limits[i] = min(limit, self.max_length)
-        if self._state.tokens.shape[1] < T:
-            self._state = resize_jit(self._state, T)
-        keys = jax.vmap(jax.random.key)(seeds)
-        prefilled = prefill(self.model, self._params, tokens, lengths, limits, keys, T)
-        self._state = refill(self._state, prefilled, rows, np.arange(P), keys)
+        if new:
+            P = 1 if len(new) == 1 else PREFILL_BATCH
+            scheduler.read(new, P)
+            scheduler.start(P)
 
     def _decode(self) -> None:
         """Decode a chunk, and deliver the new tokens of each request."""
-        active = np.array([owner is not None for owner in self._owners])
-        config = self.model.config
+        scheduler = self._scheduler
+        decoded = scheduler.active
         sampling = row_sampling(
-            [owner.sampling if owner else IDLE for owner in self._owners], config.vocab_size
+            [request.sampling if request else IDLE for request in scheduler.requests],
+            self.model.config.vocab_size,
         )
-        stop_ids = jnp.array(self.stop_ids)
-        state = decode_rows(
-            self.model, self._params, self._state, active, sampling, stop_ids, self.vocab_size
+        finished = scheduler.decode(
+            decode_by_row,
+            CHUNK_STEPS,
+            0,
+            stop_ids=np.array(self.stop_ids, np.int32),
+            sampling=sampling,
+            vocab_size=self.vocab_size,
         )
-        tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
-        self._state, longest = state, 0
-        for row, request in enumerate(self._owners):
-            if request is None:
-                continue
-            new = tokens[row, request.delivered : lengths[row]].tolist()
-            request.delivered = int(lengths[row])
-            reason = None
-            if done[row]:
-                reason, self._owners[row] = "stop" if new[-1] in self.stop_ids else "length", None
-            else:
-                longest = max(longest, request.delivered)
+        scheduler.update()
+        for request in decoded:
+            new, request.delivered = request.tokens[request.delivered :], len(request.tokens)
+            reason = stop_reasons([new], self.stop_ids)[0] if request in finished else None
             if new:
                 request.on_tokens(new, reason)
-        if longest == state.tokens.shape[1]:
-            self._state = resize_jit(state, self._size(longest + 1))
 
     def _score_next(self) -> None:
         """Score the next text that waits."""
@@ -311,19 +276,12 @@ class Engine:
         if request is None:
             return
         count = len(request.tokens)
-        tokens = np.zeros(self._size(max(count, MIN_SLOTS)), np.int32)
+        tokens = np.zeros(self._scheduler.size(count), np.int32)
         tokens[:count] = request.tokens
-        scores = jax.device_get(score_tokens(self.model, self._params, tokens, self.vocab_size))
+        scores = jax.device_get(score_tokens(self.model, self._scheduler.params, tokens, self.vocab_size))
         with self._changed:
             self._to_score.popleft()  # only now: an error above is delivered to it too
         request.on_scores(Scores(*(each[:count] for each in scores)))
-
-    def _size(self, length: int) -> int:
-        """`length` rounded up to one of a few sizes, at most max_length."""
-        size = MIN_SLOTS
-        while size < length:
-            size *= GROWTH
-        return min(size, self.max_length)
 
 
 IDLE = SamplingConfig(temperature=0.0, top_k=None, top_p=None, min_p=None, max_new_tokens=1)

@@ -14,7 +14,8 @@ from jaxllm.models import Model, Params
 from jaxllm.parallel.global_arrays import share
 from jaxllm.parallel.processes import is_first
 from jaxllm.random_streams import SAMPLES, stream
-from jaxllm.rollout.generate import Completions, gather_completions, generate
+from jaxllm.rollout.collect import Completions, gather_completions
+from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import RunContext

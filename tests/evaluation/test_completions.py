@@ -8,7 +8,7 @@ from jaxllm.data.prompts import Prompt
 from jaxllm.evaluation.completions import Completer
 from jaxllm.rewards.pool import Scores
 from jaxllm.rewards.scorer import RewardConfig, RewardScorer
-from jaxllm.rollout.generate import Completions
+from jaxllm.rollout.collect import Completions
 from jaxllm.rollout.sampling import SamplingConfig
 
 ANSWER = "It is 2.</think> <answer>2</answer>"

@@ -18,7 +18,7 @@ from jaxllm.rl.rollouts import (
     resampling_metrics,
     rollout_metrics,
 )
-from jaxllm.rollout.generate import Completions
+from jaxllm.rollout.collect import Completions
 from jaxllm.stages import grpo, ppo
 
 NAN = float("nan")

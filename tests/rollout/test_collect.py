@@ -1,5 +1,6 @@
 """A completion does not depend on the rest of its batch, and no row waits for a longer one."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -9,7 +10,8 @@ import pytest
 from jaxllm.errors import ConfigError, DataError, Stopped
 from jaxllm.parallel.sharding import MeshConfig, make_mesh, shardings
 from jaxllm.rollout import collect as module
-from jaxllm.rollout.collect import CHUNK_STEPS, collect
+from jaxllm.rollout import scheduler
+from jaxllm.rollout.collect import CHUNK_STEPS, UNFINISHED, BatchShapes, collect
 from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig
 
@@ -116,15 +118,15 @@ def test_on_done_is_called_while_other_completions_are_active(model, params, pro
 def test_a_prompt_is_prefilled_once_for_all_its_completions(model, params, prompts, keys, monkeypatch):
     prefilled = []
 
-    def recorded(model, params, tokens, lengths, *rest):
-        prefilled.extend(row[:length].tolist() for row, length in zip(tokens, lengths, strict=True))
-        return prefill(model, params, tokens, lengths, *rest)
+    def recorded(model, params, tokens):
+        prefilled.extend(tokens.tolist())
+        return prefill(model, params, tokens)
 
-    prefill = module.prefill
-    monkeypatch.setattr(module, "prefill", recorded)
+    prefill = scheduler.prefill
+    monkeypatch.setattr(scheduler, "prefill", recorded)
     few = replace(SAMPLED, max_new_tokens=2)
     rollout(model, params, prompts, keys, group_size=3, sampling=few)
-    assert prefilled == prompts
+    assert [row[: len(prompt)] for row, prompt in zip(prefilled, prompts, strict=True)] == prompts
 
 
 def test_short_completions_do_not_wait_for_a_long_one(model, params, tiny, keys):
@@ -145,10 +147,11 @@ def test_the_last_active_rows_decode_in_a_smaller_batch(model, params, tiny, key
 
     decode = module.decode
     monkeypatch.setattr(module, "decode", recorded)
+    monkeypatch.setattr(module, "MIN_BATCH", 2)
     prompts = [[1] * (tiny.max_length - left) for left in (1, 2, 3, 1, 8, 1, 2, 3)]
     collected = rollout(model, params, prompts, keys[:8], stop_ids=())
     assert list(map(len, collected.tokens)) == [1, 2, 3, 1, 8, 1, 2, 3]
-    assert sizes == [8, 2]
+    assert sizes == [8, 4, 2]
 
 
 def test_rounds_share_a_few_programs(counted, no_compilation, params, tiny, keys):
@@ -158,15 +161,80 @@ def test_rounds_share_a_few_programs(counted, no_compilation, params, tiny, keys
     def run(seed):
         rollout(model, params, rounds[seed], keys[seed % 2], group_size=3)
 
-    # Prompts are prefilled in one shape; 8 rows decode in 64 and 96 slots, the last 2 in 96.
+    # Prompts are prefilled in one shape; 8 rows decode in 64 and 96 slots.
     for seed in range(6):
         run(seed)
-    assert sorted(traced) == [(1, 32), (2, 1), (8, 1), (8, 1)]
+    assert sorted(traced) == [(1, 32), (8, 1), (8, 1)]
     # The copies from one size to another may be compiled later, but only once.
     with no_compilation():
         for seed in range(6, 9):
             run(seed)
-    assert len(traced) == 4
+    assert len(traced) == 3
+
+
+def test_rollouts_of_varying_prompts_share_their_programs(counted, no_compilation, params, tiny):
+    """Whatever their number and lengths: a run knows its programs when it starts."""
+    model, traced = counted
+    shapes = BatchShapes.of(8, 3, 16, longest=40, max_length=tiny.max_length)
+    assert shapes == ([8, 16], 2, 1, [48, 96, 128, 192, 256])
+    assert shapes.describe(40) == (
+        "at most 2 compiled programs decode (8, 16 rows x 96 cache slots), and one reads 1 x 48 prompt tokens"
+    )
+
+    numbers = (8, 1, 3, 7, 1, 8)
+    keys = [jax.random.split(jax.random.key(number), number * 3) for number in numbers]
+
+    def run(i):
+        rng = np.random.default_rng(i)
+        lengths = rng.integers(1, 41 if i % 2 else 10, numbers[i])
+        prompts = [rng.integers(0, tiny.vocab_size, length).tolist() for length in lengths]
+        rollout(model, params, prompts, keys[i], group_size=3, decode_batch_size=16, shapes=shapes)
+
+    for i in range(2):
+        run(i)
+    assert sorted(traced) == [(1, 48), (8, 1), (16, 1)]
+    with no_compilation():
+        for i in range(2, len(numbers)):
+            run(i)
+
+
+# Rows that are stopped and continued
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+def test_stopped_completions_continue_to_the_same_tokens(model, params, prompts, keys, expected, sampling):
+    """Stopped after every two chunks; those that had begun are read again."""
+    done, collected, stopped = [], None, 0
+    calls = itertools.count(1)
+    while collected is None or UNFINISHED in collected.stop_reasons:
+        collected = rollout(
+            model,
+            params,
+            prompts,
+            keys,
+            group_size=3,
+            sampling=sampling,
+            decode_batch_size=16,
+            on_done=lambda indices, _: done.extend(indices),
+            until=lambda finished: next(calls) % 3 == 0,
+            started=collected,
+        )
+        stopped += sum(
+            len(tokens) > 0 and reason == UNFINISHED
+            for tokens, reason in zip(collected.tokens, collected.stop_reasons, strict=True)
+        )
+    static = expected[sampling]
+    assert_same(collected, static.tokens, static.log_probs, static.stop_reasons)
+    assert sorted(done) == list(range(63)), "each is finished once"
+    assert stopped > 20, "the test needs completions that are continued"
+
+
+def test_until_is_given_how_many_have_finished(model, params, prompts, keys):
+    collected = rollout(model, params, prompts, keys[::3], until=lambda finished: finished >= 5)
+    finished = [reason != UNFINISHED for reason in collected.stop_reasons]
+    assert 5 <= sum(finished) < 21
+    assert len(collected.tokens) == len(collected.log_probs) == 21
+    assert [len(x) for x in collected.tokens] == [len(x) for x in collected.log_probs]
 
 
 # Stopping, and invalid arguments

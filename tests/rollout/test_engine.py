@@ -12,8 +12,9 @@ import pytest
 from jaxllm.errors import DataError, RunError
 from jaxllm.models import Transformer
 from jaxllm.rollout import engine as module
+from jaxllm.rollout import scheduler
 from jaxllm.rollout.engine import TOP_SCORES, Busy, Engine
-from jaxllm.rollout.generate import generate, resize_jit
+from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig, row_sampling, sample, sample_rows
 
 PLAIN = SamplingConfig(temperature=1.0, top_k=None, top_p=None, min_p=None, max_new_tokens=30)
@@ -146,9 +147,10 @@ def test_the_cache_shrinks_once_the_longest_request_is_done_though_others_go_on(
 
     def resize(state, slots):
         resized.append((slots, engine.num_requests))
-        return resize_jit(state, slots)
+        return module_resize(state, slots)
 
-    monkeypatch.setattr(module, "resize_jit", resize)
+    module_resize = scheduler.resize
+    monkeypatch.setattr(scheduler, "resize", resize)
     engine, limit = start(stop_ids=()), replace(PLAIN, max_new_tokens=100)
     alone = submit(engine, [5], limit).all()
     short, both = Listener(), threading.Event()
@@ -172,9 +174,10 @@ def test_a_request_can_be_submitted_while_the_cache_shrinks(start, monkeypatch):
         if slots < state.tokens.shape[1]:
             began.set()
             resume.wait(60)
-        return resize_jit(state, slots)
+        return module_resize(state, slots)
 
-    monkeypatch.setattr(module, "resize_jit", resize_slowly)
+    module_resize = scheduler.resize
+    monkeypatch.setattr(scheduler, "resize", resize_slowly)
     engine = start()
     submit(engine, [1] * 150).all()
     assert began.wait(60)
@@ -194,8 +197,8 @@ def test_prompts_longer_than_the_limit_are_prefilled_alone(start, monkeypatch):
         shapes.append(tokens.shape)
         return module_prefill(model, params, tokens, *arguments)
 
-    module_prefill = module.prefill
-    monkeypatch.setattr(module, "prefill", prefill)
+    module_prefill = scheduler.prefill
+    monkeypatch.setattr(scheduler, "prefill", prefill)
     monkeypatch.setattr(module, "MAX_BATCHED_PROMPT", 40)
     engine = start(stop_ids=())
     submit(engine, [1], replace(PLAIN, max_new_tokens=100)).next()  # the next ones wait for its chunk
@@ -247,7 +250,7 @@ def test_max_length_limits_prompt_completion_and_cache(start):
     engine = start(stop_ids=(), max_length=128)
     tokens, reason = submit(engine, [1] * 121, replace(PLAIN, max_new_tokens=100)).all()
     assert (len(tokens), reason) == (7, "length")
-    assert engine._state.tokens.shape[1] == 128
+    assert engine._scheduler.slots == 128
     with pytest.raises(DataError, match="129 tokens do not fit max_length=128"):
         submit(engine, [1] * 128)
 

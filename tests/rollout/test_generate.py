@@ -12,8 +12,9 @@ from jaxllm.errors import DataError
 from jaxllm.losses.language_model import token_log_probs
 from jaxllm.models import build_model
 from jaxllm.parallel.sharding import MeshConfig, make_mesh, shardings
-from jaxllm.rollout.collect import collect
-from jaxllm.rollout.generate import bucket, decode, generate, prefill_prompts, stream
+from jaxllm.rollout.collect import bucket, collect
+from jaxllm.rollout.decode import decode, free_rows
+from jaxllm.rollout.generate import generate, stream
 from jaxllm.rollout.sampling import SamplingConfig, sample
 
 GREEDY = SamplingConfig(temperature=0.0, top_k=None, top_p=None, min_p=None, max_new_tokens=20)
@@ -199,9 +200,9 @@ def test_sizes_are_rounded_up_by_at_most_half(size, expected):
     assert bucket(size) == expected
 
 
-def test_the_cache_is_donated(model, params, prompts, keys):
-    state = prefill_prompts(model, params, prompts, keys, max_new_tokens=2)
-    decode(model, params, state, jnp.array([], jnp.int32), 2, 0, sampling=GREEDY)
+def test_the_cache_is_donated(model, params):
+    state = free_rows(model, 2, 32)
+    decode(model, params, state, np.ones(2, bool), 2, 0, stop_ids=np.array([1], np.int32), sampling=GREEDY)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
 
 

@@ -39,7 +39,7 @@ def test_two_checkpoints_are_compared_blindly_and_the_row_tells_which_is_which(m
             prompt = model.template.prompt(row["prompt"])
             expected = generate(
                 model.engine.model,
-                model.engine._params,
+                model.engine._scheduler.params,
                 [prompt],
                 sampling=SamplingConfig(**row["sampling"]),
                 stop_ids=model.template.stop_ids,
