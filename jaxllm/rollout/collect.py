@@ -187,8 +187,8 @@ def collect(
     if shapes is None:
         longest = max(map(len, prompts))
         shapes = BatchShapes.of(len(prompts), group_size, decode_batch_size, longest, model.config.max_length)
-    first = next((i for i, rows in enumerate(shapes.batches) if rows >= len(waiting)), -1)
-    scheduler = Scheduler(model, params, shapes.batches[: first + 1 or None], shapes.sizes)
+    batches = [rows for rows in shapes.batches if rows < 2 * len(waiting)] or shapes.batches[:1]
+    scheduler = Scheduler(model, params, batches, shapes.sizes)
     options = {
         "stop_ids": np.array(stop_ids, np.int32),
         "sampling": replace(sampling, max_new_tokens=1),  # limits have it; this way no program depends on it

@@ -119,6 +119,8 @@ class Scheduler(Generic[AnyRequest]):
             np.stack([request.key for request in requests]),
         )
         self._state = start_rows(self._state, tokens, cache, starts)
+        if not self.ready:
+            self._read = None  # frees the cache
 
     def decode(
         self, program: Callable[..., DecodeState], max_steps: int, min_rows: int, **options: Any
