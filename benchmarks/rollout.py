@@ -3,31 +3,39 @@
     python benchmarks/rollout.py [--config=FILE] [--prompts=32] [--group=8] [--rows=64] [--rounds=3] [--peer]
 
 The weights are random, so sampling is close to uniform, and with a fraction of the vocabulary as stop tokens
-the lengths are `geometric`: of mean --new / 4, truncated at --new. `equal` has no stop tokens. The
-implementations take turns in each round. Tokens per second are medians over the rounds, and the ratio is the
-median of the rounds' ratios. Implementations sample different tokens, so each is measured by its own.
+the lengths are `geometric`: of mean --new / 4, truncated at --new. `equal` has no stop tokens. Each
+implementation has a process of its own, and they take turns in each round. Tokens per second and ratios are
+medians over the rounds, with the quartiles in brackets. Implementations sample different tokens, so each is
+measured by its own.
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.contestants import Contestant, Turns, compare
+from benchmarks.generate import show_rates
 from benchmarks.peers import llama_config
 from jaxllm.config import load_config, parse
 from jaxllm.models import ModelConfig, build_model
 from jaxllm.rollout.collect import collect
 from jaxllm.rollout.generate import generate
 from jaxllm.rollout.sampling import SamplingConfig
+from jaxllm.runs.process import set_up_process
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 Run = Callable[[list[list[int]], Sequence[int]], int]  # prompts, stop ids -> number of tokens generated
+OURS = ("collect", "generate, static batches")
 
 
 def our_runs(config: ModelConfig, group: int, rows: int, new_tokens: int) -> dict[str, Run]:
@@ -64,65 +72,67 @@ def our_runs(config: ModelConfig, group: int, rows: int, new_tokens: int) -> dic
     return {"collect": continuous, "generate, static batches": static}
 
 
-def transformers_run(config: ModelConfig, group: int, rows: int, new_tokens: int) -> dict[str, Run]:
+def ours(
+    name: str,
+    config: ModelConfig,
+    shape: tuple[int, int, int],
+    prompts: list[list[int]],
+    stop_ids: Sequence[int],
+    turns: Turns,
+) -> None:
+    """One of `our_runs`, in a process set up as by experiments/train.py."""
+    set_up_process()
+    run, calls, compiled = our_runs(config, *shape)[name], 0, []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(seconds) if "backend_compile" in event else None
+    )
+
+    def turn() -> int:
+        nonlocal calls
+        compiled.clear()
+        tokens, calls = run(prompts, stop_ids), calls + 1
+        if calls == 1:
+            print(f"  {name}: {len(compiled)} programs compiled in {sum(compiled):.1f} s", flush=True)
+        else:
+            assert not compiled, f"{name} compiled {len(compiled)} programs after warm-up"
+        return tokens
+
+    turns.repeat(turn)
+
+
+def transformers(
+    llama: "LlamaConfig",
+    shape: tuple[int, int, int],
+    prompts: list[list[int]],
+    stop_ids: Sequence[int],
+    turns: Turns,
+) -> None:
+    """transformers' generate, in static batches."""
     import torch
     from transformers import GenerationConfig, LlamaForCausalLM
 
-    llama = LlamaForCausalLM(llama_config(config)).eval()
+    (group, rows, new_tokens), model = shape, LlamaForCausalLM(llama).eval()
+    generation = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=True,
+        top_k=0,
+        pad_token_id=0,
+        eos_token_id=list(stop_ids) or None,
+    )
+    repeated = torch.tensor([prompt for prompt in prompts for _ in range(group)])
 
-    def run(prompts, stop_ids):
-        generation = GenerationConfig(
-            max_new_tokens=new_tokens,
-            do_sample=True,
-            top_k=0,
-            pad_token_id=0,
-            eos_token_id=list(stop_ids) or None,
-        )
-        repeated = [prompt for prompt in prompts for _ in range(group)]
+    def turn() -> int:
         total = 0
-        for start in range(0, len(repeated), rows):
+        for batch in repeated.split(rows):
             with torch.inference_mode():
-                batch = torch.tensor(repeated[start : start + rows])
-                out = llama.generate(
+                out = model.generate(
                     batch, attention_mask=torch.ones_like(batch), generation_config=generation
                 )[:, batch.shape[1] :]
             stopped = torch.isin(out, torch.tensor(stop_ids, dtype=torch.long)).int()
             total += int((stopped.cumsum(1) - stopped == 0).sum())  # up to and including the first stop
         return total
 
-    return {"transformers, static batches": run}
-
-
-def compare(runs: dict[str, Run], prompts: list[list[int]], stop_ids: Sequence[int], rounds: int) -> None:
-    compilations = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compilations.append(seconds) if "backend_compile" in event else None
-    )
-    rates, cpu_rates = {name: [] for name in runs}, {name: [] for name in runs}
-    for turn in range(rounds + 1):  # the first compiles and warms up
-        for name, run in runs.items():
-            compilations.clear()
-            start, cpu_start = time.perf_counter(), time.process_time()
-            tokens = run(prompts, stop_ids)
-            rates[name].append(tokens / (time.perf_counter() - start))
-            cpu_rates[name].append(tokens / (time.process_time() - cpu_start))
-            if turn == 0:
-                print(f"  {name}: {tokens} tokens, {len(compilations)} programs in {sum(compilations):.1f} s")
-            else:
-                assert not compilations, f"{name} compiled {len(compilations)} programs after warm-up"
-    ours = next(iter(runs))
-    for name in runs:
-        ratios = [
-            statistics.median(
-                our / their for our, their in zip(table[ours][1:], table[name][1:], strict=True)
-            )
-            for table in (rates, cpu_rates)
-        ]
-        print(
-            f"  {name:30s} {statistics.median(rates[name][1:]):8.0f} tokens/s; "
-            f"{ours} is {ratios[0]:.2f}x as fast, {ratios[1]:.2f}x by CPU time",
-            flush=True,
-        )
+    turns.repeat(turn)
 
 
 def main() -> None:
@@ -138,14 +148,19 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", default=["geometric", "equal"])
     flags = parser.parse_args()
     config = parse(ModelConfig, load_config(str(flags.config)).model)
-    shape = config, flags.group, flags.rows, flags.new
-    runs = {**our_runs(*shape), **(transformers_run(*shape) if flags.peer else {})}
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(0, config.vocab_size, (flags.prompts, flags.prompt)).tolist()
+    shape = flags.group, flags.rows, flags.new
+    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (flags.prompts, flags.prompt)).tolist()
     for lengths in flags.lengths:
-        stops = 4 * config.vocab_size // flags.new if lengths == "geometric" else 0
+        stop_ids = range(4 * config.vocab_size // flags.new if lengths == "geometric" else 0)
         print(f"{lengths} lengths, {flags.prompts} prompts x {flags.group}, {flags.rows} rows at a time")
-        compare(runs, prompts, range(stops), flags.rounds)
+        contestants: dict[str, Contestant] = {
+            name: partial(ours, name, config, shape, prompts, stop_ids) for name in OURS
+        }
+        if flags.peer:
+            peer = partial(transformers, llama_config(config), shape, prompts, stop_ids)
+            contestants["transformers, static batches"] = peer
+        results = compare(contestants, rounds=flags.rounds, warm_up=1)
+        show_rates(results, "tokens/s")
 
 
 if __name__ == "__main__":
