@@ -39,6 +39,8 @@ STAGE_NAMES_IN = ("jaxllm.stages", "jaxllm.pipeline", "configs")
 OTHER_MEANINGS = {
     ("jaxllm.losses.grpo", "grpo"): "a variant of the loss",
     ("experiments.evaluate", "reward_model"): "a flag",
+    ("jaxllm.synthesize.config", "reward_model"): "a kind of judge",
+    ("jaxllm.synthesize.run", "reward_model"): "a kind of judge",
 }
 
 
