@@ -108,6 +108,9 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.max_rows = 500  # held-out windows, the first of each source; None: all
     config.evaluation.num_sources = config_dict.placeholder(int)  # of the first sources alone; None: of all
+    config.evaluation.suites = ()  # files of questions to measure (docs/how-to/evaluate.md)
+    config.evaluation.suites_every = config_dict.placeholder(int)  # steps; None: training.evaluate_every
+    config.evaluation.max_new_tokens = 64  # of completions of a suite's prompts, which are greedy
 
     config.sample = ConfigDict()
     config.sample.prompts = ("",)  # texts to continue; "": the start of a document

@@ -65,6 +65,9 @@ ADDED: dict[str, tuple[str, Any]] = {
     "model.scale_embeddings": ("model.tie_embeddings", False),
     "mesh.sequence": ("mesh.tensor", 1),
     "trackio_project": ("wandb_project", None),
+    "evaluation.suites": ("evaluation.max_rows", []),
+    "evaluation.suites_every": ("evaluation.max_rows", None),
+    "evaluation.max_new_tokens": ("evaluation.max_rows", 64),
     "model.lora": (
         "model.param_dtype",
         {

@@ -17,6 +17,7 @@ from jaxllm.config import load_config, override, parse
 from jaxllm.evaluation.completions import ScoredCompletions, completion_metrics
 from jaxllm.evaluation.perplexity import RowSums, evaluate
 from jaxllm.evaluation.preference import PairScores, dpo_metrics, reward_metrics
+from jaxllm.evaluation.suites import METRICS, SUITES
 from jaxllm.losses import Weighted
 from jaxllm.rewards.pool import Scores
 from jaxllm.stages import build_program, find_stage
@@ -189,6 +190,7 @@ def held_out_metrics():
         *reward_metrics(pairs),
         *dpo_metrics(pairs, **dpo),
         *evaluate({}, [None], lambda params, batch: sums, lambda: None),
+        *(f"{SUITES}mine/{name}" for name in METRICS),
         *completion_metrics(completions, 1, "eval/"),
         *completion_metrics(completions, 4, "eval/sampled_"),
     }

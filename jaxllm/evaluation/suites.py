@@ -26,7 +26,8 @@ from jaxllm.evaluation.perplexity import ratio
 from jaxllm.rewards.load import load_reward
 
 Kind = Literal["choices", "answer", "text"]
-METRICS = {  # unit, and which values are better
+SUITES = "eval/suite/"  # with NAME/METRIC, a metric of a run
+METRICS: dict[str, tuple[str, Literal["lowest", "highest"]]] = {  # unit, and which values are better
     "accuracy": ("fraction of questions", "highest"),
     "accuracy_normalized": ("fraction of questions", "highest"),
     "exact_match": ("fraction of completions", "highest"),

@@ -110,12 +110,15 @@ class RolloutTrainConfig(TrainConfig):
         if not self.reward.functions and self.reward.model is None:
             raise ConfigError("reward.functions and reward.model are both empty: name one")
         rollout = self.rollout
-        for name in ("steps", "log_every", "evaluate_every", "sample_every", "checkpoint_every"):
-            value = getattr(self.training, name)
+        names = ("steps", "log_every", "evaluate_every", "sample_every", "checkpoint_every")
+        intervals = {f"training.{name}": getattr(self.training, name) for name in names}
+        for name, value in (
+            intervals | {"evaluation.suites_every": self.evaluation.suites_every or 0}
+        ).items():
             if value % rollout.steps:  # it would happen in the middle of an iteration
                 sizes = " or ".join(map(str, nearest_multiples(value, rollout.steps)))
                 raise ConfigError(
-                    f"training.{name}={value} must be a multiple of rollout.epochs x "
+                    f"{name}={value} must be a multiple of rollout.epochs x "
                     f"rollout.num_minibatches = {rollout.steps}: use {sizes}"
                 )
         if self.data.batch_size != rollout.rows // rollout.num_minibatches:

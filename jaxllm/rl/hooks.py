@@ -14,6 +14,7 @@ from jaxllm.data.rows import Rows
 from jaxllm.data.show import show_mask
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.evaluation.completions import ScoredCompletions, completion_metrics, completion_rows
+from jaxllm.evaluation.suite_hook import suite_hooks
 from jaxllm.files import write_text
 from jaxllm.parallel.processes import is_first
 from jaxllm.random_streams import EVALUATION, SAMPLED_EVALUATION, SAMPLES, stream
@@ -27,10 +28,11 @@ from jaxllm.training.state import TrainState
 
 
 def make_hooks(context: RunContext[Any, Any]) -> list[Hook]:
-    """Evaluation on held-out prompts; samples, and the last rollout as a table."""
+    """Evaluation on held-out prompts and on suites; samples, and the last rollout as a table."""
     source = context.source
     assert isinstance(source, RolloutSource)
-    return [*evaluation_hooks(context, source), samples_hook(context, source)]
+    suites = suite_hooks(context, source.algorithm.policy)
+    return [*evaluation_hooks(context, source), *suites, samples_hook(context, source)]
 
 
 def evaluation_hooks(context: RunContext[Any, Any], source: RolloutSource) -> list[Hook]:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxllm.batches import RolloutBatch
 from jaxllm.data.prompts import load_prompts, prompt_texts
 from jaxllm.data.rows import Dataset
+from jaxllm.evaluation.suite_hook import check_suites
 from jaxllm.rewards.reward_model import RewardModel, check_reward_model
 from jaxllm.rewards.scorer import RewardScorer
 from jaxllm.rl.config import RolloutTrainConfig
@@ -18,6 +19,7 @@ from jaxllm.runs.context import RunInputs
 def load(inputs: RunInputs[Any, Any]) -> Dataset:
     """Prompts to train on and to evaluate on."""
     config = inputs.program.config
+    check_suites(config)
     if config.reward.model is not None:  # before anything is read
         check_reward_model(config.reward.model)
     return load_prompts(

@@ -36,11 +36,18 @@ class EvaluationConfig:
 
     max_rows: int | None  # from the first of each source, in proportion to their rows; None: all
     num_sources: int | None  # of the first sources alone, where others are mixed in; None: of all
+    suites: tuple[str, ...]  # files of questions: docs/how-to/evaluate.md
+    suites_every: int | None  # steps between two measurements of the suites; None: training.evaluate_every
+    max_new_tokens: int  # of a completion of a suite's prompt
 
     def __post_init__(self):
         for name in ("max_rows", "num_sources"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"evaluation.{name}={value} must be at least 1, or none for all")
+        if (self.suites_every or 0) < 0:
+            raise ConfigError(f"evaluation.suites_every={self.suites_every} must not be negative")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"evaluation.max_new_tokens={self.max_new_tokens} must be at least 1")
 
 
 @dataclass(frozen=True)

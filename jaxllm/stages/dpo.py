@@ -19,6 +19,7 @@ from jaxllm.data.rows import Dataset
 from jaxllm.errors import ConfigError
 from jaxllm.evaluation.preference import dpo_metrics, score_pairs
 from jaxllm.evaluation.reference import reference_log_probs
+from jaxllm.evaluation.suite_hook import suite_hooks
 from jaxllm.losses import Weighted, add_auxiliary, dpo_loss
 from jaxllm.losses.dpo import check_dpo_options
 from jaxllm.models import Model, Params, build_model
@@ -196,10 +197,11 @@ def load(inputs: RunInputs[Config, Model]) -> Dataset:
 
 
 def make_hooks(context: RunContext[Config, Model]) -> list[Hook]:
-    """Implicit rewards of the held-out pairs."""
+    """Implicit rewards of the held-out pairs, and suites."""
     options = asdict(context.program.config.objective)
     score = functools.partial(score_batch, model=context.program.model)
-    return evaluation_hooks(
+    pairs = evaluation_hooks(
         context,
         lambda params, pairs: dpo_metrics(score_pairs(params, pairs, score, context.check), **options),
     )
+    return [*pairs, *suite_hooks(context)]

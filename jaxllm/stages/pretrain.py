@@ -13,6 +13,7 @@ from jaxllm.data.rows import Dataset
 from jaxllm.data.text import TextConfig, load_text, text_documents
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.evaluation.perplexity import evaluate, row_sums
+from jaxllm.evaluation.suite_hook import check_suites, suite_hooks
 from jaxllm.losses import Weighted, add_auxiliary, linear_cross_entropy
 from jaxllm.models import Model, Params, build_model
 from jaxllm.models.lora import dropout_key
@@ -97,14 +98,15 @@ def tokenizer_text(config: Config) -> Iterable[str]:
 def load(inputs: RunInputs[Config, Model]) -> Dataset:
     """Windows to train and to validate on."""
     config = inputs.program.config
+    check_suites(config)
     with first_alone("tokenized text"):
         folder = inputs.bad_rows_folder
         return load_text(config.data, inputs.tokenizer, seed=config.seed, run_folder=folder)
 
 
 def make_hooks(context: RunContext[Config, Model]) -> list[Hook]:
-    """Continuations of the config's prompts, and bits per byte of the held-out windows."""
-    return [sampling_hook(context), *perplexity_hooks(context)]
+    """Continuations of the config's prompts, bits per byte of the held-out windows, and suites."""
+    return [sampling_hook(context), *perplexity_hooks(context), *suite_hooks(context)]
 
 
 def perplexity_hooks(context: RunContext[Any, Model]) -> list[Hook]:

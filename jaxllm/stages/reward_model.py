@@ -15,7 +15,9 @@ import numpy as np
 from jaxllm.batches import PairBatch
 from jaxllm.data.preferences import PreferenceConfig, load_preferences, preference_texts
 from jaxllm.data.rows import Dataset
+from jaxllm.errors import ConfigError
 from jaxllm.evaluation.preference import reward_metrics, score_pairs
+from jaxllm.evaluation.suite_hook import check_suites
 from jaxllm.losses import Weighted, add_auxiliary, bradley_terry_loss
 from jaxllm.models import Params, ScalarModel, build_scalar_model
 from jaxllm.models.lora import dropout_key
@@ -65,6 +67,13 @@ class Config(TrainConfig):
     objective: ObjectiveConfig
     data: PreferenceConfig
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.evaluation.suites:
+            raise ConfigError(
+                "evaluation.suites is not supported: a reward model cannot generate; set it to ()"
+            )
+
 
 def loss_fn(
     params: Params, batch: PairBatch, key: jax.Array, *, model: ScalarModel, center_coefficient: float
@@ -112,6 +121,7 @@ def tokenizer_text(config: Any) -> Iterator[str]:
 def load(inputs: RunInputs[Any, Any]) -> Dataset:
     """Pairs to train and to validate on."""
     config, folder = inputs.program.config, inputs.bad_rows_folder
+    check_suites(config)
     return load_preferences(
         config.data, inputs.tokenizer, inputs.template, seed=config.seed, run_folder=folder
     )

@@ -14,6 +14,7 @@ from jaxllm.data.chat import ChatConfig, ChatDataset, chat_texts, load_chats
 from jaxllm.data.show import show_mask
 from jaxllm.errors import ConfigError
 from jaxllm.evaluation.preference import fraction, numbered
+from jaxllm.evaluation.suite_hook import check_suites, suite_hooks
 from jaxllm.losses import Weighted, add_auxiliary, aggregate, linear_cross_entropy, linear_token_log_probs
 from jaxllm.models import Model, Params, build_model
 from jaxllm.models.lora import dropout_key
@@ -133,12 +134,13 @@ def tokenizer_text(config: Config) -> Iterator[str]:
 def load(inputs: RunInputs[Config, Model]) -> ChatDataset:
     """Conversations to train and to validate on."""
     config, folder = inputs.program.config, inputs.bad_rows_folder
+    check_suites(config)
     return load_chats(config.data, inputs.tokenizer, inputs.template, seed=config.seed, run_folder=folder)
 
 
 def make_hooks(context: RunContext[Config, Model]) -> list[Hook]:
-    """Completions, and the loss of the held-out rows."""
-    return [completions_hook(context), *perplexity_hooks(context)]
+    """Completions, the loss of the held-out rows, and suites."""
+    return [completions_hook(context), *perplexity_hooks(context), *suite_hooks(context)]
 
 
 def completions_hook(context: RunContext[Config, Model]) -> Hook:

@@ -1,5 +1,7 @@
 """PPO in whole runs: initialization, updates of policy and critic, rewards, resuming."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -20,6 +22,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ppo")
     make_policy(folder)
     train_reward_model(folder, "reward")
+    suite = {"prompt": "aa?", "choices": ["aa", "ee"], "answer": 0}
+    (folder / "suite.jsonl").write_text(json.dumps(suite))
     return folder
 
 
@@ -43,13 +47,15 @@ def configure(folder, **changes):
         "objective__critic_warmup": 1,
         "training__checkpoint_every": 2,
         "checkpoint__keep": 9,
+        "evaluation__suites": folder / "suite.jsonl",
+        "evaluation__suites_every": 4,
     }
     return make_config("ppo", **(usual | changes))
 
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    """A run of four rollouts with two updates on each."""
+    """A run of four rollouts with two updates on each, and a suite after the last."""
     return run(configure(folder), folder / "whole", init_from=folder / "policy")
 
 
@@ -131,6 +137,7 @@ def test_the_reference_stays_the_initial_policy(folder, tmp_path, monkeypatch):
 
 def test_the_kl_coefficient_falls_below_the_target_and_rises_above_it(whole):
     rows = rows_of(whole)
+    assert "eval/suite/suite/accuracy" in rows[8]
     kls = [rows[step]["kl/reference"] for step in (2, 4, 6, 8)]
     coefficients = [rows[step]["kl/coefficient"] for step in (2, 4, 6, 8)]
     coefficients.append(metadata_of(whole)["kl_coefficient"])

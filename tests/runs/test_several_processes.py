@@ -1,5 +1,6 @@
 """A run of two processes, stopped and resumed, has the numbers, samples and rows of a run of one."""
 
+import json
 import signal
 import time
 
@@ -23,12 +24,24 @@ def folder(tmp_path_factory):
     """Rows, a reward, and a policy that ends its completions."""
     folder = tmp_path_factory.mktemp("processes")
     make_policy(folder)
+    suites = {
+        "mc": [{"prompt": f"{i}?", "choices": ["aa", "no", "yes"], "answer": i} for i in range(3)],
+        "qa": [{"prompt": f"{i}?", "answer": "no"} for i in range(3)],
+    }
+    for name, rows in suites.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def changes(folder):
     rewards = f"{folder}/mine.py:vowels"
-    return {**CHANGES, "data__train": folder / "prompts.jsonl", "reward__functions": rewards}
+    return {
+        **CHANGES,
+        "data__train": folder / "prompts.jsonl",
+        "reward__functions": rewards,
+        "evaluation__suites": f"{folder}/mc.jsonl,{folder}/qa.jsonl",
+        "evaluation__max_new_tokens": 4,
+    }
 
 
 def start(folder, workdir):
@@ -84,7 +97,8 @@ def test_two_processes_stopped_and_resumed_equal_one(folder, tmp_path):
             np.testing.assert_allclose(
                 found[step][name], value, rtol=1e-4, atol=1e-5, err_msg=f"{step} {name}"
             )
-    assert files(two, "samples", "evals") == files(one, "samples", "evals")
+    assert {"eval/suite/mc/accuracy", "eval/suite/qa/exact_match_se"} <= expected[4].keys()
+    assert files(two, "samples", "evals", "suites/qa") == files(one, "samples", "evals", "suites/qa")
     weights = arrays_of(one, "params/")
     for name, content in arrays_of(two, "params/").items():
         ours, theirs = (np.frombuffer(each, np.float32) for each in (content, weights[name]))
