@@ -22,7 +22,7 @@ from jaxllm.evaluation.pass_at_k import pass_at_k
 from jaxllm.evaluation.perplexity import row_sums
 from jaxllm.evaluation.suites import Question, Result, Score, Suite
 from jaxllm.models import Params
-from jaxllm.rollout.generate import bucket
+from jaxllm.rollout.collect import bucket
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.rollout.score import InBatches
 from jaxllm.runs.checkpoints import LoadedModel

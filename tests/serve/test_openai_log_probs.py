@@ -18,7 +18,9 @@ def generated(model):
     greedy = replace(SAMPLING, temperature=0.0)
     prompt, engine = model.template.prompt(REQUEST["messages"]), model.engine
     keys, stop_ids = jax.random.key(7)[None], model.template.stop_ids
-    made = generate(engine.model, engine._scheduler.params, [prompt], sampling=greedy, stop_ids=stop_ids, keys=keys)
+    made = generate(
+        engine.model, engine._scheduler.params, [prompt], sampling=greedy, stop_ids=stop_ids, keys=keys
+    )
     return prompt, made.tokens[0], made.log_probs[0]
 
 
