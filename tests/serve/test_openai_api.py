@@ -219,7 +219,7 @@ def test_tokens_after_a_stop_text_are_neither_sent_nor_counted(model, text, stop
         for piece in pieces[:-1]:
             queue.put_nowait((piece, None))
         queue.put_nowait((pieces[-1], "length"))
-        request = Request([1], SAMPLING, 0, print, 1)
+        request = Request([1], 1, 2, None, sampling=SAMPLING, on_tokens=print, delivered=1)
         chunks = [chunk async for chunk in CompletionStream(queue, request, model.tokenizer, stop, True)]
         assert request.canceled
         return "".join(chunk.text for chunk in chunks), [i for chunk in chunks for i in chunk.tokens]
