@@ -46,7 +46,8 @@ def test_kernels_are_cast_where_they_are_and_what_is_computed_in_float32_is_kept
         for path, x in jax.tree_util.tree_leaves_with_path(cast)
         if x.dtype == jnp.float32
     }
-    assert len(kept) < len(jax.tree.leaves(cast)) / 2
+    norms = len(kept) - ("['scalar_head']['kernel']" in kept)
+    assert 0 < norms < len(kept) < len(jax.tree.leaves(cast)) / 2
     assert all("norm" in name or "scalar_head" in name for name in kept)
     moved = jax.tree.map(lambda x, y: not y.sharding.is_equivalent_to(x.sharding, x.ndim), params, cast)
     assert not any(jax.tree.leaves(moved))
