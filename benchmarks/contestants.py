@@ -14,6 +14,7 @@ is pickled: a function of a module, or a `partial` of one.
 """
 
 import multiprocessing
+import os
 import re
 import statistics
 import time
@@ -67,8 +68,17 @@ def peak_memory() -> int:
     return 1024 * int(found[1])
 
 
-def compare(contestants: Mapping[str, Contestant], *, rounds: int, warm_up: int = 0) -> dict[str, list[Turn]]:
+def compare(
+    contestants: Mapping[str, Contestant],
+    *,
+    rounds: int,
+    warm_up: int = 0,
+    variables: Mapping[str, Mapping[str, str]] | None = None,
+) -> dict[str, list[Turn]]:
     """All turns of every contestant, without the `warm_up` first of each.
+
+    `variables`: of a contestant's environment, by its name; the settings of malloc that this process was
+    started with are not passed on.
 
     They set up one after the other, then take one turn each in every round, so that load on the machine
     affects all. Raises RuntimeError where a contestant fails; its traceback is on stderr.
@@ -85,6 +95,8 @@ def compare(contestants: Mapping[str, Contestant], *, rounds: int, warm_up: int 
 
     try:
         for name, contestant in contestants.items():
+            os.environ.pop("GLIBC_TUNABLES", None)
+            os.environ.update((variables or {}).get(name, {}))
             connections[name], theirs = spawn.Pipe()
             processes[name] = spawn.Process(target=_run, args=(contestant, theirs))
             processes[name].start()

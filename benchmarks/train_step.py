@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.contestants import Contestant, Turns, compare, ratio
 from benchmarks.peers import llama_config
-from jaxllm.config import run_script
+from jaxllm.config import HUGE_PAGES, run_script
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
@@ -134,7 +134,7 @@ def main(config: "TrainConfig", flags: "FlagValues") -> None:
             contestants[name] = partial(peer, llama, rows, length, compiled, flags.steps)
     rate = matmul_rate()
     print(f"matmuls on this machine: {rate / 1e9:,.0f} GFLOP/s", flush=True)
-    results = compare(contestants, rounds=flags.rounds, warm_up=1)
+    results = compare(contestants, rounds=flags.rounds, warm_up=1, variables={"jaxllm": HUGE_PAGES})
     tokens, flops = flags.steps * rows * length, flops_per_token(config.model, length)
     for name, turns in results.items():
         low, middle, high = statistics.quantiles([turn.seconds for turn in turns], n=4)

@@ -473,7 +473,6 @@ def test_one_flag_names_the_folder_of_all_caches(monkeypatch, tmp_path, hf_home)
         monkeypatch.setenv("HF_HOME", hf_home)
     compiled = {}
     monkeypatch.setattr(jax.config, "update", compiled.__setitem__)
-    monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
     found = []
 
     def main(config, flags):
