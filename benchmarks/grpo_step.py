@@ -6,8 +6,9 @@ Steps of jaxllm are those of `experiments/train.py`: its rollouts, reward proces
 Both have random weights of the same shape, float32, prompts of random tokens, AdamW, no reference model and
 one update per rollout. `equal`: there is no stop token, so every completion has the maximum length.
 `geometric`: a fraction of the vocabulary are stop tokens, so the mean length is a quarter of the maximum.
-The implementations take turns. Results are medians over the steps, and the ratio is the median of the turns'
-ratios. `generate alone` generates as many completions in static batches of --rows, as benchmarks/rollout.py.
+Each has a process of its own, and they take turns. Results are medians over the steps, and the ratio is the
+median of the turns' ratios. `generate alone` generates as many completions in static batches of --rows, as
+benchmarks/rollout.py.
 
 Phases: rollout, from prompts to decoded completions; reward, waiting for rewards after the last completion;
 score, all else before the gradient. Score includes the old log-probs, which TRL does not compute where they
@@ -20,13 +21,11 @@ For a fair comparison with TRL:
 - TRL needs an EOS token: it gets one for which the model has no logit, and the stop tokens are in the model's
   generation config, which TRL follows;
 - gradient checkpointing, bfloat16, saving and logging, on by default in TRL, are off;
-- TRL's trainer owns the loop: jaxllm takes its turn in a callback at the end of TRL's steps;
+- TRL's process has imported this script, and with it JAX, which takes 0.1 GB;
 - completions change during training: the learning rate is so small that their lengths stay the same.
 """
 
 import argparse
-import operator
-import resource
 import statistics
 import sys
 import tempfile
@@ -34,7 +33,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -44,16 +45,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.contestants import Contestant, Turn, Turns, compare, ratio
 from benchmarks.peers import even_words, llama_config
 from benchmarks.rollout import our_runs
 from configs import grpo_problems
-from jaxllm.config import load_config, parse
+from jaxllm.config import HUGE_PAGES, load_config, parse
 from jaxllm.data.examples import Example
 from jaxllm.data.prompts import Prompts
 from jaxllm.data.rows import Dataset
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.runs.context import InitialWeights, RunInputs
-from jaxllm.runs.process import keep_freed_memory
+from jaxllm.runs.process import set_up_process
 from jaxllm.runs.program import Program
 from jaxllm.stages import build_program, grpo
 from jaxllm.training.metrics import to_scalars
@@ -64,12 +66,11 @@ REWARD = Path(__file__).with_name("peers.py")
 
 
 class Step(NamedTuple):
-    """Measurements of one step."""
+    """What one step did."""
 
-    seconds: float
-    cpu_seconds: float
     tokens: int  # generated
     phases: dict[str, float]  # seconds, by PHASES
+    compiled: int = 0  # programs, since the first step
 
     @property
     def rate(self) -> float:
@@ -85,6 +86,7 @@ class Words(BaseTokenizer):
     def __init__(self, vocab_size: int):
         self.pieces = [f" w{i}" for i in range(vocab_size)]
         self.token_bytes = [piece.encode() for piece in self.pieces]
+        self.special_ids = {}
 
 
 def make_config(flags: argparse.Namespace) -> grpo.Config:
@@ -111,6 +113,10 @@ def our_steps(
     """The measurements of one step after another, taken as by the training loop."""
     rows = [Example((ids,), (np.zeros(len(ids), bool),), "", "prompt", row={}) for ids in prompts]
     data = Dataset((Prompts(rows),), (), (), "", "")
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
+    )
     state = program.fresh_state()
     inputs = RunInputs(
         program,
@@ -122,19 +128,27 @@ def our_steps(
     with closing(grpo.make_source(inputs, data)) as source:
         batches = source.batches(state, lambda: None)
         for step in count(1):
-            began, cpu_began = time.perf_counter(), time.process_time()
             state, metrics = train_step(state, next(batches))
             source.after_step(state)
             row = source.finish_row(step, to_scalars(metrics, "train"))
-            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
             tokens = round(row["completion/mean_length"] * program.config.rollout.rows)
-            yield Step(seconds, cpu_seconds, tokens, {name: row[f"time/{name}"] for name in PHASES})
+            yield Step(tokens, {name: row[f"time/{name}"] for name in PHASES}, len(compiled))
 
 
-def generate_alone(
-    config: grpo.Config, prompts: np.ndarray, stop_ids: tuple[int, ...]
-) -> Callable[[], float]:
-    """A function that generates as many completions, without training, and returns tokens per second."""
+def ours(config: grpo.Config, prompts: np.ndarray, stop_ids: tuple[int, ...], turns: Turns) -> None:
+    """One step a turn, in a process set up as by experiments/train.py."""
+    set_up_process()
+    program = build_program(config)
+    began = time.perf_counter()
+    train_step = program.compile()
+    print(f"{program.describe()}\ntrain step compiled in {time.perf_counter() - began:.1f} s", flush=True)
+    with jax.set_mesh(program.mesh), closing(our_steps(program, train_step, prompts, stop_ids)) as steps:
+        turns.repeat(steps.__next__)
+
+
+def generate_alone(config: grpo.Config, prompts: np.ndarray, stop_ids: tuple[int, ...], turns: Turns) -> None:
+    """As many completions a turn, without training; tokens per second."""
+    set_up_process()
     rollout = config.rollout
     runs = our_runs(
         config.model, rollout.group_size, rollout.decode_batch_size, rollout.sampling.max_new_tokens
@@ -145,18 +159,13 @@ def generate_alone(
         began = time.perf_counter()
         return runs["generate, static batches"](first, stop_ids) / (time.perf_counter() - began)
 
-    return run
+    turns.repeat(run)
 
 
-def run_trl(
-    config: grpo.Config,
-    prompts: np.ndarray,
-    stop_ids: tuple[int, ...],
-    *,
-    steps: int,
-    after_step: Callable[[Step], None],
+def trl(
+    config: grpo.Config, prompts: np.ndarray, stop_ids: tuple[int, ...], steps: int, turns: Turns
 ) -> None:
-    """Train with TRL and call `after_step` after each of its steps."""
+    """One step of TRL's trainer a turn."""
     from datasets import Dataset as TextDataset
     from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback
     from transformers.utils import logging
@@ -185,15 +194,14 @@ def run_trl(
             with timed("before the update"):
                 return super()._generate_and_score_completions(inputs)
 
-    class Turns(TrainerCallback):
+    class TakeTurns(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.began, self.cpu_began = time.perf_counter(), time.process_time()
+            turns.begin()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds, cpu_seconds = time.perf_counter() - self.began, time.process_time() - self.cpu_began
             took["score"] = took["before the update"] - took["rollout"] - took["reward"]
-            took["update"] = seconds - took["before the update"]
-            after_step(Step(seconds, cpu_seconds, took["tokens"], {name: took[name] for name in PHASES}))
+            took["update"] = time.perf_counter() - turns.began - took["before the update"]
+            turns.end(Step(took["tokens"], {name: took[name] for name in PHASES}))
 
     logging.set_verbosity_error()
     llama = LlamaForCausalLM(llama_config(config.model))
@@ -206,7 +214,7 @@ def run_trl(
             args=trl_arguments(config, folder, steps),
             train_dataset=TextDataset.from_dict({"prompt": texts}),
             processing_class=trl_tokenizer(config.model.vocab_size),
-            callbacks=[Turns()],
+            callbacks=[TakeTurns()],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -255,69 +263,36 @@ def trl_tokenizer(vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="w0")
 
 
-def compare(
-    program: Program, train_step: Callable[..., Any], flags: argparse.Namespace, stop_ids: tuple[int, ...]
-) -> None:
-    """Let the implementations take turns and print a table."""
-    config = program.config
-    compilations: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, fun_name="", **_: (
-            compilations.append(fun_name) if "backend_compile" in event else None
-        )
-    )
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(0, config.model.vocab_size, (16 * flags.prompts, flags.prompt))
-    generate_as_much = generate_alone(config, prompts, stop_ids)
-    turns: dict[str, list[Step]] = {"jaxllm": []}
-    rates_alone: list[float] = []
-    with closing(our_steps(program, train_step, prompts, stop_ids)) as steps:
-
-        def take_turns() -> None:
-            if len(rates_alone) == flags.warm_up:
-                compilations.clear()
-            turns["jaxllm"].append(next(steps))
-            rates_alone.append(generate_as_much())
-
-        def after_trl(step: Step) -> None:
-            turns.setdefault("TRL", []).append(step)
-            take_turns()
-
-        total = flags.warm_up + flags.steps
-        if flags.peer:
-            run_trl(config, prompts, stop_ids, steps=total, after_step=after_trl)
-        else:
-            for _ in range(total):
-                take_turns()
-    report(turns, flags.warm_up)
-    ours, alone = [step.rate for step in turns["jaxllm"][flags.warm_up :]], rates_alone[flags.warm_up :]
-    share = statistics.median(map(operator.truediv, ours, alone))
-    print(f"  generate alone {statistics.median(alone):,.0f} tokens/s, the rollout reaches {share:.0%} of it")
-    print(f"  {len(compilations)} programs were compiled after the warm-up {compilations or ''}", flush=True)
-
-
-def report(turns: dict[str, list[Step]], warm_up: int) -> None:
+def report(results: dict[str, list[Turn]]) -> None:
     """Print a line per implementation, and the ratios."""
-    print(f"  {'':8s} {'s/step':>7s} {'tokens/s':>9s}" + "".join(f"{name:>9s}" for name in PHASES))
-    timed = {name: steps[warm_up:] for name, steps in turns.items()}
-    for name, steps in timed.items():
-        seconds, rate = (statistics.median(getattr(s, field) for s in steps) for field in ("seconds", "rate"))
-        shares = [statistics.median(s.phases[phase] / s.seconds for s in steps) for phase in PHASES]
-        first = " and ".join(f"{step.seconds:.1f}" for step in turns[name][:warm_up])
-        print(
-            f"  {name:8s} {seconds:7.2f} {rate:9,.0f}"
-            + "".join(f"{share:9.1%}" for share in shares)
-            + f"   (first steps {first} s)"
-        )
-    if "TRL" in timed:
-        pairs = [
-            (theirs.seconds / our.seconds, theirs.cpu_seconds / our.cpu_seconds, our.rate / theirs.rate)
-            for our, theirs in zip(timed["jaxllm"], timed["TRL"], strict=True)
+    alone = results.pop("generate alone")
+    print(
+        f"  {'':8s} {'s/step':>7s} {'tokens/s':>9s}" + "".join(f"{name:>9s}" for name in PHASES) + "   peak"
+    )
+    for name, turns in results.items():
+        seconds = statistics.median(turn.seconds for turn in turns)
+        shares = [
+            statistics.median(turn.value.phases[phase] / turn.seconds for turn in turns) for phase in PHASES
         ]
-        step, cpu, rollout = map(statistics.median, zip(*pairs, strict=True))
+        print(
+            f"  {name:8s} {seconds:7.2f} {statistics.median(turn.value.rate for turn in turns):9,.0f}"
+            + "".join(f"{share:9.1%}" for share in shares)
+            + f"{turns[-1].peak_bytes / 1e9:5.2f} GB"
+        )
+    our = results["jaxllm"]
+    if "TRL" in results:
+        step, cpu = (ratio(results["TRL"], our, attrgetter(name)) for name in ("seconds", "cpu_seconds"))
+        rollout = ratio(our, results["TRL"], attrgetter("value.rate"))
         print(
             f"  jaxllm is {step:.2f}x as fast, {cpu:.2f}x by CPU time; its rollout is {rollout:.2f}x as fast"
         )
+    share = statistics.median(step.value.rate / rate.value for step, rate in zip(our, alone, strict=True))
+    rate = statistics.median(turn.value for turn in alone)
+    print(f"  generate alone {rate:,.0f} tokens/s, the rollout reaches {share:.0%} of it")
+    print(
+        f"  {our[-1].value.compiled - our[0].value.compiled} programs were compiled between timed steps",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -343,18 +318,21 @@ def main() -> None:
         help="old log-probs by the trainer",
     )
     flags = parser.parse_args()
-    keep_freed_memory()  # as experiments/train.py does; it applies to TRL too, in the same process
-    program = build_program(make_config(flags))
-    began = time.perf_counter()
-    train_step = program.compile()
-    print(f"{program.describe()}\ntrain step compiled in {time.perf_counter() - began:.1f} s", flush=True)
-    with jax.set_mesh(program.mesh):
-        for lengths in flags.lengths:
-            stops = 4 * program.config.model.vocab_size // flags.new if lengths == "geometric" else 0
-            print(f"{lengths} lengths, {flags.prompts} x {flags.group}, {flags.prompt} + {flags.new} tokens")
-            compare(program, train_step, flags, tuple(range(stops)))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"peak memory of this process, all implementations: {peak:.2f} GB")
+    config = make_config(flags)
+    vocab_size = config.model.vocab_size
+    prompts = np.random.default_rng(0).integers(0, vocab_size, (16 * flags.prompts, flags.prompt))
+    for lengths in flags.lengths:
+        print(f"{lengths} lengths, {flags.prompts} x {flags.group}, {flags.prompt} + {flags.new} tokens")
+        stop_ids = tuple(range(4 * vocab_size // flags.new if lengths == "geometric" else 0))
+        contestants: dict[str, Contestant] = {
+            "jaxllm": partial(ours, config, prompts, stop_ids),
+            "generate alone": partial(generate_alone, config, prompts, stop_ids),
+        }
+        if flags.peer:
+            # One step more: at its end TRL would also leave its loop.
+            contestants["TRL"] = partial(trl, config, prompts, stop_ids, flags.warm_up + flags.steps + 1)
+        huge = {"jaxllm": HUGE_PAGES, "generate alone": HUGE_PAGES}
+        report(compare(contestants, rounds=flags.steps, warm_up=flags.warm_up, variables=huge))
 
 
 if __name__ == "__main__":
