@@ -88,6 +88,8 @@ def read_suites(
     Raises DataError that names the file and line of a row that cannot be used, and ConfigError for two
     suites of one name or an unknown function.
     """
+    if tasks := [source for source in sources if source.startswith("lm_eval:")]:
+        raise ConfigError(f"evaluation.suites: {tasks[0]} is measured by experiments/evaluate.py alone")
     suites = [read_suite(source, options, check, max_rows, seed) for source in sources]
     counts = Counter(suite.name for suite in suites)
     for name, count in counts.items():

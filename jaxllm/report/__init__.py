@@ -13,6 +13,7 @@ from jaxllm.report.html import to_html
 from jaxllm.report.markdown import to_markdown
 from jaxllm.report.runs import Run, read_all
 from jaxllm.report.sections import pipeline_report, run_report
+from jaxllm.report.suites import suite_section
 from jaxllm.report.sweep import sweep_report, to_csv
 from jaxllm.sweep.goal import find_goal
 from jaxllm.sweep.record import FILE as SWEEP_FILE
@@ -32,7 +33,9 @@ def write_report(runs: Sequence[Path], folder: Path) -> Path:
     if len(found) > 1:
         report = comparison_report(found)
     else:
-        report = run_report(found[0]) if isinstance(found[0], Run) else pipeline_report(found[0])
+        (only,) = found
+        report = run_report(only) if isinstance(only, Run) else pipeline_report(only)
+        report.blocks.extend(suite_section([only] if isinstance(only, Run) else only.stages))
     return write_files(folder, report)
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from jaxllm.evaluation.suites import SUITES
 from jaxllm.report.curves import compared_curves, comparison_gallery, curve_title
 from jaxllm.report.document import Block, Code, Heading, Paragraph, Report, Table, number, with_error
 from jaxllm.report.estimates import Estimate, difference, over_seeds
@@ -21,6 +22,7 @@ from jaxllm.report.sections import (
     problems,
     wrap_command,
 )
+from jaxllm.report.suites import suite_section
 from jaxllm.runs.panels import Curve, Panel
 
 INTERVALS_EXPLAINED = (
@@ -62,7 +64,11 @@ def comparison_report(found: Sequence[Run | Pipeline]) -> Report:
         blocks += [Heading(2, "Gates"), gate_comparison(pipelines)]
     for stage in stages:
         blocks += stage_comparison(stage, [run for name, run in runs if name == stage])
-    blocks += [Heading(2, "How differences are tested"), Paragraph(INTERVALS_EXPLAINED)]
+    blocks += [
+        *suite_section(every),
+        Heading(2, "How differences are tested"),
+        Paragraph(INTERVALS_EXPLAINED),
+    ]
     blocks += [Heading(2, "Cost"), *cost(every, None, None), Heading(2, "Lineage"), *lineage(every)]
     blocks += [
         Heading(2, "Commands"),
@@ -216,6 +222,8 @@ def difference_table(groups: Sequence[Sequence[Run]], measures: Sequence[Measure
     """For each metric and pair, the difference with its 95% interval, and whether the interval excludes 0."""
     rows = []
     for measure, (a, b) in itertools.product(measures, itertools.combinations(groups, 2)):
+        if measure.curve.metric.startswith(SUITES) and len(a) == len(b) == 1:
+            continue  # compared question by question instead
         before, after = group_estimate(a, measure.curve), group_estimate(b, measure.curve)
         if before is not None and after is not None:
             found = difference(before, after)

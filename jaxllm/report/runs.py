@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 from jaxllm.config import parse
 from jaxllm.config_versions import current_name, upgrade
 from jaxllm.errors import ConfigError
+from jaxllm.evaluation.suites import METRICS, SUITES
 from jaxllm.models.config import ModelConfig, flops_per_token
 from jaxllm.report.document import is_number
-from jaxllm.runs.panels import OTHER, Panel
+from jaxllm.runs.panels import OTHER, Panel, panel
 from jaxllm.runs.stage import Stage
 from jaxllm.stages import find_stage
-from jaxllm.training.metrics import read_metrics
+from jaxllm.training.metrics import held_out_names, read_metrics
 
 PIPELINE_FILES = ("pipeline.json", "gates.json", "shown.json")
 PIPELINE_LOCK = "lock"  # a pipeline creates it first, before it has anything to write
@@ -61,7 +62,7 @@ class Run:
     @property
     def panels(self) -> tuple[Panel, ...]:
         """The pictures that the report draws."""
-        return self.stage_module.panels if self.stage_module else OTHER
+        return (*(self.stage_module.panels if self.stage_module else OTHER), *suite_panels(self.rows))
 
     @property
     def last_start(self) -> dict[str, Any]:
@@ -156,6 +157,17 @@ class Pipeline:
     shown: dict[str, Any]  # shown.json: prompts and what each model generated for them
     stages: list[Run]
     problems: list[str]
+
+
+def suite_panels(rows: list[dict[str, Any]]) -> list[Panel]:
+    """A picture for each metric of each suite that the run measured while it trained."""
+    panels = []
+    for metric in held_out_names(rows):
+        if metric.startswith(SUITES):
+            suite, _, name = metric.removeprefix(SUITES).rpartition("/")
+            unit, best = METRICS.get(name, ("", None))
+            panels.append(panel(f"{suite}: {name.replace('_', ' ')}", unit, best, held_out=metric))
+    return panels
 
 
 def current_names(entry: dict[str, Any]) -> dict[str, Any]:
