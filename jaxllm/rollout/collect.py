@@ -23,7 +23,7 @@ from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.rollout.scheduler import Request, Scheduler
 
 MIN_SLOTS = 32  # prompt positions, and slots by which a cache grows: fewer would only add programs
-REFILL_DIVISOR = 8  # R = B / 8: smaller refills leave fewer rows idle, but stop the decode loop more often
+REFILL_DIVISOR = 8  # rows wait until B / 8 are free: fewer would stop the decode loop more often
 MIN_BATCH = 8  # the batch is halved as rows end, but not below: fewer rows are hardly faster
 CHUNK_STEPS = 64  # decode steps between two calls of `check`, at most
 UNFINISHED = "unfinished"  # the stop reason of a completion that can be continued
@@ -195,13 +195,16 @@ def collect(
         "vocab_size": vocab_size,
     }
     while (waiting or scheduler.ready or scheduler.active) and not until(len(requests) - len(index)):
-        R = min(shapes.R, len(scheduler.requests))
-        while (waiting or scheduler.ready) and len(scheduler.free) >= R:
+        B = len(scheduler.requests)
+        refill = min(shapes.R, -(-B // REFILL_DIVISOR))
+        while scheduler.free and (waiting or scheduler.ready):
             if not scheduler.ready:
                 scheduler.read(waiting, shapes.P)
+            if len(scheduler.free) < min(refill, len(scheduler.ready)):
+                break
             scheduler.start(shapes.R)
         if waiting or scheduler.ready:
-            min_rows = len(scheduler.requests) - R
+            min_rows = B - refill
         else:
             scheduler.shrink()
             min_rows = scheduler.smaller_batch()

@@ -198,6 +198,24 @@ def test_rollouts_of_varying_prompts_share_their_programs(counted, no_compilatio
             run(i)
 
 
+def test_prompts_of_one_completion_fill_the_rows_of_groups(model, params, prompts, keys, tiny):
+    """Evaluation samples one completion a prompt, with the programs of rollouts that read few prompts."""
+    shapes = BatchShapes.of(2, 8, 16, longest=40, max_length=tiny.max_length)
+    assert (shapes.R, shapes.P) == (16, 2)
+    long = replace(SAMPLED, max_new_tokens=16)
+    collected = rollout(
+        model,
+        params,
+        prompts[:16],
+        keys[:16],
+        sampling=long,
+        stop_ids=(),
+        decode_batch_size=16,
+        shapes=shapes,
+    )
+    assert collected.steps == 16, "all 16 rows decode together"
+
+
 # Rows that are stopped and continued
 
 
