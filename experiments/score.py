@@ -5,6 +5,9 @@ python experiments/score.py --checkpoint=runs/reward --input=answers.jsonl --out
 Rows are those of SFT (the last assistant turn is scored) or preference pairs (both completions are scored and
 compared). OUTPUT gets every row with its `reward`, or `chosen_reward` and `rejected_reward`, and the same
 with `_normalized`: standardized by the mean and standard deviation of the reward model's validation set.
+
+Of a file of the comparison page it prints how far people and the reward model agree, and with
+--judge=runs/chat also that policy, asked in both orders: docs/how-to/evaluate.md.
 """
 
 import sys
@@ -29,6 +32,7 @@ def define_flags(flag_values: "FlagValues") -> None:
     flags.DEFINE_string("checkpoint", None, "a reward model's run folder, RUN/best or step folder", **where)
     flags.DEFINE_string("input", None, "rows to score: .jsonl, .parquet, a dataset", **where)
     flags.DEFINE_string("output", None, "file to write rows and rewards to (.jsonl)", **where)
+    flags.DEFINE_string("judge", None, "a policy to ask which of two answers is better", **where)
     flags.DEFINE_list("rename", [], "THEIRS=OURS for each column with another name", **where)
     define_dtype(flag_values)
 
@@ -36,7 +40,7 @@ def define_flags(flag_values: "FlagValues") -> None:
 def main(_: None, flags: "FlagValues") -> None:
     """Score the rows, write them with their rewards, and print means."""
     from jaxllm.data.records import check_rename
-    from jaxllm.evaluation.scoring import score_rows
+    from jaxllm.evaluation.scoring import load_judge, print_agreement, score_rows
     from jaxllm.runs.checkpoints import check_scores, inference_dtype, load_checkpoint, local_mesh
     from jaxllm.runs.process import set_up_process
 
@@ -49,7 +53,9 @@ def main(_: None, flags: "FlagValues") -> None:
     set_up_process()
     loaded = load_checkpoint(flags.checkpoint, local_mesh, dtype=inference_dtype(flags.dtype))
     check_scores(loaded, f"--checkpoint={flags.checkpoint}")
+    judge = None if flags.judge is None else load_judge(flags.judge, dtype=flags.dtype)
     score_rows(loaded, flags.input, rename=flags.rename, output=output)
+    print_agreement(loaded, flags.input, judge)
 
 
 if __name__ == "__main__":

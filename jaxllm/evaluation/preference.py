@@ -89,7 +89,8 @@ def reward_metrics(found: PairScores) -> dict[str, float]:
     """How well a reward model predicts preferences, `eval/NAME` and `eval/NAME_se`.
 
     `accuracy` (a tie is wrong), also where the chosen completion is the longer or the shorter one;
-    `length_baseline`, the accuracy of always choosing the longer completion (a tie is a half); `margin`; and
+    `length_baseline`, the accuracy of always choosing the longer completion (a tie is a half);
+    `longer_preferred`, how often the longer completion has the higher reward; `margin`; and
     `reward_mean` and `reward_std` over all completions, by which a policy's rewards are standardized later.
     """
     right, prompts = found.scores[:, 0] > found.scores[:, 1], found.prompts
@@ -103,11 +104,22 @@ def reward_metrics(found: PairScores) -> dict[str, float]:
         "accuracy_longer_chosen": accuracy(difference > 0),
         "accuracy_shorter_chosen": accuracy(difference < 0),
         "length_baseline": mean(np.heaviside(difference, 0.5), prompts),
+        "longer_preferred": longer_preferred(found.scores, difference, prompts),
         "margin": mean(found.scores[:, 0] - found.scores[:, 1], prompts),
         "loss": mean(np.logaddexp(0, found.margin - found.scores[:, 0] + found.scores[:, 1]), prompts),
     }
     spread = {"eval/reward_mean": float(found.scores.mean()), "eval/reward_std": float(found.scores.std())}
     return with_errors(parts) | spread
+
+
+def longer_preferred(
+    scores: np.ndarray, difference: np.ndarray, prompts: np.ndarray | None
+) -> tuple[float, float]:
+    """How often the longer of two completions has the higher score, where lengths differ, with the standard
+    error; equal scores are a half. `difference` [N] of the lengths, `scores` [N, 2]."""
+    unequal = difference != 0
+    preferred = np.heaviside((scores[:, 0] - scores[:, 1]) * np.sign(difference), 0.5)
+    return mean(preferred[unequal], None if prompts is None else prompts[unequal])
 
 
 def dpo_metrics(

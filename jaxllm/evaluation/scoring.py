@@ -9,17 +9,26 @@ import jax
 import numpy as np
 
 from jaxllm.data.chat import conversation, last_span_start
-from jaxllm.data.chat_template import ChatTemplate, row_tools
+from jaxllm.data.chat_template import ChatTemplate, PlainTextTemplate, row_tools
 from jaxllm.data.preferences import encode_completion, is_pair, pair
 from jaxllm.data.records import Record, Rename
 from jaxllm.data.sources import BadRow, open_source
 from jaxllm.errors import DataError
+from jaxllm.evaluation.agreement import agreements, describe, judge, read_comparisons
 from jaxllm.evaluation.left_out import print_left_out
 from jaxllm.evaluation.preference import PairScores, mean, numbered, reward_metrics
+from jaxllm.evaluation.suite_model import SuiteModel
 from jaxllm.files import naming
 from jaxllm.rewards.pool import json_value
 from jaxllm.rollout.collect import bucket
-from jaxllm.runs.checkpoints import LoadedModel, checkpoint_template
+from jaxllm.runs.checkpoints import (
+    LoadedModel,
+    check_generates,
+    checkpoint_template,
+    inference_dtype,
+    load_checkpoint,
+    local_mesh,
+)
 
 BATCH = 16  # sequences scored at a time
 
@@ -86,6 +95,38 @@ def score(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> np.ndarray
     return found
 
 
+def load_judge(checkpoint: str, *, dtype: str | None) -> SuiteModel:
+    """A policy that is asked which of two answers is better."""
+    loaded = load_checkpoint(checkpoint, local_mesh, dtype=inference_dtype(dtype))
+    check_generates(loaded, f"--judge={checkpoint}")
+    template = checkpoint_template(loaded) if loaded.conversational else PlainTextTemplate(loaded.tokenizer)
+    return SuiteModel(loaded, template)
+
+
+def print_agreement(loaded: LoadedModel, name: str, model: SuiteModel | None) -> None:
+    """How far people, the reward model and a judge agree on the comparisons of a file of the comparison page,
+    and the judge's bias for what it sees first. Prints nothing for another file, unless there is a judge."""
+    comparisons = read_comparisons(name)
+    if not comparisons:
+        if model is not None:
+            raise DataError(f"--input={name}: no row has two 'answers' and a 'choice' for --judge")
+        return
+    template = checkpoint_template(loaded)
+    sequences = [
+        encode_completion(template, each.prompt, {"role": "assistant", "content": answer}).ids
+        for each in comparisons
+        for answer in each.answers
+    ]
+    labels = {"reward model": score(loaded, sequences).reshape(-1, 2).argmax(1).tolist()}
+    if model is not None:
+        verdicts = judge(model, comparisons)
+        labels["judge"] = verdicts.labels
+        for what in ("first_preferred", "same_in_both_orders"):
+            value, error = getattr(verdicts, what)
+            print(f"judge_{what} {value:.3f} ± {error:.3f}")
+    print("\n".join(describe(agreements([each.labels for each in comparisons], labels))))
+
+
 def score_rows(loaded: LoadedModel, name: str, *, rename: Sequence[str], output: Path | None) -> None:
     """Score a source, write its rows with their rewards to `output`, and print means."""
     template, longest = checkpoint_template(loaded), loaded.model.config.max_length
@@ -112,7 +153,13 @@ def score_rows(loaded: LoadedModel, name: str, *, rename: Sequence[str], output:
         table = reward_metrics(
             PairScores(scores, np.array(lengths), zeros[:, 0], zeros, prompts[is_pair_row])
         )
-        for name in ("accuracy", "accuracy_longer_chosen", "accuracy_shorter_chosen", "length_baseline"):
+        for name in (
+            "accuracy",
+            "accuracy_longer_chosen",
+            "accuracy_shorter_chosen",
+            "length_baseline",
+            "longer_preferred",
+        ):
             print(f"{name} {table[f'eval/{name}']:.3f} ± {table[f'eval/{name}_se']:.3f}")
 
 

@@ -1,14 +1,14 @@
 """Suites measured while a run trains, every `evaluation.suites_every` steps."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from jaxllm.errors import ConfigError
-from jaxllm.evaluation.suite_model import SuiteModel
+from jaxllm.evaluation.suite_model import GREEDY, SuiteModel
 from jaxllm.evaluation.suites import SUITES, metrics, read_suites, write_results
 from jaxllm.models import Params, build_model
 from jaxllm.parallel.processes import is_first
-from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.runs.checkpoints import LoadedModel, ModelKind
 from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.context import RunContext
@@ -37,9 +37,7 @@ def suite_hooks(
     program, config = context.program, context.program.config.evaluation
     if not (suites := read_suites(config.suites)):
         return []
-    sampling = SamplingConfig(
-        temperature=0.0, top_k=None, top_p=None, min_p=None, max_new_tokens=config.max_new_tokens
-    )
+    sampling = replace(GREEDY, max_new_tokens=config.max_new_tokens)
     abstract = policy(program.abstract_state.params)
     model = SuiteModel(
         LoadedModel(

@@ -17,7 +17,7 @@ from jaxllm.data.prompts import Prompt
 from jaxllm.data.sources import BadRow
 from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.errors import ConfigError, DataError
-from jaxllm.evaluation.completions import complete_prompts
+from jaxllm.evaluation.completions import ScoredCompletions, complete_prompts
 from jaxllm.evaluation.pass_at_k import pass_at_k
 from jaxllm.evaluation.perplexity import row_sums
 from jaxllm.evaluation.suites import Question, Result, Score, Suite
@@ -29,6 +29,7 @@ from jaxllm.runs.checkpoints import LoadedModel
 from jaxllm.runs.sampling_weights import SamplingWeights
 
 BATCH_TOKENS = 2**15  # scored at a time
+GREEDY = SamplingConfig(temperature=0.0, top_k=None, top_p=None, min_p=None, max_new_tokens=64)
 BATCHES = 8  # between two calls of `check`
 
 
@@ -54,7 +55,7 @@ class SuiteModel:
         loaded: LoadedModel,
         template: ChatTemplate,
         *,
-        sampling: SamplingConfig,
+        sampling: SamplingConfig = GREEDY,
         samples: int = 1,
         seed: int = 0,
         weights: SamplingWeights | None = None,
@@ -100,6 +101,37 @@ class SuiteModel:
             columns = (*tokens, np.maximum(ends[chunk] - counts, 0), ends[chunk])
             sums[chunk] = scorer(self.loaded.params, ends[chunk], *columns)[:, :2]
         return Continuations(-sums[:, 0], sums[:, 1] == 0)
+
+    def generate(
+        self,
+        name: str,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        *,
+        check: str | None = None,
+        samples: int = 1,
+    ) -> ScoredCompletions:
+        """`samples` completions of each prompt, scored by the reward function `check`. What leaves no room
+        for `max_new_tokens` loses its beginning, which is said of the suite `name`."""
+        room = self.length - sampling.max_new_tokens
+        if room < 1:
+            raise ConfigError(
+                f"sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in "
+                f"model.max_length={self.length}: lower it"
+            )
+        self._say_cut(name, sum(len(prompt.ids) > room for prompt in prompts), len(prompts), room)
+        return complete_prompts(
+            self.loaded,
+            self.template,
+            [Prompt(prompt.ids[-room:], prompt.row) for prompt in prompts],
+            functions=[] if check is None else [check],
+            reward_model=None,
+            samples=samples,
+            sampling=sampling,
+            seed=self.seed,
+            weights=self.weights,
+            check=self.own_check,
+        )
 
     def _in_batches(self, length: int) -> InBatches:
         """(params, lengths, tokens, targets, starts, ends) -> [N, 2]: nats, and targets that are not the most
@@ -172,28 +204,8 @@ class SuiteModel:
 
     def _answers(self, suite: Suite) -> list[Result]:
         """Completions, checked by the suite's reward function: one that it gives 1 is right."""
-        room = self.length - self.sampling.max_new_tokens
-        if room < 1:
-            raise ConfigError(
-                f"sampling.max_new_tokens={self.sampling.max_new_tokens} leaves no room for a prompt in "
-                f"model.max_length={self.length}: lower it"
-            )
         prompts, n = [self._prompt(question) for question in suite.questions], self.samples
-        cut = sum(len(prompt.ids) > room for prompt in prompts)
-        self._say_cut(suite.name, cut, len(prompts), room)
-        prompts = [Prompt(prompt.ids[-room:], prompt.row) for prompt in prompts]
-        completions = complete_prompts(
-            self.loaded,
-            self.template,
-            prompts,
-            functions=[suite.check],
-            reward_model=None,
-            samples=n,
-            sampling=self.sampling,
-            seed=self.seed,
-            weights=self.weights,
-            check=self.own_check,
-        )
+        completions = self.generate(suite.name, prompts, self.sampling, check=suite.check, samples=n)
         (rewards,) = completions.scores.by_name.values()
         rewards = rewards.reshape(-1, n)
         known, right = ~np.isnan(rewards), rewards == 1

@@ -26,6 +26,7 @@ from jaxllm.evaluation.perplexity import ratio
 from jaxllm.rewards.load import load_reward
 
 Kind = Literal["choices", "answer", "text"]
+PREFIX = "lm_eval:"  # of a task of lm-eval among suites
 SUITES = "eval/suite/"  # with NAME/METRIC, a metric of a run
 METRICS: dict[str, tuple[str, Literal["lowest", "highest"]]] = {  # unit, and which values are better
     "accuracy": ("fraction of questions", "highest"),
@@ -67,6 +68,14 @@ class Result(NamedTuple):
     details: dict[str, Any]  # for people
 
 
+class TaskResult(NamedTuple):
+    """What was measured on one suite."""
+
+    name: str
+    metrics: dict[str, float]  # with NAME_se
+    results: list[Result]
+
+
 class Plain(NamedTuple):
     """Rows as the documented format has them: the options of suites that a config names."""
 
@@ -88,7 +97,7 @@ def read_suites(
     Raises DataError that names the file and line of a row that cannot be used, and ConfigError for two
     suites of one name or an unknown function.
     """
-    if tasks := [source for source in sources if source.startswith("lm_eval:")]:
+    if tasks := [source for source in sources if source.startswith(PREFIX)]:
         raise ConfigError(f"evaluation.suites: {tasks[0]} is measured by experiments/evaluate.py alone")
     suites = [read_suite(source, options, check, max_rows, seed) for source in sources]
     counts = Counter(suite.name for suite in suites)
