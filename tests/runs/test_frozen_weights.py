@@ -11,7 +11,7 @@ from tiny_runs import parse_config
 
 from jaxllm.rl.log_probs import LogProbs
 from jaxllm.rl.rollouts import Rollout
-from jaxllm.rollout.generate import unstack
+from jaxllm.rollout.decode import unstack
 from jaxllm.runs.context import InitialWeights, RunInputs
 from jaxllm.runs.sampling_weights import SamplingWeights, in_compute_dtype
 from jaxllm.runs.weights import initial_weights
