@@ -215,6 +215,7 @@ def grpo(small: bool) -> Figures:
     import numpy as np
 
     from benchmarks.grpo_step import PHASES, make_config, our_steps
+    from jaxllm.runs.step_by_length import compile_step
     from jaxllm.stages import build_program
     from jaxllm.training.metrics import memory_peak_gb
 
@@ -233,7 +234,7 @@ def grpo(small: bool) -> Figures:
     config = make_config(flags)
     fields = {name.removeprefix("model__"): value for name, value in on_accelerator(small).items()}
     program = build_program(replace(config, model=replace(config.model, **fields)))
-    step = program.compile()
+    step = compile_step(program)
     tokens = np.random.default_rng(0).integers(0, program.config.model.vocab_size, (16 * prompts, prompt))
     stop_ids = tuple(range(4 * program.config.model.vocab_size // new))
     seconds, taken = [], []
@@ -290,6 +291,7 @@ def resume(small: bool) -> Figures:
         shutil.copytree(whole, resumed)
         shutil.rmtree(resumed / "checkpoints/10")
         second = losses(resumed)
+        assert (resumed / "checkpoints/10").exists(), "the run did not continue"
     return {"attention": attention, "steps": len(first), "bit_exact": first == second, "loss": first[10][0]}
 
 

@@ -57,6 +57,7 @@ from jaxllm.data.tokenizer import BaseTokenizer
 from jaxllm.runs.context import InitialWeights, RunInputs
 from jaxllm.runs.process import set_up_process
 from jaxllm.runs.program import Program
+from jaxllm.runs.step_by_length import compile_step
 from jaxllm.stages import build_program, grpo
 from jaxllm.training.metrics import to_scalars
 
@@ -140,7 +141,7 @@ def ours(config: grpo.Config, prompts: np.ndarray, stop_ids: tuple[int, ...], tu
     set_up_process()
     program = build_program(config)
     began = time.perf_counter()
-    train_step = program.compile()
+    train_step = compile_step(program)
     print(f"{program.describe()}\ntrain step compiled in {time.perf_counter() - began:.1f} s", flush=True)
     with jax.set_mesh(program.mesh), closing(our_steps(program, train_step, prompts, stop_ids)) as steps:
         turns.repeat(steps.__next__)
