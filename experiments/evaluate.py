@@ -32,12 +32,10 @@ from jaxllm.command_line import (
     read_sampling,
 )
 from jaxllm.config import run_script
-from jaxllm.errors import ConfigError
+from jaxllm.evaluation.flags import check_flags
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
-
-    from jaxllm.rollout.sampling import SamplingConfig
 
 
 def define_flags(flag_values: "FlagValues") -> None:
@@ -46,7 +44,11 @@ def define_flags(flag_values: "FlagValues") -> None:
 
     where = {"flag_values": flag_values}
     flags.DEFINE_string("checkpoint", None, "run folder, RUN/best or step folder", **where)
-    flags.DEFINE_list("suite", [], "suites: .jsonl, .parquet, .txt, synthetic:additions", **where)
+    what = "suites: .jsonl, .parquet, .txt, synthetic:additions, lm_eval:TASK"
+    flags.DEFINE_list("suite", [], what, **where)
+    flags.DEFINE_string(
+        "suite_path", None, "folder of YAML files that define tasks for lm_eval:TASK", **where
+    )
     flags.DEFINE_string("input", None, "prompts: .jsonl, .parquet, a dataset, synthetic:KIND", **where)
     flags.DEFINE_string(
         "output", None, "file to write the completions to (.jsonl); with --suite a folder", **where
@@ -67,61 +69,19 @@ def define_flags(flag_values: "FlagValues") -> None:
     define_process_flags(flag_values)
 
 
-def check_flags(flags: "FlagValues", sampling: "SamplingConfig") -> None:
-    """ConfigError for combinations that are not supported."""
-    if (flags.input is None) == (not flags.suite):
-        problem = "(or --suite=FILE) is missing" if flags.input is None else "and --suite exclude each other"
-        raise ConfigError(f"--input=FILE {problem}")
-    if flags.suite:
-        check_suite_flags(flags)
-    if flags.output is not None and not Path(flags.output).expanduser().parent.is_dir():
-        raise ConfigError(f"--output={flags.output}: there is no such folder")
-    for name in ("samples", "max_rows"):
-        if (value := getattr(flags, name)) is not None and value < 1:
-            raise ConfigError(f"--{name}={value} must be at least 1")
-    if flags.plain and flags.template_options:
-        raise ConfigError("--template_options has no effect with --plain: remove one of them")
-    if sampling.greedy and flags.samples > 1:
-        raise ConfigError(
-            f"--samples={flags.samples} with --temperature={flags.temperature:g} would generate the same "
-            "completion every time: raise --temperature"
-        )
-    if sampling.greedy and flags.reference is not None:
-        raise ConfigError("--reference needs sampled completions: set --temperature, such as 1")
-    if sampling.filters and flags.reference is not None:
-        raise ConfigError(
-            f"--reference needs unfiltered completions, from which alone the KL can be estimated: remove "
-            f"{', '.join(f'--{name}={value}' for name, value in sampling.filters.items())}"
-        )
-
-
-def check_suite_flags(flags: "FlagValues") -> None:
-    """ConfigError for flags that a suite does not read."""
-    for name in ("reward_model", "reference"):
-        if getattr(flags, name) is not None:
-            raise ConfigError(f"--{name} is not read with --suite: remove it, or pass --input")
-    if len(flags.rewards) > 1:
-        raise ConfigError("--rewards names the one function that checks the completions of a suite")
-
-
 def main(_: None, flags: "FlagValues") -> None:
     """Measure the suites, or complete the prompts and score the completions; write them, and print means."""
     if flags.suite and flags.samples == 1 and not flags["temperature"].present:
         flags.temperature = 0.0
     sampling = read_sampling(flags)
     check_flags(flags, sampling)
-
     from jaxllm.data.records import check_rename
     from jaxllm.evaluation.checkpoints import evaluate_checkpoint, evaluate_suites
     from jaxllm.parallel.processes import joined
     from jaxllm.runs.process import set_up_process
 
     check_rename(flags.rename)
-    names = {
-        "reward.model": "--reward_model",
-        "data.template_options": "--template_options",
-        "sampling.": "--",
-    }
+    names = {"reward.model": "--reward_model", "data.template_options": "--template_options"}
     output = None if flags.output is None else Path(flags.output).expanduser()
     shared = {
         "options": flags,
@@ -134,11 +94,16 @@ def main(_: None, flags: "FlagValues") -> None:
         "dtype": flags.dtype,
         "output": output,
     }
-    with joined(flags.coordinator, flags.num_processes, flags.process_id), named_as_flags(names):
+    with (
+        joined(flags.coordinator, flags.num_processes, flags.process_id),
+        named_as_flags(names | {"sampling.": "--"}),
+    ):
         set_up_process()
         if flags.suite:
             check = flags.rewards[0] if flags.rewards else "exact_match"
-            evaluate_suites(flags.checkpoint, flags.suite, check=check, max_rows=flags.max_rows, **shared)
+            path = None if flags.suite_path is None else Path(flags.suite_path).expanduser()
+            shared |= {"check": check, "suite_path": path, "max_rows": flags.max_rows}
+            evaluate_suites(flags.checkpoint, flags.suite, **shared)
             return
         evaluate_checkpoint(
             flags.checkpoint,

@@ -1,8 +1,10 @@
 """A checkpoint evaluated on a source of prompts, or on suites: for experiments/evaluate.py."""
 
+import importlib.util
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jaxllm.data.chat_template import PlainTextTemplate
@@ -16,7 +18,7 @@ from jaxllm.evaluation.completions import (
     read_prompts,
 )
 from jaxllm.evaluation.suite_model import SuiteModel
-from jaxllm.evaluation.suites import metrics, read_suites, write_results
+from jaxllm.evaluation.suites import PREFIX, TaskResult, metrics, read_suites, write_results
 from jaxllm.files import naming
 from jaxllm.parallel.processes import is_first
 from jaxllm.rewards.load import load_reward
@@ -108,6 +110,7 @@ def evaluate_suites(
     *,
     options: PromptOptions,
     check: str,
+    suite_path: Path | None,
     plain: bool,
     template_options: Sequence[str],
     untrained: bool,
@@ -122,7 +125,11 @@ def evaluate_suites(
 
     The arguments are the flags of experiments/evaluate.py.
     """
-    suites = read_suites(sources, options, check=check, max_rows=max_rows, seed=seed)
+    tasks = [source.removeprefix(PREFIX) for source in sources if source.startswith(PREFIX)]
+    files = [source for source in sources if not source.startswith(PREFIX)]
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(f"--suite={PREFIX}{tasks[0]} needs lm-eval: pip install 'jaxllm[eval]'")
+    suites = read_suites(files, options, check=check, max_rows=max_rows, seed=seed)
     loaded = load_checkpoint(checkpoint, local_mesh, dtype=inference_dtype(dtype), untrained=untrained)
     check_generates(loaded, f"--checkpoint={checkpoint}")
     if plain or not loaded.conversational:
@@ -130,16 +137,29 @@ def evaluate_suites(
     else:
         template = checkpoint_template(loaded, template_options)
     model = SuiteModel(loaded, template, sampling=sampling, samples=samples, seed=seed)
-    for suite in suites:
-        results = model.measure(suite)
+    for name, row, results in itertools.chain(
+        ((suite.name, metrics(found := model.measure(suite)), found) for suite in suites),
+        task_results(model, tasks, suite_path, max_rows),
+    ):
         if not is_first():
             continue
-        print(f"{suite.name}: {len(results):,} questions")
-        print_metrics(metrics(results), f"{suite.name}/")
-        file = results_file(loaded.folder, suite.name, untrained, output)
-        if file is not None:
+        print(f"{name}: {len(results):,} questions")
+        print_metrics(row, f"{name}/")
+        file = results_file(loaded.folder, name, untrained, output)
+        if file is not None and results:
             write_results(file, results)
-            print(f"{suite.name}: results in {file}")
+            print(f"{name}: results in {file}")
+
+
+def task_results(
+    model: SuiteModel, tasks: Sequence[str], path: Path | None, limit: int | None
+) -> Iterable[TaskResult]:
+    """`measure_tasks`, which imports lm-eval where there are tasks alone."""
+    if not tasks:
+        return ()
+    from jaxllm.evaluation.lm_eval_tasks import measure_tasks
+
+    return measure_tasks(model, tasks, path, limit)
 
 
 def results_file(folder: Path, suite: str, untrained: bool, output: Path | None) -> Path | None:
