@@ -71,9 +71,7 @@ def contestant(name: str, checkpoint: str, folder: Path) -> dict[str, Any]:
     if name == "hf":
         from lm_eval.models.huggingface import HFLM
 
-        model = HFLM(
-            pretrained=checkpoint, device="cpu", dtype="float32", batch_size=BATCH, add_bos_token=True
-        )
+        model = HFLM(pretrained=checkpoint, device="cpu", dtype="float32", batch_size=BATCH)
     else:
         from jaxllm.data.chat_template import PlainTextTemplate
         from jaxllm.evaluation.suite_model import SuiteModel
@@ -85,6 +83,8 @@ def contestant(name: str, checkpoint: str, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"metrics": {}}
     for again in ("first", "again"):
         for task in METRICS:
+            # Before a whole text lm-eval itself puts BOS, and with add_bos_token it would score a second one.
+            model.add_bos_token = task != "text"
             began = time.perf_counter()
             result = simple_evaluate(
                 model=model,

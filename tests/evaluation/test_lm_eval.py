@@ -68,16 +68,17 @@ def test_tasks_have_the_numbers_of_lm_evals_own_model(chat_model, tasks, tmp_pat
     hf = HFLM(
         pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", max_length=64, add_bos_token=True
     )
-    theirs = simple_evaluate(
-        model=hf, tasks=names, task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=1000
-    )
+    manager = TaskManager(include_path=str(tasks))
     for name in names:
+        # Before a whole text lm-eval itself puts BOS, and with add_bos_token it would score a second one.
+        hf.add_bos_token = name != "mine_rolling"
+        theirs = simple_evaluate(model=hf, tasks=[name], task_manager=manager, bootstrap_iters=1000)
         assert ours[name].metrics == pytest.approx(
-            task_metrics(theirs["results"][name]), abs=1e-4, nan_ok=True
+            task_metrics(theirs["results"][name]), rel=1e-4, abs=1e-4, nan_ok=True
         )
         for sample, result in zip(theirs["samples"][name], ours[name].results, strict=True):
             assert result.id == sample["doc_hash"]
-            assert result.scores == pytest.approx(sample_result(sample).scores, abs=1e-4)
+            assert result.scores == pytest.approx(sample_result(sample).scores, rel=1e-4, abs=1e-4)
 
 
 def test_scores_of_samples_and_metrics_are_lm_evals_under_our_names():
