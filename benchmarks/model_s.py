@@ -11,5 +11,6 @@ def get_config() -> ConfigDict:
     config.model.qk_norm = "none"
     config.model.tie_embeddings = False
     config.data.batch_size = 8
+    config.training.num_microbatches = 1
     config.optimizer.name = "adamw"
     return config

@@ -90,7 +90,8 @@ def get_config(size: str = "1m") -> ConfigDict:
     config.mesh.sequence = 1  # tokens of each row split, for sequences that are long
 
     config.training.evaluate_at_start = True  # evaluate and sample the initial weights too, as step 0
-    config.training.num_microbatches = 1  # parts of a batch; more use less memory, the gradient is the same
+    # Parts of a batch; more use less memory, the gradient is the same.
+    config.training.num_microbatches = 4 if size == "10m" else 1
     config.training.log_every = 10
     config.training.evaluate_every = (count + 4) // 5  # steps; 0 is never, for each of these
     config.training.sample_every = (count + 4) // 5
