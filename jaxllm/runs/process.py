@@ -1,6 +1,8 @@
 """Settings of the process, before JAX computes anything: every script calls `set_up_process`."""
 
+import ctypes
 import os
+import platform
 
 import jax
 
@@ -24,3 +26,9 @@ def set_up_process() -> None:
             f"JAX cannot use its devices{reason and ': '}{reason}; {fix} jaxllm[cuda] or jaxllm[tpu], "
             "whichever they are"
         ) from None
+
+
+def give_back_freed_memory() -> None:
+    """Return what malloc keeps of freed memory, such as a compiler's, to the system."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
