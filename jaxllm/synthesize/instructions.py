@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import jax
@@ -33,10 +33,7 @@ class Instruction(NamedTuple):
 
     text: str
     problem: str | None = None  # why it is not answered
-    made_from: tuple[str, ...] = ()  # the instruction that it was evolved from
-
-
-Make = Callable[[range, Sequence[str], jax.Array, Check], list[Instruction]]
+    made_from: str | None = None  # the instruction that it was evolved from
 
 
 class SeedOptions(NamedTuple):
@@ -71,61 +68,65 @@ def read_seeds(config: InstructionsConfig, *, needed: int, most: int, seed: int)
     return found
 
 
-def make_instructions(config: InstructionsConfig, writer: Writer, seeds: Sequence[str], seed: int) -> Make:
-    """(rows, earlier instructions, a key for each row, check) -> the instruction of each row, none of which
-    depends on anything else."""
+class Instructor:
+    """Makes the instruction of each row."""
 
-    def checked(written: Written, text: str, made_from: tuple[str, ...] = ()) -> Instruction:
-        low, high = config.length
-        problem = None
-        if not written.ended:
-            problem = "instruction cut off"
-        elif not low <= len(text) <= high:
-            problem = "length outside instructions.length"
-        return Instruction(text, problem, made_from)
+    def __init__(self, config: InstructionsConfig, writer: Writer | None, seeds: Sequence[str], seed: int):
+        """`writer` is not needed where instructions come from a file."""
+        self.config, self.writer, self.seeds, self.seed = config, writer, seeds, seed
 
-    def magpie(rows: range, earlier: Sequence[str], keys: jax.Array, check: Check) -> list[Instruction]:
-        local = cast(LocalWriter, writer)
-        written = local.user_turns(sampling=config.sampling, keys=keys, check=check)
-        return [checked(each, each.text) for each in written]
-
-    def ask(prompts: Sequence[str], keys: jax.Array, check: Check) -> list[Written]:
-        conversations = [[{"role": "user", "content": text}] for text in prompts]
-        for messages in conversations:
-            if problem := writer.problem(messages, config.sampling.max_new_tokens):
-                raise ConfigError(
-                    f"instructions.source={config.source}: a prompt is {problem}: lower "
-                    "instructions.examples, instructions.length or instructions.sampling.max_new_tokens"
-                )
-        return writer.complete(conversations, group_size=1, sampling=config.sampling, keys=keys, check=check)
-
-    def self_instruct(
-        rows: range, earlier: Sequence[str], keys: jax.Array, check: Check
+    def __call__(
+        self, rows: range, earlier: Sequence[str], keys: jax.Array, check: Check
     ) -> list[Instruction]:
-        written = ask(
-            [self_instruct_prompt(seeds, earlier, config.examples, seed, i) for i in rows], keys, check
-        )
-        return [checked(each, first_task(each.text)) for each in written]
+        """Those of these rows, with a key each. Only grown ones depend on those of earlier blocks."""
+        if self.config.source == "file":
+            texts = [self.seeds[i % len(self.seeds)] for i in rows]  # beyond the last row, a block goes on
+            return [self.checked(text) for text in texts]
+        if self.config.source == "magpie":
+            local = cast(LocalWriter, self.writer)
+            written = local.user_turns(sampling=self.config.sampling, keys=keys, check=check)
+            return [self.checked(each.text, each.ended) for each in written]
+        if self.config.source == "evolve":
+            return self.evolve(rows, earlier, keys, check)
+        prompts = [
+            self_instruct_prompt(self.seeds, earlier, self.config.examples, self.seed, i) for i in rows
+        ]
+        return [self.checked(first_task(each.text), each.ended) for each in self.ask(prompts, keys, check)]
 
-    def evolve(rows: range, earlier: Sequence[str], keys: jax.Array, check: Check) -> list[Instruction]:
-        draws = [random.Random(f"evolve {seed} {i}") for i in rows]
-        parents = [draw.choice([*seeds, *earlier]) for draw in draws]
+    def evolve(self, rows: range, earlier: Sequence[str], keys: jax.Array, check: Check) -> list[Instruction]:
+        """A version of a seed, or of an earlier instruction, for each row."""
+        draws = [random.Random(f"evolve {self.seed} {i}") for i in rows]
+        parents = [draw.choice([*self.seeds, *earlier]) for draw in draws]
         prompts = [
             f"{draw.choice(EVOLUTIONS)} Reply with the task alone.\n\nTask: {parent}"
             for draw, parent in zip(draws, parents, strict=True)
         ]
-        written = ask(prompts, keys, check)
+        written = self.ask(prompts, keys, check)
         return [
-            checked(each, _LABEL.sub("", each.text), (parent,))
+            self.checked(_LABEL.sub("", each.text), each.ended)._replace(made_from=parent)
             for each, parent in zip(written, parents, strict=True)
         ]
 
-    def from_file(rows: range, earlier: Sequence[str], keys: jax.Array, check: Check) -> list[Instruction]:
-        return [checked(Written(seeds[i % len(seeds)], True), seeds[i % len(seeds)]) for i in rows]
+    def ask(self, prompts: Sequence[str], keys: jax.Array, check: Check) -> list[Written]:
+        """The reply to each prompt. ConfigError where one does not fit."""
+        assert self.writer is not None
+        sampling = self.config.sampling
+        conversations = [[{"role": "user", "content": text}] for text in prompts]
+        for messages in conversations:
+            if problem := self.writer.problem(messages, sampling.max_new_tokens):
+                raise ConfigError(
+                    f"instructions.source={self.config.source}: a prompt is {problem}: lower "
+                    "instructions.examples, instructions.length or instructions.sampling.max_new_tokens"
+                )
+        return self.writer.complete(conversations, group_size=1, sampling=sampling, keys=keys, check=check)
 
-    return {"magpie": magpie, "self_instruct": self_instruct, "evolve": evolve, "file": from_file}[
-        config.source
-    ]
+    def checked(self, text: str, ended: bool = True) -> Instruction:
+        """With what keeps it from being answered."""
+        low, high = self.config.length
+        if not ended:
+            return Instruction(text, "instruction cut off")
+        fits = low <= len(text) <= high
+        return Instruction(text, None if fits else "length outside instructions.length")
 
 
 def self_instruct_prompt(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from jaxllm.config import as_dict, check_local, differences, first_few
@@ -20,7 +21,7 @@ from jaxllm.random_streams import SYNTHESIS, stream
 from jaxllm.synthesize.card import card, counts
 from jaxllm.synthesize.config import SynthesizeConfig, is_server
 from jaxllm.synthesize.filters import Kept, Overlaps, check_near_duplicates, select
-from jaxllm.synthesize.instructions import make_instructions, read_seeds
+from jaxllm.synthesize.instructions import Instructor, read_seeds
 from jaxllm.synthesize.judge import Judge, NoJudge, RewardJudge, RubricJudge
 from jaxllm.synthesize.raw_rows import RawRows, Row
 from jaxllm.synthesize.server import ServerWriter
@@ -68,61 +69,60 @@ class Synthesis:
             self.judge = RewardJudge(config.judge, dtype=config.dtype)
         self.answers = writer(config.answers.model, "answers.model")
         self.models = {"instructions": {}, "answers": self.answers.identity}
-        asker = self.answers
+        asker = None
         if source != "file":
             asker = writer(config.instructions_model, "instructions.model")
             self.models["instructions"] = asker.identity
         if config.judge.kind == "rubric":
             self.judge = RubricJudge(config.judge, writer(config.judge_model, "judge.model"))
         self.models["judge"] = self.judge.identity
-        self.instruct = make_instructions(config.instructions, asker, seeds, config.seed)
+        self.instruct = Instructor(config.instructions, asker, seeds, config.seed)
 
     def block(self, first: int, before: Sequence[Row], check: Check) -> list[Row]:
-        """The rows from `first` on of a whole block: all its shapes are those of every block."""
-        config, number = self.config, self.config.answers.per_instruction
+        """The rows from `first` on of a whole block, so that all blocks compute the same shapes."""
+        config = self.config
         rows = range(first, first + config.block_rows)
         base = stream(jax.random.key(config.seed), SYNTHESIS)
-        # Each row's own key; of it the keys of its instruction, its answers and its judge.
-        keys = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(base, row), number + 2))(
-            jax.numpy.arange(rows.start, rows.stop)
-        )
+        # Each row's own key gives those of its instruction, its answers and its judge.
+        keys = jax.vmap(
+            lambda row: jax.random.split(jax.random.fold_in(base, row), config.answers.per_instruction + 2)
+        )(np.arange(rows.start, rows.stop))
         earlier = [row["instruction"] for row in before if row["problem"] is None]
-        made = self.instruct(rows, earlier, keys[:, 0], check)
-        asked = [[{"role": "user", "content": each.text}] for each in made]
-        limit = config.answers.sampling.max_new_tokens
-        problems = [
-            each.problem or self.answers.problem(messages, limit)
-            for each, messages in zip(made, asked, strict=True)
-        ]
-        answered = [i for i, problem in enumerate(problems) if problem is None]
-        found: dict[int, Row] = {}
-        if answered:
-            at = jax.numpy.array(answered)
-            written = self.answers.complete(
-                [asked[i] for i in answered],
-                group_size=number,
-                sampling=config.answers.sampling,
-                keys=keys[at, 1:-1].reshape(-1),
-                check=check,
+        made: list[Row] = []
+        for i, each in zip(rows, self.instruct(rows, earlier, keys[:, 0], check), strict=True):
+            origin = {} if each.made_from is None else {"made_from": each.made_from}
+            problem = each.problem or self.answers.problem(
+                question(each.text), config.answers.sampling.max_new_tokens
             )
-            answers = [written[i * number : (i + 1) * number] for i in range(len(answered))]
-            texts = [[each.text for each in group] for group in answers]
-            judged = self.judge([made[i].text for i in answered], texts, keys[at, -1], check)
-            for i, group, result in zip(answered, answers, judged, strict=True):
-                scored = zip(group, result.scores, strict=True)
-                found[i] = {"answers": [{**each._asdict(), "score": score} for each, score in scored]}
-                if result.verdicts is not None:
-                    found[i] |= {"compared": result.compared, "verdicts": result.verdicts}
-        return [
-            {
-                "row": rows[i],
-                "instruction": each.text,
-                **({"made_from": each.made_from} if each.made_from else {}),
-                "problem": problems[i],
-                **found.get(i, {"answers": []}),
-            }
-            for i, each in enumerate(made)
-        ]
+            made.append({"row": i, "instruction": each.text, **origin, "problem": problem, "answers": []})
+        answered = [i for i, row in enumerate(made) if row["problem"] is None]
+        if answered:
+            self.answer([made[i] for i in answered], keys[np.array(answered), 1:], check)
+        return made
+
+    def answer(self, rows: Sequence[Row], keys: jax.Array, check: Check) -> None:
+        """Put scored answers into rows; keys [rows, answers + 1]."""
+        number, instructions = self.config.answers.per_instruction, [row["instruction"] for row in rows]
+        written = self.answers.complete(
+            [question(text) for text in instructions],
+            group_size=number,
+            sampling=self.config.answers.sampling,
+            keys=keys[:, :-1].reshape(-1),
+            check=check,
+        )
+        groups = [written[i * number : (i + 1) * number] for i in range(len(rows))]
+        texts = [[each.text for each in group] for group in groups]
+        judged = self.judge(instructions, texts, keys[:, -1], check)
+        for row, group, result in zip(rows, groups, judged, strict=True):
+            scored = zip(group, result.scores, strict=True)
+            row["answers"] = [{**each._asdict(), "score": score} for each, score in scored]
+            if result.verdicts is not None:
+                row.update(compared=result.compared, verdicts=result.verdicts)
+
+
+def question(instruction: str) -> list[dict[str, str]]:
+    """The conversation that asks it."""
+    return [{"role": "user", "content": instruction}]
 
 
 def synthesize(config: SynthesizeConfig, workdir: str, *, command: Sequence[str]) -> None:
@@ -229,11 +229,11 @@ def finish(
     sft, preferences = [], []
     for kept in found.kept:
         answers, origin = kept.row["answers"], provenance(config, models, kept)
-        question = {"role": "user", "content": kept.row["instruction"]}
-        best = answers[kept.best]["text"]
-        sft.append({"messages": [question, {"role": "assistant", "content": best}], "provenance": origin})
+        asked, best = kept.row["instruction"], answers[kept.best]["text"]
+        messages = [*question(asked), {"role": "assistant", "content": best}]
+        sft.append({"messages": messages, "provenance": origin})
         if kept.worst is not None:
-            pair = {"prompt": question["content"], "chosen": best, "rejected": answers[kept.worst]["text"]}
+            pair = {"prompt": asked, "chosen": best, "rejected": answers[kept.worst]["text"]}
             preferences.append({**pair, "provenance": origin})
     for name, made in (("sft", sft), ("preferences", preferences)):
         write_file(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in made).encode())

@@ -1,8 +1,9 @@
-"""A judge's scores and verdicts, a server's completions, what a template writes around a user's turn."""
+"""What the models of a synthesis are asked, and what is read from their replies."""
 
 import json
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jaxllm.errors import ConfigError, RunError
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.synthesize import server
 from jaxllm.synthesize.config import SynthesizeConfig
+from jaxllm.synthesize.instructions import Instructor
 from jaxllm.synthesize.judge import RubricJudge, extremes, read_score, read_verdict
 from jaxllm.synthesize.server import ServerWriter
 from jaxllm.synthesize.writers import Written, user_turn
@@ -130,9 +132,11 @@ def serving(answer, models=("small",)):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
         thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield f"http://127.0.0.1:{found.server_port}/v1"
-        found.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{found.server_port}/v1"
+        finally:
+            found.shutdown()
+            thread.join()
 
 
 def complete(writer, *texts, group_size=1):
@@ -220,3 +224,30 @@ def test_a_template_without_a_special_token_after_the_user_is_an_error():
         ConfigError, match=r"answers.model=x: its chat template ends a user's turn with no sp"
     ):
         user_turn(template, tokenizer, "answers.model=x")
+
+
+# Instructions by a model that follows them
+
+
+def instructor(source, reply, seeds=("seed one", "seed two", "seed three")):
+    writer = Replies(reply)
+    config = replace(CONFIG.instructions, source=source, seeds=("x",), examples=2, length=(3, 40))
+    return Instructor(config, writer, seeds, seed=0), writer
+
+
+def test_grown_instructions_are_made_of_seeds_and_of_earlier_ones():
+    keys = jax.random.split(jax.random.key(0), 3)
+    grow, writer = instructor("self_instruct", lambda prompt: "Task: Name a town.\nTask: More")
+    assert [each.text for each in grow(range(4, 7), ["earlier"], keys, lambda: None)] == ["Name a town."] * 3
+    assert all(prompt.count("Task: seed") == 2 for prompt in writer.prompts)
+    evolve, writer = instructor("evolve", lambda prompt: f"Harder: {prompt.rpartition('Task: ')[2]}")
+    found = evolve(range(4, 7), ["earlier"], keys, lambda: None)
+    assert all(each.text == f"Harder: {each.made_from}" for each in found)
+    assert {each.made_from for each in found} <= {"seed one", "seed two", "seed three", "earlier"}
+    assert found[1:] == evolve(range(5, 7), ["earlier"], keys[1:], lambda: None)  # whatever the block
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_with_the_fields_to_lower():
+    evolve, _ = instructor("evolve", str, seeds=["far too long"])
+    with pytest.raises(ConfigError, match=r"evolve: a prompt is too long for the model: lower instructions"):
+        evolve(range(1), [], jax.random.split(jax.random.key(0), 1), lambda: None)
