@@ -346,7 +346,7 @@ def headline(config: PipelineConfig, folder: Path, name: str) -> str:
     """The headline metric of a stage, if it has measured it; of a synthesized set, what is kept of it."""
     if name == "synthesize":
         report = json.loads((folder / name / "report.json").read_text())
-        return f"{report['sft']} rows and {report['preferences']} pairs kept of {report['rows']} rows"
+        return f"{report['kept']} rows and {report['pairs']} pairs kept of {report['rows']} rows"
     if name not in PARENTS:
         return ""
     metric = find_stage(getattr(config, name).stage).headline.metric

@@ -21,8 +21,8 @@ def counts(rows: Sequence[Mapping[str, Any]], found: Selection) -> dict[str, Any
     pairs = sum(each.worst is not None for each in found.kept)
     return {
         "rows": len(rows),
-        "sft": len(found.kept),
-        "preferences": pairs,
+        "kept": len(found.kept),
+        "pairs": pairs,
         "answers": sum(len(row["answers"]) for row in rows),
         "rows_dropped": dropped(found.rows),
         "answers_dropped": dropped(found.answers),
@@ -38,10 +38,9 @@ def card(config: SynthesizeConfig, report: Mapping[str, Any], found: Selection) 
         "",
         "Written by `experiments/synthesize.py`: model output, not checked by people.",
         "",
-        f"- `sft.jsonl`: {report['sft']} of {report['rows']} rows, each with the best of its "
+        f"- `sft.jsonl`: {report['kept']} of {report['rows']} rows, each with the best of its "
         f"{config.answers.per_instruction} answers",
-        f"- `preferences.jsonl`: {report['preferences']} pairs of the best and the worst answer to one "
-        "instruction",
+        f"- `preferences.jsonl`: {report['pairs']} pairs of the best and the worst answer to one instruction",
         "- `rows.jsonl`: all rows and answers, before the filters; `config.json`: the settings; "
         "`report.json`: these counts",
         f"- instructions: `{config.instructions.source}`, {named(models['instructions'])}",
@@ -57,7 +56,7 @@ def card(config: SynthesizeConfig, report: Mapping[str, Any], found: Selection) 
     for title, total, reasons in (
         ("answer", report["answers"], report["answers_dropped"]),
         ("row", report["rows"], report["rows_dropped"]),
-        ("pair", report["sft"], report["without_a_pair"]),
+        ("pair", report["kept"], report["without_a_pair"]),
     ):
         lines += [f"| {title}: {reason} | {total} | {count} |" for reason, count in reasons.items()]
         lines += [f"| {title}: none dropped | {total} | 0 |"] if not reasons else []

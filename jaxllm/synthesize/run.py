@@ -235,8 +235,8 @@ def finish(
         if kept.worst is not None:
             pair = {"prompt": asked, "chosen": best, "rejected": answers[kept.worst]["text"]}
             preferences.append({**pair, "provenance": origin})
-    for name, made in (("sft", sft), ("preferences", preferences)):
-        write_file(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in made).encode())
+    for name, made in (("sft.jsonl", sft), ("preferences.jsonl", preferences)):
+        write_file(folder / name, "".join(json.dumps(row) + "\n" for row in made).encode())
     write_file(folder / "report.json", to_json(report))
     write_file(folder / "README.md", card(config, report, found).encode())
     for name, reasons in (("answers", found.answers), ("rows", found.rows)):

@@ -90,10 +90,10 @@ def test_the_rows_are_those_that_stages_read(written):
 def test_the_card_and_the_report_count_every_row(written):
     _, folder = written
     report, card = json.loads((folder / "report.json").read_text()), (folder / "README.md").read_text()
-    assert report["rows"] == 13 == report["sft"] + sum(report["rows_dropped"].values())
-    assert report["preferences"] == report["sft"] - sum(report["without_a_pair"].values())
-    assert f"{report['sft']} of 13 rows" in card
-    assert card.count("```text") == min(20, report["sft"])
+    assert report["rows"] == 13 == report["kept"] + sum(report["rows_dropped"].values())
+    assert report["pairs"] == report["kept"] - sum(report["without_a_pair"].values())
+    assert f"{report['kept']} of 13 rows" in card
+    assert card.count("```text") == min(20, report["kept"])
 
 
 class Killed(BaseException):
