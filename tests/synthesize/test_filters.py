@@ -37,10 +37,11 @@ def selected(*rows, evaluation=(), judged=True, **changes):
 
 def test_the_best_and_the_worst_usable_answers_are_kept():
     bad = answer("I cannot say.", 5.0)
-    found = selected(row(bad, WORSE, GOOD, answer("Because of the sky above it.", 0.5)))
+    worst = answer("I cannot.", -5.0)
+    found = selected(row(bad, WORSE, GOOD, answer("Because of the sky above it.", 0.5), worst))
     (kept,) = found.kept
     assert (kept.best, kept.worst) == (2, 1)
-    assert found.answers == {"refusal": 1}
+    assert found.answers == {"refusal": 2}
     assert not found.rows
     assert not found.pairs
 
