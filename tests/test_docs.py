@@ -122,7 +122,9 @@ def dotted(config, prefix=""):
 
 @pytest.fixture(scope="module")
 def fields():
-    configs = [load_config(str(ROOT / f"configs/{name}.py")) for name in (*CONFIGS, "quickstart", "synthesize")]
+    configs = [
+        load_config(str(ROOT / f"configs/{name}.py")) for name in (*CONFIGS, "quickstart", "synthesize")
+    ]
     return {name for config in configs for name in dotted(config)}
 
 

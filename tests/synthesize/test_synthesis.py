@@ -119,7 +119,15 @@ def test_a_killed_and_resumed_set_equals_an_uninterrupted_one_to_the_byte(
     with (tmp_path / "rows.jsonl").open("ab") as file:
         file.write(torn)
     assert len(read(tmp_path, "rows.jsonl") if not torn else [0] * 6) == 6
+    firsts, block = [], run.Synthesis.block
+
+    def recorded(self, first, before, check):
+        firsts.append(first)
+        return block(self, first, before, check)
+
+    monkeypatch.setattr(run.Synthesis, "block", recorded)
     synthesize(config, str(tmp_path), command=[])
+    assert firsts == [4, 8, 12]  # a block is computed whole, as without the kill
     assert contents(tmp_path) == contents(folder)
     out = capsys.readouterr().out
     assert "resumed at row 6" in out
