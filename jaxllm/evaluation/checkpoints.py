@@ -129,6 +129,7 @@ def evaluate_suites(
     files = [source for source in sources if not source.startswith(PREFIX)]
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(f"--suite={PREFIX}{tasks[0]} needs lm-eval: pip install 'jaxllm[eval]'")
+    load_reward(check)
     suites = read_suites(files, options, check=check, max_rows=max_rows, seed=seed)
     loaded = load_checkpoint(checkpoint, local_mesh, dtype=inference_dtype(dtype), untrained=untrained)
     check_generates(loaded, f"--checkpoint={checkpoint}")
@@ -147,6 +148,10 @@ def evaluate_suites(
         print_metrics(row, f"{name}/")
         file = results_file(loaded.folder, name, untrained, output)
         if file is not None and results:
+            if file.exists() and (before := len(file.read_bytes().splitlines())) != len(results):
+                print(
+                    f"note: {name}: replaces the results of {before:,} questions; --output=FOLDER keeps both"
+                )
             write_results(file, results)
             print(f"{name}: results in {file}")
 

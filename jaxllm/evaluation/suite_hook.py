@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxllm.errors import ConfigError
 from jaxllm.evaluation.suite_model import GREEDY, SuiteModel
-from jaxllm.evaluation.suites import SUITES, metrics, read_suites, write_results
+from jaxllm.evaluation.suites import METRICS, SUITES, metrics, read_suites, write_results
 from jaxllm.models import Params, build_model
 from jaxllm.parallel.processes import is_first
 from jaxllm.runs.checkpoints import LoadedModel, ModelKind
@@ -20,6 +20,17 @@ from jaxllm.training.state import TrainState
 def check_suites(config: TrainConfig) -> None:
     """Raise DataError or ConfigError for suites that cannot be measured; before anything is compiled."""
     suites, room = read_suites(config.evaluation.suites), config.model.max_length
+    if suites and config.evaluation.suites_every == 0:
+        raise ConfigError("evaluation.suites_every=0 would never measure evaluation.suites: use 1 or more")
+    best = config.checkpoint
+    if best.best_metric is not None and best.best_metric.startswith(SUITES):
+        name = best.best_metric.rpartition("/")[2]
+        goal = METRICS[name][1] if name in METRICS else "highest"  # pass@2, ...
+        if best.best_is != goal:
+            raise ConfigError(
+                f"checkpoint.best_is={best.best_is}, but the {goal} {best.best_metric} is best: set "
+                f"checkpoint.best_is={goal}"
+            )
     if any(suite.kind == "answer" for suite in suites) and config.evaluation.max_new_tokens >= room:
         raise ConfigError(
             f"evaluation.max_new_tokens={config.evaluation.max_new_tokens} leaves no room for a prompt in "

@@ -153,7 +153,14 @@ class SuiteModel:
     # Suites
 
     def _choices(self, suite: Suite) -> list[Result]:
-        requests = [request for question in suite.questions for request in self._choice_requests(question)]
+        requests = []
+        for question in suite.questions:
+            own = list(self._choice_requests(question))
+            if (longest := max(len(request.continuation) for request in own)) > self.length:
+                raise DataError(
+                    f"{question.where}: a choice has {longest} tokens, more than max_length={self.length}"
+                )
+            requests += own
         found = iter(self.score(requests, suite.name).log_probs)
         results = []
         for question in suite.questions:
@@ -228,7 +235,8 @@ class SuiteModel:
 
     def _say_cut(self, name: str, count: int, total: int, length: int) -> None:
         """Say once how many prompts lose their beginning."""
-        line = f"{name}: {count:,} of {total:,} prompts lose their beginning: more than {length} tokens"
+        each = " with their choices" if length == self.length else ""
+        line = f"{name}: {count:,} of {total:,} prompts{each} lose their beginning: more than {length} tokens"
         if count and line not in self.said:
             tqdm.write(f"note: {line}")
             self.said.add(line)

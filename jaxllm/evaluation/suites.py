@@ -124,7 +124,8 @@ def read_suite(source: str, options: PromptOptions, check: str, max_rows: int | 
             kind = found, str(record.get("check") or check) if found == "answer" else ""
             first = first or kind
             if kind != first:
-                raise BadRow("a suite has rows of one kind, and one 'check'", "make another file of this row")
+                shown = ", then ".join(f"{a!r} checked by {b!r}" if b else repr(a) for a, b in (first, kind))
+                raise BadRow("a suite has rows of one kind, and one 'check'", f"{shown}: make two files")
         except BadRow as error:
             raise DataError(f"{row.where}: {error}") from None
         seen[question.id] += 1
@@ -150,15 +151,22 @@ def read_question(record: Mapping[str, Any], where: str, options: PromptOptions)
     question = Question(xxhash.xxh3_64_hexdigest(content.encode()), where, record)
     if "choices" in record:
         choices = record["choices"]
-        if not isinstance(choices, list) or len(choices) < 2 or not all(map(is_text, choices)):
-            raise BadRow("wrong type", "'choices' must be a list of at least two texts")
+        if not isinstance(choices, list) or not all(map(is_text, choices)) or len(set(choices)) < 2:
+            raise BadRow(
+                "wrong choices", "'choices' must be a list of at least two texts, none of them empty"
+            )
+        if len(set(choices)) < len(choices):
+            raise BadRow("wrong choices", "two of the 'choices' are equal")
         answer, messages = right_choice(record, choices), question_messages(Record(record), options)[1]
         return "choices", question._replace(messages=messages, choices=choices, answer=answer)
     if "answer" in record:
+        if record["answer"] is None:
+            raise BadRow("wrong answer", "'answer' is null")
         return "answer", question._replace(messages=question_messages(Record(record), options)[1])
     if "text" in record:
         if not is_text(record["text"]):
-            raise BadRow("wrong type", f"'text' is {json_type(record['text'])}, not a text")
+            shown = "empty" if record["text"] == "" else f"{json_type(record['text'])}, not a text"
+            raise BadRow("wrong text", f"'text' is {shown}")
         return "text", question._replace(text=record["text"])
     keys = ", ".join(record)
     raise BadRow("missing key", f"no 'choices', 'answer' or 'text' among {keys}; rename=THEIRS=OURS")
@@ -170,13 +178,15 @@ def is_text(value: object) -> bool:
 
 def right_choice(record: Mapping[str, Any], choices: Sequence[str]) -> int:
     """The index of the right choice: `answer` is the index, the choice or its letter. Raises BadRow."""
-    answer = record.get("answer")
+    if "answer" not in record:
+        raise BadRow("missing key", f"no 'answer' among {', '.join(record)}")
+    answer = record["answer"]
     if isinstance(answer, str) and answer in choices:
         return choices.index(answer)
     if isinstance(answer, str) and re.fullmatch(r"[A-Z]", answer):
         answer = ord(answer) - ord("A")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        shown = json.dumps(record.get("answer"))[:40]
+        shown = json.dumps(record["answer"])[:40]
         raise BadRow(
             "wrong answer",
             f"'answer' is {shown}; it must be one of {len(choices)} choices, its index from 0 or its letter",

@@ -129,8 +129,9 @@ class SynthesizeConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.dtype not in (None, "float32", "bfloat16"):
             raise ConfigError(f"dtype={self.dtype!r}: choose float32, bfloat16, or none for the model's own")
-        if self.filters.min_score is not None and self.judge.kind == "none":
-            raise ConfigError("filters.min_score needs scores: set judge.kind, or filters.min_score=none")
+        for name, off in (("min_score", None), ("min_margin", 0)):
+            if getattr(self.filters, name) != off and self.judge.kind == "none":
+                raise ConfigError(f"filters.{name} needs scores: set judge.kind, or filters.{name}={off}")
 
     def check_models(self) -> None:
         """ConfigError where a model is missing: a pipeline sets them after it has read its config."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxllm.data.held_out import text_key
-from jaxllm.data.sources import open_source
+from jaxllm.data.sources import BadRow, open_source
 from jaxllm.errors import ConfigError, DataError
 from jaxllm.synthesize.config import FiltersConfig
 from jaxllm.synthesize.judge import extremes
@@ -203,6 +203,10 @@ class Overlaps:
             except DataError as error:
                 raise DataError(f"filters.evaluation_sets: {error}") from None
             for row in source.rows():
+                if row.value is None:
+                    raise DataError(
+                        f"filters.evaluation_sets: {row.where}: {BadRow(row.problem, row.detail)}"
+                    )
                 for text in texts_of(row.value):
                     self.grams.update(grams(words(text), n))
         self.grams.discard(())

@@ -184,9 +184,10 @@ def check_unchanged(folder: Path, config: SynthesizeConfig, models: dict[str, An
         return
     try:
         saved = upgrade(json.loads(file.read_bytes()))
-        before = saved.pop("models")
     except (ValueError, KeyError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from None
+    if (before := saved.pop("models", None)) is None:
+        raise ConfigError(f"--workdir={folder} holds a training run, no synthesized set: choose another")
     found = [each for each in differences(saved, as_dict(config)) if not each.is_in(MAY_DIFFER)]
     found += differences(before, models, "models") if models else []
     if found:
@@ -242,6 +243,8 @@ def finish(
     for name, reasons in (("answers", found.answers), ("rows", found.rows)):
         dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         print(f"{name}: {report[name]} written, {reasons.total()} dropped{dropped and f' ({dropped})'}")
+    if not sft:
+        print("note: no row is kept: change what the counts above name, such as sampling.max_new_tokens")
     print(
         f"{len(sft)} rows in sft.jsonl, {len(preferences)} pairs in preferences.jsonl: see {folder}/README.md"
     )

@@ -11,6 +11,7 @@ from tiny_runs import parse_config
 from experiments import evaluate
 from jaxllm.config import run_script
 from jaxllm.errors import ConfigError, DataError
+from jaxllm.evaluation.suite_hook import check_suites
 from jaxllm.evaluation.suite_model import SuiteModel
 from jaxllm.evaluation.suites import read_results
 from jaxllm.stages import find_stage
@@ -116,6 +117,17 @@ def test_what_suites_do_not_support_is_refused(folder):
         parsed("sft_chat", max_new_tokens=0)
     with pytest.raises(ConfigError, match=r"evaluation.suites_every=3 must be a multiple of rollout.epochs"):
         make_config("grpo", data__train="x", reward__functions="length", evaluation__suites_every=3)
+    for fields, message in (
+        ({"evaluation.suites_every": 0}, r"suites_every=0 would never measure evaluation.suites"),
+        (
+            {"checkpoint.best_metric": "eval/suite/mc/accuracy"},
+            "the highest .*/accuracy is best: set checkpoint.best_is",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_suites(
+                parse_config("sft_chat.py:tiny", {"evaluation.suites": folder / "mc.jsonl", **fields})
+            )
     config = parsed("sft_chat", suites=folder / "qa.jsonl", max_new_tokens=9999)
     inputs = SimpleNamespace(program=SimpleNamespace(config=config), bad_rows_folder=None)
     with pytest.raises(ConfigError, match=r"evaluation.max_new_tokens=9999 leaves no room"):

@@ -51,9 +51,16 @@ def run(*flags):
             "'answer' is 2; it must be one of 2 choices",
         ),
         ({"prompt": "a?", "choices": ["a", "b"], "answer": "C"}, "'answer' is \"C\"; it must be one of"),
-        ({"prompt": "a?", "choices": ["a", "b"]}, "'answer' is null"),
-        ({"text": ""}, "'text' is a string, not a text"),
-        ({"prompt": "a?", "answer": "4"}, "a suite has rows of one kind"),
+        ({"prompt": "a?", "choices": ["a", "b"]}, "no 'answer' among prompt, choices"),
+        ({"prompt": "a?", "choices": ["a", "a"], "answer": 0}, "'choices' must be a list of at least two"),
+        ({"prompt": "a?", "choices": ["a", "b", "a"], "answer": 0}, "two of the 'choices' are equal"),
+        ({"prompt": "a?", "answer": None}, "'answer' is null"),
+        ({"text": ""}, "'text' is empty"),
+        ({"text": 3}, "'text' is a number, not a text"),
+        (
+            {"prompt": "a?", "answer": "4"},
+            "'choices', then 'answer' checked by 'exact_match': make two files",
+        ),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line_before_the_model_is_loaded(tmp_path, capsys, row, problem):

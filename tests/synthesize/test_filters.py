@@ -199,6 +199,15 @@ def test_words_without_spaces_between_them_count_one_by_one():
     assert filters.words("天气 is A.I.") == ["天", "气", "is", "a", "i"]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "x.jsonl:1: empty file"), ('{"text": "a"}\n{"text": "cut', "x.jsonl:2: ")]
+)
+def test_an_evaluation_set_that_cannot_be_read_whole_is_an_error(tmp_path, content, message):
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(DataError, match=f"filters.evaluation_sets: .*{message}"):
+        Overlaps([str(tmp_path / "x.jsonl")], 13, seed=0)
+
+
 def test_a_missing_evaluation_set_is_an_error_that_names_the_field(tmp_path):
     with pytest.raises(DataError, match=r"filters.evaluation_sets: .*none.jsonl' does not exist"):
         Overlaps([str(tmp_path / "none.jsonl")], 13, seed=0)

@@ -205,6 +205,7 @@ def test_magpie_writes_instructions_by_the_template(models, tmp_path):
         ({"judge__model": "http://x/v1"}, "judge.kind=reward_model needs a run folder"),
         ({"filters__near_duplicates": "1.5"}, "filters.near_duplicates=1.5 must be between 0 and 1"),
         ({"judge__kind": "none", "filters__min_score": "1"}, "filters.min_score needs scores"),
+        ({"judge__kind": "none", "filters__min_margin": "1"}, "filters.min_margin needs scores"),
         ({"dtype": "float16"}, "dtype='float16': choose float32, bfloat16"),
         ({"rows": "101"}, "instructions.seeds has 100 instructions, too few for rows=101"),
         ({"answers__model": "nowhere"}, "answers.model=nowhere: .* does not exist"),
