@@ -17,7 +17,7 @@ from jaxllm.evaluation.completions import (
     kl_to,
     read_prompts,
 )
-from jaxllm.evaluation.suite_model import SuiteModel
+from jaxllm.evaluation.suite_model import SuiteModel, suite_template
 from jaxllm.evaluation.suites import PREFIX, TaskResult, metrics, read_suites, write_results
 from jaxllm.files import naming
 from jaxllm.parallel.processes import is_first
@@ -133,10 +133,7 @@ def evaluate_suites(
     suites = read_suites(files, options, check=check, max_rows=max_rows, seed=seed)
     loaded = load_checkpoint(checkpoint, local_mesh, dtype=inference_dtype(dtype), untrained=untrained)
     check_generates(loaded, f"--checkpoint={checkpoint}")
-    if plain or not loaded.conversational:
-        template = PlainTextTemplate(loaded.tokenizer)
-    else:
-        template = checkpoint_template(loaded, template_options)
+    template = suite_template(loaded, plain, template_options)
     model = SuiteModel(loaded, template, sampling=sampling, samples=samples, seed=seed)
     for name, row, results in itertools.chain(
         ((suite.name, metrics(found := model.measure(suite)), found) for suite in suites),

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxllm.data.chat import conversation, last_span_start
-from jaxllm.data.chat_template import ChatTemplate, PlainTextTemplate, row_tools
+from jaxllm.data.chat_template import ChatTemplate, row_tools
 from jaxllm.data.preferences import encode_completion, is_pair, pair
 from jaxllm.data.records import Record, Rename
 from jaxllm.data.sources import BadRow, open_source
@@ -17,7 +17,7 @@ from jaxllm.errors import DataError
 from jaxllm.evaluation.agreement import agreements, describe, judge, read_comparisons
 from jaxllm.evaluation.left_out import print_left_out
 from jaxllm.evaluation.preference import PairScores, mean, numbered, reward_metrics
-from jaxllm.evaluation.suite_model import SuiteModel
+from jaxllm.evaluation.suite_model import SuiteModel, suite_template
 from jaxllm.files import naming
 from jaxllm.rewards.pool import json_value
 from jaxllm.rollout.collect import bucket
@@ -99,8 +99,7 @@ def load_judge(checkpoint: str, *, dtype: str | None) -> SuiteModel:
     """A policy that is asked which of two answers is better."""
     loaded = load_checkpoint(checkpoint, local_mesh, dtype=inference_dtype(dtype))
     check_generates(loaded, f"--judge={checkpoint}")
-    template = checkpoint_template(loaded) if loaded.conversational else PlainTextTemplate(loaded.tokenizer)
-    return SuiteModel(loaded, template)
+    return SuiteModel(loaded, suite_template(loaded))
 
 
 def print_agreement(loaded: LoadedModel, name: str, model: SuiteModel | None) -> None:

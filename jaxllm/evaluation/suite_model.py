@@ -25,7 +25,7 @@ from jaxllm.models import Params
 from jaxllm.rollout.collect import bucket
 from jaxllm.rollout.sampling import SamplingConfig
 from jaxllm.rollout.score import InBatches
-from jaxllm.runs.checkpoints import LoadedModel
+from jaxllm.runs.checkpoints import LoadedModel, checkpoint_template
 from jaxllm.runs.sampling_weights import SamplingWeights
 
 BATCH_TOKENS = 2**15  # scored at a time
@@ -240,6 +240,14 @@ class SuiteModel:
         if count and line not in self.said:
             tqdm.write(f"note: {line}")
             self.said.add(line)
+
+
+def suite_template(loaded: LoadedModel, plain: bool = False, options: Sequence[str] = ()) -> ChatTemplate:
+    """The chat template of a checkpoint, with `options` as in `checkpoint_template`; one that continues text
+    where `plain`, or where it was trained on no conversations."""
+    if plain or not loaded.conversational:
+        return PlainTextTemplate(loaded.tokenizer)
+    return checkpoint_template(loaded, options)
 
 
 def plain_text(question: Question) -> str:

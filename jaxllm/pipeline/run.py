@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from jaxllm.config import as_dict, as_flag, differences, load_config, parse
 from jaxllm.errors import ConfigError, DataError, RunError, Stopped
-from jaxllm.files import is_url, locked
+from jaxllm.files import is_url
 from jaxllm.pipeline.completions import HELD_OUT
 from jaxllm.pipeline.config import PARENTS, PipelineConfig
 from jaxllm.pipeline.held_out import write_held_out
@@ -31,7 +31,7 @@ from jaxllm.report import check_extra, write_report
 from jaxllm.stages import build_program, find_stage
 from jaxllm.store import url_of, working_path
 from jaxllm.training.metrics import read_metrics
-from jaxllm.training.workdir import stored_folder
+from jaxllm.training.workdir import held, stored_folder
 
 SPEND_EVERY = 10.0  # seconds
 
@@ -300,14 +300,7 @@ def claimed(workdir: str) -> Iterator[Path]:
         with stored_folder(workdir):
             yield folder
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = locked(folder / "lock")
-    except BlockingIOError as error:
-        raise ConfigError(f"--workdir={folder}: another pipeline is running there ({error})") from None
-    except OSError as error:
-        raise ConfigError(f"--workdir={folder}: {error.strerror}") from None
-    with file:
+    with held(folder, "another pipeline is running"):
         yield folder
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxllm.batches import RolloutBatch, counted_lengths
+from jaxllm.batches import Array, RolloutBatch, counted_lengths
 from jaxllm.errors import NumericsError
 from jaxllm.losses import Weighted, truncated_importance_weights
 from jaxllm.losses.aggregate import count, masked_sum
@@ -75,16 +75,8 @@ class LogProbs:
 
     def importance_weights(self, old_log_probs: np.ndarray, rollout: Rollout) -> np.ndarray | None:
         """Policy over sampler, [N, T], which corrects for a sampler that is not quite the policy."""
-        if self.config.importance_sampling is None:
-            return None
-        weights = truncated_importance_weights(
-            old_log_probs,
-            rollout.sampler_log_probs,
-            rollout.mask,
-            level=self.config.importance_sampling,
-            maximum=self.config.importance_sampling_cap,
-        )
-        return np.asarray(weights)
+        weights = importance_weights(old_log_probs, rollout.sampler_log_probs, rollout.mask, self.config)
+        return None if weights is None else np.asarray(weights)
 
 
 def log_probs_in_step(
@@ -99,16 +91,21 @@ def log_probs_in_step(
         kl = masked_sum(own - batch.ref_log_probs, mask)
         metrics["kl/reference_token"] = kl
         metrics["kl/reference"] = Weighted(kl.sum, count(mask.any(1)))
-    weights = None
-    if config.importance_sampling is not None:
-        weights = truncated_importance_weights(
-            own,
-            sampler,
-            mask,
-            level=config.importance_sampling,
-            maximum=config.importance_sampling_cap,
-        )
+    weights = importance_weights(own, sampler, mask, config)
     return own if config.recompute_log_probs else sampler, weights, metrics
+
+
+def importance_weights(log_probs: Array, sampler: Array, mask: Array, config: RolloutConfig) -> Array | None:
+    """Truncated importance weights [B, T] as the config asks for them; None where it asks for none."""
+    if config.importance_sampling is None:
+        return None
+    return truncated_importance_weights(
+        log_probs,
+        sampler,
+        mask,
+        level=config.importance_sampling,
+        maximum=config.importance_sampling_cap,
+    )
 
 
 def kl_metrics(kl: np.ndarray, mask: np.ndarray) -> Metrics:

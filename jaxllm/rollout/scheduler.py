@@ -150,6 +150,8 @@ class Scheduler(Generic[AnyRequest]):
 
     def update(self) -> None:
         """Give all requests that have a row their tokens so far."""
+        if all(len(request.tokens) == request.length for request in self.active):
+            return  # nothing to read from the device
         tokens, log_probs = to_host((self._state.tokens, self._state.log_probs))
         for row, request in enumerate(self.requests):
             if request is not None:

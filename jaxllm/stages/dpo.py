@@ -5,6 +5,7 @@ cached, or with each batch.
 """
 
 import functools
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -145,13 +146,10 @@ def completion_log_probs(
     return jnp.where(mask, scores.log_probs.reshape(batch.tokens.shape), 0).sum(-1), scores.aux
 
 
-def score_batch(params: Params, batch: PairBatch, *, model: Model) -> jax.Array:
-    """`completion_log_probs` for reference and evaluation alike: compiled once, both are equal to the bit."""
-    return _score_batch(in_compute_dtype(params, model.config), batch, model=model)
-
-
 @functools.partial(jax.jit, static_argnames="model")
-def _score_batch(params: Params, batch: PairBatch, *, model: Model) -> jax.Array:
+def score_batch(params: Params, batch: PairBatch, *, model: Model) -> jax.Array:
+    """`completion_log_probs` for reference and evaluation alike: compiled once, both are equal to the bit,
+    given parameters of `in_compute_dtype`."""
     return completion_log_probs(params, batch, model=model)[0]
 
 
@@ -173,7 +171,8 @@ def load(inputs: RunInputs[Config, Model]) -> Dataset:
         reference = inputs.reference()
 
         def complete(params: Params, batch: PairBatch) -> PairBatch:
-            return batch._replace(ref_log_probs=score(merge_params(reference, params), batch))
+            whole = in_compute_dtype(merge_params(reference, params), config.model)
+            return batch._replace(ref_log_probs=score(whole, batch))
 
         return replace(data, complete=complete)
     sources = (*data.train, *data.validation)
@@ -182,10 +181,15 @@ def load(inputs: RunInputs[Config, Model]) -> Dataset:
     ]  # of distinct held-out rows, which the fingerprint does not tell
     identity = (initial.hash, data.fingerprint, config.model, config.data.sequence_length, lengths)
     key = xxhash.xxh3_128_hexdigest(repr(identity).encode())
+
+    def make_score() -> Callable[[PairBatch], jax.Array]:
+        params = initial.params(keep=not inputs.folder.resuming)
+        return functools.partial(score, in_compute_dtype(params, config.model))
+
     cached = reference_log_probs(
         key,
         sources,
-        lambda: functools.partial(score, initial.params(keep=not inputs.folder.resuming)),
+        make_score,
         batch_size=config.data.batch_size,
         sharding=program.batch_sharding,
         run_folder=inputs.folder.path,
@@ -198,10 +202,12 @@ def load(inputs: RunInputs[Config, Model]) -> Dataset:
 
 def make_hooks(context: RunContext[Config, Model]) -> list[Hook]:
     """Implicit rewards of the held-out pairs, and suites."""
-    options = asdict(context.program.config.objective)
+    config = context.program.config
     score = functools.partial(score_batch, model=context.program.model)
-    pairs = evaluation_hooks(
-        context,
-        lambda params, pairs: dpo_metrics(score_pairs(params, pairs, score, context.check), **options),
-    )
+
+    def evaluate(params: Params, pairs: Iterable[PairBatch]) -> dict[str, float]:
+        params = in_compute_dtype(params, config.model)  # once, not for every batch
+        return dpo_metrics(score_pairs(params, pairs, score, context.check), **asdict(config.objective))
+
+    pairs = evaluation_hooks(context, evaluate)
     return [*pairs, *suite_hooks(context)]

@@ -9,12 +9,13 @@ from typing import Any
 
 from jaxllm.config import differences, first_few
 from jaxllm.errors import ConfigError
-from jaxllm.files import is_leftover, locked, to_json, write_file
+from jaxllm.files import is_leftover, to_json, write_file
 from jaxllm.sweep.goal import Goal
 from jaxllm.sweep.trials import Trial
 from jaxllm.training.metrics import held_out_names, read_metrics
+from jaxllm.training.workdir import LOCK, held
 
-FILE, LOCK, LOGS = "sweep.json", "lock", "logs"
+FILE, LOGS = "sweep.json", "logs"
 JOURNAL = "search.journal"  # of Optuna
 
 
@@ -63,17 +64,13 @@ def read(folder: Path) -> Sweep | None:
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Lock a folder that is empty or holds a sweep. ConfigError for any other, or where one is running."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def check(folder: Path) -> None:
         names = {each.name for each in folder.iterdir() if not is_leftover(each.name)} - {LOCK, LOGS}
         if names and FILE not in names:
             raise ConfigError(f"--workdir={folder} holds {min(names)} and no sweep: choose another --workdir")
-        lock = locked(folder / LOCK)
-    except BlockingIOError as error:
-        raise ConfigError(f"--workdir={folder}: another sweep is running there ({error})") from None
-    except OSError as error:
-        raise ConfigError(f"--workdir={folder}: {error.strerror}") from None
-    with lock:
+
+    with held(folder, "another sweep is running", check):
         yield
 
 

@@ -4,8 +4,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from jaxllm.config import as_dict, check_local, differences, first_few
 from jaxllm.config_versions import stamped, upgrade
 from jaxllm.errors import ConfigError, Stopped
-from jaxllm.files import locked, to_json, write_file
+from jaxllm.files import to_json, write_file
 from jaxllm.random_streams import SYNTHESIS, stream
 from jaxllm.synthesize.card import card, counts
 from jaxllm.synthesize.config import SynthesizeConfig, is_server
@@ -27,6 +26,7 @@ from jaxllm.synthesize.raw_rows import RawRows, Row
 from jaxllm.synthesize.server import ServerWriter
 from jaxllm.synthesize.writers import Check, LocalWriter, Writer
 from jaxllm.training.watchdog import StopRequested, Watchdog
+from jaxllm.training.workdir import held
 
 # What may change for rows that are there: how many there are, and which of them are kept.
 MAY_DIFFER = ("rows", "filters", "server_requests")
@@ -135,7 +135,7 @@ def synthesize(config: SynthesizeConfig, workdir: str, *, command: Sequence[str]
     folder = Path(workdir).expanduser().absolute()
     check_near_duplicates(config.filters.near_duplicates)
     overlaps = Overlaps(config.filters.evaluation_sets, config.filters.overlap_words, seed=config.seed)
-    with claimed(folder), Watchdog(folder, 0) as watchdog:
+    with held(folder, "another process writes"), Watchdog(folder, 0) as watchdog:
         check_unchanged(folder, config, None)
         raw = RawRows(folder / "rows.jsonl")
         synthesis = Synthesis(config)
@@ -159,20 +159,6 @@ def synthesize(config: SynthesizeConfig, workdir: str, *, command: Sequence[str]
         seconds = time.perf_counter() - began
         if written := len(raw.rows) - done:
             print(f"{written} rows in {seconds:.0f} s, {60 * written / seconds:.0f} rows a minute")
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is made where it is missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = locked(folder / "lock")
-    except BlockingIOError as error:
-        raise ConfigError(f"--workdir={folder}: another process writes there ({error})") from None
-    except OSError as error:
-        raise ConfigError(f"--workdir={folder}: {error.strerror}") from None
-    with file:
-        yield
 
 
 def check_unchanged(folder: Path, config: SynthesizeConfig, models: dict[str, Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""A run folder on an object store: held by one process, and worked on in a local copy that is uploaded."""
+"""A run folder held by one process: on a disk, or on an object store, whose local copy is uploaded."""
 
 import contextlib
 import json
@@ -13,11 +13,29 @@ from datetime import datetime
 from pathlib import Path
 
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.files import BEAT, SILENCE, is_leftover, is_running, to_json
+from jaxllm.files import BEAT, SILENCE, is_leftover, is_running, locked, to_json
 from jaxllm.store import Store, StoreError, copy_of, update_copy
 
 LOCK = "lock"  # held by the process that uses the folder, and removed by it
 UPLOAD_EVERY = 60.0  # seconds; and before each checkpoint, and at the end
+
+
+@contextlib.contextmanager
+def held(folder: Path, what: str, check: Callable[[Path], None] = lambda folder: None) -> Iterator[None]:
+    """Lock the folder --workdir, which is made where it is missing, once `check` has not refused it.
+
+    Raises ConfigError, which says `what` there is if another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check(folder)
+        lock = locked(folder / LOCK)
+    except BlockingIOError as error:
+        raise ConfigError(f"--workdir={folder}: {what} there ({error})") from None
+    except OSError as error:
+        raise ConfigError(f"--workdir={folder}: {error.strerror}") from None
+    with lock:
+        yield
 
 
 @contextlib.contextmanager
