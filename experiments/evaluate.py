@@ -80,7 +80,7 @@ def main(_: None, flags: "FlagValues") -> None:
     from jaxllm.parallel.processes import joined
     from jaxllm.runs.process import set_up_process
 
-    check_rename(flags.rename)
+    check_rename(flags.rename, "--rename")
     names = {"reward.model": "--reward_model", "data.template_options": "--template_options"}
     output = None if flags.output is None else Path(flags.output).expanduser()
     shared = {

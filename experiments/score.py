@@ -49,7 +49,7 @@ def main(_: None, flags: "FlagValues") -> None:
     output = None if flags.output is None else Path(flags.output).expanduser()
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output={flags.output}: there is no such folder")
-    check_rename(flags.rename)
+    check_rename(flags.rename, "--rename")
     set_up_process()
     loaded = load_checkpoint(flags.checkpoint, local_mesh, dtype=inference_dtype(flags.dtype))
     check_scores(loaded, f"--checkpoint={flags.checkpoint}")

@@ -74,16 +74,17 @@ def json_value(value: Any) -> Any:
 
 
 class Rename:
-    """`data.rename`, applied to one row after the other, and which of its entries have found something.
+    """A config's `rename`, applied to one row after the other, and which of its entries have found something.
 
     An entry THEIRS=OURS gives a column, or a field of messages, another name. THEIRS may lead into a column,
     as in `reward_model.ground_truth=answer`; that column stays too. All entries apply at once, so that they
     can swap two columns.
     """
 
-    def __init__(self, entries: Sequence[str]):
-        """Raises ConfigError where an entry is not THEIRS=OURS."""
-        check_rename(entries)
+    def __init__(self, entries: Sequence[str], field: str = "data.rename"):
+        """`field` is what error messages call it. Raises ConfigError where an entry is not THEIRS=OURS."""
+        check_rename(entries, field)
+        self._field = field
         self._names = [(theirs, ours) for theirs, _, ours in (entry.partition("=") for entry in entries)]
         self._fields = {theirs: ours for theirs, ours in self._names if ours in FIELDS}
         self._unmatched = dict.fromkeys(theirs for theirs, _ in self._names)
@@ -105,7 +106,7 @@ class Rename:
                 if renamed.get(ours) is None:
                     renamed[ours] = value
                 elif value is not None and value != renamed[ours]:
-                    raise BadRow("two columns of one name", f"data.rename makes {theirs!r} a second {ours!r}")
+                    raise BadRow("two columns of one name", f"{self._field} makes {theirs!r} a second {ours!r}")
         if self._fields:
             for name in _MESSAGE_COLUMNS:
                 if isinstance(value := renamed.get(name), list):
@@ -137,7 +138,7 @@ class Rename:
         if not (self._unmatched and self._known):
             return ""
         hint = nearest(next(iter(self._unmatched)), list(self._known))
-        return f"data.rename: no row that was read has {', '.join(map(repr, self._unmatched))}{hint}"
+        return f"{self._field}: no row that was read has {', '.join(map(repr, self._unmatched))}{hint}"
 
     def check(self) -> None:
         """Raise ConfigError where an entry matched nothing in any row."""
@@ -145,12 +146,12 @@ class Rename:
             raise ConfigError(problem)
 
 
-def check_rename(entries: Sequence[str]) -> None:
-    """Raise ConfigError where an entry is not THEIRS=OURS."""
+def check_rename(entries: Sequence[str], field: str = "data.rename") -> None:
+    """Raise ConfigError, which names the field, where an entry is not THEIRS=OURS."""
     for entry in entries:
         theirs, equals, ours = entry.partition("=")
         if not (theirs and equals and ours):
-            raise ConfigError(f"data.rename has {entry!r}; write THEIRS=OURS, such as question=prompt")
+            raise ConfigError(f"{field} has {entry!r}; write THEIRS=OURS, such as question=prompt")
 
 
 def _at(row: Mapping[str, Any], path: str) -> list[Any]:

@@ -15,6 +15,7 @@ from jaxllm.evaluation.suite_model import SuiteModel
 from jaxllm.evaluation.suites import Question, Suite
 
 RESAMPLES = 2000
+FEWEST = 10  # comparisons with an interval: resampling fewer makes it too narrow
 
 Label = int | str  # 0 or 1: the index of the better answer; or "tie", "bad"
 
@@ -23,7 +24,7 @@ class Kappa(NamedTuple):
     """Cohen's kappa (1960) of two raters: 0 as by chance, 1 always equal; NaN where chance always agrees."""
 
     value: float
-    low: float  # the 95% interval, by resampling the comparisons
+    low: float  # the 95% interval, by resampling the comparisons; NaN of fewer than FEWEST
     high: float
     share: float  # of equal labels
     comparisons: int
@@ -40,13 +41,13 @@ def cohen_kappa(first: Sequence[Label], second: Sequence[Label], groups: Sequenc
     number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     for a, b, group in zip(first, second, groups, strict=True):
         table[number[group], names.index(a), names.index(b)] += 1
-    draws = np.random.default_rng(0).multinomial(len(table), np.full(len(table), 1 / len(table)), RESAMPLES)
-    values = kappas(np.tensordot(draws, table, axes=1))
-    known = values[~np.isnan(values)]
-    low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (np.nan, np.nan)
     total = table.sum(0)
-    share = float(np.trace(total) / total.sum())
-    return Kappa(float(kappas(total[None])[0]), float(low), float(high), share, len(table))
+    value, share = float(kappas(total[None])[0]), float(np.trace(total) / total.sum())
+    if len(table) < FEWEST or np.isnan(value):
+        return Kappa(value, np.nan, np.nan, share, len(table))
+    draws = np.random.default_rng(0).multinomial(len(table), np.full(len(table), 1 / len(table)), RESAMPLES)
+    low, high = np.nanquantile(kappas(np.tensordot(draws, table, axes=1)), (0.025, 0.975))
+    return Kappa(value, float(low), float(high), share, len(table))
 
 
 def kappas(tables: np.ndarray) -> np.ndarray:
@@ -153,8 +154,15 @@ def question_text(comparison: Comparison, order: int) -> str:
 
 def describe(found: Mapping[str, Kappa]) -> list[str]:
     """A line for each two raters."""
+
+    def agreement(kappa: Kappa) -> str:
+        if np.isnan(kappa.value):
+            return "no kappa, as all labels are the same"
+        if np.isnan(kappa.low):
+            return f"kappa {kappa.value:.2f}, no interval from fewer than {FEWEST} comparisons"
+        return f"kappa {kappa.value:.2f} [{kappa.low:.2f}, {kappa.high:.2f}]"
+
     return [
-        f"{name}: kappa {kappa.value:.2f} [{kappa.low:.2f}, {kappa.high:.2f}], {kappa.share:.1%} equal, "
-        f"{kappa.comparisons} comparisons"
+        f"{name}: {agreement(kappa)}; {kappa.share:.1%} equal, {kappa.comparisons} comparisons"
         for name, kappa in found.items()
     ]

@@ -242,10 +242,11 @@ def read_messages(
     split: str,
     max_rows: int,
     seed: int,
+    rename_field: str = "--rename",
 ) -> list[T]:
     """make(row, messages) of the first rows of a source; rows for which it raises BadRow go to stderr."""
     source = open_source(name, split=split, text_key=None, synthetic_rows=max_rows, seed=seed)
-    rename = Rename(options.rename)
+    rename = Rename(options.rename, rename_field)
     made: list[T] = []
     left_out: list[tuple[str, BadRow]] = []
     for row in source.rows():

@@ -45,7 +45,7 @@ def read_rows(
     name: str, template: ChatTemplate, *, longest: int, rename: Sequence[str]
 ) -> tuple[list[Row], int]:
     """The rows of a source with at most `longest` tokens, and the number left out, which stderr names."""
-    rename_row = Rename(rename)
+    rename_row = Rename(rename, "--rename")
     rows: list[Row] = []
     left_out: list[tuple[str, BadRow]] = []
     source = open_source(name, split="validation", text_key=None, synthetic_rows=1000, seed=0)
@@ -122,7 +122,7 @@ def print_agreement(loaded: LoadedModel, name: str, model: SuiteModel | None) ->
         labels["judge"] = verdicts.labels
         for what in ("first_preferred", "same_in_both_orders"):
             value, error = getattr(verdicts, what)
-            print(f"judge_{what} {value:.3f} ± {error:.3f}")
+            print(f"judge_{what}", with_error(value, error, 3))
     print("\n".join(describe(agreements([each.labels for each in comparisons], labels))))
 
 
@@ -142,7 +142,7 @@ def score_rows(loaded: LoadedModel, name: str, *, rename: Sequence[str], output:
                 )
     prompts = numbered(tuple(row.sequences[0][: row.prompt_length]) for row in rows)
     value, error = mean(rewards.astype(np.float64), np.repeat(prompts, [len(row.sequences) for row in rows]))
-    print(f"{len(rows)} rows scored, {dropped} left out; reward {value:.4f} ± {error:.4f}")
+    print(f"{len(rows)} rows scored, {dropped} left out; reward {with_error(value, error, 4)}")
     pairs = [(row, values) for row, values in zip(rows, by_row, strict=True) if len(values) == 2]
     if pairs:
         lengths = [[len(ids) - row.prompt_length for ids in row.sequences] for row, _ in pairs]
@@ -159,7 +159,14 @@ def score_rows(loaded: LoadedModel, name: str, *, rename: Sequence[str], output:
             "length_baseline",
             "longer_preferred",
         ):
-            print(f"{name} {table[f'eval/{name}']:.3f} ± {table[f'eval/{name}_se']:.3f}")
+            print(name, with_error(table[f"eval/{name}"], table[f"eval/{name}_se"], 3))
+
+
+def with_error(value: float, error: float, digits: int) -> str:
+    """A mean with its standard error, where there is one."""
+    if np.isnan(value):
+        return "unknown, no row has it"
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error > 0 else " (one prompt, or all equal: no error)")
 
 
 def reward_columns(values: np.ndarray, metrics: Mapping[str, float]) -> dict[str, float]:

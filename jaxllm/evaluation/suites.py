@@ -109,7 +109,7 @@ def read_suites(
 
 def read_suite(source: str, options: PromptOptions, check: str, max_rows: int | None, seed: int) -> Suite:
     """One suite, as in `read_suites`."""
-    rename, seen = Rename(options.rename), Counter[str]()
+    rename, seen = Rename(options.rename, "--rename"), Counter[str]()
     questions: list[Question] = []
     first: tuple[Kind, str] | None = None
     opened = open_source(

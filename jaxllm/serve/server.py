@@ -90,7 +90,7 @@ class ServerOptions:
                 f"--temperature={sampling.temperature:g} generates the same answer twice; raise it or serve "
                 f"two checkpoints"
             )
-        check_rename(self.rename)
+        check_rename(self.rename, "--rename")
 
 
 def read_token(token: str | None, file: str | None) -> str | None:

@@ -59,7 +59,13 @@ def read_seeds(config: InstructionsConfig, *, needed: int, most: int, seed: int)
             break
         # Of built-in data a source has as many rows as are asked for, and not all are single instructions.
         found += read_messages(
-            name, SeedOptions(config.rename), text, split="train", max_rows=4 * most, seed=seed
+            name,
+            SeedOptions(config.rename),
+            text,
+            split="train",
+            max_rows=4 * most,
+            seed=seed,
+            rename_field="instructions.rename",
         )
     found = found[:most]
     if len(found) < needed:

@@ -190,11 +190,9 @@ def test_two_columns_of_one_name_are_a_bad_row_unless_one_is_null(tmp_path, load
 def test_scripts_check_their_rename_too(tmp_path, tokenizer):
     path, template = write(tmp_path / "a.jsonl", PAIR), NativeTemplate(tokenizer)
     options = cast("PromptOptions", SimpleNamespace(rename=["qestion=prompt"], **PROMPT))
-    with pytest.raises(
-        ConfigError, match=r"data.rename: no row that was read has 'qestion'; available: 'prom"
-    ):
+    with pytest.raises(ConfigError, match=r"^--rename: no row that was read has 'qestion'; available: 'prom"):
         read_prompts(path, options, template, longest=99, max_rows=1, seed=0)
-    with pytest.raises(ConfigError, match=r"data.rename: no row that was read has 'qestion'"):
+    with pytest.raises(ConfigError, match=r"^--rename: no row that was read has 'qestion'"):
         read_rows(path, template, longest=99, rename=options.rename)
     swapped, _ = read_rows(path, template, longest=99, rename=["chosen=rejected", "rejected=chosen"])
     as_it_is, _ = read_rows(path, template, longest=99, rename=[])

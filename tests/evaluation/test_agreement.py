@@ -6,7 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxllm.evaluation.agreement import Comparison, agreements, cohen_kappa, judge, read_comparisons
+from jaxllm.evaluation.agreement import (
+    Comparison,
+    agreements,
+    cohen_kappa,
+    describe,
+    judge,
+    read_comparisons,
+)
 from jaxllm.evaluation.preference import longer_preferred
 from jaxllm.evaluation.suites import Result
 
@@ -21,7 +28,14 @@ def test_kappa_is_agreement_beyond_chance():
     assert (found.value, found.share, found.comparisons) == (pytest.approx(0.4), 0.7, 50)
     error = (0.7 * 0.3 / 50) ** 0.5 / 0.5  # Cohen's, of large samples
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.1)
-    assert np.isnan(cohen_kappa([0, 0], [0, 0], range(2)).value)  # chance alone agrees always
+
+
+def test_no_interval_of_few_comparisons_and_no_kappa_of_equal_labels():
+    few, equal = cohen_kappa([0, 1] * 4, [0, 1] * 4, range(8)), cohen_kappa([0] * 20, [0] * 20, range(20))
+    assert describe({"a and b": few, "a and c": equal}) == [
+        "a and b: kappa 1.00, no interval from fewer than 10 comparisons; 100.0% equal, 8 comparisons",
+        "a and c: no kappa, as all labels are the same; 100.0% equal, 20 comparisons",
+    ]
 
 
 def test_labels_of_one_comparison_are_resampled_together():
