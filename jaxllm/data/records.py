@@ -106,7 +106,9 @@ class Rename:
                 if renamed.get(ours) is None:
                     renamed[ours] = value
                 elif value is not None and value != renamed[ours]:
-                    raise BadRow("two columns of one name", f"{self._field} makes {theirs!r} a second {ours!r}")
+                    raise BadRow(
+                        "two columns of one name", f"{self._field} makes {theirs!r} a second {ours!r}"
+                    )
         if self._fields:
             for name in _MESSAGE_COLUMNS:
                 if isinstance(value := renamed.get(name), list):

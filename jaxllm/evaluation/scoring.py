@@ -166,7 +166,9 @@ def with_error(value: float, error: float, digits: int) -> str:
     """A mean with its standard error, where there is one."""
     if np.isnan(value):
         return "unknown, no row has it"
-    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error > 0 else " (one prompt, or all equal: no error)")
+    return f"{value:.{digits}f}" + (
+        f" ± {error:.{digits}f}" if error > 0 else " (one prompt, or all equal: no error)"
+    )
 
 
 def reward_columns(values: np.ndarray, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -240,6 +240,13 @@ IMPLEMENTATIONS = {
 }
 
 
+def tokens_at(tree: Any, at_BN: Array | None) -> Any:
+    """Of arrays [B, T, ...] the tokens [B, N, ...] at some indices of each row; None: all."""
+    if at_BN is None:
+        return tree
+    return jax.tree.map(lambda x: jax.vmap(lambda row, at: row[at])(x, at_BN), tree)
+
+
 def attend_cache(
     q_BTHh: Array, cache: LayerCache, positions_BT: Array, window: int | None, config: ModelConfig
 ) -> jax.Array:
@@ -282,40 +289,49 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, attend_to_cache: bool
+        self,
+        x_BTD: jax.Array,
+        context: Context,
+        cache: LayerCache | None,
+        attend_to_cache: bool,
+        at_BN: Array | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attention's output [B, T, D], and the cache with the new keys and values in it.
 
         attend_to_cache: attend to all that is in the cache (decoding), and not only to the new keys
         (training, and prefill, where the cache is empty before).
+        at_BN: the queries to compute, the output being [B, N, D]; None: all.
         """
         c = self.config
-        B, T, _ = x_BTD.shape
+        queries_BTD = tokens_at(x_BTD, at_BN)
 
-        def project(name: str, num_heads: int) -> jax.Array:
+        def project(name: str, num_heads: int, x_BTD: jax.Array = x_BTD) -> jax.Array:
             projected = Linear(c, num_heads * c.head_dim, c.qkv_bias, name=name)(x_BTD)
             norm = RMSNorm(c.norm_epsilon, c.param_dtype, c.zero_centered_norm, name=f"{name}_norm")
             normed = name != "value"
             if normed and c.qk_norm == "all_heads":
                 projected = norm(projected)
-            heads = projected.reshape(B, T, num_heads, c.head_dim)
+            heads = projected.reshape(*x_BTD.shape[:2], num_heads, c.head_dim)
             return norm(heads) if normed and c.qk_norm == "head" else heads
 
-        q_BTHh = project("query", c.num_heads)
+        q_BTHh = project("query", c.num_heads, queries_BTD)
         k_BTKh = project("key", c.num_kv_heads)
         v_BTKh = project("value", c.num_kv_heads)
         if (angles := context.angles.get(self.kind)) is not None:
-            q_BTHh, k_BTKh = rotate(q_BTHh, angles), rotate(k_BTKh, angles)
+            q_BTHh, k_BTKh = rotate(q_BTHh, tokens_at(angles, at_BN)), rotate(k_BTKh, angles)
         window = layer_window(c, self.kind)
 
         if cache is not None:
             cache = write_cache(cache, k_BTKh, v_BTKh, context.positions_BT)
         if cache is not None and attend_to_cache:
             out_BTHh = attend_cache(q_BTHh, cache, context.positions_BT, window, c)
+        elif at_BN is not None:
+            keys_and_values = LayerCache(k_BTKh.transpose(0, 2, 1, 3), v_BTKh.transpose(0, 2, 1, 3))
+            out_BTHh = attend_cache(q_BTHh, keys_and_values, at_BN, window, c)
         else:
             implementation = IMPLEMENTATIONS[c.attention]
             if sequence.is_split():  # the kernels know of no parts
                 implementation = attend_xla
             out_BTHh = implementation(q_BTHh, k_BTKh, v_BTKh, context.segment_ids_BT, window, c)
         output = Linear(c, c.width, c.output_bias, scale=0.5 / c.num_layers, name="output")
-        return output(out_BTHh.reshape(B, T, -1)), cache
+        return output(out_BTHh.reshape(*out_BTHh.shape[:2], -1)), cache

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.models.config import ModelConfig, check_model_config
-from jaxllm.models.interface import Array, Model, Params, ScalarModel, ScalarOutput
+from jaxllm.models.interface import Array, Model, Output, Params, ScalarModel, ScalarOutput
 from jaxllm.models.transformer import build_model
 
 
@@ -47,20 +47,25 @@ class ScalarTransformer:
         dropout_key: jax.Array | None = None,
     ) -> ScalarOutput:
         """Float32 values [B, T]. See `ScalarModel.apply`."""
-        hidden, _, aux = self.decoder.apply(
+        output = self.decoder.apply(
             params, tokens, positions=positions, segment_ids=segment_ids, dropout_key=dropout_key
         )
-        kernel = params["scalar_head"]["kernel"]
-        values = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)[..., 0]
-        return ScalarOutput(values, aux)
+        return scalars(params, output)
 
     def rewards(
         self, params: Params, tokens: Array, lengths: Array, *, dropout_key: jax.Array | None = None
     ) -> ScalarOutput:
         """The float32 value at the last token of each text. See `ScalarModel.rewards`."""
-        values, aux = self.apply(params, tokens.reshape(-1, tokens.shape[-1]), dropout_key=dropout_key)
-        last = lengths.reshape(-1, 1) - 1
-        return ScalarOutput(jnp.take_along_axis(values, last, axis=1).reshape(lengths.shape), aux)
+        rows, last = tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1, 1) - 1
+        values, aux = scalars(params, self.decoder.apply(params, rows, dropout_key=dropout_key, at=last))
+        return ScalarOutput(values.reshape(lengths.shape), aux)
+
+
+def scalars(params: Params, output: Output) -> ScalarOutput:
+    """What the scalar head makes of hidden states [B, N, D]: values [B, N]."""
+    kernel = params["scalar_head"]["kernel"]
+    values = jnp.matmul(output.hidden, kernel, preferred_element_type=jnp.float32)[..., 0]
+    return ScalarOutput(values, output.aux)
 
 
 @functools.cache  # one model per config: see `build_model`

@@ -57,6 +57,7 @@ class Model(Protocol):
         cache: Cache | None = None,
         noise: Array | None = None,
         dropout_key: jax.Array | None = None,
+        at: Array | None = None,
     ) -> Output:
         """Hidden states of tokens; each token attends to itself and to earlier ones of its own segment.
 
@@ -71,6 +72,8 @@ class Model(Protocol):
             on the right; decoding overwrites the slots of the padding before it attends to them.
           noise: [B, T, D], added to the embedded tokens.
           dropout_key: the PRNG key of the adapters' dropout; None: no dropout.
+          at: int [B, N], the tokens, by their index in the row, whose hidden states [B, N, D] are wanted;
+            all where not given. Rows are then one document each, and there is no cache.
         """
         ...
 

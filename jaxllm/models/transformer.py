@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from jaxllm.models.attention import Attention, Context, attention_saveable
+from jaxllm.models.attention import Attention, Context, attention_saveable, tokens_at
 from jaxllm.models.config import ModelConfig, check_model_config, layer_kinds
 from jaxllm.models.interface import Array, Aux, Cache, LayerCache, Model, Output, Params
 from jaxllm.models.layers import MLP, LayerNorm, RMSNorm, layer_angles, make_norm
@@ -46,7 +46,9 @@ class Block(nn.Module):
         context: Context,
         cache: LayerCache | None = None,
         attend_to_cache: bool = False,
+        at_BN: Array | None = None,
     ) -> BlockOutput:
+        """The hidden states of all tokens, or only of those at some indices of each row."""
         c = self.config
         before, after = c.norm_position != "after", c.norm_position != "before"
 
@@ -55,8 +57,8 @@ class Block(nn.Module):
 
         attention = Attention(c, self.kind, name="attention")
         normed_BTD = norm(x_BTD, "attention_norm", before)
-        attended_BTD, cache = attention(normed_BTD, context, cache, attend_to_cache)
-        x_BTD = x_BTD + norm(attended_BTD, "attention_output_norm", after)
+        attended_BTD, cache = attention(normed_BTD, context, cache, attend_to_cache, at_BN)
+        x_BTD = tokens_at(x_BTD, at_BN) + norm(attended_BTD, "attention_output_norm", after)
         mlp_BTD = MLP(c, name="mlp")(norm(x_BTD, "mlp_norm", before))
         x_BTD = x_BTD + norm(mlp_BTD, "mlp_output_norm", after)
         return BlockOutput(constrain(x_BTD, BATCH), cache, aux={})
@@ -143,6 +145,7 @@ class Transformer:
         cache: Cache | None = None,
         noise: Array | None = None,
         dropout_key: jax.Array | None = None,
+        at: Array | None = None,
     ) -> Output:
         """Hidden states [B, T, D] of tokens [B, T]. See `Model.apply`."""
         attend_to_cache = cache is not None and positions is not None
@@ -155,7 +158,7 @@ class Transformer:
         if noise is not None:
             x = x + noise.astype(self.compute_dtype)
         if cache is None:
-            x, aux = self.run_split_blocks(params, x, context, dropout_key)
+            x, aux = self.run_split_blocks(params, x, context, dropout_key, at)
         else:
             x, cache, aux = self.run_blocks_with_cache(params, x, context, cache, attend_to_cache)
         hidden = cast(jax.Array, self.final_norm.apply({"params": params["final_norm"]}, x))
@@ -188,19 +191,25 @@ class Transformer:
         cache: LayerCache | None = None,
         attend_to_cache: bool = False,
         dropout_key: jax.Array | None = None,
+        at: Array | None = None,
     ) -> BlockOutput:
         """One block with its parameters."""
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         block = Block(self.config, kind)
-        output = block.apply({"params": layer}, x, context, cache, attend_to_cache, rngs=rngs)
+        output = block.apply({"params": layer}, x, context, cache, attend_to_cache, at, rngs=rngs)
         return cast(BlockOutput, output)
 
     def run_split_blocks(
-        self, params: Params, x: jax.Array, context: Context, dropout_key: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        context: Context,
+        dropout_key: jax.Array | None,
+        at: Array | None,
     ) -> tuple[jax.Array, Aux]:
         """`run_blocks`, with the tokens of each row split where the mesh says so."""
         if sequence.num_shards(x.shape[1]) == 1:
-            return self.run_blocks(params, x, context, dropout_key)
+            return self.run_blocks(params, x, context, dropout_key, at)
 
         def run(
             blocks: Params, x: jax.Array, context: Context, key: jax.Array | None
@@ -212,26 +221,41 @@ class Transformer:
 
         tokens = sequence.TOKENS
         run = sequence.split(run, (P(), tokens, jax.tree.map(lambda _: tokens, context), P()), (tokens, P()))
-        return run(params["blocks"], x, context, dropout_key)
+        x, aux = run(params["blocks"], x, context, dropout_key)
+        return tokens_at(x, at), aux
 
     def run_blocks(
-        self, params: Params, x: jax.Array, context: Context, dropout_key: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        context: Context,
+        dropout_key: jax.Array | None,
+        at: Array | None = None,
     ) -> tuple[jax.Array, Aux]:
-        """All blocks in order, scanned or unrolled; remat says what the backward pass recomputes."""
+        """All blocks in order, scanned or unrolled; remat says what the backward pass recomputes.
 
-        def run(kind: str, x: jax.Array, layer: Params, key: jax.Array | None) -> tuple[jax.Array, Aux]:
-            output = self.run_block(kind, layer, x, context, dropout_key=key)
+        Unrolled, the last block computes only the tokens at `at`: with four layers a fifth of a reward model.
+        """
+
+        def run(
+            kind: str, x: jax.Array, layer: Params, key: jax.Array | None, at: Array | None
+        ) -> tuple[jax.Array, Aux]:
+            output = self.run_block(kind, layer, x, context, dropout_key=key, at=at)
             return output.hidden, output.aux
 
         if self.config.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.config.remat], static_argnums=0)
 
         def run_layers(
-            x: jax.Array, kinds: Sequence[str], layers: Sequence[Params], keys: Sequence[jax.Array | None]
+            x: jax.Array,
+            kinds: Sequence[str],
+            layers: Sequence[Params],
+            keys: Sequence[jax.Array | None],
+            at: Array | None = None,
         ) -> tuple[jax.Array, Aux]:
             aux: Aux = {}
-            for kind, layer, key in zip(kinds, layers, keys, strict=True):
-                x, layer_aux = run(kind, x, layer, key)
+            for i, (kind, layer, key) in enumerate(zip(kinds, layers, keys, strict=True), 1):
+                x, layer_aux = run(kind, x, layer, key, at if i == len(kinds) else None)
                 aux = add_aux(aux, layer_aux)
             return x, aux
 
@@ -239,7 +263,7 @@ class Transformer:
         keys = None if dropout_key is None else jax.random.split(dropout_key, len(kinds))
         if not self.config.scan_layers or isinstance(params["blocks"], tuple):
             layer_keys = [None] * len(kinds) if keys is None else list(keys)
-            return run_layers(x, kinds, unstack_layers(params)["blocks"], layer_keys)
+            return run_layers(x, kinds, unstack_layers(params)["blocks"], layer_keys, at)
         blocks = (params["blocks"], keys)
 
         def run_pattern(x: jax.Array, layers: Any) -> tuple[jax.Array, Aux]:
@@ -255,7 +279,7 @@ class Transformer:
         if rest:
             x, rest_aux = run_layers(x, kinds[whole:], *zip(*rest, strict=True))
             aux = add_aux(aux, rest_aux)
-        return x, aux
+        return tokens_at(x, at), aux
 
     def run_blocks_with_cache(
         self, params: Params, x: jax.Array, context: Context, cache: Cache, attend_to_cache: bool

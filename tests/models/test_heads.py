@@ -1,6 +1,7 @@
 """The scalar head: a value for every position, the reward at the last real token."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -81,3 +82,32 @@ def test_values_are_float32_in_bfloat16_too(tiny):
     tokens, lengths = random_tokens(tiny, 1, LENGTH), np.array([3])
     assert jax.eval_shape(model.apply, params, tokens).values.dtype == jnp.float32
     assert jax.eval_shape(model.rewards, params, tokens, lengths).values.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_last_of_unrolled_blocks_computes_only_the_tokens_of_the_rewards(tiny, scalar, remat):
+    params = scalar[2]
+    model = build_scalar_model(replace(tiny, scan_layers=False, remat=remat))
+    tokens, lengths = random_tokens(tiny, 3, LENGTH), np.array([1, 7, LENGTH])
+
+    def of_all(params):
+        return jnp.take_along_axis(model.apply(params, tokens).values, lengths[:, None] - 1, axis=1)[:, 0]
+
+    def of_last(params):
+        return model.rewards(params, tokens, lengths).values
+
+    def compiled(rewards):
+        return (
+            jax.jit(jax.value_and_grad(lambda params: jnp.square(rewards(params)).sum()))
+            .lower(params)
+            .compile()
+        )
+
+    all_tokens, last_tokens = compiled(of_all), compiled(of_last)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), last_tokens(params), all_tokens(params)
+    )
+    assert (
+        last_tokens.cost_analysis()["flops"]
+        < (1 - 0.5 / tiny.num_layers) * all_tokens.cost_analysis()["flops"]
+    )
