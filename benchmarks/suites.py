@@ -71,7 +71,9 @@ def contestant(name: str, checkpoint: str, folder: Path) -> dict[str, Any]:
     if name == "hf":
         from lm_eval.models.huggingface import HFLM
 
-        model = HFLM(pretrained=checkpoint, device="cpu", dtype="float32", batch_size=BATCH)
+        model = HFLM(
+            pretrained=checkpoint, device="cpu", dtype="float32", batch_size=BATCH, add_bos_token=True
+        )
     else:
         from jaxllm.data.chat_template import PlainTextTemplate
         from jaxllm.evaluation.suite_model import SuiteModel
