@@ -6,7 +6,7 @@ model, which is also the frozen reference.
 
 Measured as `configs/quickstart.py:dpo` (88 steps of 24 pairs of 128 tokens, 2 CPU cores, float32): held-out
 accuracy of implicit rewards 0.728 ± 0.030; a rubric that training never sees rises by 0.030 to 0.058 ±
-0.007 over five seeds; 57 s alone, 2.6 GB. On hh-rlhf: 0.60 ± 0.03 (docs/results.md).
+0.007 over five seeds; 58 s alone, 1.1 GB. On hh-rlhf: 0.60 ± 0.03 (docs/results.md).
 
 Rows are as in configs/reward_model_pairs.py.
 """

@@ -5,7 +5,7 @@ r"""PPO on the rewards of a reward model. The size after the colon is that of th
 
 Measured as `configs/quickstart.py:ppo` (16 rollouts of 128 prompts, 128 updates, 2 CPU cores, float32): a
 rubric that training never sees rises by 0.033 to 0.044 ± 0.007 over five seeds, at a KL of 1.4 to 3.1 nats
-per completion; 105 s alone, 1.9 GB (docs/results.md).
+per completion; 115 s alone, 1.6 GB (docs/results.md).
 
 Rows have a `prompt` or `messages`, or are the pairs that the reward model was trained on.
 """

@@ -5,7 +5,7 @@
 
 Measured as the quickstart's first stage (`configs/quickstart.py:pretrain`: this recipe on built-in text, 2
 CPU cores, float32): 0.486 ± 0.007 held-out bits per byte, a trigram has 0.845; 0.478 to 0.511 over five
-seeds; 128 s alone, 3.1 GB. On tiny Shakespeare, held-out last tenth: 2.25 ± 0.02 in 176 s
+seeds; 122 s alone, 1.4 GB. On tiny Shakespeare, held-out last tenth: 2.25 ± 0.02 in 176 s
 (docs/results.md).
 
 `1m` takes minutes on a laptop, `10m` half an hour on a good one; `60m` and `124m` are for a GPU (add

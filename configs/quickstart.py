@@ -103,13 +103,13 @@ def get_config(stage: str = "") -> ConfigDict:
     config.gates.max_new_tokens = 64
 
     # Measured on 2 cores of a server; for the estimate of the time left.
-    config.expected_seconds.pretrain = 128.0
-    config.expected_seconds.sft = 108.0
-    config.expected_seconds.reward_model = 93.0
-    config.expected_seconds.ppo = 105.0
-    config.expected_seconds.dpo = 57.0
-    config.expected_seconds.sft_reasoning = 44.0
-    config.expected_seconds.grpo = 193.0
-    config.expected_seconds.synthesize = 20.0
-    config.expected_seconds.gates = 61.0
+    config.expected_seconds.pretrain = 122.0
+    config.expected_seconds.sft = 122.0
+    config.expected_seconds.reward_model = 81.0
+    config.expected_seconds.ppo = 115.0
+    config.expected_seconds.dpo = 58.0
+    config.expected_seconds.sft_reasoning = 51.0
+    config.expected_seconds.grpo = 209.0
+    config.expected_seconds.synthesize = 24.0
+    config.expected_seconds.gates = 58.0
     return pipeline.part(config, stage)

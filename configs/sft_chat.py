@@ -4,8 +4,8 @@
         --init_from=runs/pretrained --config.data.train=chats.jsonl
 
 Measured as `configs/quickstart.py:sft` (360 steps of 32 x 128 on built-in chats, 2 CPU cores, float32, seed
-0): held-out loss 0.455 ± 0.018 nats per token, all of 32 held-out completions end with a stop token; 108 to
-139 s alone, 1.9 GB. On 5,000 rows of Alpaca, 400 steps of 8 x 512: 2.77 nats per token (docs/results.md).
+0): held-out loss 0.455 ± 0.018 nats per token, all of 32 held-out completions end with a stop token; 122 s
+alone, 1.3 GB. On 5,000 rows of Alpaca, 400 steps of 8 x 512: 2.77 nats per token (docs/results.md).
 
 Rows are conversations (`messages`, ShareGPT's `conversations`), `prompt` and `completion`, or Alpaca's
 `instruction`, `input`, `output`. Chat with the result: python experiments/chat.py --checkpoint=runs/sft
