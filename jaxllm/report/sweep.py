@@ -213,7 +213,7 @@ def trial_table(sweep: Sweep) -> Table:
             trial.status + (", confirms" if trial.confirms else ""),
             with_error(trial.value, trial.error),
             number(trial.step),
-            duration(trial.seconds or None),  # of a SLURM job unknown
+            duration(trial.seconds or None),  # 0 of one that waits, or that SLURM runs
             trial.name,
         )
         for trial in sweep.trials
