@@ -11,7 +11,7 @@ from tiny_runs import parse_config
 from jaxllm.config import parse
 from jaxllm.errors import ConfigError
 from jaxllm.losses import linear_cross_entropy
-from jaxllm.models import ModelConfig, build_model
+from jaxllm.models import ModelConfig, build_model, build_scalar_model
 from jaxllm.parallel.sequence import by_token
 from jaxllm.parallel.sharding import MeshConfig, make_mesh
 from jaxllm.stages import build_program
@@ -56,6 +56,18 @@ def test_split_rows_have_the_loss_and_gradient_of_whole_ones(model):
     width = model.config.mlp_width
     assert f",{T // 4},{width}]" in compiled.as_text() or f"[{B * T // 4},{width}]" in compiled.as_text()
     assert f"[{B * T},{width}]" not in compiled.as_text()
+
+
+def test_split_rows_have_the_rewards_of_whole_ones(model):
+    scalar = build_scalar_model(replace(model.config, scan_layers=False))
+    params = jax.jit(scalar.init)(jax.random.key(0))
+    params["scalar_head"] = {"kernel": jax.random.normal(jax.random.key(1), (model.config.width, 1))}
+    tokens = np.random.default_rng(0).integers(0, 64, (B, T)).astype(np.int32)
+    lengths = np.array([5, T])
+    expected = jax.jit(scalar.rewards)(params, tokens, lengths).values
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=2, tensor=1, sequence=4))):
+        found = jax.jit(lambda params: scalar.rewards(params, tokens, lengths).values)(params)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
