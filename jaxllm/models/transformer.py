@@ -251,6 +251,7 @@ class Transformer:
             kinds: Sequence[str],
             layers: Sequence[Params],
             keys: Sequence[jax.Array | None],
+            *,
             at: Array | None = None,
         ) -> tuple[jax.Array, Aux]:
             aux: Aux = {}
@@ -263,7 +264,7 @@ class Transformer:
         keys = None if dropout_key is None else jax.random.split(dropout_key, len(kinds))
         if not self.config.scan_layers or isinstance(params["blocks"], tuple):
             layer_keys = [None] * len(kinds) if keys is None else list(keys)
-            return run_layers(x, kinds, unstack_layers(params)["blocks"], layer_keys, at)
+            return run_layers(x, kinds, unstack_layers(params)["blocks"], layer_keys, at=at)
         blocks = (params["blocks"], keys)
 
         def run_pattern(x: jax.Array, layers: Any) -> tuple[jax.Array, Aux]:
