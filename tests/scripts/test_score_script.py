@@ -64,10 +64,11 @@ def test_pairs_are_scored_compared_and_written(reward_model, reward_of, run_proc
     first, accuracy, longer, shorter, baseline, preferred = output.splitlines()
     assert first.startswith("3 rows scored, 3 left out; reward ")
     assert accuracy == "accuracy 0.667 ± 0.272"  # the model was trained to prefer "Yes"
-    assert longer == "accuracy_longer_chosen 0.000 ± 0.000"
-    assert shorter == "accuracy_shorter_chosen 1.000 ± 0.000"
+    no_error = "(one prompt, or all equal: no error)"
+    assert longer == f"accuracy_longer_chosen 0.000 {no_error}"
+    assert shorter == f"accuracy_shorter_chosen 1.000 {no_error}"
     assert baseline == "length_baseline 0.333 ± 0.333"
-    assert preferred == "longer_preferred 0.000 ± 0.000"
+    assert preferred == f"longer_preferred 0.000 {no_error}"
     left_out = [line for line in errors.splitlines() if line.startswith("left out: ")]
     for number, line, why in zip((4, 5, 6), left_out, ("JSON", "identical pair", "max_length"), strict=True):
         assert f"pairs.jsonl:{number}: " in line
