@@ -5,8 +5,8 @@ model, which is also the frozen reference.
         --init_from=runs/sft --config.data.train=pairs.jsonl
 
 Measured as `configs/quickstart.py:dpo` (88 steps of 24 pairs of 128 tokens, 2 CPU cores, float32): held-out
-accuracy of implicit rewards 0.728 ± 0.030; a rubric that training never sees rises by 0.030 to 0.058 ±
-0.007 over five seeds; 58 s alone, 1.1 GB. On hh-rlhf: 0.60 ± 0.03 (docs/results.md).
+accuracy of implicit rewards 0.728 ± 0.030; a rubric that training never sees rises by 0.034 to 0.051 ±
+0.007 over four seeds; 58 s alone, 1.1 GB. On hh-rlhf: 0.60 ± 0.03 (docs/results.md).
 
 Rows are as in configs/reward_model_pairs.py.
 """

@@ -4,7 +4,7 @@
         --config.data.train=input.txt
 
 Measured as the quickstart's first stage (`configs/quickstart.py:pretrain`: this recipe on built-in text, 2
-CPU cores, float32): 0.486 ± 0.007 held-out bits per byte, a trigram has 0.845; 0.478 to 0.511 over five
+CPU cores, float32): 0.486 ± 0.007 held-out bits per byte, a trigram has 0.845; 0.478 to 0.511 over four
 seeds; 122 s alone, 1.4 GB. On tiny Shakespeare, held-out last tenth: 2.25 ± 0.02 in 176 s
 (docs/results.md).
 

@@ -5,7 +5,7 @@ of the initial model.
         --init_from=runs/sft --config.data.train=pairs.jsonl
 
 Measured as `configs/quickstart.py:reward_model` (200 steps of 24 pairs of 128 tokens, a tenth of the labels
-flipped, 2 CPU cores, float32): accuracy 0.724 ± 0.018 on held-out pairs, 0.687 to 0.739 over five seeds,
+flipped, 2 CPU cores, float32): accuracy 0.724 ± 0.018 on held-out pairs, 0.687 to 0.732 over four seeds,
 choosing the longer completion 0.558; 81 s alone, 1.0 GB. On 1,278 pairs of hh-rlhf: 0.69 ± 0.04
 (docs/results.md).
 
