@@ -220,7 +220,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int, *, unembeds: bool
 
     6 per parameter in a matrix product (2 forward, 4 backward; 2 of these where adapters train and it is
     frozen), plus 12 * num_heads * head_dim a layer for each token attended to, min(T / 2, window) on average.
-    Reward models and critics have no vocabulary head: `unembeds=False`. Recomputation (remat) does not count.
+    Reward models and critics have no vocabulary head: `unembeds=False`. Recomputation (remat) does not count;
+    a reward model's last block counts in full, though unrolled it computes the reward's token alone.
     XLA's own cost analysis counts a scanned layer once, so it cannot be used.
     """
     heads, layers = config.num_heads * config.head_dim, layer_shapes(config)
