@@ -55,8 +55,9 @@ class Balanced(Transformer):
 
 
 class BalancedScalar(ScalarTransformer):
-    def apply(self, params, tokens, **kwargs):
-        return super().apply(params, tokens, **kwargs)._replace(aux=balance(params, 0.5))
+    @property
+    def decoder(self):
+        return Balanced(self.config)
 
 
 @pytest.fixture(scope="module")
