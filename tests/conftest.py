@@ -1,6 +1,7 @@
 """Every test sees 8 CPU devices; compiled programs are kept between runs; tests share tiny trained runs."""
 
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,6 +19,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# A shell's background job ignores Ctrl-C, and so would the runs that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What runs keep between them, such as tokenized text, is kept within one session.
 _cache = tempfile.TemporaryDirectory()
