@@ -134,7 +134,8 @@ def _end(sweep: Sweep, ended: Running, code: int, stopping: bool, retries: int) 
         trial.status = "diverged" if code == NumericsError.exit_code else "failed"
         if again:
             trial.status = "stopped" if stopping else "waiting"
-    sweep.observe(trial) if trial.status != "waiting" else None
+    if trial.status != "waiting":
+        sweep.observe(trial)
     sweep.save()
 
 
