@@ -70,7 +70,7 @@ def trace_score(program: Program[Any, Any], model: Model, params: Shapes) -> Ste
     )
     tokens, mask = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, bool))
     traced = score.trace(params, tokens, mask)
-    flops = flops_per_token(config.model, length) / 3 * rows * length
+    flops = flops_per_token(config.model, length, unembedded=config.unembedded) / 3 * rows * length
     return Step(traced, program.mesh, rows * length, flops, params)
 
 
@@ -94,7 +94,7 @@ def trace_rollout(program: Program[Any, Any], model: Model, params: Shapes, step
         params = results(unstack_jit.trace(params))
         read = prefill.trace(model, params, array(P, T))
         if step == "prefill":
-            flops = flops_per_token(config.model, T, unembeds=False) / 3 * P * T
+            flops = flops_per_token(config.model, T, unembedded=0.0) / 3 * P * T
             return Step(read, mesh, P * T, flops, params)
         slots = min(bucket(T + new), longest)
         state = results(free_rows.trace(model, B, slots))

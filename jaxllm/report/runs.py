@@ -99,13 +99,15 @@ class Run:
     def flops(self) -> float | None:
         """Of the training updates: tokens times the FLOPs per token by `flops_per_token`."""
         stage, tokens = self.stage_module, self.tokens
-        unembeds = [stage is None or stage.generates]
-        if stage is not None and stage.policy_prefix:
-            unembeds.append(False)  # the critic
         try:
             model = parse(ModelConfig, self.config["model"], "model")
             length = self.config["data"]["sequence_length"]
-            per_token = sum(flops_per_token(model, length, unembeds=each) for each in unembeds)
+            unembedded = [1.0 if stage is None or stage.generates else 0.0]
+            if "rollout" in self.config:  # the head is applied to completions alone
+                unembedded = [self.config["rollout"]["sampling"]["max_new_tokens"] / length]
+            if stage is not None and stage.policy_prefix:
+                unembedded.append(0.0)  # the critic
+            per_token = sum(flops_per_token(model, length, unembedded=each) for each in unembedded)
         except (ConfigError, KeyError, TypeError):
             return None
         return None if tokens is None else tokens * per_token

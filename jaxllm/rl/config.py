@@ -131,3 +131,8 @@ class RolloutTrainConfig(TrainConfig):
                 f"data.sequence_length={self.data.sequence_length} leaves no room for a prompt before "
                 f"rollout.sampling.max_new_tokens={rollout.sampling.max_new_tokens}: raise the first"
             )
+
+    @property
+    def unembedded(self) -> float:
+        """Completions alone are scored: at most max_new_tokens of a row."""
+        return self.rollout.sampling.max_new_tokens / self.data.sequence_length

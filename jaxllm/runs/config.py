@@ -93,6 +93,11 @@ class TrainConfig:
         return "|".join(filter(None, (TRAINED, self.optimizer.trainable)))
 
     @property
+    def unembedded(self) -> float:
+        """The fraction of a row's tokens that the vocabulary head is applied to."""
+        return 1.0
+
+    @property
     def parameter_group(self) -> ParameterGroup | None:
         """Parameters that are trained otherwise than the rest, if any."""
         return None

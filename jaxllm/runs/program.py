@@ -216,7 +216,8 @@ class Program(Generic[ConfigT, ModelT]):
     def flops_per_token(self) -> float:
         """Of training, for all models."""
         model, length = self.config.model, self.config.data.sequence_length
-        return sum(flops_per_token(model, length, unembeds="scalar_head" not in x) for x in self.models)
+        heads = [0.0 if "scalar_head" in params else self.config.unembedded for params in self.models]
+        return sum(flops_per_token(model, length, unembedded=each) for each in heads)
 
     def describe(self) -> str:
         """Devices, mesh, parameters and batch arithmetic, in a few lines."""

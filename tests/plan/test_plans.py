@@ -144,11 +144,13 @@ def test_the_script_prints_each_plan_and_writes_it(plan, monkeypatch, tmp_path, 
 # By hand
 
 
-def test_a_reward_model_and_a_critic_have_no_product_with_the_vocabulary():
+def test_the_products_with_the_vocabulary_are_of_completions_and_not_of_the_critic():
     ppo = build_program(parse_config("smoke.py:ppo", {}))
-    model = ppo.config.model
-    whole = flops_per_token(model, ppo.config.data.sequence_length)
-    assert ppo.flops_per_token == 2 * whole - 6 * model.width * model.vocab_size
+    model, length = ppo.config.model, ppo.config.data.sequence_length
+    headless, head = flops_per_token(model, length, unembedded=0.0), 6 * model.width * model.vocab_size
+    completions = ppo.config.rollout.sampling.max_new_tokens / length
+    assert completions < 1
+    assert ppo.flops_per_token == 2 * headless + completions * head
 
 
 def test_flops_count_loops_recomputation_and_gradients():

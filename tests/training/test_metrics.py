@@ -130,7 +130,7 @@ def test_flops_are_six_a_weight_and_attention_by_hand():
     block = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 176
     scores_and_sums = 2 * 2 * 64 * (100 / 2)  # q k and weights v: 2 FLOPs each, for half of 100 positions
     assert flops_per_token(config, 100) == 6 * (2 * block + 64 * 512) + 3 * 2 * scores_and_sums
-    scorer = flops_per_token(config, 100, unembeds=False)
+    scorer = flops_per_token(config, 100, unembedded=0.0)
     assert scorer == flops_per_token(config, 100) - 6 * 64 * 512
     # with adapters, no gradient of the frozen weights
     adapted = replace(config, lora=replace(config.lora, rank=4, targets="query|down"))
