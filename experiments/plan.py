@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
-from jaxllm.config import check_local, run_script
+from jaxllm.config import check_local, check_output, run_script
 from jaxllm.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -55,6 +55,20 @@ def config_class(config: "ConfigDict") -> type:
     return find_stage(config.stage).Config
 
 
+def check_budget(flags: "FlagValues") -> None:
+    """ConfigError for a budget that is none, and for flags that the other flags leave without effect."""
+    if flags.tokens is not None and flags.tokens <= 0:
+        raise ConfigError(f"--tokens={flags.tokens:g} must be more than 0")
+    if flags.price_per_hour is not None and flags.price_per_hour < 0:
+        raise ConfigError(f"--price_per_hour={flags.price_per_hour:g} must not be negative")
+    if flags.search or "train" not in flags.steps_of:
+        for name in ("tokens", "price_per_hour"):
+            if getattr(flags, name) is not None:
+                raise ConfigError(f"--{name} is for a plan of the train step, without --search: remove it")
+    if flags["compile"].present and not flags.search:
+        raise ConfigError("--compile is for --search: remove it")
+
+
 def main(config: "TrainConfig", flags: "FlagValues") -> int:
     """Plan each program on each hardware. Returns the exit code: 0 if there is a plan of each."""
     from dataclasses import asdict
@@ -67,22 +81,22 @@ def main(config: "TrainConfig", flags: "FlagValues") -> int:
 
     if flags.hardware is None:
         raise ConfigError("--hardware=NAME is missing, such as v5e-8 or h100x8")
+    hardware_list = [find_hardware(name) for name in flags.hardware.split(",")]
     unknown = set(flags.steps_of) - set(PROGRAMS)
     if unknown:
         raise ConfigError(f"--steps_of={','.join(flags.steps_of)}: choose of {', '.join(PROGRAMS)}")
     if flags.search and flags.steps_of != ["train"]:
         raise ConfigError("--search plans the train step: drop --steps_of")
+    check_budget(flags)
     check_local(flags.json, "--json")
-    if flags.json is not None and not Path(flags.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json={flags.json}: its folder does not exist")
+    check_output(flags.json, "--json")
     steps = [step for name in flags.steps_of for step in PROGRAMS[name]]
     if not set(steps) <= set(steps_of(config)):
         raise ConfigError(
             f"--steps_of={','.join(flags.steps_of)}: stage={config.stage!r} has no rollouts, only train"
         )
     every = []
-    for name in flags.hardware.split(","):
-        hardware = find_hardware(name)
+    for hardware in hardware_list:
         if flags.search:
             every += search(config, hardware, flags.compile)
             continue
@@ -91,7 +105,7 @@ def main(config: "TrainConfig", flags: "FlagValues") -> int:
         for plan in plans:
             print(describe(plan))
             if plan.step == "train" and plan.fits:
-                tokens = flags.tokens or config.training.steps * plan.tokens
+                tokens = config.training.steps * plan.tokens if flags.tokens is None else flags.tokens
                 print(describe_budget(plan, tokens, flags.price_per_hour))
         every += plans
         print(f"planned in {sum(plan.seconds for plan in plans):.0f} s", flush=True)

@@ -42,6 +42,19 @@ def check_local(path: str | None, name: str) -> None:
         raise ConfigError(f"{name}={path} must be a local path, not one on an object store")
 
 
+def check_output(path: str | None, name: str) -> None:
+    """ConfigError where no file can be written at a path, `name` to the user: before hours of work."""
+    if path is None:
+        return
+    file = Path(path).expanduser().absolute()
+    if file.is_dir():
+        raise ConfigError(f"{name}={path} is a folder: name a file in it")
+    if not file.parent.is_dir():
+        raise ConfigError(f"{name}={path}: there is no such folder")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"{name}={path} cannot be written: permission denied")
+
+
 def parse(config_class: type[Config], values: "Values", path: str = "config") -> Config:
     """`values`, a ConfigDict or what JSON gave, as an instance of the dataclass `config_class`.
 

@@ -79,7 +79,10 @@ def find_hardware(name: str) -> Hardware:
     count = number // chip.cores
     if chip.platform == "gpu":
         if not 1 <= count <= NVLINKED:
-            raise ConfigError(f"--hardware={name}: plans know no network between hosts: 1 to {NVLINKED} GPUs")
+            raise ConfigError(
+                f"--hardware={name}: choose one of {family}x1 to {family}x{NVLINKED}: plans know no network "
+                "between hosts"
+            )
         return Hardware(name, chip, count, f"1x1x{count}")
     sizes = TORUS_3D if family == "v5p" else TORUS_2D
     if count not in sizes or number % chip.cores:

@@ -88,7 +88,7 @@ def describe_budget(plan: Plan, tokens: float, price_per_hour: float | None) -> 
     text = f"  {tokens:.3g} tokens: {hours:,.3g} hours of train steps at least, {chip_hours:,.3g} chip-hours"
     if price_per_hour is None:
         return text
-    return f"{text}, {chip_hours * price_per_hour:,.0f} at {price_per_hour:g} a chip-hour"
+    return f"{text}, {chip_hours * price_per_hour:,.2f} at {price_per_hour:g} a chip-hour"
 
 
 def mesh_text(mesh: Mapping[str, int]) -> str:

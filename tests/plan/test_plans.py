@@ -141,6 +141,29 @@ def test_the_script_prints_each_plan_and_writes_it(plan, monkeypatch, tmp_path, 
     assert "--steps_of=train,rollout: stage='sft' has no rollouts, only train" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hardware=v5e-8,xyz"], "--hardware=xyz: name a chip and how many"),
+        (["--hardware=v5e-8,h100"], "--hardware=h100: choose one of h100x1 to h100x8"),
+        (["--json=."], "--json=. is a folder: name a file in it"),
+        (["--json=/nowhere/plans.json"], "--json=/nowhere/plans.json: there is no such folder"),
+        (["--tokens=0"], "--tokens=0 must be more than 0"),
+        (["--price_per_hour=-1"], "--price_per_hour=-1 must not be negative"),
+        (["--search", "--tokens=1e9"], "--tokens is for a plan of the train step, without --search"),
+        (["--steps_of=score", "--price_per_hour=1"], "--price_per_hour is for a plan of the train step"),
+        (["--compile=3"], "--compile is for --search: remove it"),
+    ],
+)
+def test_bad_flags_are_an_error_before_the_first_plan(monkeypatch, capsys, flags, message):
+    from experiments import plan as script
+
+    monkeypatch.setattr(runs, "plan_step", lambda *_: pytest.fail("made a plan"))
+    argv = ["plan.py", f"--config={ROOT}/configs/smoke.py:grpo", "--hardware=v5e-8", *flags]
+    assert run_script(script.main, script.config_class, script.define_flags, argv) == 78
+    assert message in capsys.readouterr().err
+
+
 # By hand
 
 
