@@ -14,6 +14,9 @@ class Goal(NamedTuple):
     metric: str
     highest: bool  # whether higher is better
 
+    def __str__(self) -> str:
+        return f"{self.metric}, {'highest' if self.highest else 'lowest'} first"
+
     @property
     def run(self) -> str:
         """The folder of the run within a trial's; empty for the trial's own."""
@@ -31,7 +34,8 @@ def find_goal(config: Mapping[str, Any], metric: str | None, goal: str | None) -
       config: of a stage, or of a pipeline, whose last run is the default.
       goal: "lowest" or "highest"; None: as the stage's report has it.
 
-    Raises ConfigError for a run that the pipeline does not have, and where nothing says which is better.
+    Raises ConfigError for a run that the pipeline does not have, where nothing says which is better, and for
+    a goal that contradicts what is known of the metric.
     """
     run, _, name = (metric or "").rpartition(":")
     if "stage" in config and run:
@@ -48,4 +52,6 @@ def find_goal(config: Mapping[str, Any], metric: str | None, goal: str | None) -
     best[stage.headline.metric] = "highest" if stage.headline.highest else "lowest"
     if goal is None and best.get(name) is None:
         raise ConfigError(f"--metric={name}: which values are better? add --goal=lowest or --goal=highest")
+    if goal is not None and (better := best.get(name)) is not None and goal != better:
+        raise ConfigError(f"--goal={goal}: of {name} the {better} values are better; leave out --goal")
     return Goal(f"{run}:{name}" if run else name, (goal or best[name]) == "highest")

@@ -91,7 +91,7 @@ def run_trials(
             for each in running:
                 each.process.wait()
     if signals:
-        raise Stopped("every trial has saved its state; the same command again continues")
+        raise Stopped("every trial has stopped; the same command again continues from what each has saved")
 
 
 def _start(sweep: Sweep, trial: Trial, command: Sequence[str], share: Share) -> Running:

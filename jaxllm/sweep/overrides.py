@@ -17,8 +17,18 @@ def grid(fields: Mapping[str, Iterable[Any]]) -> Iterator[Overrides]:
     >>> list(grid({"data.batch_size": [8, 16], "seed": [0, 1]}))[1]
     {'data.batch_size': 8, 'seed': 1}
     """
-    for values in itertools.product(*fields.values()):
-        yield dict(zip(fields, values, strict=True))
+    values = {field: values_of("grid", field, each) for field, each in fields.items()}
+    for each in itertools.product(*values.values()):
+        yield dict(zip(fields, each, strict=True))
+
+
+def values_of(function: str, field: str, values: Any) -> list[Any]:
+    """The values of a field; ConfigError where they are no list, or an empty one."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ConfigError(f"{function}(): {field} needs a list of values, such as [{values!r}]")
+    if not (found := list(values)):
+        raise ConfigError(f"{function}(): {field} has no value")
+    return found
 
 
 def zipped(fields: Mapping[str, Iterable[Any]]) -> Iterator[Overrides]:
@@ -27,7 +37,7 @@ def zipped(fields: Mapping[str, Iterable[Any]]) -> Iterator[Overrides]:
     >>> list(zipped({"data.batch_size": [8, 16], "training.steps": [200, 100]}))[1]
     {'data.batch_size': 16, 'training.steps': 100}
     """
-    values = {field: list(each) for field, each in fields.items()}
+    values = {field: values_of("zipped", field, each) for field, each in fields.items()}
     if len(set(map(len, values.values()))) > 1:
         lengths = ", ".join(f"{field} has {len(each)}" for field, each in values.items())
         raise ConfigError(f"zipped() needs as many values for each field: {lengths}")
@@ -59,6 +69,10 @@ def log_uniform(ranges: Mapping[str, tuple[float, float]], count: int, seed: int
 
 def seeds(sweep: Iterable[Overrides], count: int, first: int = 0) -> Iterator[Overrides]:
     """Each trial with `count` seeds, `first` and those after it: reports compare means over them."""
+    if count < 1:
+        raise ConfigError(f"seeds(): the number of seeds is {count}; it must be at least 1")
     for trial in sweep:
+        if "seed" in trial:
+            raise ConfigError(f"seeds(): a trial has seed={trial['seed']} already: leave out one of the two")
         for seed in range(first, first + count):
             yield {**trial, "seed": seed}

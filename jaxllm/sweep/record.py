@@ -56,6 +56,8 @@ def read(folder: Path) -> Sweep | None:
         sweep = Sweep(folder, **value)
     except FileNotFoundError:
         return None
+    except NotADirectoryError:
+        raise ConfigError(f"--workdir={folder} is a file: name a folder") from None
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{folder / FILE} cannot be read: {error!r}") from None
     return sweep
@@ -64,14 +66,15 @@ def read(folder: Path) -> Sweep | None:
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Lock a folder that is empty or holds a sweep. ConfigError for any other, or where one is running."""
-
-    def check(folder: Path) -> None:
-        names = {each.name for each in folder.iterdir() if not is_leftover(each.name)} - {LOCK, LOGS}
-        if names and FILE not in names:
-            raise ConfigError(f"--workdir={folder} holds {min(names)} and no sweep: choose another --workdir")
-
-    with held(folder, "another sweep is running", check):
+    with held(folder, "another sweep is running", check_folder):
         yield
+
+
+def check_folder(folder: Path) -> None:
+    """ConfigError for a folder that holds something and no sweep."""
+    names = {each.name for each in folder.iterdir() if not is_leftover(each.name)} - {LOCK, LOGS}
+    if names and FILE not in names:
+        raise ConfigError(f"--workdir={folder} holds {min(names)} and no sweep: choose another --workdir")
 
 
 def open_sweep(new: Sweep, *, resume: bool) -> Sweep:

@@ -15,7 +15,16 @@ from jaxllm.sweep.goal import Goal, find_goal
 from jaxllm.sweep.groups import confirming_trials
 from jaxllm.sweep.local import run_trials
 from jaxllm.sweep.machine import Share, find_machine, split
-from jaxllm.sweep.record import LOGS, Sweep, claimed, logged_metrics, open_sweep, read
+from jaxllm.sweep.record import (
+    LOGS,
+    Sweep,
+    check_folder,
+    claimed,
+    evaluations,
+    logged_metrics,
+    open_sweep,
+    read,
+)
 from jaxllm.sweep.search import Search
 from jaxllm.sweep.trials import Base, Trial, make_trials, read_sweep
 
@@ -77,9 +86,11 @@ def run_sweep(base: Base, config: Any, options: Options, *, command: str, submit
         shares = split(find_machine(), options.parallel)
     new = Sweep(folder, base.config_file, command, goal, values, dict(base.flags), trials)
     if options.dry_run:
+        if folder.exists():
+            check_folder(folder)
         for trial in open_sweep(new, resume=options.resume).trials:
             print(f"{trial.status:9}  {trial.name}")
-        print(f"{len(new.trials)} trials, compared by {goal.metric}")
+        print(f"{len(new.trials)} trials, compared by {goal}")
         return 0
     with claimed(folder):
         sweep = open_sweep(new, resume=options.resume)
@@ -90,7 +101,7 @@ def run_sweep(base: Base, config: Any, options: Options, *, command: str, submit
 
 def check_kind(old: Sweep | None, goal: Goal, options: Options) -> None:
     """ConfigError where WORKDIR holds a search and no fixed list of trials, or the reverse, or a search for
-    another metric; or nothing to confirm."""
+    another metric; for a metric that no finished trial has; or where there is nothing to confirm."""
     place = f"--workdir={options.workdir} holds"
     if old is None:
         if options.confirm:
@@ -104,6 +115,12 @@ def check_kind(old: Sweep | None, goal: Goal, options: Options) -> None:
         raise ConfigError(
             f"{place} a search for {old.goal.metric}, not {goal.metric}: choose another --workdir"
         )
+    finished = [trial for trial in old.trials if trial.status == "finished"]
+    if goal != old.goal and finished:
+        if not any(evaluations(old.folder / trial.name, goal) for trial in finished):
+            names = ", ".join(logged_metrics(old.folder / finished[0].name, goal))
+            raise ConfigError(f"--metric={goal.metric}: no finished trial has logged it, only {names}")
+        print(f"note: compared by {goal}, before by {old.goal}", file=sys.stderr)
 
 
 def launch(sweep: Sweep, base: Base, options: Options, shares: Sequence[Share], submit: Submit) -> int:

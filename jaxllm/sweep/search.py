@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jaxllm.errors import ConfigError
 from jaxllm.sweep.goal import Goal
 from jaxllm.sweep.record import JOURNAL, Sweep, evaluations, logged_metrics
-from jaxllm.sweep.trials import Base, Trial, call_search, make_trial
+from jaxllm.sweep.trials import Base, Trial, call_search, check_both, make_trial
 
 if TYPE_CHECKING:
     import optuna
@@ -47,6 +47,7 @@ class Search:
         for _ in range(20):
             asked = self.study.ask()
             overrides = call_search(self.base.config_file, asked)
+            check_both(self.base, overrides, "search()")
             trial = make_trial(self.base, overrides, f"search(): trial {asked.number}")
             trial.number = asked.number
             same = next((each for each in self.sweep.trials if each.hash == trial.hash), None)

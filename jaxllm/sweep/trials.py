@@ -59,6 +59,8 @@ class Base(NamedTuple):
 
     def resolve(self, overrides: Overrides) -> dict[str, Any]:
         """The whole config of a trial, its fields read as the command line reads them."""
+        if any(field.rpartition(".")[2] == "stage" for field in overrides):
+            raise ConfigError("the stage is that of the config file: sweep another file for another stage")
         config = load_config(self.config_file)
         for field, text in {**self.fields, **_texts(overrides)}.items():
             override(config, self.config_class, field, text)
@@ -82,12 +84,15 @@ def read_sweep(config_file: str) -> list[Overrides]:
 
     def use(module: Any, given: Sequence[str]) -> list[Any]:
         takes_argument = bool(inspect.signature(module.sweep).parameters)
-        return list(module.sweep(*given) if takes_argument else module.sweep())
+        trials = module.sweep(*given) if takes_argument else module.sweep()
+        if trials is None:
+            raise ConfigError("sweep() returns None; yield or return the trials")
+        return list(trials)
 
     found = _use_function(config_file, "sweep", use)
     for i, each in enumerate(found, 1):
         if not isinstance(each, dict):
-            raise ConfigError(f"sweep(): trial {i} is a {type(each).__name__}; yield a dict of overrides")
+            raise ConfigError(f"sweep(): trial {i} is {each!r}; yield a dict of overrides")
     if not found:
         raise ConfigError(f"{config_file}: sweep() yields no trial")
     return found
@@ -110,6 +115,12 @@ def _use_function(config_file: str, name: str, use: Any) -> Any:
     return use_config_file(config_file, checked)
 
 
+def check_both(base: Base, overrides: Overrides, where: str) -> None:
+    """ConfigError for a field that both the command line and a trial set."""
+    for field in base.fields.keys() & overrides.keys():
+        raise ConfigError(f"--config.{field}: {where} sets it too; remove one of the two")
+
+
 def make_trials(base: Base, sweep: Iterable[Overrides]) -> tuple[list[Trial], list[str]]:
     """The trials, and a line for each that is left out because its config is that of an earlier one.
 
@@ -117,6 +128,7 @@ def make_trials(base: Base, sweep: Iterable[Overrides]) -> tuple[list[Trial], li
     trials: dict[str, Trial] = {}
     duplicates = []
     for i, overrides in enumerate(sweep, 1):
+        check_both(base, overrides, "sweep()")
         trial = make_trial(base, overrides, f"sweep(): trial {i}")
         if (same := trials.setdefault(trial.hash, trial)) is not trial:
             duplicates.append(f"trial {i} ({shown(overrides)}) has the config of {same.name}")

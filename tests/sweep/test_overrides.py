@@ -31,6 +31,21 @@ def test_chain_and_seeds():
     assert list(found) == [{"a": 1, "seed": 5}, {"a": 1, "seed": 6}, {"b": 2, "seed": 5}, {"b": 2, "seed": 6}]
 
 
+@pytest.mark.parametrize(
+    ("trials", "message"),
+    [
+        (grid({"a": "muon"}), r"grid\(\): a needs a list of values, such as \['muon'\]"),
+        (zipped({"a": 0.1}), r"zipped\(\): a needs a list of values, such as \[0.1\]"),
+        (grid({"a": []}), r"grid\(\): a has no value"),
+        (seeds([{}], 0), r"seeds\(\): the number of seeds is 0; it must be at least 1"),
+        (seeds([{"seed": 5}], 2), r"seeds\(\): a trial has seed=5 already"),
+    ],
+)
+def test_what_makes_no_trials_is_an_error_that_names_the_field(trials, message):
+    with pytest.raises(ConfigError, match=message):
+        list(trials)
+
+
 def test_log_uniform_is_a_function_of_its_seed_and_a_larger_count_adds_trials():
     ranges = {"a": (1e-4, 1e-2), "b": (1.0, 1.0)}
     found = list(log_uniform(ranges, 400, seed=3))

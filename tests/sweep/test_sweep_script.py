@@ -74,6 +74,21 @@ def test_dry_run_lists_the_trials_and_writes_nothing(run, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_another_metric_is_one_that_trials_have_logged(run, tmp_path):
+    assert run(SWEEP, "--metric=eval/loss")[0] == 0
+    code, _, err = run(SWEEP, "--metric=eval/nope", "--goal=lowest")
+    assert (code, record.read(tmp_path / "runs").goal) == (78, LOSS)
+    assert "--metric=eval/nope: no finished trial has logged it, only eval/" in err
+
+
+def test_a_folder_that_is_none_or_not_a_sweep_s_is_refused_by_a_dry_run_too(run, tmp_path):
+    (tmp_path / "runs").write_text("")
+    assert "is a file: name a folder" in run(SWEEP, "--dry_run")[2]
+    (tmp_path / "runs").unlink()
+    (tmp_path / "runs" / "checkpoints").mkdir(parents=True)
+    assert "holds checkpoints and no sweep: choose another --workdir" in run(SWEEP, "--dry_run")[2]
+
+
 def test_print_prints_commands_that_a_shell_understands(run, tmp_path):
     code, out, _ = run(SWEEP, "--launcher=print", "--init_from=runs/a b", "--config.wandb_project=x y")
     commands = [shlex.split(line) for line in out.splitlines()]
@@ -186,6 +201,21 @@ def test_a_search_and_a_sweep_do_not_mix_in_one_folder(run):
             "def sweep(): return [{'optimizer.lr': 1}]\n",
             (),
             "sweep(): trial 1 (lr=1): config.optimizer.lr: unknown key",
+        ),
+        (
+            "def sweep(): return [{'stage': 'sft'}]\n",
+            (),
+            "sweep(): trial 1 (stage=sft): the stage is that of the config file",
+        ),
+        (
+            SWEEP,
+            ("--config.optimizer.learning_rate=1",),
+            "--config.optimizer.learning_rate: sweep() sets it too; remove one of the two",
+        ),
+        (
+            SWEEP,
+            ("--metric=eval/loss", "--goal=highest"),
+            "--goal=highest: of eval/loss the lowest values are",
         ),
         (SWEEP, ("--parallel=0",), "--parallel=0 must be at least 1"),
         (SWEEP, ("--parallel=4096",), "--parallel=4096 must be between 1 and "),

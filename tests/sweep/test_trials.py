@@ -99,7 +99,8 @@ def test_the_command_of_a_trial_gives_its_config(base):
     ("body", "message"),
     [
         ("", r"config.py: defines no sweep\(\); docs/how-to/sweep.md shows one"),
-        ("def sweep(): return [3]\n", r"sweep\(\): trial 1 is a int; yield a dict of overrides"),
+        ("def sweep(): return [3]\n", r"sweep\(\): trial 1 is 3; yield a dict of overrides"),
+        ("def sweep(): pass\n", r"sweep\(\) returns None; yield or return the trials"),
         ("def sweep(): return []\n", r"sweep\(\) yields no trial"),
         ("def sweep():\n    yield {}\n    1 / 0\n", r"config.py:5: ZeroDivisionError: division by zero"),
     ],
