@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without being installed
 
 from jaxllm.command_line import define_dtype
-from jaxllm.config import run_script
-from jaxllm.errors import ConfigError
+from jaxllm.config import check_output, run_script
+from jaxllm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
@@ -40,22 +40,28 @@ def define_flags(flag_values: "FlagValues") -> None:
 def main(_: None, flags: "FlagValues") -> None:
     """Score the rows, write them with their rewards, and print means."""
     from jaxllm.data.records import check_rename
+    from jaxllm.evaluation.agreement import read_comparisons
     from jaxllm.evaluation.scoring import load_judge, print_agreement, score_rows
     from jaxllm.runs.checkpoints import check_scores, inference_dtype, load_checkpoint, local_mesh
     from jaxllm.runs.process import set_up_process
 
     if flags.input is None:
         raise ConfigError("--input=FILE is missing")
+    check_output(flags.output, "--output")
     output = None if flags.output is None else Path(flags.output).expanduser()
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"--output={flags.output}: there is no such folder")
     check_rename(flags.rename, "--rename")
+    comparisons = read_comparisons(flags.input)
+    if flags.judge is not None and not comparisons:
+        raise DataError(
+            f"--judge: no row of --input={flags.input} has two 'answers' and a 'choice'; remove it"
+        )
     set_up_process()
     loaded = load_checkpoint(flags.checkpoint, local_mesh, dtype=inference_dtype(flags.dtype))
     check_scores(loaded, f"--checkpoint={flags.checkpoint}")
     judge = None if flags.judge is None else load_judge(flags.judge, dtype=flags.dtype)
     score_rows(loaded, flags.input, rename=flags.rename, output=output)
-    print_agreement(loaded, flags.input, judge)
+    if comparisons:
+        print_agreement(loaded, comparisons, judge)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,12 @@ class Rename:
         self._unmatched = dict.fromkeys(theirs for theirs, _ in self._names)
         self._known: dict[str, None] = {}  # columns, and those within them, while an entry is unmatched
 
+    def named(self, error: BadRow) -> BadRow:
+        """An error of a row, whose hint names the user's field; it has no hint where there is none."""
+        if not self._field:
+            return BadRow(error.problem, error.detail.partition("; set data.rename")[0])
+        return BadRow(error.problem, error.detail.replace("data.rename", self._field))
+
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row under this project's names. Raises BadRow where two columns would have one name."""
         if not self._names:

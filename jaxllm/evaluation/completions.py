@@ -256,7 +256,7 @@ def read_messages(
             record = Record(rename(row.value))
             made.append(make(record.row, question_messages(record, options)[1]))
         except BadRow as error:
-            left_out.append((row.where, error))
+            left_out.append((row.where, rename.named(error)))
         if len(made) == max_rows:
             break
     print_left_out(left_out)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxllm.config import check_output
 from jaxllm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ def check_flags(flags: "FlagValues", sampling: "SamplingConfig") -> None:
         raise ConfigError(f"--input=FILE {problem}")
     if flags.suite:
         check_suite_flags(flags)
-    if flags.output is not None and not Path(flags.output).expanduser().parent.is_dir():
-        raise ConfigError(f"--output={flags.output}: there is no such folder")
+    if not flags.suite:
+        check_output(flags.output, "--output")
     for name in ("samples", "max_rows"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise ConfigError(f"--{name}={value} must be at least 1")
@@ -44,5 +45,12 @@ def check_suite_flags(flags: "FlagValues") -> None:
     for flag in ("--reward_model", "--reference"):
         if getattr(flags, flag[2:]) is not None:
             raise ConfigError(f"{flag} is not read with --suite: remove it, or pass --input")
+    if flags.output is not None and Path(flags.output).expanduser().is_file():
+        raise ConfigError(f"--output={flags.output} is a file: results of suites go to a folder")
+    if flags.suite_path is not None:
+        if not any(name.startswith("lm_eval:") for name in flags.suite):
+            raise ConfigError("--suite_path has no effect without --suite=lm_eval:TASK: remove it")
+        if not Path(flags.suite_path).expanduser().is_dir():
+            raise ConfigError(f"--suite_path={flags.suite_path}: there is no such folder")
     if len(flags.rewards) > 1:
         raise ConfigError("--rewards names the one function that checks the completions of a suite")

@@ -14,7 +14,7 @@ from jaxllm.data.preferences import encode_completion, is_pair, pair
 from jaxllm.data.records import Record, Rename
 from jaxllm.data.sources import BadRow, open_source
 from jaxllm.errors import DataError
-from jaxllm.evaluation.agreement import agreements, describe, judge, read_comparisons
+from jaxllm.evaluation.agreement import Comparison, agreements, describe, judge
 from jaxllm.evaluation.left_out import print_left_out
 from jaxllm.evaluation.preference import PairScores, mean, numbered, reward_metrics
 from jaxllm.evaluation.suite_model import SuiteModel, suite_template
@@ -59,7 +59,7 @@ def read_rows(
                 raise BadRow("longer than model.max_length", f"{length} tokens")
             rows.append(encoded)
         except BadRow as error:
-            left_out.append((row.where, error))
+            left_out.append((row.where, rename_row.named(error)))
     print_left_out(left_out)
     rename_row.check()
     if not rows:
@@ -102,14 +102,9 @@ def load_judge(checkpoint: str, *, dtype: str | None) -> SuiteModel:
     return SuiteModel(loaded, suite_template(loaded))
 
 
-def print_agreement(loaded: LoadedModel, name: str, model: SuiteModel | None) -> None:
-    """How far people, the reward model and a judge agree on the comparisons of a file of the comparison page,
-    and the judge's bias for what it sees first. Prints nothing for another file, unless there is a judge."""
-    comparisons = read_comparisons(name)
-    if not comparisons:
-        if model is not None:
-            raise DataError(f"--input={name}: no row has two 'answers' and a 'choice' for --judge")
-        return
+def print_agreement(loaded: LoadedModel, comparisons: Sequence[Comparison], model: SuiteModel | None) -> None:
+    """How far people, the reward model and a judge agree on comparisons of answers, and the judge's bias for
+    what it sees first."""
     template = checkpoint_template(loaded)
     sequences = [
         encode_completion(template, each.prompt, {"role": "assistant", "content": answer}).ids

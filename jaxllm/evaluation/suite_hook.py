@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from jaxllm.errors import ConfigError
+from jaxllm.errors import ConfigError, DataError
 from jaxllm.evaluation.suite_model import GREEDY, SuiteModel
 from jaxllm.evaluation.suites import METRICS, SUITES, metrics, read_suites, write_results
 from jaxllm.models import Params, build_model
@@ -19,7 +19,10 @@ from jaxllm.training.state import TrainState
 
 def check_suites(config: TrainConfig) -> None:
     """Raise DataError or ConfigError for suites that cannot be measured; before anything is compiled."""
-    suites, room = read_suites(config.evaluation.suites), config.model.max_length
+    try:
+        suites, room = read_suites(config.evaluation.suites), config.model.max_length
+    except DataError as error:
+        raise DataError(f"evaluation.suites: {error}") from None
     if suites and config.evaluation.suites_every == 0:
         raise ConfigError("evaluation.suites_every=0 would never measure evaluation.suites: use 1 or more")
     best = config.checkpoint

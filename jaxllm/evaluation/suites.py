@@ -109,7 +109,7 @@ def read_suites(
 
 def read_suite(source: str, options: PromptOptions, check: str, max_rows: int | None, seed: int) -> Suite:
     """One suite, as in `read_suites`."""
-    rename, seen = Rename(options.rename, "--rename"), Counter[str]()
+    rename, seen = Rename(options.rename, "" if isinstance(options, Plain) else "--rename"), Counter[str]()
     questions: list[Question] = []
     first: tuple[Kind, str] | None = None
     opened = open_source(
@@ -127,7 +127,7 @@ def read_suite(source: str, options: PromptOptions, check: str, max_rows: int | 
                 shown = ", then ".join(f"{a!r} checked by {b!r}" if b else repr(a) for a, b in (first, kind))
                 raise BadRow("a suite has rows of one kind, and one 'check'", f"{shown}: make two files")
         except BadRow as error:
-            raise DataError(f"{row.where}: {error}") from None
+            raise DataError(f"{row.where}: {rename.named(error)}") from None
         seen[question.id] += 1
         if (copies := seen[question.id]) > 1:
             question = question._replace(id=f"{question.id}-{copies}")
@@ -151,7 +151,7 @@ def read_question(record: Mapping[str, Any], where: str, options: PromptOptions)
     question = Question(xxhash.xxh3_64_hexdigest(content.encode()), where, record)
     if "choices" in record:
         choices = record["choices"]
-        if not isinstance(choices, list) or not all(map(is_text, choices)) or len(set(choices)) < 2:
+        if not isinstance(choices, list) or not all(map(is_text, choices)) or len(choices) < 2:
             raise BadRow(
                 "wrong choices", "'choices' must be a list of at least two texts, none of them empty"
             )
@@ -160,8 +160,8 @@ def read_question(record: Mapping[str, Any], where: str, options: PromptOptions)
         answer, messages = right_choice(record, choices), question_messages(Record(record), options)[1]
         return "choices", question._replace(messages=messages, choices=choices, answer=answer)
     if "answer" in record:
-        if record["answer"] is None:
-            raise BadRow("wrong answer", "'answer' is null")
+        if record["answer"] in (None, [], ""):
+            raise BadRow("wrong answer", f"'answer' is {json.dumps(record['answer'])}")
         return "answer", question._replace(messages=question_messages(Record(record), options)[1])
     if "text" in record:
         if not is_text(record["text"]):
@@ -169,7 +169,7 @@ def read_question(record: Mapping[str, Any], where: str, options: PromptOptions)
             raise BadRow("wrong text", f"'text' is {shown}")
         return "text", question._replace(text=record["text"])
     keys = ", ".join(record)
-    raise BadRow("missing key", f"no 'choices', 'answer' or 'text' among {keys}; rename=THEIRS=OURS")
+    raise BadRow("missing key", f"no 'choices', 'answer' or 'text' among {keys}; set data.rename=THEIRS=OURS")
 
 
 def is_text(value: object) -> bool:

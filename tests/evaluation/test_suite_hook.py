@@ -100,7 +100,7 @@ def test_a_bad_suite_is_an_error_before_anything_is_read(stage, tmp_path):
     inputs = SimpleNamespace(
         program=SimpleNamespace(config=config), initial=SimpleNamespace(parent="x"), bad_rows_folder=None
     )
-    with pytest.raises(DataError, match=r"bad.jsonl:1: .*'answer' is 9"):
+    with pytest.raises(DataError, match=r"^evaluation.suites: .*bad.jsonl:1: .*'answer' is 9"):
         find_stage(config.stage).load(inputs)
 
 

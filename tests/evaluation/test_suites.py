@@ -52,9 +52,12 @@ def run(*flags):
         ),
         ({"prompt": "a?", "choices": ["a", "b"], "answer": "C"}, "'answer' is \"C\"; it must be one of"),
         ({"prompt": "a?", "choices": ["a", "b"]}, "no 'answer' among prompt, choices"),
-        ({"prompt": "a?", "choices": ["a", "a"], "answer": 0}, "'choices' must be a list of at least two"),
+        ({"prompt": "a?", "choices": ["a"], "answer": 0}, "'choices' must be a list of at least two"),
+        ({"prompt": "a?", "choices": ["a", "a"], "answer": 0}, "two of the 'choices' are equal"),
         ({"prompt": "a?", "choices": ["a", "b", "a"], "answer": 0}, "two of the 'choices' are equal"),
         ({"prompt": "a?", "answer": None}, "'answer' is null"),
+        ({"prompt": "a?", "answer": []}, "'answer' is []"),
+        ({"question": "a?"}, "among question; set --rename=THEIRS=OURS"),
         ({"text": ""}, "'text' is empty"),
         ({"text": 3}, "'text' is a number, not a text"),
         (

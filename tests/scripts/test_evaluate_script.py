@@ -91,6 +91,7 @@ def test_the_kl_of_a_checkpoint_is_0_to_itself_and_more_to_another(chat_model, t
 
 def test_bad_input_is_an_error_of_one_line(chat_model, reward_model, questions, tmp_path, capsys):
     required = (f"--checkpoint={chat_model}", f"--input={questions}")
+    suite = (f"--checkpoint={chat_model}", f"--suite={questions}")
     for flags, line in (
         ((f"--checkpoint={chat_model}",), "--input=FILE (or --suite=FILE) is missing"),
         (
@@ -98,6 +99,9 @@ def test_bad_input_is_an_error_of_one_line(chat_model, reward_model, questions, 
             "is a reward model and cannot generate",
         ),
         ((*required, "--output=no/x"), "--output=no/x: there is no such folder"),
+        ((*required, f"--output={questions.parent}"), f"--output={questions.parent} is a folder"),
+        ((*suite, f"--output={questions}"), "is a file: results of suites go to a folder"),
+        ((*suite, "--suite_path=no"), "--suite_path has no effect without --suite=lm_eval:TASK"),
         ((*required, "--samples=0"), "--samples=0 must be at least 1"),
         ((*required, "--samples=2", "--temperature=0"), "would generate the same completion every time"),
         ((*required, "--samples=2", "--temperature=1e-39"), "would generate the same completion every time"),

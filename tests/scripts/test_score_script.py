@@ -102,6 +102,7 @@ def test_columns_are_renamed(reward_model, run_process, tmp_path):
     code, _, errors = run_process("score.py", *flags)
     assert code == 78
     assert "theirs.jsonl:1: unknown format" in errors.splitlines()[0]
+    assert "set --rename=THEIRS=OURS" in errors.splitlines()[0]
     assert errors.splitlines()[-1].endswith("no row can be scored")
 
 
@@ -114,6 +115,11 @@ def test_bad_input_is_an_error_of_one_line(reward_model, chat_model, tmp_path, c
         ((f"--checkpoint={reward_model}", f"--input={file}l"), 78, "chats.jsonll"),
         ((f"--checkpoint={reward_model}", f"--input={file}", "--rename=a"), 78, "write THEIRS=OURS"),
         ((f"--checkpoint={reward_model}", f"--input={file}", "--output=no/x"), 78, "no/x"),
+        (
+            (f"--checkpoint={reward_model}", f"--input={file}", f"--judge={chat_model}"),
+            78,
+            f"--judge: no row of --input={file} has two 'answers' and a 'choice'",
+        ),
     ):
         assert run_script(score.main, None, score.define_flags, ["score.py", *flags]) == code
         (message,) = capsys.readouterr().err.splitlines()
