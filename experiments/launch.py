@@ -57,6 +57,10 @@ def main(_: None, flags: "FlagValues") -> None:
             use_config_file(word.removeprefix("--config="), lambda module, argument: None)
     if flags.target in TEMPLATES and flags.slurm:
         raise ConfigError(f"--slurm is for --target=slurm, not {flags.target}: use --set=NAME=VALUE")
+    if flags.target in TEMPLATES and flags.folder:
+        raise ConfigError(f"--folder is for --target=slurm, not {flags.target}: remove it")
+    if flags.target == "slurm" and flags.set:
+        raise ConfigError("--set is for a template, not --target=slurm: use --slurm=FIELD=VALUE")
     if flags.target in TEMPLATES:
         if not flags.print:
             raise ConfigError(f"--target={flags.target} is not submitted from here: add --print")

@@ -45,7 +45,7 @@ class SlurmOptions:
         for name in ("nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "max_parallel"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"slurm: {name}={value} must be at least 1")
+                raise ConfigError(f"--slurm.{name}={value} must be at least 1")
 
 
 def submit_array(commands: Sequence[Sequence[str]], folder: Path, options: SlurmOptions) -> str:

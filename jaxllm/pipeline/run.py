@@ -200,10 +200,9 @@ def stage_commands(
     # On a store the pipeline holds the folder, and uploads what is written into its copy.
     local = str(folder) if is_url(workdir) else workdir
     if config.synthesize.rows:
-        more = {
-            "config.answers.model": f"{url_of(folder)}/sft",
-            "config.judge.model": f"{url_of(folder)}/reward_model",
-        }
+        more = {"config.answers.model": f"{url_of(folder)}/sft"}
+        if config.synthesize.judge.kind == "reward_model":
+            more["config.judge.model"] = f"{url_of(folder)}/reward_model"
         if keeps_apart:
             more["config.filters.evaluation_sets"] = f"{folder}/{HELD_OUT}"
         file = f"{config_file}:synthesize"

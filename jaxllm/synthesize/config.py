@@ -46,6 +46,11 @@ class InstructionsConfig:
         check_range("instructions.length", self.length)
         if self.examples < 1:
             raise ConfigError(f"instructions.examples={self.examples} must be at least 1")
+        if self.source == "magpie" and self.seeds:
+            raise ConfigError(
+                "instructions.seeds has no effect with instructions.source=magpie: set it to none, or the "
+                "source to self_instruct, evolve or file"
+            )
         if self.source != "magpie" and not self.seeds:
             raise ConfigError(f"instructions.source={self.source} needs instructions.seeds: name a file")
 
@@ -77,6 +82,10 @@ class JudgeConfig:
         check_choice("judge.kind", self.kind, JUDGES)
         if self.kind == "reward_model" and is_server(self.model):
             raise ConfigError("judge.kind=reward_model needs a run folder in judge.model, not a server")
+        if self.kind == "none" and self.model is not None:
+            raise ConfigError(
+                "judge.model has no effect with judge.kind=none: set kind to reward_model or rubric"
+            )
 
 
 @dataclass(frozen=True)

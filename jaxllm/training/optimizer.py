@@ -20,6 +20,9 @@ from jaxllm.training.parametrization import scaled
 # vectors, to AdamW.
 MUON_MATRICES = r"(^|/)blocks/.*kernel$"
 
+NAMES = ("adamw", "muon")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -43,6 +46,9 @@ class OptimizerConfig:
     base_layers: int | None  # and at this depth
 
     def __post_init__(self):
+        for name, choices in (("name", NAMES), ("schedule", SCHEDULES)):
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"optimizer.{name}={value!r}: choose one of {', '.join(choices)}")
         for name in ("learning_rate", "final_learning_rate", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must not be negative")
@@ -90,12 +96,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
                 f"between 1 and {left} fit after optimizer.warmup_steps={config.warmup_steps}"
             )
         after = optax.linear_schedule(peak, peak * final, decay, transition_begin=left - decay)
-    elif config.schedule == "constant":
-        after = optax.constant_schedule(peak)
     else:
-        raise ConfigError(
-            f"optimizer.schedule={config.schedule!r}: choose one of cosine, linear, wsd, constant"
-        )
+        after = optax.constant_schedule(peak)
     # The first update is made at 1 / (warmup_steps + 1) of the peak; at 0 it would be wasted.
     warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
     return optax.join_schedules([warmup, after], [config.warmup_steps])
@@ -155,8 +157,7 @@ def make_optimizer(
     """Gradient clipping, update direction, weight decay and learning rate, in this order.
 
     `rates` multiply the update of the parameters whose path has a match, but not their weight decay. AdamW:
-    Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: see `scale_by_muon`. Raises ConfigError for an
-    unknown name.
+    Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: see `scale_by_muon`.
     """
     direction = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     if config.name == "muon":
@@ -164,8 +165,6 @@ def make_optimizer(
             {True: scale_by_muon(config.muon_momentum), False: direction},
             lambda params: matching(MUON_MATRICES, params),
         )
-    elif config.name != "adamw":
-        raise ConfigError(f"optimizer.name={config.name!r}: choose one of adamw, muon")
     if rates:
         direction = optax.chain(direction, optax.stateless(lambda updates, _: scaled(updates, rates)))
     clip, learning_rates = clip_by(config.clip_norm), [optax.scale_by_learning_rate(schedule)]

@@ -126,6 +126,12 @@ def test_slurm_prints_the_file_that_it_would_submit(capsys):
     ("flags", "command", "message"),
     [
         (["--target=gke", "--print", "--set=name=x"], COMMAND, "--set=hosts=..."),
+        (["--target=gke", "--print", "--folder=x"], COMMAND, "--folder is for --target=slurm, not gke"),
+        (
+            ["--target=slurm", "--print", "--set=name=x"],
+            COMMAND,
+            "--set is for a template, not --target=slurm",
+        ),
         (
             ["--target=gke", "--print", "--set=nam=x"],
             COMMAND,
@@ -141,7 +147,7 @@ def test_slurm_prints_the_file_that_it_would_submit(capsys):
         (["--target=gke"], [], "then -- and the command"),
         (["--target=slurm"], ["python", "x.py"], "--folder=FOLDER is missing: the command has no --workdir="),
         (["--target=slurm", "--slurm=node=2"], COMMAND, "--slurm.node: unknown key, did you mean 'nodes'?"),
-        (["--target=slurm", "--slurm=nodes=0"], COMMAND, "slurm: nodes=0 must be at least 1"),
+        (["--target=slurm", "--slurm=nodes=0"], COMMAND, "--slurm.nodes=0 must be at least 1"),
     ],
 )
 def test_what_is_missing_is_named(capsys, flags, command, message):

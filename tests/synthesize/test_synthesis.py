@@ -192,6 +192,10 @@ def test_magpie_writes_instructions_by_the_template(models, tmp_path):
 # What is wrong is said before anything is compiled
 
 
+NO_JUDGE = {"judge__kind": "none", "judge__model": "none"}
+MAGPIE = {"instructions__source": "magpie", "instructions__seeds": "none"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -201,11 +205,19 @@ def test_magpie_writes_instructions_by_the_template(models, tmp_path):
         ({"instructions__source": "magpy"}, "instructions.source='magpy': choose one of .*mean 'magpie'"),
         ({"instructions__seeds": "none"}, "source=file needs instructions.seeds: name a file"),
         ({"instructions__length": "5"}, r"instructions.length=\(5,\) must be a lowest and a highest"),
-        ({"instructions__source": "magpie", "answers__model": "http://x/v1"}, "magpie needs a checkpoint"),
+        (
+            {**MAGPIE, "answers__model": "http://x/v1"},
+            "magpie needs a checkpoint",
+        ),
         ({"judge__model": "http://x/v1"}, "judge.kind=reward_model needs a run folder"),
         ({"filters__near_duplicates": "1.5"}, "filters.near_duplicates=1.5 must be between 0 and 1"),
-        ({"judge__kind": "none", "filters__min_score": "1"}, "filters.min_score needs scores"),
-        ({"judge__kind": "none", "filters__min_margin": "1"}, "filters.min_margin needs scores"),
+        ({**NO_JUDGE, "filters__min_score": "1"}, "filters.min_score needs scores"),
+        ({**NO_JUDGE, "filters__min_margin": "1"}, "filters.min_margin needs scores"),
+        ({"judge__kind": "none"}, "judge.model has no effect with judge.kind=none"),
+        (
+            {"instructions__source": "magpie"},
+            "instructions.seeds has no effect with instructions.source=magpie",
+        ),
         ({"dtype": "float16"}, "dtype='float16': choose float32, bfloat16"),
         ({"rows": "101"}, "instructions.seeds has 100 instructions, too few for rows=101"),
         ({"answers__model": "nowhere"}, "answers.model=nowhere: .* does not exist"),
