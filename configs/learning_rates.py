@@ -1,7 +1,7 @@
-"""Whether the best learning rate of `1m` is that of `10m`: both at five rates, with muP and without.
+"""Whether the best learning rate of `1m` is that of `10m`: both at three rates, with muP and without.
 
-    python experiments/sweep.py --config=configs/learning_rates.py --workdir=runs/rates --launcher=local
-    python experiments/report.py runs/rates
+    python experiments/sweep.py --config=configs/learning_rates.py --workdir=runs/rates
+    python benchmarks/learning_rates.py runs/rates
 
 The argument is the optimizer: `:muon` or `:adamw`. On built-in text, or on yours: --config.data.train=FILE.
 """
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import pretrain_text
 from configs.base.models import model
 
-RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
+RATES = (6e-3, 1.2e-2, 2.4e-2)
 SIZE = ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
 
 
@@ -36,7 +36,7 @@ def sweep() -> Iterator[dict[str, Any]]:
     small, large = model("1m"), model("10m")
     base = {"optimizer.base_width": small.width, "optimizer.base_layers": small.num_layers}
     larger = {f"model.{name}": large[name] for name in SIZE}
-    for seed in (0, 1):
+    for seed in (0, 1, 2):
         for rate in RATES:
             common = {"seed": seed, "optimizer.learning_rate": rate}
             yield common
