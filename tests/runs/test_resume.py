@@ -1,6 +1,5 @@
 """A run that is killed or stopped, and resumed, ends bit for bit as an uninterrupted one."""
 
-import functools
 import json
 import os
 import random
@@ -10,12 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import pytest
 from rl_runs import read_all
+from tiny_runs import parse_config
 
+from jaxllm.errors import ConfigError
+from jaxllm.runs.train import train
+from jaxllm.stages import find_stage
+from jaxllm.training.loop import Progress
 from jaxllm.training.step_folder import find_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -45,29 +51,34 @@ STAGE_OVERRIDES = {
 }
 
 
-def command(stage, shared, workdir, *more):
-    """A run on the rows in `shared`. Later stages are initialized from the pretraining run there."""
-    overrides = OVERRIDES | STAGE_OVERRIDES[stage] | {"data.train": shared / f"{stage}.jsonl"}
+def fields_of(stage, shared):
+    """Config fields of a run on the rows in `shared`."""
+    return OVERRIDES | STAGE_OVERRIDES[stage] | {"data.train": shared / f"{stage}.jsonl"}
+
+
+def command(shared, workdir, cache_dir=None):
+    """A pretraining run in a process of its own."""
     return [
         sys.executable,
         str(ROOT / "experiments" / "train.py"),
-        f"--config={ROOT / 'configs' / CONFIGS[stage]}:tiny",
+        f"--config={ROOT / 'configs' / CONFIGS['pretrain']}:tiny",
         f"--workdir={workdir}",
-        f"--cache_dir={cache_of(workdir)}",
-        *([] if stage == "pretrain" else [f"--init_from={whole(shared, 'pretrain')}"]),
-        *(f"--config.{field}={value}" for field, value in overrides.items()),
-        *more,
+        f"--cache_dir={cache_dir or f'{workdir}-cache'}",
+        *(f"--config.{field}={value}" for field, value in fields_of("pretrain", shared).items()),
     ]
 
 
-def whole(shared, stage):
-    """The folder of the uninterrupted run of this stage."""
-    return shared / f"{stage}-whole"
-
-
-def cache_of(workdir):
-    """The data cache of the run in `workdir`."""
-    return workdir.with_name(f"{workdir.name}-cache")
+def run_here(stage, shared, workdir, *, resume="auto", **changes):
+    """A run in this process. Later stages are initialized from the uninterrupted pretraining run."""
+    train(
+        find_stage(stage),
+        parse_config(f"{CONFIGS[stage]}:tiny", fields_of(stage, shared) | changes),
+        workdir=str(workdir),
+        resume=resume,
+        init_from=None if stage == "pretrain" else str(shared / "whole"),
+        command=[],
+        devices=jax.devices()[:1],
+    )
 
 
 def start(arguments):
@@ -140,21 +151,14 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(shared):
-    """stage -> the outcome of an uninterrupted run."""
-
-    @functools.cache
-    def run_whole(stage):
-        if stage != "pretrain":
-            run_whole("pretrain")
-        code, output = run(command(stage, shared, whole(shared, stage)))
-        assert code == 0, output
-        return outcome(whole(shared, stage))
-
-    return run_whole
+    """The outcome of an uninterrupted pretraining run."""
+    code, output = run(command(shared, shared / "whole"))
+    assert code == 0, output
+    return outcome(shared / "whole")
 
 
 def test_a_run_writes_each_step_once_and_samples(uninterrupted):
-    step, arrays, rows, samples, _ = uninterrupted("pretrain")
+    step, arrays, rows, samples, _ = uninterrupted
     assert step == str(STEPS)
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
     assert [row["step"] for row in rows if "eval/bits_per_byte" in row] == [0, 4, 8, 12]
@@ -162,36 +166,93 @@ def test_a_run_writes_each_step_once_and_samples(uninterrupted):
     assert {"step", "key", "params/embed/table"} <= arrays.keys()
 
 
-@pytest.mark.parametrize(
-    ("stage", "parts"),  # of three steps each, by the first, in which it is killed
-    [("pretrain", (1, 4, 8)), ("sft", (7,)), ("reward_model", (7,)), ("dpo", (7,))],
-)
-def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path, shared, uninterrupted, stage, parts):
-    workdir, draw, expected = tmp_path / "killed", random.Random(), uninterrupted(stage)
-    for first in parts:  # before, between and after checkpoints; just after the line of a step or of a save
+@pytest.fixture(scope="module")
+def stopped(shared, tmp_path_factory):
+    """The folder of a run that was killed before its first checkpoint and after it, and then stopped; and
+    what the last process printed."""
+    workdir, draw = tmp_path_factory.mktemp("stopped") / "run", random.Random()
+    for first in (1, 4):  # of three steps; just after the line of a step or of a save
         step = first + draw.randrange(3)
-        # The part before has not printed these lines yet.
-        line = draw.choice([f"step {step}/", f"step {step}/", f"saved step {(first + 2) // 3 * 3}"])
-        code, output = interrupt(command(stage, shared, workdir), signal.SIGKILL, line)
+        # The process before has not printed these lines yet.
+        line = draw.choice([f"step {step}/", f"step {step}/", f"saved step {first + 2}"])
+        code, output = interrupt(command(shared, workdir), signal.SIGKILL, line)
         assert code == -signal.SIGKILL, output
-    if stage == "dpo":  # computes the reference again, from the initial weights
-        shutil.rmtree(cache_of(workdir))
-    code, output = run(command(stage, shared, workdir, "--resume=must"))
+    code, output = interrupt(command(shared, workdir), signal.SIGTERM, "step 8/")
+    assert code == 75, output
+    return workdir, output
+
+
+@pytest.fixture
+def copy(stopped, tmp_path):
+    """A copy of the folder of the stopped run."""
+    return shutil.copytree(stopped[0], tmp_path / "copy")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(shared, uninterrupted, copy):
+    newest = max((path for path in (copy / "checkpoints").iterdir()), key=lambda path: int(path.name))
+    victim = max(
+        (path for path in (newest / "state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    code, output = run(command(shared, copy))
+    assert code == 0, output
+    assert f"{newest.name} is damaged" in output
+    assert "resumed at step 6" in output
+    assert outcome(copy) == uninterrupted
+
+
+def test_resuming_with_another_seed_is_an_error_and_changes_no_file(shared, copy):
+    before = sorted(path for path in copy.rglob("*"))
+    with pytest.raises(ConfigError, match="seed 0 -> 1"):
+        run_here("pretrain", shared, copy, seed=1)
+    assert sorted(path for path in copy.rglob("*")) == before
+
+
+def test_a_run_of_fewer_steps_than_are_done_has_nothing_to_do(shared, stopped, copy, capsys):
+    step = int(re.search(r"saved at step (\d+)", stopped[1])[1])
+    run_here("pretrain", shared, copy, **{"training.steps": step - 1})
+    assert f"nothing to do: {step} steps are done" in capsys.readouterr().out
+
+
+def test_a_killed_and_stopped_run_ends_as_an_uninterrupted_one_by_the_printed_command(stopped, uninterrupted):
+    workdir, printed = stopped
+    (line,) = [line for line in printed.splitlines() if "resume with: " in line]
+    code, output = run([*shlex.split(line.partition("resume with: ")[2]), "--resume=must"])
     assert code == 0, output
     assert "resumed at step" in output
-    assert outcome(workdir) == expected
+    assert outcome(workdir) == uninterrupted
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+def test_each_stage_resumes_to_the_end_of_an_uninterrupted_run(
+    stage, shared, uninterrupted, tmp_path, cache, monkeypatch, capsys
+):
+    whole, killed, show = tmp_path / "whole", tmp_path / "killed", Progress.show
+
+    def copied(progress, step, row):
+        """Keep the folder as a kill would leave it now."""
+        show(progress, step, row)
+        if step == 8:
+            while not (whole / "checkpoints" / "6" / "manifest.json").exists():
+                time.sleep(0.01)
+            shutil.copytree(whole, killed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "show", copied)
+        run_here(stage, shared, whole)
+    shutil.rmtree(cache)  # DPO computes the reference again, from the initial weights
+    run_here(stage, shared, killed, resume="must")
+    assert "resumed at step 6" in capsys.readouterr().out
+    assert outcome(killed) == outcome(whole)
 
 
 def test_a_run_on_an_object_store_is_killed_and_resumed_by_another_machine(tmp_path, shared, uninterrupted):
     store = tmp_path / "store"
 
     def on_store(cache):
-        arguments = command("pretrain", shared, store)
-        named = {
-            f"--workdir={store}": f"--workdir=file://{store}",
-            f"--cache_dir={cache_of(store)}": f"--cache_dir={tmp_path / cache}",
-        }
-        return [named.get(each, each) for each in arguments]
+        return command(shared, f"file://{store}", tmp_path / cache)
 
     code, output = interrupt(on_store("one"), signal.SIGKILL, "saved step 6")
     assert code == -signal.SIGKILL, output
@@ -203,52 +264,5 @@ def test_a_run_on_an_object_store_is_killed_and_resumed_by_another_machine(tmp_p
     code, output = run(on_store("one"))
     assert code == 0, output
     assert f"run folder: file://{store}" in output
-    assert outcome(store) == uninterrupted("pretrain")
+    assert outcome(store) == uninterrupted
     assert not (store / "lock").exists()
-
-
-def test_a_stopped_run_saves_exits_with_75_and_prints_the_command_that_resumes(
-    tmp_path, shared, uninterrupted
-):
-    workdir = tmp_path / "stopped"
-    code, output = interrupt(command("pretrain", shared, workdir), signal.SIGTERM, "step 5/")
-    assert code == 75, output
-    (line,) = [line for line in output.splitlines() if "resume with: " in line]
-    code, output = run(shlex.split(line.partition("resume with: ")[2]))
-    assert code == 0, output
-    assert outcome(workdir) == uninterrupted("pretrain")
-
-
-def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, shared, uninterrupted):
-    workdir = tmp_path / "damaged"
-    code, output = interrupt(command("pretrain", shared, workdir), signal.SIGTERM, "step 8/")
-    assert code == 75, output
-    newest = max((path for path in (workdir / "checkpoints").iterdir()), key=lambda path: int(path.name))
-    victim = max(
-        (path for path in (newest / "state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
-    )
-    content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 1
-    victim.write_bytes(content)
-    code, output = run(command("pretrain", shared, workdir))
-    assert code == 0, output
-    assert f"{newest.name} is damaged" in output
-    assert "resumed at step 6" in output
-    assert outcome(workdir) == uninterrupted("pretrain")
-
-
-def test_resuming_with_another_seed_is_an_error_and_changes_no_file(tmp_path, shared, uninterrupted):
-    workdir = tmp_path / "foreign"
-    code, stopped = interrupt(command("pretrain", shared, workdir), signal.SIGTERM, "step 5/")
-    assert code == 75, stopped
-    before = sorted(path for path in workdir.rglob("*"))
-    code, output = run(command("pretrain", shared, workdir, "--config.seed=1"))
-    assert code == 78, output
-    assert "seed 0 -> 1" in output.splitlines()[-1]
-    assert sorted(path for path in workdir.rglob("*")) == before
-    step = int(re.search(r"saved at step (\d+)", stopped)[1])
-    code, output = run(
-        command("pretrain", shared, workdir, f"--config.training.steps={step - 1}")
-    )  # the number of steps may differ
-    assert code == 0, output
-    assert f"nothing to do: {step} steps are done" in output
