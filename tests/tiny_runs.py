@@ -3,6 +3,8 @@
 `tests/conftest.py` loads it as a plugin.
 """
 
+import importlib
+import io
 import json
 import os
 import socket
@@ -29,7 +31,10 @@ def parse_config(name, fields):
 
 
 def train_stage(name, workdir, init_from=None, **changes):
-    """Train configs/NAME.py:tiny, made smaller, with these fields changed."""
+    """Train configs/NAME.py:tiny, made smaller, with these fields changed, on one device: programs for more
+    take longer to compile."""
+    import jax
+
     from jaxllm.runs.train import train
     from jaxllm.stages import find_stage
 
@@ -41,12 +46,21 @@ def train_stage(name, workdir, init_from=None, **changes):
         "model.width": "32",
         "model.max_length": "64",
         "training.steps": "30",
-        "training.evaluate_every": "30",
+        "training.evaluate_every": "0",
+        "training.sample_every": "0",
         "training.checkpoint_every": "30",
+        "checkpoint.best_metric": "none",
         "optimizer.learning_rate": "0.02",
     }
     config = parse_config(f"{name}.py:tiny", fields | changes)
-    train(find_stage(config.stage), config, workdir=str(workdir), init_from=init_from, command=[])
+    train(
+        find_stage(config.stage),
+        config,
+        workdir=str(workdir),
+        init_from=init_from,
+        command=[],
+        devices=jax.devices()[:1],
+    )
 
 
 @pytest.fixture(scope="session")
@@ -68,9 +82,7 @@ def rows(tmp_path_factory):
 def chat_model(rows, tmp_path_factory):
     """The run folder of a model that generates: SFT on chats.jsonl."""
     workdir = tmp_path_factory.mktemp("models") / "chat"
-    train_stage(
-        "sft_chat", workdir, **{"data.train": str(rows / "chats.jsonl"), "training.sample_every": "0"}
-    )
+    train_stage("sft_chat", workdir, **{"data.train": str(rows / "chats.jsonl")})
     return workdir
 
 
@@ -78,7 +90,8 @@ def chat_model(rows, tmp_path_factory):
 def reward_model(rows, chat_model):
     """The run folder of a reward model, trained on pairs.jsonl."""
     workdir = chat_model.with_name("reward")
-    train_stage("reward_model_pairs", workdir, str(chat_model), **{"data.train": str(rows / "pairs.jsonl")})
+    fields = {"data.train": str(rows / "pairs.jsonl"), "training.evaluate_every": "30"}  # for its statistics
+    train_stage("reward_model_pairs", workdir, str(chat_model), **fields)
     return workdir
 
 
@@ -103,6 +116,30 @@ def run_process(tmp_path):
             timeout=120,
         )
         return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    return run
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """A script in this process has one device: programs for more take longer to compile."""
+    import jax
+
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys, one_device):
+    """As `run_process`, but in this process, which has imported all that a script needs."""
+    from jaxllm.config import run_script
+
+    def run(script, *flags, stdin=""):
+        module = importlib.import_module(f"experiments.{Path(script).stem}")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = run_script(module.main, None, module.define_flags, [script, *flags])
+        return code, *capsys.readouterr()
 
     return run
 

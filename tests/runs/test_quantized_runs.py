@@ -18,7 +18,7 @@ from jaxllm.stages import build_program
 from jaxllm.training.state import split_params
 from jaxllm.training.step_folder import find_checkpoint
 
-QLORA = {"model.lora.rank": "2", "model.lora.quantize": "nf4", "training.sample_every": "0"}
+QLORA = {"model.lora.rank": "2", "model.lora.quantize": "nf4"}
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ TOKENS = np.arange(12).reshape(1, 12)
 @pytest.fixture(scope="module")
 def run(chat_model, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora") / "run"
-    fields = LORA | {"data.train": str(rows / "chats.jsonl"), "training.sample_every": "0"}
+    fields = LORA | {"data.train": str(rows / "chats.jsonl")}
     train_stage("sft_chat", folder, str(chat_model), **fields | {"training.steps": "2"})
     return folder
 
@@ -63,7 +63,7 @@ def test_a_base_that_is_a_hugging_face_model_is_named_where_it_is(adapters, tmp_
 
 
 def test_training_continues_with_them(adapters, rows, tmp_path):
-    fields = LORA | {"data.train": str(rows / "chats.jsonl"), "training.sample_every": "0"}
+    fields = LORA | {"data.train": str(rows / "chats.jsonl")}
     # The same layers by another pattern.
     fields |= {"model.lora.targets": "attention/query|mlp/down", "training.steps": "1"}
     train_stage("sft_chat", tmp_path / "run", str(adapters), **fields | {"optimizer.learning_rate": "1e-9"})
