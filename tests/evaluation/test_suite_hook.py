@@ -8,8 +8,6 @@ import pytest
 from rl_runs import make_config, rows_of, run, write_rows
 from tiny_runs import parse_config
 
-from experiments import evaluate
-from jaxllm.config import run_script
 from jaxllm.errors import ConfigError, DataError
 from jaxllm.evaluation.suite_hook import check_suites
 from jaxllm.evaluation.suite_model import SuiteModel
@@ -80,10 +78,10 @@ def test_suites_are_measured_every_so_many_steps_and_compile_once(measured):
     assert compiled[3:] == [0] * 6
 
 
-def test_the_results_are_those_of_evaluate_on_the_checkpoint(measured, folder, tmp_path):
+def test_the_results_are_those_of_evaluate_on_the_checkpoint(measured, folder, tmp_path, run_here):
     flags = [f"--checkpoint={measured[0]}", f"--suite={folder}/mc.jsonl,{folder}/qa.jsonl"]
-    flags += ["--max_new_tokens=4", f"--output={tmp_path}"]
-    assert run_script(evaluate.main, None, evaluate.define_flags, ["evaluate.py", *flags]) == 0
+    code, _, errors = run_here("evaluate.py", *flags, "--max_new_tokens=4", f"--output={tmp_path}")
+    assert code == 0, errors
     for name in ("mc", "qa"):
         ours = list(read_results(measured[0] / "suites" / name / "4.jsonl"))
         assert ours == list(read_results(tmp_path / f"{name}.jsonl"))

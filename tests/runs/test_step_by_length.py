@@ -1,6 +1,9 @@
 """A step on micro-batches of several widths is that of the whole batch."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_sharded_programs import pair_batch
@@ -13,7 +16,9 @@ from jaxllm.stages import build_program
 B, T = 16, 64
 
 
+@functools.cache
 def make_program(num_microbatches):
+    """A program, and its step by length."""
     fields = {
         "training.num_microbatches": num_microbatches,
         "data.batch_size": B,
@@ -21,7 +26,8 @@ def make_program(num_microbatches):
         "model.num_layers": 1,
         "mesh.data": 1,
     }
-    return build_program(parse_config("reward_model_pairs.py:tiny", fields), jax.devices()[:1])
+    program = build_program(parse_config("reward_model_pairs.py:tiny", fields), jax.devices()[:1])
+    return program, compile_step(program)
 
 
 def short_pairs(seed):
@@ -35,10 +41,10 @@ def short_pairs(seed):
 
 @pytest.mark.parametrize("num_microbatches", [1, 4])
 def test_it_is_the_step_of_the_whole_batch(num_microbatches):
-    program = make_program(num_microbatches)
-    whole, by_length = program.compile(), compile_step(program)
-    states, losses = [program.fresh_state(), program.fresh_state()], ([], [])
-    for i in range(3):
+    program, by_length = make_program(num_microbatches)
+    whole, state = program.compile(), program.fresh_state()
+    states, losses = [state, jax.tree.map(jnp.copy, state)], ([], [])
+    for i in range(2):
         batch = short_pairs(i)
         states[0], metrics = whole(states[0], jax.device_put(batch, program.batch_sharding))
         losses[0].append(metrics["loss"].mean)
@@ -49,8 +55,8 @@ def test_it_is_the_step_of_the_whole_batch(num_microbatches):
 
 
 def test_short_rows_are_narrow_and_few_programs_are_compiled():
-    program = make_program(4)
-    step, state = compile_step(program), program.fresh_state()
+    program, step = make_program(4)
+    state = program.fresh_state()
     for i in range(4):
         batches = split_batch(program, short_pairs(i))
         assert [len(batch.tokens) for batch in batches] == [4] * 4
