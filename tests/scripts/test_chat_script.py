@@ -33,10 +33,10 @@ def test_invalid_utf8_in_the_input_is_replaced(chat_model, run_process):
     assert len(output.splitlines()) == 3  # two replies, and the newline at the end of the input
 
 
-def test_greedy_replies_do_not_depend_on_the_seed(chat_model, run_process):
+def test_greedy_replies_do_not_depend_on_the_seed(chat_model, run_here):
     flags = (f"--checkpoint={chat_model}", "--temperature=0", "--max_new_tokens=30")
     outputs = {
-        run_process("chat.py", *flags, f"--seed={seed}", stdin="A zebra of 77 islands, why not?\n")
+        run_here("chat.py", *flags, f"--seed={seed}", stdin="A zebra of 77 islands, why not?\n")
         for seed in (0, 1)
     }
     ((code, _, errors),) = outputs

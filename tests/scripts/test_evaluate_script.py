@@ -5,6 +5,7 @@ import re
 from datetime import datetime
 from decimal import Decimal
 
+import jax
 import numpy as np
 import pytest
 
@@ -51,22 +52,22 @@ def test_every_completion_is_scored_and_written_with_its_row(
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["answer"] for row in rows] == ["1", "1", "2", "2", "4", "4"]
     loaded = load_checkpoint(str(reward_model))
-    template = checkpoint_template(loaded)
+    template, score = checkpoint_template(loaded), jax.jit(loaded.model.rewards)
     for row in rows:
         assert row["rewards"]["even"] == (len(row["answer"] + row["completion"]) % 2 == 0)
         if row["ended"]:
             prompt = [{"role": "user", "content": row["prompt"]}]
             encoded = encode_completion(template, prompt, {"role": "assistant", "content": row["completion"]})
-            tokens, lengths = np.array([encoded.ids]), np.array([len(encoded.ids)])
-            reward = float(loaded.model.rewards(loaded.params, tokens, lengths).values[0])
+            lengths = np.array([len(encoded.ids)])
+            tokens = np.pad([encoded.ids], ((0, 0), (0, 64 - lengths[0])))  # one width for all
+            reward = float(score(loaded.params, tokens, lengths).values[0])
             assert row["rewards"]["model"] == pytest.approx(reward, abs=1e-4)
     even = np.array([row["rewards"]["even"] for row in rows]).reshape(3, 2)
     assert f"pass@1 {even.mean():.4g} ± " in output
     assert f"pass@2 {even.any(1).mean():.4g} ± " in output
 
 
-def test_the_kl_of_a_checkpoint_is_0_to_itself_and_more_to_another(chat_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_kl_of_a_checkpoint_is_0_to_itself_and_more_to_another(chat_model, tmp_path, run_here):
     questions = tmp_path / "questions.parquet"
     columns = {"when": datetime(2026, 1, 2), "price": Decimal("18.50"), "raw": b"a", "answer": "1"}
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -76,8 +77,8 @@ def test_the_kl_of_a_checkpoint_is_0_to_itself_and_more_to_another(chat_model, t
     def kl(*flags):
         required = (f"--checkpoint={chat_model}", f"--input={questions}", f"--reference={chat_model}")
         more = ("--temperature=1", "--max_new_tokens=8", "--rewards=math_answer", "--output=answers.jsonl")
-        more += flags
-        assert run_script(evaluate.main, None, evaluate.define_flags, ["evaluate.py", *required, *more]) == 0
+        code, _, errors = run_here("evaluate.py", *required, *more, *flags)
+        assert code == 0, errors
         rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
         assert {(row["when"], row["price"], row["raw"]) for row in rows} == {
             ("2026-01-02T00:00:00", "18.50", "a")

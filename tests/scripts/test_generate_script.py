@@ -9,7 +9,7 @@ SEPARATOR = "-" * 20
 
 
 @pytest.fixture
-def run_generate(chat_model, capsys):
+def run_generate(chat_model, capsys, one_device):
     """(*flags) -> the texts that are printed, and stderr."""
 
     def run(*flags):

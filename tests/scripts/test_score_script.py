@@ -28,15 +28,15 @@ def write(path, rows):
 
 @pytest.fixture(scope="session")
 def reward_of(reward_model):
-    """(question, answer) -> the model's reward, in a batch of one without padding."""
+    """(question, answer) -> the model's reward, in a batch of one."""
     loaded = load_checkpoint(str(reward_model))
-    template = checkpoint_template(loaded)
+    template, score = checkpoint_template(loaded), jax.jit(loaded.model.rewards)
 
     def reward(question, answer):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        ids = np.array(template.encode(messages, loss_on="last").ids, np.int32)
-        rewards = jax.jit(loaded.model.rewards)(loaded.params, ids[None], np.array([len(ids)]))
-        return float(rewards.values[0])
+        ids = template.encode(messages, loss_on="last").ids
+        tokens = np.array([ids + [0] * (64 - len(ids))], np.int32)
+        return float(score(loaded.params, tokens, np.array([len(ids)])).values[0])
 
     return reward
 
@@ -75,9 +75,9 @@ def test_pairs_are_scored_compared_and_written(reward_model, reward_of, run_proc
         assert why in line
 
 
-def test_conversations_are_scored_by_their_last_turn(reward_model, reward_of, run_process, tmp_path):
+def test_conversations_are_scored_by_their_last_turn(reward_model, reward_of, run_here, tmp_path):
     file = write(tmp_path / "chats.jsonl", CHATS)
-    code, output, errors = run_process(
+    code, output, errors = run_here(
         "score.py", f"--checkpoint={reward_model}", f"--input={file}", "--output=scores.jsonl"
     )
     assert code == 0, errors
@@ -91,15 +91,13 @@ def test_conversations_are_scored_by_their_last_turn(reward_model, reward_of, ru
     )
 
 
-def test_columns_are_renamed(reward_model, run_process, tmp_path):
+def test_columns_are_renamed(reward_model, run_here, tmp_path):
     file = write(tmp_path / "theirs.jsonl", [{"question": "one and two?", "good": "Yes, one.", "bad": "No."}])
     flags = f"--checkpoint={reward_model}", f"--input={file}"
-    code, output, errors = run_process(
-        "score.py", *flags, "--rename=question=prompt,good=chosen,bad=rejected"
-    )
+    code, output, errors = run_here("score.py", *flags, "--rename=question=prompt,good=chosen,bad=rejected")
     assert (code, errors) == (0, "")
     assert "accuracy 1.000" in output
-    code, _, errors = run_process("score.py", *flags)
+    code, _, errors = run_here("score.py", *flags)
     assert code == 78
     assert "theirs.jsonl:1: unknown format" in errors.splitlines()[0]
     assert "set --rename=THEIRS=OURS" in errors.splitlines()[0]
