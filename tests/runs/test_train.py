@@ -29,6 +29,12 @@ from jaxllm.training.metrics import read_metrics
 from jaxllm.training.run_folder import RunFolder, lock_run
 from jaxllm.training.step_folder import checkpoint_hash, find_checkpoint
 
+NOT_EVALUATED = {
+    "training__evaluate_every": "0",
+    "training__sample_every": "0",
+    "checkpoint__best_metric": "none",
+}
+COMPILED_AFTER: dict[str, list[int]] = {}  # by `compiles_of`
 FILES = {
     "pretrain": ("pretrain_text.py", "good.jsonl"),
     "sft": ("sft_chat.py", "chats.jsonl"),
@@ -88,15 +94,34 @@ def make_config(text, stage="pretrain", **changes):
 
 
 def run(config, workdir, **changes):
-    arguments = {"resume": "auto", "init_from": None, "profile": None, "command": ["python", "train.py"]}
+    """On one device: programs for more take longer to compile."""
+    arguments = {"init_from": None, "command": ["python", "train.py"], "devices": jax.devices()[:1]}
     train(find_stage(config.stage), config, workdir=str(workdir), **arguments | changes)
+
+
+@contextlib.contextmanager
+def compiles_of(stage, workdir):
+    """COMPILED_AFTER[stage]: for each program compiled meanwhile, the step of the last row of metrics."""
+    after = COMPILED_AFTER[stage] = []
+
+    def listen(event, _, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            rows = read_metrics(workdir / "metrics.jsonl")
+            after.append(rows[-1]["step"] if rows else -1)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope="module")
 def finished(text, tmp_path_factory):
     """The folder of a finished run."""
     workdir = tmp_path_factory.mktemp("runs") / "first"
-    run(make_config(text), workdir)
+    with compiles_of("pretrain", workdir):
+        run(make_config(text), workdir)
     return workdir
 
 
@@ -105,26 +130,6 @@ def test_the_loss_falls(finished):
     assert first["step"] == 0  # random weights
     assert last["eval/bits_per_byte"] < first["eval/bits_per_byte"]
     assert last["train/loss"] < np.log(500) - 0.5
-
-
-@pytest.mark.parametrize("stage", FILES)
-def test_a_run_compiles_only_at_its_start(finished, text, tmp_path, stage):
-    compiled_after = []  # the last step whose metrics were written
-
-    def listen(event, _, **__):
-        if event == "/jax/core/compile/backend_compile_duration":
-            rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-            compiled_after.append(rows[-1]["step"] if rows else -1)
-
-    config = make_config(text, stage, training__steps="16")
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        run(config, tmp_path / "run", init_from=None if stage == "pretrain" else str(finished))
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 16
-    assert compiled_after.count(-1) >= 2  # the train step and an evaluation
-    assert max(compiled_after) < 8  # by then it has trained, evaluated and saved
 
 
 def test_a_checkpoint_has_the_config_and_the_tokenizer(finished, text):
@@ -140,7 +145,7 @@ def test_a_checkpoint_has_the_config_and_the_tokenizer(finished, text):
 
 
 def test_a_run_is_initialized_from_another_and_records_it_as_its_parent(finished, text, tmp_path):
-    config = make_config(text, training__steps="3", optimizer__learning_rate="0.0")
+    config = make_config(text, training__steps="3", optimizer__learning_rate="0.0", **NOT_EVALUATED)
     run(config, tmp_path / "child", init_from=str(finished))
     program = build_program(config)
     given, child = (
@@ -182,7 +187,7 @@ def test_a_parent_that_moved_is_read_from_where_init_from_says(finished, tmp_pat
 
 
 def test_a_bad_row_stops_the_run_or_is_recorded(text, tmp_path):
-    bad = {"data__train": str(text / "bad.jsonl"), "training__steps": "3"}
+    bad = {"data__train": str(text / "bad.jsonl"), "training__steps": "3"} | NOT_EVALUATED
     with pytest.raises(DataError, match=r"bad.jsonl:401: missing key .*did you mean 'txt'"):
         run(make_config(text, **bad), tmp_path / "stopped")
     run(make_config(text, data__on_bad_row="skip", **bad), tmp_path / "skipped")
@@ -197,8 +202,9 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_an_error(finished, tex
 
 
 def test_a_run_on_a_mesh_prints_its_start_up_report(text, tmp_path, capsys):
-    config = make_config(text, training__steps="3", mesh__data="2", mesh__fsdp="2", mesh__tensor="2")
-    run(config, tmp_path / "mesh")
+    mesh = {"mesh__data": "2", "mesh__fsdp": "2", "mesh__tensor": "2"}
+    config = make_config(text, training__steps="3", **NOT_EVALUATED, **mesh)
+    run(config, tmp_path / "mesh", devices=None)
     printed = capsys.readouterr().out
     for line in (
         r"devices: 8 x cpu \(cpu\), mesh data=2 x fsdp=2 x sequence=1 x tensor=2",
@@ -235,7 +241,7 @@ def test_a_dry_run_prints_memory_and_compute_of_a_step(text):
 def chat_run(finished, text, tmp_path_factory):
     """The run folder of SFT, and its output."""
     workdir, output = tmp_path_factory.mktemp("chat") / "sft", io.StringIO()
-    with contextlib.redirect_stdout(output):
+    with contextlib.redirect_stdout(output), compiles_of("sft", workdir):
         run(make_config(text, "sft", sample__num_held_out="4"), workdir, init_from=str(finished))
     return workdir, output.getvalue()
 
@@ -269,7 +275,8 @@ def test_fine_tuning_reports_its_data_and_lowers_the_loss(chat_run):
 def test_a_run_that_does_not_improve_stops_and_resumes_only_with_more_patience(
     chat_run, text, tmp_path, capsys
 ):
-    no_change, workdir = {"optimizer__learning_rate": "0.0", "training__steps": "100"}, tmp_path / "r"
+    no_change = {"optimizer__learning_rate": "0.0", "training__steps": "100", "training__sample_every": "0"}
+    workdir = tmp_path / "r"
     for patience, steps in ((2, 8), (2, 8), (3, 12)):
         config = make_config(text, "sft", training__patience=str(patience), **no_change)
         run(config, workdir, init_from=str(chat_run[0]))
@@ -284,7 +291,9 @@ def test_a_run_that_does_not_improve_stops_and_resumes_only_with_more_patience(
 def test_a_run_that_reaches_its_target_stops_and_resumes_only_without_it(chat_run, text, tmp_path, capsys):
     workdir = tmp_path / "run"
     for target, steps in (("90.0", 0), ("90.0", 0), ("none", 4)):
-        config = make_config(text, "sft", training__target=target, training__steps="4")
+        config = make_config(
+            text, "sft", training__target=target, training__steps="4", training__sample_every="0"
+        )
         run(config, workdir, init_from=str(chat_run[0]))
         assert read_metrics(workdir / "metrics.jsonl")[-1]["step"] == steps
     printed = capsys.readouterr().out
@@ -355,7 +364,7 @@ def test_a_custom_chat_template_is_saved_with_the_weights(finished, text, tmp_pa
         "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    few = {"training__steps": "3"}
+    few = {"training__steps": "3"} | NOT_EVALUATED
     run(
         make_config(text, "sft", data__template=str(template), **few),
         tmp_path / "sft",
@@ -379,7 +388,8 @@ def test_a_custom_chat_template_is_saved_with_the_weights(finished, text, tmp_pa
     monkeypatch.setattr("jaxllm.data.jinja_template.datetime", Later)  # the run's time does not pass
     assert checkpoint_template(load_checkpoint(tmp_path / "sft")).clock == clock
     template.write_bytes(source + b"{# edited #}")
-    run(make_config(text, "sft", data__template=str(template), training__steps="4"), tmp_path / "sft")
+    more = few | {"training__steps": "4"}
+    run(make_config(text, "sft", data__template=str(template), **more), tmp_path / "sft")
     printed = capsys.readouterr().out
     assert "resumed at step 3" in printed
     assert f"data.template={template} is not used: the run keeps its chat template" in printed
@@ -389,7 +399,7 @@ def test_a_custom_chat_template_is_saved_with_the_weights(finished, text, tmp_pa
 def reward_run(chat_run, text, tmp_path_factory):
     workdir, output = tmp_path_factory.mktemp("reward") / "reward", io.StringIO()
     config = make_config(text, "reward_model", optimizer__learning_rate="0.01", training__steps="12")
-    with contextlib.redirect_stdout(output):
+    with contextlib.redirect_stdout(output), compiles_of("reward_model", workdir):
         run(config, workdir, init_from=str(chat_run[0]))
     return workdir, output.getvalue()
 
@@ -425,20 +435,38 @@ def test_a_reward_model_trains_from_a_reward_model_its_head_alone_if_wanted(
     assert first["eval/accuracy"] == 1.0  # step 0 has the head of the parent
 
 
-def test_both_kinds_of_reference_start_at_log_2_and_train_the_same(chat_run, text, tmp_path):
-    rows = {}
-    for reference in ("cached", "on_the_fly"):
+@pytest.fixture(scope="module")
+def dpo_runs(chat_run, text, tmp_path_factory):
+    """reference -> the metrics of a run."""
+    rows, folder = {}, tmp_path_factory.mktemp("dpo")
+    for reference in ("on_the_fly", "cached"):
         config = make_config(text, "dpo", data__reference=reference, training__log_every="1")
-        run(config, tmp_path / reference, init_from=str(chat_run[0]))
-        rows[reference] = read_metrics(tmp_path / reference / "metrics.jsonl")
-        first = rows[reference][0]
+        with compiles_of("dpo", folder / reference):
+            run(config, folder / reference, init_from=str(chat_run[0]))
+        rows[reference] = read_metrics(folder / reference / "metrics.jsonl")
+    return rows
+
+
+def test_both_kinds_of_reference_start_at_log_2_and_train_the_same(dpo_runs):
+    for first, *_, last in dpo_runs.values():
         assert first["eval/loss"] == pytest.approx(np.log(2), abs=1e-6)
         assert first["eval/rewards/margins"] == first["eval/rewards/chosen"] == 0
-        assert rows[reference][-1]["eval/rewards/margins"] > 0
+        assert last["eval/rewards/margins"] > 0
     for name in ("train/loss", "rewards/margins"):
-        cached, on_the_fly = ([row[name] for row in rows[kind] if name in row] for kind in rows)
+        on_the_fly, cached = ([row[name] for row in rows if name in row] for rows in dpo_runs.values())
         assert len(cached) == 8
         np.testing.assert_allclose(cached, on_the_fly, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stage", "run_of_it"),
+    [("pretrain", "finished"), ("sft", "chat_run"), ("reward_model", "reward_run"), ("dpo", "dpo_runs")],
+)
+def test_a_run_compiles_only_at_its_start(request, stage, run_of_it):
+    request.getfixturevalue(run_of_it)
+    after = COMPILED_AFTER[stage]
+    assert after.count(-1) >= 2  # the train step and an evaluation
+    assert max(after) <= 4  # by then it has trained and evaluated, and it saves
 
 
 def test_a_run_has_the_model_of_its_parent_but_for_how_it_is_computed(finished, text):
