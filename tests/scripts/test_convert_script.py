@@ -97,10 +97,10 @@ def test_a_generation_config_says_what_ends_a_completion_and_is_exported_again(e
 def test_a_run_is_initialized_from_it_with_its_model(exported, rows, tmp_path, capsys):
     fields = {"data.train": rows / "chats.jsonl", "data.sequence_length": "64", "data.batch_size": "8"}
     fields |= {"training.steps": "1", "optimizer.warmup_steps": "0", "training.sample_every": "0"}
-    config = parse_config("sft_chat.py:tiny", fields)  # of another size
-    train(
-        find_stage("sft"), config, workdir=str(tmp_path / "run"), init_from=str(exported), command=["train"]
-    )
+    fields |= {"training.evaluate_every": "0", "checkpoint.best_metric": "none"}
+    config, workdir = parse_config("sft_chat.py:tiny", fields), str(tmp_path / "run")  # of another size
+    one = jax.devices()[:1]
+    train(find_stage("sft"), config, workdir=workdir, init_from=str(exported), command=["train"], devices=one)
     assert f"fresh run with the weights of {exported}" in capsys.readouterr().out
     trained, parent = load_checkpoint(str(tmp_path / "run")), load_checkpoint(str(exported))
     assert as_values(trained.model.config) == as_values(parent.model.config) != as_values(config.model)
