@@ -36,9 +36,8 @@ def make_program(stage, optimizer, mesh):
         "training.num_microbatches": 2,
         "data.batch_size": B,
         "data.sequence_length": T,
+        "model.num_layers": 1,
     }
-    if stage != "pretrain":  # the same blocks
-        fields["model.num_layers"] = 1
     fields |= {f"mesh.{axis}": size for axis, size in zip(AXES, mesh, strict=True)}
     return build_program(parse_config(f"{FILES[stage]}:tiny", fields), jax.devices()[: math.prod(mesh)])
 
