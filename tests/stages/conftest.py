@@ -31,18 +31,28 @@ def scalar_model(config):
     return build_scalar_model(config)
 
 
-@pytest.fixture
-def take_step():
-    """(init, loss_fn, batch) -> metrics and gradient, by one train step of SGD."""
+@pytest.fixture(scope="session")
+def params(model):
+    return jax.jit(model.init)(jax.random.key(0))
 
-    def run(init, loss_fn, batch, params=None, **options):
+
+@pytest.fixture(scope="session")
+def make_step():
+    """(init, loss_fn) -> a train step of SGD, compiled once a shape: (batch, params) -> metrics, gradient."""
+
+    def make(init, loss_fn):
         optimizer = optax.sgd(1.0)
-        state = init_state(jax.random.key(0), init=init, optimizer=optimizer)
-        if params is not None:
-            state = state._replace(params=params)
-        step = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, num_microbatches=1)
-        after, metrics = jax.jit(step)(state, jax.tree.map(np.asarray, batch))
-        gradient = jax.tree.map(np.subtract, state.params, after.params)
-        return {name: float(value.mean) for name, value in metrics.items()}, gradient
+        state = jax.jit(functools.partial(init_state, init=init, optimizer=optimizer))(jax.random.key(0))
+        step = jax.jit(
+            functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, num_microbatches=1)
+        )
 
-    return run
+        def run(batch, params=None):
+            before = state if params is None else state._replace(params=params)
+            after, metrics = step(before, jax.tree.map(np.asarray, batch))
+            gradient = jax.tree.map(np.subtract, before.params, after.params)
+            return {name: float(value.mean) for name, value in metrics.items()}, gradient
+
+        return run
+
+    return make

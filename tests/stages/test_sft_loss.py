@@ -29,13 +29,12 @@ def batch_of(rows, length=T, packing=False):
     )
 
 
-@pytest.fixture
-def step(model, take_step):
-    def run(batch, **options):
-        options = {"z_loss": 0.0, "neftune_alpha": 0.0, "dft": False} | options
-        return take_step(model.init, functools.partial(loss_fn, model=model, **options), batch)
+PLAIN = {"z_loss": 0.0, "neftune_alpha": 0.0, "dft": False}
 
-    return run
+
+@pytest.fixture(scope="module")
+def step(model, make_step):
+    return make_step(model.init, functools.partial(loss_fn, model=model, **PLAIN))
 
 
 def assert_same(a, b, rtol=2e-5, atol=1e-6):
@@ -98,7 +97,7 @@ def test_packed_and_unpacked_rows_have_the_same_loss_and_gradient(step):
     assert_same(step(packed), step(unpacked))
 
 
-def test_texts_packed_in_one_row_do_not_attend_to_each_other(step, model):
+def test_texts_packed_in_one_row_do_not_attend_to_each_other(step):
     rows = texts(count=2, longest=12)
     changed = [(39 - rows[0][0], np.zeros_like(rows[0][1])), rows[1]]
     rows = [(rows[0][0], np.zeros_like(rows[0][1])), rows[1]]
@@ -107,43 +106,51 @@ def test_texts_packed_in_one_row_do_not_attend_to_each_other(step, model):
     assert step(a)[0]["loss"] == step(b)[0]["loss"]
 
 
-def test_neftune_noise_is_bounded_and_differs_by_step(model, config):
-    params, batch = model.init(jax.random.key(0)), batch_of(texts())
-    plain = {"z_loss": 0.0, "dft": False, "model": model}
-    losses = [
-        float(loss_fn(params, batch, jax.random.key(seed), neftune_alpha=alpha, **plain)[0].mean)
-        for seed, alpha in [(0, 0.0), (1, 0.0), (0, 5.0), (0, 5.0), (1, 5.0)]
-    ]
-    assert losses[0] == losses[1] != losses[2] == losses[3] != losses[4]
-
-    seen = []
+def test_neftune_noise_is_bounded_and_differs_by_step(params, config):
+    batch, seen = batch_of(texts()), []
 
     class Recording(Transformer):
         def apply(self, params, tokens, *, noise, **kwargs):
             seen.append(noise)
             return super().apply(params, tokens, noise=noise, **kwargs)
 
-    loss_fn(params, batch, jax.random.key(0), neftune_alpha=5.0, **(plain | {"model": Recording(config)}))
+    @functools.partial(jax.jit, static_argnames="alpha")
+    def evaluate(seed, alpha):
+        options = PLAIN | {"neftune_alpha": alpha}
+        loss, _ = loss_fn(params, batch, jax.random.key(seed), model=Recording(config), **options)
+        return loss.mean, seen.pop()
+
+    losses, noise = zip(
+        *(evaluate(*case) for case in [(0, 0.0), (1, 0.0), (0, 5.0), (0, 5.0), (1, 5.0)]), strict=True
+    )
+    assert losses[0] == losses[1] != losses[2] == losses[3] != losses[4]
     bound = 5.0 / np.sqrt(T * config.width)
-    assert 0.95 * bound < np.abs(seen[0]).max() <= bound
+    assert 0.95 * bound < np.abs(noise[2]).max() <= bound
 
 
-def test_dft_weights_each_token_by_its_probability_without_its_gradient(step, model):
+def test_dft_weights_each_token_by_its_probability_without_its_gradient(model, params):
     batch = batch_of(texts(count=1))
-    params = model.init(jax.random.key(3))
-    options = {"model": model, "z_loss": 0.0, "neftune_alpha": 0.0}
-    key = jax.random.key(0)
-    logits = model.logits(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
-    log_probs = np.asarray(jax.nn.log_softmax(logits))[0][np.arange(T), batch.targets[0]][batch.mask[0]]
-    loss, metrics = loss_fn(params, batch, key, dft=True, **options)
-    np.testing.assert_allclose(loss.mean, (-np.exp(log_probs) * log_probs).mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["loss"].mean, -log_probs.mean(), rtol=1e-5)
+
+    @jax.jit
+    def evaluate(params):
+        logits = model.logits(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+        return jax.nn.log_softmax(logits)[0], *mean(params, batch, dft=True)
+
+    def mean(params, batch, dft):
+        loss, metrics = loss_fn(params, batch, jax.random.key(0), model=model, **PLAIN | {"dft": dft})
+        return loss.mean, metrics["loss"].mean
+
+    log_probs, loss, cross_entropy = evaluate(params)
+    log_probs = np.asarray(log_probs)[np.arange(T), batch.targets[0]][batch.mask[0]]
+    np.testing.assert_allclose(loss, (-np.exp(log_probs) * log_probs).mean(), rtol=1e-5)
+    np.testing.assert_allclose(cross_entropy, -log_probs.mean(), rtol=1e-5)
 
     # For a single token, the gradient is that of its cross-entropy times its probability.
     only = batch.mask & (np.cumsum(batch.mask, axis=1) == 1)
     one = batch._replace(mask=only)
-    plain = jax.grad(lambda p: loss_fn(p, one, key, dft=False, **options)[0].mean)(params)
-    weighted = jax.grad(lambda p: loss_fn(p, one, key, dft=True, **options)[0].mean)(params)
+    plain, weighted = jax.jit(
+        lambda p: [jax.grad(mean, has_aux=True)(p, one, dft)[0] for dft in (False, True)]
+    )(params)
     jax.tree.map(
         lambda w, p: np.testing.assert_allclose(w, np.exp(log_probs[0]) * p, rtol=1e-3, atol=1e-7),
         weighted,
