@@ -65,13 +65,23 @@ def whole(folder):
         return train_grpo(folder, folder / "whole", **SAMPLES)
 
 
+@pytest.fixture(scope="module")
+def updated_once(folder):
+    """A run of two rollouts with one update on each; held-out prompts are completed after each of them."""
+    changes = {"rollout__num_prompts": 2, "rollout__num_minibatches": 1, "training__steps": 2}
+    changes |= {f"training__{name}_every": 1 for name in ("log", "evaluate", "checkpoint")}
+    changes |= {"reward": "more.py:even", "sample__group_size": 4}
+    return train_grpo(folder, folder / "updated_once", **changes)
+
+
+QUIET = {"training__evaluate_every": 0, "training__checkpoint_every": 0, "training__evaluate_at_start": False}
+
+
 # Training
 
 
-def test_at_the_first_update_the_ratio_is_1_and_sampler_and_trainer_agree(folder, tmp_path):
-    changes = {"rollout__num_prompts": 2, "rollout__num_minibatches": 1, "training__steps": 2}
-    changes |= {f"training__{name}_every": 1 for name in ("log", "evaluate", "checkpoint")}
-    rows = rows_of(train_grpo(folder, tmp_path / "r", **changes))
+def test_at_the_first_update_the_ratio_is_1_and_sampler_and_trainer_agree(updated_once):
+    rows = rows_of(updated_once)
     for step in (1, 2):
         assert rows[step]["policy/ratio"] == pytest.approx(1, abs=1e-5)
         assert rows[step]["policy/approx_kl"] == pytest.approx(0, abs=1e-9)
@@ -80,12 +90,8 @@ def test_at_the_first_update_the_ratio_is_1_and_sampler_and_trainer_agree(folder
 
 
 def test_the_reward_rises(folder, tmp_path):
-    steps = {"training__steps": 40, "training__evaluate_every": 0, "training__checkpoint_every": 0}
-    means = [
-        row["reward/mean"]
-        for step, row in rows_of(train_grpo(folder, tmp_path / "r", **steps)).items()
-        if step
-    ]
+    rows = rows_of(train_grpo(folder, tmp_path / "r", **QUIET, training__steps=40))
+    means = [row["reward/mean"] for row in rows.values()]
     assert np.mean(means[-3:]) > np.mean(means[:2]) + 0.2
 
 
@@ -124,8 +130,8 @@ def test_no_two_completions_of_a_run_and_no_train_step_have_the_same_key(whole):
     ],
 )
 def test_every_variant_trains(folder, tmp_path, variant, changes):
-    changes |= {"training__steps": 2, "training__evaluate_every": 0, "training__checkpoint_every": 0}
-    row = rows_of(train_grpo(folder, tmp_path / "r", objective__variant=variant, **changes))[2]
+    changes |= QUIET | {"training__steps": 2, "objective__variant": variant}
+    row = rows_of(train_grpo(folder, tmp_path / "r", **changes))[2]
     assert row["train/skipped_steps"] == 0
     assert 0 < row["train/grad_norm"] < 100
     assert all(value is not None for value in row.values())
@@ -180,20 +186,17 @@ def test_reinforce_plus_plus_whitens_the_returns_of_all_tokens(folder):
 
 
 def test_importance_weights_reach_the_loss(folder, tmp_path, monkeypatch):
-    changes = {"rollout__importance_sampling": "token", "rollout__dtype": "bfloat16", "training__steps": 2}
-    changes |= {"training__evaluate_every": 0, "training__checkpoint_every": 0}
-    row = rows_of(train_grpo(folder, tmp_path / "r", **changes))[2]
-    assert 1e-4 < row["sampler/log_prob_difference_mean"] < 0.1
-    assert arrays_of(tmp_path / "r", "params/") != arrays_of(folder / "policy", "params/")
+    """With weights of 0 nothing trains."""
     monkeypatch.setattr(log_probs, "truncated_importance_weights", lambda old, *_, **__: np.zeros_like(old))
-    train_grpo(folder, tmp_path / "weightless", **changes)
-    assert arrays_of(tmp_path / "weightless", "params/") == arrays_of(folder / "policy", "params/")
+    changes = {"rollout__importance_sampling": "token", "rollout__dtype": "bfloat16", "training__steps": 2}
+    row = rows_of(train_grpo(folder, tmp_path / "r", **QUIET, **changes))[2]
+    assert 1e-4 < row["sampler/log_prob_difference_mean"] < 0.1
+    assert arrays_of(tmp_path / "r", "params/") == arrays_of(folder / "policy", "params/")
 
 
-def test_the_samplers_log_probs_can_replace_the_trainers_after_the_first_rollout(folder, tmp_path):
-    changes = {"training__steps": 4, "training__evaluate_every": 0, "training__checkpoint_every": 0}
-    recomputed = rows_of(train_grpo(folder, tmp_path / "recomputed", **changes))
-    sampled = rows_of(train_grpo(folder, tmp_path / "sampled", **changes, rollout__recompute_log_probs=False))
+def test_the_samplers_log_probs_can_replace_the_trainers_after_the_first_rollout(folder, whole, tmp_path):
+    recomputed = rows_of(whole)
+    sampled = rows_of(train_grpo(folder, tmp_path / "r", **QUIET, rollout__recompute_log_probs=False))
     assert sampled[2]["sampler/log_prob_difference_mean"] < 1e-5
     assert recomputed[4]["sampler/log_prob_difference_mean"] < 1e-5
     assert "sampler/log_prob_difference_mean" not in sampled[4]
@@ -203,14 +206,12 @@ def test_the_samplers_log_probs_can_replace_the_trainers_after_the_first_rollout
 
 
 def test_groups_without_signal_are_resampled(folder, tmp_path):
-    changes = {"reward": "more.py:of_odd", "training__evaluate_at_start": False, "training__sample_every": 2}
-    kept = train_grpo(folder, tmp_path / "kept", **changes)
-    resampled = train_grpo(folder, tmp_path / "resampled", **changes, rollout__max_resamples=9)
-    assert max(row["reward/zero_std_fraction"] for row in rows_of(kept).values()) > 0.2
-    assert {row["reward/zero_std_fraction"] for row in rows_of(resampled).values()} == {0.0}
-    assert metadata_of(resampled)["prompts_consumed"] > metadata_of(kept)["prompts_consumed"] == 16
-    for workdir in (kept, resampled):
-        assert len(table(workdir, 2)) == 16
+    """Half of the prompts give all their completions a reward of 0."""
+    changes = {"reward": "more.py:of_odd", "training__sample_every": 2, "rollout__max_resamples": 9}
+    workdir = train_grpo(folder, tmp_path / "r", **QUIET | changes | {"training__checkpoint_every": 8})
+    assert {row["reward/zero_std_fraction"] for row in rows_of(workdir).values()} == {0.0}
+    assert metadata_of(workdir)["prompts_consumed"] > 4 * 4  # of four rollouts of four prompts
+    assert len(table(workdir, 2)) == 16
 
 
 # Samples, evaluations, metrics
@@ -232,11 +233,10 @@ def test_the_last_rollout_is_written_with_rewards_and_advantages(whole):
     assert np.abs(advantages).max() > 0.5
 
 
-def test_held_out_prompts_are_completed_once_and_several_times(folder, tmp_path):
-    steps = {"training__steps": 2, "training__evaluate_every": 2, "training__checkpoint_every": 2}
-    workdir = train_grpo(folder, tmp_path / "r", reward="more.py:even", sample__group_size=4, **steps)
-    for step, row in rows_of(workdir).items():
-        lines = [json.loads(line) for line in (workdir / "evals" / f"{step}.jsonl").read_text().splitlines()]
+def test_held_out_prompts_are_completed_once_and_several_times(updated_once):
+    for step, row in rows_of(updated_once).items():
+        file = updated_once / "evals" / f"{step}.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
         assert len(lines) == 4
         right = [line["reward"] for line in lines]
         assert right == [float(len(line["completion"]) % 2 == 0) for line in lines]
@@ -249,9 +249,7 @@ def test_held_out_prompts_are_completed_once_and_several_times(folder, tmp_path)
 
 
 def test_every_row_has_the_rollout_of_its_own_step(folder, tmp_path):
-    changes = {"reward": "more.py:counted", "training__evaluate_at_start": False}
-    changes |= {"training__evaluate_every": 0, "training__checkpoint_every": 8}
-    rows = rows_of(train_grpo(folder, tmp_path / "r", **changes))
+    rows = rows_of(train_grpo(folder, tmp_path / "r", **QUIET, reward="more.py:counted"))
     means = {step: row["reward/mean"] for step, row in rows.items()}
     assert means == {2: 7.5, 4: 23.5, 6: 39.5, 8: 55.5}  # means of 0 to 15, 16 to 31, ...
 
@@ -260,18 +258,18 @@ def test_every_row_has_the_rollout_of_its_own_step(folder, tmp_path):
 
 
 def test_a_mesh_gives_the_same_completions_and_the_same_parameters(folder, tmp_path):
+    """With parameters gathered for sampling; test_ppo_runs samples with split ones."""
     changes = {"optimizer__epsilon": 1e-3, "training__steps": 4, "training__sample_every": 2}
     split = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "devices": 8}
-    kinds = {"one": {}, "split": split, "gathered": split | {"rollout__replicate_params": True}}
-    runs = [train_grpo(folder, tmp_path / name, **changes, **kind) for name, kind in kinds.items()]
+    kinds = {"one": {}, "gathered": split | {"rollout__replicate_params": True}}
+    runs = [train_grpo(folder, tmp_path / name, **QUIET | changes | kind) for name, kind in kinds.items()]
     for step in (2, 4):
         (text,) = {(workdir / "samples" / f"{step}.txt").read_text() for workdir in runs}
         assert "advantage" in text
-    one, *others = (arrays_of(workdir, "params/") for workdir in runs)
-    for params in others:
-        for name, x in params.items():
-            expected = np.frombuffer(one[name], np.float32)
-            np.testing.assert_allclose(np.frombuffer(x, np.float32), expected, atol=1e-4, err_msg=name)
+    expected, found = (arrays_of(workdir, "params/") for workdir in runs)
+    for name, x in found.items():
+        one = np.frombuffer(expected[name], np.float32)
+        np.testing.assert_allclose(np.frombuffer(x, np.float32), one, atol=1e-4, err_msg=name)
 
 
 # Bad input
