@@ -1,6 +1,7 @@
 """What every model promises the rest of the code: the Protocols, auxiliary losses, and one compilation."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -42,14 +43,15 @@ class ScalarWithPenalty(ScalarTransformer):
         return WithPenalty(self.config)
 
 
-def outputs(model, params):
+def outputs(model, params, run=lambda f, *args: jax.jit(f)(*args)):
     """The Output of each way through the layers."""
     positions = np.tile(np.arange(9), (2, 1))
     cache = model.init_cache(2, 9)
-    yield "stacked", jax.jit(model.apply)(params, TOKENS)
-    yield "unstacked", jax.jit(model.apply)(unstack_layers(params), TOKENS)
-    yield "prefill", jax.jit(model.apply)(params, TOKENS, cache=cache)
-    yield "decode", jax.jit(model.apply)(params, TOKENS, positions=positions, cache=cache)
+    apply = partial(model.apply, tokens=TOKENS)
+    yield "stacked", run(apply, params)
+    yield "unstacked", run(lambda params: apply(unstack_layers(params)), params)
+    yield "prefill", run(lambda params: apply(params, cache=cache), params)
+    yield "decode", run(lambda params: apply(params, positions=positions, cache=cache), params)
 
 
 def test_the_models_satisfy_the_protocols(tiny):
@@ -66,10 +68,14 @@ def test_the_models_satisfy_the_protocols(tiny):
 @pytest.mark.parametrize("options", [{}, {"scan_layers": False}, {"remat": "full"}], ids=str)
 def test_a_dense_decoder_has_none(tiny, options):
     model, scalar = build_model(replace(tiny, **options)), build_scalar_model(replace(tiny, **options))
-    for way, output in outputs(model, model.init(jax.random.key(0))):
+    params, scalar_params = (jax.eval_shape(each.init, jax.random.key(0)) for each in (model, scalar))
+    for way, output in outputs(model, params, run=jax.eval_shape):
         assert output.aux == {}, way
-    params = scalar.init(jax.random.key(0))
-    assert scalar.apply(params, TOKENS).aux == scalar.rewards(params, TOKENS, LENGTHS).aux == {}
+    outputs_of_scalar = (
+        jax.eval_shape(scalar.apply, scalar_params, TOKENS),
+        jax.eval_shape(scalar.rewards, scalar_params, TOKENS, LENGTHS),
+    )
+    assert [output.aux for output in outputs_of_scalar] == [{}, {}]
 
 
 @pytest.mark.parametrize(
@@ -79,13 +85,19 @@ def test_a_dense_decoder_has_none(tiny, options):
 )
 def test_those_of_blocks_are_added_over_layers(tiny, options):
     model = WithPenalty(replace(tiny, **options))
-    params = model.init(jax.random.key(0))
-    positions = np.tile(np.arange(9), (2, 1))
-    context = Context(positions, layer_angles(tiny, positions), segment_ids_BT=None)
-    states, squares = model.embed(params, TOKENS), 0.0
-    for layer in unstack_layers(params)["blocks"]:
-        states = build_model(tiny).run_block("global", layer, states, context).hidden
-        squares += np.square(states).sum()
+    params = jax.jit(model.init)(jax.random.key(0))
+
+    @jax.jit
+    def sum_of_squares(params):
+        positions = np.tile(np.arange(9), (2, 1))
+        context = Context(positions, layer_angles(tiny, positions), segment_ids_BT=None)
+        states, squares = model.embed(params, TOKENS), 0.0
+        for layer in unstack_layers(params)["blocks"]:
+            states = build_model(tiny).run_block("global", layer, states, context).hidden
+            squares += jnp.square(states).sum()
+        return squares
+
+    squares = sum_of_squares(params)
     for way, output in outputs(model, params):
         assert set(output.aux) == {"penalty"}, way
         assert output.aux["penalty"].weight == tiny.num_layers * TOKENS.size, way
@@ -101,7 +113,7 @@ def test_a_layer_without_one_leaves_those_of_the_others():
 
 def test_a_scalar_model_passes_those_of_its_decoder_on(tiny):
     model = ScalarWithPenalty(tiny)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     expected = jax.jit(WithPenalty(tiny).apply)(params, TOKENS).aux["penalty"].mean
     for output in (jax.jit(model.apply)(params, TOKENS), jax.jit(model.rewards)(params, TOKENS, LENGTHS)):
         np.testing.assert_allclose(output.aux["penalty"].mean, expected, rtol=1e-6)
@@ -128,7 +140,7 @@ def test_a_method_is_traced_once_however_often_it_is_jitted(tiny, family):
             return super().apply(params, tokens, **kwargs)
 
     model = Counted(tiny)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     for _ in range(2):
         jax.jit(model.apply)(params, TOKENS)
     assert traced == [TOKENS.shape]

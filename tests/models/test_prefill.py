@@ -15,7 +15,7 @@ def test_prefill_equals_decoding_at_given_positions(tiny, window):
     model = build_model(
         replace(tiny, sliding_window=window, layer_pattern=("local" if window else "global",))
     )
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, tiny.vocab_size)
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
     apply = jax.jit(model.apply)
@@ -30,7 +30,7 @@ def test_prefill_equals_decoding_at_given_positions(tiny, window):
 
 def test_unembed_is_the_head_and_its_softcap(tiny):
     model = build_model(replace(tiny, logit_softcap=2.0))
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     hidden = 50 * jax.random.normal(jax.random.key(1), (3, tiny.width))
     plain = np.asarray(hidden, np.float64) @ np.asarray(model.head(params), np.float64)
     np.testing.assert_allclose(model.unembed(params, hidden), 2 * np.tanh(plain / 2), atol=1e-4)

@@ -17,6 +17,7 @@ from jaxllm.models.quantize import BLOCK, NF4, dequantize, quantize, quantized_p
 from jaxllm.training.state import merge_params, split_params
 
 KEY = jax.random.key(0)
+jitted_quantize = jax.jit(quantize, static_argnums=1)
 
 
 def block_of(values, out=1):
@@ -27,12 +28,12 @@ def block_of(values, out=1):
 def test_values_go_to_the_nearest_level_times_the_largest_of_their_block():
     # The scale is 2: NF4's levels around 0.1 / 2 are 0 and 0.0796, those around -1.5 / 2 are -1 and -0.696.
     kernel = block_of([2.0, 0.1, -1.5, 0.07, -2.0])
-    nf4 = quantize(kernel, "nf4")
+    nf4 = jitted_quantize(kernel, "nf4")
     assert (nf4.codes.shape, nf4.codes.dtype, nf4.kind) == ((1, BLOCK // 2, 1), jnp.uint8, "nf4")
     by_hand = 2 * np.array([NF4[15], NF4[8], NF4[1], 0.0, NF4[0], 0.0])
     np.testing.assert_array_equal(dequantize(nf4)[:6, 0], by_hand.astype("f"))
     assert int(nf4.codes[0, 0, 0]) == 15 | 7 << 4  # values 0 and 32 share a byte; level 7 is zero
-    int8 = quantize(kernel, "int8")
+    int8 = jitted_quantize(kernel, "int8")
     assert int8.codes[0, :5, 0].tolist() == [127, 6, -95, 4, -127]  # 127 * 0.05 = 6.35, 127 * -0.75 = -95.25
     np.testing.assert_allclose(dequantize(int8)[1, 0], 2 * 6 / 127, rtol=1e-6)
 
@@ -50,7 +51,7 @@ def test_the_nf4_levels_are_quantiles_of_the_normal_distribution():
 @pytest.mark.parametrize("shape", [(3, 130, 5), (32, 4)])
 def test_no_value_moves_further_than_half_its_gap(kind, shape):
     kernel = np.random.default_rng(0).normal(size=shape).astype("f")
-    again = quantize(jnp.asarray(kernel), kind)
+    again = jitted_quantize(kernel, kind)
     assert (again.shape, again.scales.dtype) == (shape, jnp.bfloat16)
     levels = NF4 if kind == "nf4" else np.arange(-127, 128) / 127
     largest_gap = np.diff(levels).max() / 2
@@ -60,16 +61,24 @@ def test_no_value_moves_further_than_half_its_gap(kind, shape):
     bound = np.broadcast_to(1.004 * largest_gap * blocks, (*blocks.shape[:-2], BLOCK, shape[-1]))
     bound = bound.reshape(*shape[:-2], -1, shape[-1])[..., : shape[-2], :]
     assert (np.abs(np.asarray(dequantize(again)) - kernel) <= bound).all()
-    np.testing.assert_array_equal(dequantize(quantize(jnp.zeros(shape), kind)), 0)
+    np.testing.assert_array_equal(dequantize(jitted_quantize(jnp.zeros(shape), kind)), 0)
 
 
 def test_a_product_and_its_gradient_are_those_of_the_dequantized_kernel():
     x, kernel = jax.random.normal(KEY, (6, 80)), jax.random.normal(KEY, (80, 7))
-    quantized = quantize(kernel, "nf4")
-    np.testing.assert_allclose(quantized_product(x, quantized), x @ dequantize(quantized), atol=1e-5)
-    slope = jax.grad(lambda x: jnp.sum(quantized_product(x, quantized) ** 2))(x)
-    exact = jax.grad(lambda x: jnp.sum((x @ dequantize(quantized)) ** 2))(x)
-    np.testing.assert_allclose(slope, exact, rtol=1e-4, atol=1e-4)
+    quantized = jitted_quantize(kernel, "nf4")
+
+    def product_and_gradient(multiply):
+        def total(x):
+            product = multiply(x)
+            return jnp.sum(product**2), product
+
+        return jax.jit(jax.grad(total, has_aux=True))(x)
+
+    slope, product = product_and_gradient(lambda x: quantized_product(x, quantized))
+    expected_slope, expected = product_and_gradient(lambda x: x @ dequantize(quantized))
+    np.testing.assert_allclose(product, expected, atol=1e-5)
+    np.testing.assert_allclose(slope, expected_slope, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

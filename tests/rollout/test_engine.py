@@ -74,14 +74,16 @@ def random_requests(tiny, number=17, longest=60):
     return [(prompt, SAMPLINGS[i % len(SAMPLINGS)], i) for i, prompt in enumerate(prompts)]
 
 
-def test_each_completion_equals_that_of_generate_alone(start, model, params, tiny):
+def test_each_completion_equals_that_of_generate(start, model, params, tiny):
     requests = random_requests(tiny)
     engine = start()
     completions = [listener.all() for listener in [submit(engine, *request) for request in requests]]
-    for (prompt, sampling, seed), (tokens, reason) in zip(requests, completions, strict=True):
-        key = jax.random.key(seed)[None]
-        alone = generate(model, params, [prompt], sampling=sampling, stop_ids=STOP_IDS, keys=key)
-        assert (tokens, reason) == (alone.tokens[0], alone.stop_reasons[0])
+    for kind, sampling in enumerate(SAMPLINGS):
+        prompts, _, seeds = zip(*requests[kind :: len(SAMPLINGS)], strict=True)
+        keys = jax.vmap(jax.random.key)(np.array(seeds))
+        expected = generate(model, params, list(prompts), sampling=sampling, stop_ids=STOP_IDS, keys=keys)
+        found = completions[kind :: len(SAMPLINGS)]
+        assert found == list(zip(expected.tokens, expected.stop_reasons, strict=True))
     assert {reason for _, reason in completions} == {"stop", "length"}
 
 
@@ -90,9 +92,9 @@ def test_each_row_is_sampled_by_its_own_config():
     keys = jax.random.split(jax.random.key(0), len(logits))
     configs = [SAMPLINGS[i % len(SAMPLINGS)] for i in range(len(logits))]
     tokens = jax.jit(sample_rows)(logits, keys, row_sampling(configs, 50))
-    for kind, config in enumerate(SAMPLINGS):
-        rows = slice(kind, None, len(SAMPLINGS))
-        np.testing.assert_array_equal(tokens[rows], sample(logits[rows], keys[rows], config)[0])
+    expected = jax.jit(lambda logits, keys: [sample(logits, keys, config)[0] for config in SAMPLINGS])
+    for kind, sampled in enumerate(expected(logits, keys)):
+        np.testing.assert_array_equal(tokens[kind :: len(SAMPLINGS)], sampled[kind :: len(SAMPLINGS)])
 
 
 def test_tokens_are_delivered_in_chunks_and_a_late_request_does_not_wait(start):
