@@ -53,10 +53,18 @@ def configure(folder, **changes):
     return make_config("ppo", **(usual | changes))
 
 
+QUIET = {"training__evaluate_every": 0, "training__checkpoint_every": 0, "training__evaluate_at_start": False}
+QUIET |= {"evaluation__suites": (), "evaluation__suites_every": 0}
+sources = []  # of rollouts, of the run below
+
+
 @pytest.fixture(scope="module")
 def whole(folder):
     """A run of four rollouts with two updates on each, and a suite after the last."""
-    return run(configure(folder), folder / "whole", init_from=folder / "policy")
+    make_source = ppo.make_source
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "make_source", lambda *args: sources.append(make_source(*args)) or sources[-1])
+        return run(configure(folder), folder / "whole", init_from=folder / "policy")
 
 
 # Initialization
@@ -72,8 +80,8 @@ def test_the_ratio_is_1_at_the_first_update_on_a_rollout(folder, tmp_path, monke
 
     monkeypatch.setattr(ppo.PPO, "make_batch", recorded)
     once = {"rollout__num_prompts": 8, "rollout__num_minibatches": 1, "objective__kl_target": None}
-    every = {f"training__{name}_every": 1 for name in ("log", "evaluate", "checkpoint")}
-    config = configure(folder, **once, **every, objective__critic_warmup=0, training__steps=3)
+    once |= {"training__log_every": 1, "training__steps": 3, "objective__critic_warmup": 0}
+    config = configure(folder, **QUIET, **once)
     rows = rows_of(run(config, tmp_path / "r", init_from=folder / "policy"))
     assert rows[1]["kl/reference"] == rows[1]["kl/reference_token"] == 0.0
     assert rows[2]["kl/reference"] != 0.0
@@ -123,16 +131,10 @@ def test_only_the_critic_trains_during_its_warm_up(folder, whole):
     assert critics[0] != critics[1]
 
 
-def test_the_reference_stays_the_initial_policy(folder, tmp_path, monkeypatch):
-    sources, make_source = [], ppo.make_source
-    monkeypatch.setattr(ppo, "make_source", lambda *args: sources.append(make_source(*args)) or sources[-1])
-    run(configure(folder, objective__critic_warmup=0, training__steps=4), tmp_path / "r",
-        init_from=folder / "policy")  # fmt: skip
+def test_the_reference_stays_the_initial_policy(folder, whole):
     initial = load_checkpoint(folder / "policy").params
     jax.tree.map(np.testing.assert_array_equal, sources[0].algorithm.log_probs.reference, initial)
-    assert not np.array_equal(
-        load_checkpoint(tmp_path / "r").params["embed"]["table"], initial["embed"]["table"]
-    )
+    assert not np.array_equal(load_checkpoint(whole).params["embed"]["table"], initial["embed"]["table"])
 
 
 def test_the_kl_coefficient_falls_below_the_target_and_rises_above_it(whole):
@@ -180,7 +182,7 @@ def test_the_reward_is_the_models_and_the_penalty_without_functions_of_weight_0(
 def test_the_reward_of_a_function_alone_rises(folder, tmp_path):
     changes = {"reward__model": None, "reward__weights": 1.0, "reward__missing_eos_penalty": 0.0}
     changes |= {"objective__kl_target": None, "objective__kl_coefficient": 0.0, "objective__value_clip": None}
-    config = configure(folder, **changes, training__steps=40, training__checkpoint_every=0)
+    config = configure(folder, **QUIET, **changes, training__steps=40)
     rows = rows_of(run(config, tmp_path / "r", init_from=folder / "policy"))
     means = [row["reward/mean"] for step, row in rows.items() if step]
     assert np.mean(means[-3:]) > np.mean(means[:2]) + 0.2
@@ -219,7 +221,7 @@ def test_other_stages_read_the_policy_of_a_checkpoint(folder, whole, tmp_path):
 
 def test_a_mesh_gives_the_same_metrics(folder, whole, tmp_path):
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-    config = configure(folder, **mesh, training__steps=2)
+    config = configure(folder, **QUIET, **mesh, training__steps=2)
     rows = rows_of(run(config, tmp_path / "mesh", init_from=folder / "policy", devices=8))
     for name, expected in rows_of(whole)[2].items():
         assert rows[2][name] == pytest.approx(expected, rel=1e-3, abs=1e-5), name
@@ -252,21 +254,20 @@ def test_an_inconsistent_config_is_an_error_with_the_fix(folder, changes, messag
 
 
 def test_an_unsuitable_reward_model_is_an_error_with_the_fix(folder, tmp_path):
-    def check_error(model, message):
+    def check_error(model, message, **changes):
+        config = configure(folder, reward__model=folder / model, **changes)
         with pytest.raises(ConfigError, match=rf"reward.model=\S*{model}.*{message}"):
-            run(
-                configure(folder, reward__model=folder / model), tmp_path / model, init_from=folder / "policy"
-            )
+            run(config, tmp_path / model, init_from=folder / "policy")
 
     check_error("policy", "is not a reward model; pass the run of one")
     no_evaluation = {"training__evaluate_every": 0, "training__steps": 2, "checkpoint__best_metric": None}
     train_reward_model(folder, "unmeasured", **no_evaluation)
     check_error("unmeasured", r"without an evaluation.*set reward.normalize=false")
-    train_reward_model(folder, "foreign", init_from=None)
+    train_reward_model(folder, "foreign", init_from=None, **no_evaluation)
     check_error("foreign", "another tokenizer than the policy: train it from the same model")
     larger = {"model__num_layers": 2, "tokenizer__path": folder / "policy" / "tokenizer.model"}
-    train_reward_model(folder, "larger", init_from=None, **larger)
-    check_error("larger", "a model of another size: num_layers 2 -> 1")
+    train_reward_model(folder, "larger", init_from=None, **no_evaluation, **larger)
+    check_error("larger", "a model of another size: num_layers 2 -> 1", reward__normalize=False)
 
 
 def test_a_parent_or_reward_model_that_does_not_fit_is_an_error_before_data_is_read(folder, tmp_path):
