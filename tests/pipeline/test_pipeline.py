@@ -60,15 +60,7 @@ def run(config, workdir, *flags, stop_in=None, by=signal.SIGTERM):
         f"--workdir={workdir}",
         *flags,
     ]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    process = subprocess.Popen(
-        [*command, *flags],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while stop_in and process.poll() is None:
         if (workdir / stop_in / "metrics.jsonl").exists():
             process.send_signal(by)
