@@ -1,5 +1,6 @@
 """The sizes and options of a decoder, the checks on them, and the compute cost of a token."""
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -215,20 +216,28 @@ def for_platform(config: ModelConfig, platform: str) -> ModelConfig:
     return config if runs_on(config, platform) else replace(config, attention="xla")
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int, *, unembedded: float = 1.0) -> float:
+KEYS_AND_VALUES = ("attention/key", "attention/value")
+
+
+def flops_per_token(
+    config: ModelConfig, sequence_length: int, *, unembedded: float = 1.0, last_block: float = 1.0
+) -> float:
     """FLOPs of one training step per token, forward and backward, from the sizes.
 
     6 per parameter in a matrix product (2 forward, 4 backward; 2 of these where adapters train and it is
     frozen), plus 12 * num_heads * head_dim a layer for each token attended to, min(T / 2, window) on average.
     `unembedded` is the fraction of tokens that the vocabulary head is applied to: 0 for reward models and
-    critics, which have none. Recomputation (remat) does not count; a reward model's last block counts in
-    full, though unrolled it computes the reward's token alone.
+    critics, which have none. `last_block` is that of the tokens for which the last block needs more than keys
+    and values: 0 for a reward model, which needs one a row. Recomputation (remat) does not count.
     XLA's own cost analysis counts a scanned layer once, so it cannot be used.
     """
     heads, layers = config.num_heads * config.head_dim, layer_shapes(config)
     windows = [layer_window(config, kind) for kind in layer_kinds(config)]
-    attended = sum(min(sequence_length / 2, window or sequence_length) for window in windows)
-    matrices = matrix_parameters(config) - (1 - unembedded) * config.width * config.vocab_size
+    attended_by_layer = [min(sequence_length / 2, window or sequence_length) for window in windows]
+    attended = sum(attended_by_layer) - (1 - last_block) * attended_by_layer[-1]
+    beside = sum(math.prod(shape) for path, shape in layers.items() if path not in KEYS_AND_VALUES)
+    matrices = matrix_parameters(config) - (1 - last_block) * beside
+    matrices -= (1 - unembedded) * config.width * config.vocab_size
     if config.lora.rank is None:
         return 6.0 * matrices + 12.0 * heads * attended
     shapes = [shape for path, shape in layers.items() if config.lora.applies_to(path)]

@@ -102,12 +102,15 @@ class Run:
         try:
             model = parse(ModelConfig, self.config["model"], "model")
             length = self.config["data"]["sequence_length"]
-            unembedded = [1.0 if stage is None or stage.generates else 0.0]
+            generates = float(stage is None or stage.generates)
+            unembedded = [generates]
             if "rollout" in self.config:  # the head is applied to completions alone
                 unembedded = [self.config["rollout"]["sampling"]["max_new_tokens"] / length]
             if stage is not None and stage.policy_prefix:
                 unembedded.append(0.0)  # the critic
-            per_token = sum(flops_per_token(model, length, unembedded=each) for each in unembedded)
+            per_token = sum(
+                flops_per_token(model, length, unembedded=each, last_block=generates) for each in unembedded
+            )
         except (ConfigError, KeyError, TypeError):
             return None
         return None if tokens is None else tokens * per_token

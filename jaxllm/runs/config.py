@@ -98,6 +98,11 @@ class TrainConfig:
         return 1.0
 
     @property
+    def last_block(self) -> float:
+        """The fraction of tokens for which the last block needs more than keys and values."""
+        return 1.0
+
+    @property
     def parameter_group(self) -> ParameterGroup | None:
         """Parameters that are trained otherwise than the rest, if any."""
         return None

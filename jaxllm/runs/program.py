@@ -217,7 +217,8 @@ class Program(Generic[ConfigT, ModelT]):
         """Of training, for all models."""
         model, length = self.config.model, self.config.data.sequence_length
         heads = [0.0 if "scalar_head" in params else self.config.unembedded for params in self.models]
-        return sum(flops_per_token(model, length, unembedded=each) for each in heads)
+        last_block = self.config.last_block
+        return sum(flops_per_token(model, length, unembedded=each, last_block=last_block) for each in heads)
 
     def describe(self) -> str:
         """Devices, mesh, parameters and batch arithmetic, in a few lines."""

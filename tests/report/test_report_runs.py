@@ -189,8 +189,10 @@ def test_parameters_and_flops_are_of_all_models_that_train(tmp_path):
     assert found["ppo"].parameters == 21
     model = config()["model"]
     head = 6 * model["width"] * model["vocab_size"] * found["ppo"].tokens
-    assert found["reward_model"].flops == found["pretrain"].flops - head
-    assert found["ppo"].flops == pytest.approx(2 * found["reward_model"].flops + head / 4)
+    shape = parse(ModelConfig, model, "model")
+    reward_model = flops_per_token(shape, length, unembedded=0.0, last_block=0.0)
+    assert found["reward_model"].flops == found["ppo"].tokens * reward_model
+    assert found["ppo"].flops == pytest.approx(2 * (found["pretrain"].flops - head) + head / 4)
 
 
 @pytest.mark.parametrize("stage", sorted(path.stem for path in (ROOT / "jaxllm/stages").glob("[!_]*.py")))

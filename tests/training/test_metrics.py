@@ -132,6 +132,10 @@ def test_flops_are_six_a_weight_and_attention_by_hand():
     assert flops_per_token(config, 100) == 6 * (2 * block + 64 * 512) + 3 * 2 * scores_and_sums
     scorer = flops_per_token(config, 100, unembedded=0.0)
     assert scorer == flops_per_token(config, 100) - 6 * 64 * 512
+    reward_model = flops_per_token(
+        config, 100, unembedded=0.0, last_block=0.0
+    )  # its last block: keys, values
+    assert reward_model == 6 * (block + 2 * 64 * 32) + 3 * scores_and_sums
     # with adapters, no gradient of the frozen weights
     adapted = replace(config, lora=replace(config.lora, rank=4, targets="query|down"))
     adapters = 2 * 4 * ((64 + 64) + (176 + 64))
