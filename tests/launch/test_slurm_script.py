@@ -111,5 +111,5 @@ def test_the_words_of_sbatch_are_the_error(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["nodes", "tasks_per_node", "gpus_per_node", "max_parallel"])
 def test_numbers_below_one_are_named(name):
-    with pytest.raises(ConfigError, match=f"slurm: {name}=0 must be at least 1"):
+    with pytest.raises(ConfigError, match=f"--slurm.{name}=0 must be at least 1"):
         SlurmOptions(**{name: 0})
