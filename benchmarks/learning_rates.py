@@ -10,15 +10,15 @@ logarithm of the rate, one for each seed; intervals are of the mean over seeds, 
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from numpy.polynomial import Polynomial
-from scipy.special import stdtrit
 
+from jaxllm.report.estimates import Estimate, difference, over_seeds
 from jaxllm.report.runs import Run, read_trials
 
 Losses = dict[float, float]  # by learning rate
@@ -39,11 +39,20 @@ def best(losses: Losses) -> tuple[float, Callable[[float], float]]:
     return -slope / (2 * curvature), curve
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
+def mean(values: Iterable[float]) -> Estimate:
+    """The mean over seeds, with the standard error from their spread."""
+    return over_seeds([Estimate(value, 0.0) for value in values])
+
+
+def interval(values: Iterable[float]) -> tuple[float, float, float]:
     """The mean over seeds, and the ends of its interval."""
-    mean = np.mean(values)
-    half = stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(mean), float(mean - half), float(mean + half)
+    value, half = difference(Estimate(0.0, 0.0), mean(values))
+    return value, value - half, value + half
+
+
+def name(layers: int, width: int, follows: bool) -> str:
+    """A model, in words."""
+    return f"{layers} layers of {width}{', rates follow its size' if follows else ''}"
 
 
 def main() -> None:
@@ -64,24 +73,20 @@ def main() -> None:
     curves = {key: [best(model[seed]) for seed in seeds] for key, model in found.items()}
     print(f"| model | {' | '.join(f'{rate:g}' for rate in rates)} | best rate |")
     print("|---" * (len(rates) + 2) + "|")
-    for (layers, width, follows), model in sorted(found.items()):
-        cells = []
-        for rate in rates:
-            values = [model[seed][rate] for seed in seeds]
-            cells.append(f"{np.mean(values):.3f} ± {np.std(values, ddof=1) / np.sqrt(len(seeds)):.3f}")
-        name = f"{layers} layers of {width}{', rates follow its size' if follows else ''}"
-        rate = 2 ** np.mean([log_rate for log_rate, _ in curves[layers, width, follows]])
-        print(f"| {name} | {' | '.join(cells)} | {rate:.4f} |")
+    for key, model in sorted(found.items()):
+        losses = [mean(model[seed][rate] for seed in seeds) for rate in rates]
+        cells = " | ".join(f"{loss.value:.3f} ± {loss.error:.3f}" for loss in losses)
+        print(f"| {name(*key)} | {cells} | {2 ** mean(log_rate for log_rate, _ in curves[key]).value:.4f} |")
     lowest = {key: [curve(log_rate) for log_rate, curve in model] for key, model in curves.items()}
     for key in sorted(set(found) - {smallest}):
         pairs = list(zip(curves[smallest], curves[key], strict=True))
         ratio = [2**each for each in interval([base - own for (base, _), (own, _) in pairs])]
         worse = interval([curve(base) - curve(own) for (base, _), (own, curve) in pairs])
-        print(f"\n{key[0]} layers of {key[1]}{', rates follow its size' if key[2] else ''}:")
+        print(f"\n{name(*key)}:")
         print("  best rate of the smallest / its own: {:.2f} ({:.2f} to {:.2f})".format(*ratio))
         print("  loss at that rate above its own best: {:.3f} ({:.3f} to {:.3f})".format(*worse))
         if key[2] and (plain := (*key[:2], False)) in lowest:
-            gain = interval(np.subtract(lowest[plain], lowest[key]).tolist())
+            gain = interval(a - b for a, b in zip(lowest[plain], lowest[key], strict=True))
             print("  best loss below that of plain rates: {:.3f} ({:.3f} to {:.3f})".format(*gain))
 
 

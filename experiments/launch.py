@@ -55,18 +55,17 @@ def main(_: None, flags: "FlagValues") -> None:
     for word in flags.word:
         if word.startswith("--config="):
             use_config_file(word.removeprefix("--config="), lambda module, argument: None)
-    if flags.target in TEMPLATES and flags.slurm:
-        raise ConfigError(f"--slurm is for --target=slurm, not {flags.target}: use --set=NAME=VALUE")
-    if flags.target in TEMPLATES and flags.folder:
-        raise ConfigError(f"--folder is for --target=slurm, not {flags.target}: remove it")
-    if flags.target == "slurm" and flags.set:
-        raise ConfigError("--set is for a template, not --target=slurm: use --slurm=FIELD=VALUE")
     if flags.target in TEMPLATES:
+        for name, fix in (("slurm", "use --set=NAME=VALUE"), ("folder", "remove it")):
+            if flags[name].value:
+                raise ConfigError(f"--{name} is for --target=slurm, not {flags.target}: {fix}")
         if not flags.print:
             raise ConfigError(f"--target={flags.target} is not submitted from here: add --print")
         template = (FOLDER / TEMPLATES[flags.target]).read_text()
         print(fill(template, read_values(flags.set), flags.word), end="")
         return
+    if flags.set:
+        raise ConfigError("--set is for a template, not --target=slurm: use --slurm=FIELD=VALUE")
     folder = Path(flags.folder).expanduser() if flags.folder else logs_of(flags.word)
     options = with_fields(SlurmOptions(), flags.slurm, "--slurm")
     if flags.print:

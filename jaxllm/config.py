@@ -166,6 +166,13 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f", did you mean {nearest[0]!r}?" if nearest else ""
 
 
+def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
+    """ConfigError for a value that is none of the choices."""
+    if value not in choices:
+        near = did_you_mean(value, choices)
+        raise ConfigError(f"{field}={value!r}: choose one of {', '.join(choices)}{near}")
+
+
 def nearest_multiples(value: int, of: int) -> tuple[int, ...]:
     """The multiples of `of` next to `value`, below and above: 24 and 32 for 30 and 8."""
     below = value // of * of

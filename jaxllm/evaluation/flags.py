@@ -19,7 +19,7 @@ def check_flags(flags: "FlagValues", sampling: "SamplingConfig") -> None:
         raise ConfigError(f"--input=FILE {problem}")
     if flags.suite:
         check_suite_flags(flags)
-    if not flags.suite:
+    else:
         check_output(flags.output, "--output")
     for name in ("samples", "max_rows"):
         if (value := getattr(flags, name)) is not None and value < 1:
@@ -42,14 +42,16 @@ def check_flags(flags: "FlagValues", sampling: "SamplingConfig") -> None:
 
 def check_suite_flags(flags: "FlagValues") -> None:
     """ConfigError for flags that a suite does not read."""
+    from jaxllm.evaluation.suites import PREFIX
+
     for flag in ("--reward_model", "--reference"):
         if getattr(flags, flag[2:]) is not None:
             raise ConfigError(f"{flag} is not read with --suite: remove it, or pass --input")
     if flags.output is not None and Path(flags.output).expanduser().is_file():
         raise ConfigError(f"--output={flags.output} is a file: results of suites go to a folder")
     if flags.suite_path is not None:
-        if not any(name.startswith("lm_eval:") for name in flags.suite):
-            raise ConfigError("--suite_path has no effect without --suite=lm_eval:TASK: remove it")
+        if not any(name.startswith(PREFIX) for name in flags.suite):
+            raise ConfigError(f"--suite_path has no effect without --suite={PREFIX}TASK: remove it")
         if not Path(flags.suite_path).expanduser().is_dir():
             raise ConfigError(f"--suite_path={flags.suite_path}: there is no such folder")
     if len(flags.rewards) > 1:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from jaxllm.config import did_you_mean
-from jaxllm.errors import ConfigError
+from jaxllm.config import check_choice
 from jaxllm.parallel.sharding import Device
 from jaxllm.runs.config import TrainConfig
 from jaxllm.runs.program import Program
@@ -16,8 +15,7 @@ from jaxllm.runs.stage import Stage
 def find_stage(name: str) -> Stage:
     """The stage of this name; ConfigError, with the names there are, for any other."""
     names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
-    if name not in names:
-        raise ConfigError(f"stage={name!r}: choose one of {', '.join(names)}{did_you_mean(name, names)}")
+    check_choice("stage", name, names)
     return cast(Stage, importlib.import_module(f"jaxllm.stages.{name}"))
 
 

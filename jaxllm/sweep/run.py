@@ -119,7 +119,9 @@ def check_kind(old: Sweep | None, goal: Goal, options: Options) -> None:
     if goal != old.goal and finished:
         if not any(evaluations(old.folder / trial.name, goal) for trial in finished):
             names = ", ".join(logged_metrics(old.folder / finished[0].name, goal))
-            raise ConfigError(f"--metric={goal.metric}: no finished trial has logged it, only {names}")
+            raise ConfigError(
+                f"--metric={goal.metric}: no finished trial has logged it, only {names or 'none'}"
+            )
         print(f"note: compared by {goal}, before by {old.goal}", file=sys.stderr)
 
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from jaxllm.config import Text, did_you_mean
+from jaxllm.config import Text, check_choice
 from jaxllm.errors import ConfigError
 from jaxllm.rollout.sampling import SamplingConfig
 
@@ -14,13 +14,6 @@ JUDGES = ("reward_model", "rubric", "none")
 def is_server(model: str | None) -> bool:
     """Whether a model is an OpenAI-compatible server rather than a checkpoint."""
     return model is not None and re.match(r"https?://", model) is not None
-
-
-def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
-    """ConfigError for a value that is none of the choices."""
-    if value not in choices:
-        near = did_you_mean(value, choices)
-        raise ConfigError(f"{field}={value!r}: choose one of {', '.join(choices)}{near}")
 
 
 def check_range(field: str, value: tuple[int, ...]) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from jaxllm.config import check_choice
 from jaxllm.errors import ConfigError
 from jaxllm.parallel.sharding import constrain, matching, path_name, rule_for
 from jaxllm.training.parametrization import scaled
@@ -46,9 +47,8 @@ class OptimizerConfig:
     base_layers: int | None  # and at this depth
 
     def __post_init__(self):
-        for name, choices in (("name", NAMES), ("schedule", SCHEDULES)):
-            if (value := getattr(self, name)) not in choices:
-                raise ConfigError(f"optimizer.{name}={value!r}: choose one of {', '.join(choices)}")
+        check_choice("optimizer.name", self.name, NAMES)
+        check_choice("optimizer.schedule", self.schedule, SCHEDULES)
         for name in ("learning_rate", "final_learning_rate", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must not be negative")
